@@ -1,0 +1,140 @@
+"""Reading a config file: YAML 1.2, then `key.path=value` overrides, then the schema. Every problem in one report."""
+
+import difflib
+import io
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
+
+from ftray.config.run import RunConfig
+from ftray.config.serve import ServeConfig
+from ftray.errors import ConfigError
+
+KINDS: dict[str, type[BaseModel]] = {"run": RunConfig, "serve": ServeConfig}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: str) -> Any:
+    """Returns the frozen config object of `kind`; raises `ConfigError` with every problem found."""
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(str(path), [f"no such file{hint}"])
+    return parse_config(path.read_text(encoding="utf-8"), overrides, kind=kind, source=str(path))
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source: str) -> Any:
+    tree = read_yaml(text, source=source)
+    if not isinstance(tree, dict):
+        raise ConfigError(source, ["the file must be a mapping of keys to values"])
+    problems = [problem for item in overrides if (problem := apply_override(tree, item))]
+    found = tree.get("kind")
+    if found != kind:
+        known = found if found in KINDS else None
+        fix = f"; this is a file for `ftray {'train' if known == 'run' else known}`" if known else ""
+        problems.append(f"kind: {found!r} must be {kind!r}{fix}")
+        tree = {**tree, "kind": kind}
+    model = KINDS[kind]
+    config = None
+    try:
+        config = model.model_validate(tree)
+    except ValidationError as error:
+        problems += [describe_problem(model, item) for item in error.errors()]
+    if problems or config is None:
+        raise ConfigError(source, problems)
+    return config
+
+
+def read_yaml(text: str, *, source: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(source, [f"line {line}: {str(error.problem).split(' with value')[0]}"]) from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(source, [f"{where}not valid YAML: {getattr(error, 'problem', None) or error}"]) from None
+
+
+def apply_override(tree: dict, item: str) -> str | None:
+    """Sets one `key.path=value` in place (the value is read as YAML); returns the problem, if there is one."""
+    path, equals, text = item.partition("=")
+    if not equals or not path:
+        return f"override {item!r}: write it as key.path=value"
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        return f"override {item!r}: the value is not valid YAML"
+    *parents, last = path.split(".")
+    node = tree
+    for key in parents:
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            return f"override {item!r}: {key} is a value, not a section"
+    node[last] = value
+    return None
+
+
+def describe_problem(model: type[BaseModel], item: Any) -> str:
+    """One pydantic error as `key: value, rule, fix`."""
+    location = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part) and part not in TYPE_TAGS]
+    key = ".".join(str(part) for part in location) or "file"
+    value = item["input"]
+    if item["type"] == "extra_forbidden":
+        fields = list(fields_at(model, location[:-1]))
+        near = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(fields))}"
+        return f"{key}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{key}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" and isinstance(value, dict):
+        return f"{key}: {message}" if location else message
+    hint = ""
+    if item["type"] == "literal_error" and isinstance(value, str):
+        choices = [str(choice) for choice in item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")]
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key}: {value!r} is refused: {message}{hint}"
+
+
+# Names that pydantic adds to a location for the branch of a union it tried; they are no keys of ours.
+TYPE_TAGS = {"str", "int", "float", "bool"}
+
+
+def fields_at(model: type[BaseModel], location: Sequence[Any]) -> dict[str, Any]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        inner = None if field is None else model_in(field.annotation)
+        if inner is None:
+            return {}
+        model = inner
+    return dict(model.model_fields)
+
+
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The config object inside `X` or `X | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next((found for arm in typing.get_args(annotation) if (found := model_in(arm))), None)
+    return None
+
+
+def to_yaml(config: BaseModel) -> str:
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(json.loads(config.model_dump_json()), stream)
+    return stream.getvalue()

@@ -1,0 +1,39 @@
+"""The base of every config object, and the value types they share."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+NAME_RULE = "lower-case letters, digits, '.', '_' and '-', starting with a letter or digit, at most 64"
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+BYTE_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class Strict(BaseModel):
+    """No unknown key, no coercion, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+def check_name(name: str) -> str:
+    if not NAME_PATTERN.fullmatch(name):
+        raise ValueError(f"a name is {NAME_RULE}")
+    return name
+
+
+def parse_bytes(value: Any) -> int:
+    """`2GiB` -> 2147483648. A bare number is refused: its unit would be a guess."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", value) if isinstance(value, str) else None
+    if match is None or match[2] not in BYTE_UNITS:
+        raise ValueError(f"a size is a number and a unit ({', '.join(BYTE_UNITS)}), such as 2GiB")
+    return int(float(match[1]) * BYTE_UNITS[match[2]])
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
+Text = Annotated[str, Field(min_length=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -1,0 +1,55 @@
+"""`kind: serve`: one endpoint, many adapters over one base."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ftray.config.schema import ByteSize, NonNegativeFloat, PositiveInt, Strict, Text
+
+
+class EngineConfig(Strict):
+    type: Literal["torch"] = "torch"
+    max_sequences: PositiveInt = 16
+    context_tokens: PositiveInt = 2048
+    kv_cache_tokens: PositiveInt = 16384
+    max_prefill_tokens: PositiveInt = 2048  # prompt tokens that may join one forward pass beside the decoding ones
+    max_waiting: PositiveInt = 1024  # requests queued in a replica before new ones are told to come back (429)
+
+    @model_validator(mode="after")
+    def one_sequence_fits(self):
+        if self.kv_cache_tokens < self.context_tokens:
+            raise ValueError(
+                f"kv_cache_tokens ({self.kv_cache_tokens}) must hold at least one sequence "
+                f"of context_tokens ({self.context_tokens})"
+            )
+        return self
+
+
+class AdaptersConfig(Strict):
+    registry: Text = "registry"
+    preload: list[Text] = []
+    host_budget: ByteSize = Field(default=2 * 2**30)
+    max_rank: PositiveInt = 256
+
+
+class ReplicasConfig(Strict):
+    min: PositiveInt = 1
+    max: PositiveInt = 1
+    gpus_each: NonNegativeFloat = 0
+    cpus_each: NonNegativeFloat = 1
+
+    @model_validator(mode="after")
+    def ordered(self):
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) must be at least min ({self.min})")
+        return self
+
+
+class ServeConfig(Strict):
+    kind: Literal["serve"]
+    base_model: Text
+    host: Text = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    engine: EngineConfig = EngineConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
+    replicas: ReplicasConfig = ReplicasConfig()

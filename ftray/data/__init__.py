@@ -1,0 +1,1 @@
+"""Raw row -> messages -> tokens and mask -> packed rows, in a deterministic order."""

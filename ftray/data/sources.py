@@ -1,0 +1,56 @@
+"""Reading rows: a file, a saved directory, or a hub id, all through Hugging Face `datasets`."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from ftray.errors import DataError
+
+FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def check_source(key: str, source: str) -> None:
+    """What costs nothing to know before any work: the file is there and of a known kind."""
+    path = Path(source)
+    if path.is_dir() or (path.is_file() and path.suffix in FILE_READERS):
+        return
+    if path.is_file():
+        raise DataError(f"{key}: {source}: unknown kind of file; use {', '.join(FILE_READERS)}")
+    if path.suffix in FILE_READERS or source.count("/") != 1 or source.startswith("."):
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else f" (looked from {Path.cwd()})"
+        raise DataError(f"{key}: {source}: no such file{hint}")
+
+
+def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
+    """A `datasets.Dataset`. Raises `DataError` naming the source when it cannot be read or is empty."""
+    check_source(key, source)
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(source)
+    try:
+        if path.is_dir():
+            rows = datasets.load_from_disk(source)
+        elif path.is_file():
+            if path.stat().st_size == 0:
+                raise DataError(f"{key}: {source}: the file is empty")
+            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=source, split="train")
+        else:
+            rows = datasets.load_dataset(source, revision=revision, split="train")
+    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise DataError(f"{key}: {source}: cannot be read: {root_cause(error)}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{key}: {source}: cannot be read: {root_cause(error)}") from None
+    if isinstance(rows, datasets.DatasetDict):
+        raise DataError(f"{key}: {source}: holds the splits {', '.join(rows)}; save the one to use as its own directory")
+    if len(rows) == 0:
+        raise DataError(f"{key}: {source}: has no rows")
+    return rows
+
+
+def root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,49 @@
+"""Errors that reach a person. Each message says the key or object, its value, the rule and the fix.
+
+They cross process borders (Ray pickles them), so every one is rebuilt from `args` alone.
+"""
+
+
+class FtrayError(Exception):
+    """The work failed for a reason ftray can name. Exit code 1."""
+
+    exit_code = 1
+
+
+class UserError(FtrayError):
+    """The user's input is wrong; nothing costly was started and nothing was lost. Exit code 2."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """One report with every problem of a configuration file."""
+
+    def __init__(self, source: str, problems: list[str]):
+        super().__init__(source, problems)
+        self.source = source
+        self.problems = problems
+
+    def __str__(self) -> str:
+        head = f"{self.source}: {len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+        return "\n".join([head, *(f"  - {problem}" for problem in self.problems)])
+
+
+class DataError(UserError):
+    """A data file, or a row of one, cannot be used as it is."""
+
+
+class AdapterError(UserError):
+    """An adapter directory is corrupt, or does not fit the base model or the engine."""
+
+
+class NotFoundError(UserError):
+    """A name that is in no registry, file or endpoint."""
+
+
+class ConflictError(FtrayError):
+    """Another writer was first, or the name is taken."""
+
+
+class InterruptedRunError(FtrayError):
+    """The user stopped the work; what was saved stands."""

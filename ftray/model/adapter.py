@@ -1,0 +1,159 @@
+"""Adapters as plain PEFT directories: injected for training, written, and read back and checked for serving."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ftray.config.run import AdapterConfig
+from ftray.errors import AdapterError
+from ftray.model.base import BaseModel
+from ftray.storage import read_json, write_json, write_manifest
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# PEFT options that change the maths beyond W x + scale * B A x; the engine refuses an adapter that has one set.
+UNSUPPORTED_OPTIONS = {"use_dora": False, "modules_to_save": None, "bias": "none", "layer_replication": None}
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One target module's update: scale * B A x. A: [rank, in], B: [out, rank]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    modules: dict[str, LoraWeights]  # by module name in the base model
+    num_bytes: int
+
+    @property
+    def max_rank(self) -> int:
+        return max(module.rank for module in self.modules.values())
+
+
+def inject_lora(model: Any, config: AdapterConfig, *, seed: int) -> Any:
+    """Freezes the base and adds LoRA layers (Hu et al. 2021, arXiv 2106.09685) through PEFT; returns PEFT's config."""
+    from peft import LoraConfig, TaskType, inject_adapter_in_model
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+    peft_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    torch.manual_seed(seed)  # the same start on every rank and at every world size
+    try:
+        inject_adapter_in_model(peft_config, model)
+    except ValueError as error:
+        raise AdapterError(f"adapter.targets: {config.targets!r}: {str(error).splitlines()[0]}") from None
+    return peft_config
+
+
+def adapter_key(parameter_name: str) -> str:
+    """PEFT's name on disk: `model...lora_A.default.weight` -> `base_model.model.model...lora_A.weight`."""
+    return PREFIX + parameter_name.replace(".default.", ".")
+
+
+def parameter_name(adapter_key: str) -> str:
+    """The other way round."""
+    head, tail = adapter_key.removeprefix(PREFIX).rsplit(".", 1)
+    return f"{head}.default.{tail}"
+
+
+def write_adapter(
+    directory: Path, weights: Iterable[tuple[str, Tensor]], config: AdapterConfig, base: BaseModel, *, metadata: dict
+) -> None:
+    """A PEFT directory with a manifest that names the base it belongs to. `weights` are by parameter name."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {adapter_key(name): value.detach().cpu().contiguous() for name, value in weights}
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    modules = {key.removeprefix(PREFIX).split(".lora_")[0] for key in tensors}
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in modules})
+        if isinstance(config.targets, str)
+        else list(config.targets),
+        "inference_mode": True,
+        "bias": "none",
+        "use_dora": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "fan_in_fan_out": False,
+    }
+    write_json(directory / CONFIG_FILE, described)
+    write_manifest(directory, metadata={**metadata, "base_model": base.name, "base_fingerprint": base.fingerprint})
+
+
+def read_adapter(directory: Path, *, label: str) -> Adapter:
+    """Reads a PEFT LoRA directory without peft. Raises `AdapterError` saying what is wrong with it."""
+    config = read_adapter_config(directory, label=label)
+    for option, neutral in UNSUPPORTED_OPTIONS.items():
+        if config.get(option) not in (neutral, None, False):
+            raise AdapterError(f"{label}: {option}={config[option]!r} cannot be served as an adapter; merge it into its base")
+    try:
+        tensors = load_file(directory / WEIGHTS_FILE)
+    except FileNotFoundError:
+        raise AdapterError(f"{label}: {directory} has no {WEIGHTS_FILE}; publish a PEFT directory") from None
+    except SafetensorError as error:
+        raise AdapterError(f"{label}: {WEIGHTS_FILE} is corrupt ({error}); publish the adapter again") from None
+    modules: dict[str, LoraWeights] = {}
+    for key in sorted(key for key in tensors if ".lora_A." in key):
+        name = key.removeprefix(PREFIX).split(".lora_A.")[0]
+        a, b = tensors.pop(key), tensors.pop(key.replace(".lora_A.", ".lora_B."), None)
+        if b is None or a.shape[0] != b.shape[1]:
+            raise AdapterError(f"{label}: {name}: lora_A and lora_B do not fit together; publish the adapter again")
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise AdapterError(f"{label}: {name}: holds NaN or infinity; the run that made it diverged")
+        modules[name] = LoraWeights(a.float(), b.float(), lora_scale(config, name, a.shape[0]))
+    if tensors or not modules:
+        unknown = next(iter(tensors), "no LoRA weights at all")
+        raise AdapterError(f"{label}: {WEIGHTS_FILE} holds {unknown}, which is no LoRA weight; merge it into its base")
+    num_bytes = sum(4 * (m.a.numel() + m.b.numel()) for m in modules.values())
+    return Adapter(modules, num_bytes)
+
+
+def read_adapter_config(directory: Path, *, label: str) -> dict[str, Any]:
+    try:
+        config = read_json(directory / CONFIG_FILE)
+    except FileNotFoundError:
+        raise AdapterError(f"{label}: {directory} has no {CONFIG_FILE}; it is no PEFT adapter directory") from None
+    except json.JSONDecodeError:
+        raise AdapterError(f"{label}: {CONFIG_FILE} is not JSON; the file is damaged") from None
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{label}: peft_type is {config.get('peft_type')!r}; only LORA is served")
+    return config
+
+
+def lora_scale(config: dict[str, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
+    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def pattern_value(patterns: dict[str, float], module: str, default: float) -> float:
+    """PEFT's per-module override: the first pattern that is the module's name or its ending."""
+    return next((value for key, value in patterns.items() if module == key or module.endswith(f".{key}")), default)

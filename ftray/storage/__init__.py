@@ -1,0 +1,18 @@
+"""Files that are whole or absent: atomic writes, manifests, and the object store under the registry."""
+
+from ftray.storage.atomic import read_json, write_bytes, write_json
+from ftray.storage.manifest import Manifest, build_manifest, read_manifest, verify_directory, write_manifest
+from ftray.storage.objects import AlreadyExists, ObjectStore
+
+__all__ = [
+    "AlreadyExists",
+    "Manifest",
+    "ObjectStore",
+    "build_manifest",
+    "read_json",
+    "read_manifest",
+    "verify_directory",
+    "write_bytes",
+    "write_json",
+    "write_manifest",
+]

@@ -1,0 +1,76 @@
+"""A directory counts only if its manifest proves it: every file with size and SHA-256."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ftray.errors import FtrayError
+from ftray.storage.atomic import write_bytes
+
+MANIFEST = "manifest.json"
+
+
+class FileEntry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str  # relative, with forward slashes
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    files: list[FileEntry]
+    metadata: dict[str, Any] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.size for entry in self.files)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def build_manifest(directory: Path, *, metadata: dict[str, Any]) -> Manifest:
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    entries = [
+        FileEntry(path=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=sha256_of(path))
+        for path in files
+    ]
+    return Manifest(files=entries, metadata=metadata)
+
+
+def write_manifest(directory: Path, *, metadata: dict[str, Any]) -> Manifest:
+    """Written last: from here on the directory counts as whole."""
+    manifest = build_manifest(directory, metadata=metadata)
+    write_bytes(directory / MANIFEST, manifest.model_dump_json(indent=2).encode())
+    return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise FtrayError(f"{directory}: no {MANIFEST}; the directory was never completed")
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise FtrayError(f"{path}: not a manifest; the file is damaged") from None
+
+
+def verify_directory(directory: Path) -> Manifest:
+    """Returns the manifest when every file is there, byte for byte; raises `FtrayError` with the first that is not."""
+    manifest = read_manifest(directory)
+    for entry in manifest.files:
+        path = directory / entry.path
+        if not path.is_file():
+            raise FtrayError(f"{path}: missing, though {MANIFEST} lists it")
+        if path.stat().st_size != entry.size:
+            raise FtrayError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {entry.size}; the file is truncated")
+        if sha256_of(path) != entry.sha256:
+            raise FtrayError(f"{path}: content differs from {MANIFEST}; the file is damaged")
+    return manifest

@@ -1,0 +1,65 @@
+"""Exclusive create, read and list on a local directory or an object store (s3://, gs://, az://), through obstore."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import LocalStore, from_url
+
+from ftray.errors import FtrayError
+
+
+class AlreadyExists(FtrayError):
+    """Another writer created this key first."""
+
+
+class ObjectStore:
+    """`location` is a directory or a URL; keys are relative, with forward slashes."""
+
+    def __init__(self, location: str):
+        self.location = location
+        self.local_root: Path | None = None
+        try:
+            if "://" in location:
+                self._store = from_url(location)
+            else:
+                self.local_root = Path(location).absolute()
+                self._store = LocalStore(self.local_root, mkdir=True)
+        except (BaseError, OSError, ValueError) as error:
+            raise FtrayError(f"{location}: cannot be used as a store: {first_line(error)}") from None
+
+    def create(self, key: str, content: bytes | Path) -> None:
+        """Writes a key that must not exist; exactly one of several racing writers succeeds."""
+        try:
+            obstore.put(self._store, key, content, mode="create", use_multipart=False)
+        except (AlreadyExistsError, PreconditionError):
+            raise AlreadyExists(f"{self.location}/{key}: exists already") from None
+        except (BaseError, OSError) as error:
+            raise FtrayError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
+
+    def write(self, key: str, content: bytes | Path) -> None:
+        """Writes a key under a prefix this writer has claimed."""
+        try:
+            obstore.put(self._store, key, content)
+        except (BaseError, OSError) as error:
+            raise FtrayError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
+
+    def read(self, key: str) -> bytes | None:
+        """The content, or None when there is no such key."""
+        try:
+            return bytes(obstore.get(self._store, key).bytes())
+        except FileNotFoundError:
+            return None
+        except BaseError as error:
+            raise FtrayError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Every key below `prefix`, in no order."""
+        for batch in obstore.list(self._store, prefix=prefix):
+            for item in batch:
+                yield item["path"]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

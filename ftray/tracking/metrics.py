@@ -1,0 +1,60 @@
+"""metrics.jsonl: one object a step, evaluations as `{"step": ..., "eval_loss": ...}`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ftray.storage import write_bytes
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends to the run's metrics; a resumed run first forgets the steps after its checkpoint."""
+
+    def __init__(self, run_directory: Path, *, resume_step: int):
+        self.path = run_directory / METRICS
+        kept = [record for record in read_metrics(run_directory) if record["step"] <= resume_step]
+        write_bytes(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def append(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
+    path = run_directory / METRICS
+    return list(parse_lines(path.read_text(encoding="utf-8"))) if path.is_file() else []
+
+
+def parse_lines(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n"):  # the last line may still be being written
+            yield json.loads(line)
+
+
+class MetricsFollower:
+    """New records since the last look, for a progress line in another process."""
+
+    def __init__(self, run_directory: Path):
+        self._path = run_directory / METRICS
+        self._identity: tuple[int, int] | None = None  # of the file the offset belongs to
+        self._offset = 0
+
+    def poll(self) -> list[dict[str, Any]]:
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return []
+        if (identity := (stat.st_dev, stat.st_ino)) != self._identity:
+            self._identity, self._offset = identity, 0  # a restart writes a new file
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        return list(parse_lines((whole + newline).decode()))

@@ -1,0 +1,28 @@
+"""What the driver hands to each worker."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.config import RunConfig
+
+WORKER_ERROR = "worker_error.json"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """The datasets are in Ray's object store; workers read them in place."""
+
+    config: RunConfig
+    run_directory: Path
+    base_name: str
+    data_digest: str
+    train_data: Any  # ObjectRef[TokenizedDataset]
+    eval_data: Any  # ObjectRef[TokenizedDataset] | None
+
+
+def run_in_worker(settings: dict[str, TrainJob]) -> None:
+    """Ray Train's train function. The driver pickles it by name, so torch and deepspeed load only in the workers."""
+    from ftray.train.worker import train_worker
+
+    train_worker(settings["job"])

@@ -1,0 +1,242 @@
+"""The driver's side of a run: check, tokenise while Ray starts, train, and leave a complete run directory."""
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ftray.config import RunConfig
+from ftray.data.sources import check_source
+from ftray.data.tokens import TokenizedDataset, tokenize_source
+from ftray.errors import FtrayError, InterruptedRunError, UserError
+from ftray.model.base import BaseModel, check_base_name, load_tokenizer, prepare_base
+from ftray.model.chat import ChatRenderer
+from ftray.storage import read_json, verify_directory, write_json
+from ftray.tracking.metrics import MetricsFollower, read_metrics
+from ftray.train.checkpoint import CHECKPOINTS, data_digest, newest_whole_checkpoint, read_state
+from ftray.train.job import WORKER_ERROR, TrainJob, run_in_worker
+from ftray.train.preflight import check_resources
+from ftray.train.run_directory import RESULT, RunDirectory, check_same_data, open_run_directory
+
+POLL_S = 0.2
+# Passed from the driver's environment to the workers.
+WORKER_ENVIRONMENT = ("WANDB_API_KEY", "WANDB_BASE_URL", "HF_TOKEN", "HF_HUB_OFFLINE", "GLOO_SOCKET_IFNAME", "XDG_CACHE_HOME")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    train: TokenizedDataset
+    eval: TokenizedDataset | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """How a run is shown; the CLI draws, tests collect."""
+
+    say: Callable[[str], None]
+    on_metrics: Callable[[list[dict[str, Any]]], None]
+    on_start: Callable[[int, int], None]  # (first step, number of steps)
+
+
+def check_before_anything(config: RunConfig) -> None:
+    """What is wrong with the input as far as a file listing can tell, in well under a second."""
+    check_base_name(config.base_model)
+    check_source("data.train", config.data.train)
+    if config.data.eval is not None:
+        check_source("data.eval", config.data.eval)
+
+
+def launch(config: RunConfig, watcher: Watcher, *, fresh: bool = False) -> dict[str, Any]:
+    """Runs, or goes on with, `config.name` and returns what its result.json says."""
+    began = time.time()
+    check_before_anything(config)
+    directory = open_run_directory(config, fresh=fresh)
+    if directory.finished is not None:
+        watcher.say(f"{config.name} is finished already; its result stands ({directory.path / RESULT})")
+        return directory.finished
+    for change in directory.changes:
+        watcher.say(f"goes on with a changed setting: {change}")
+    own_session = not ray.is_initialized()
+    try:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            preparing = pool.submit(prepare_data, config, watcher.say)
+            if own_session:
+                start_ray()
+            check_resources(config.workers)
+            base, data = preparing.result()
+        if directory.resume_from is not None:
+            check_same_data(directory.resume_from, data.digest)
+            watcher.say(f"resumes from {directory.resume_from}")
+        train_on_ray(config, directory, base, data, watcher)
+    except KeyboardInterrupt:
+        raise InterruptedRunError(describe_interruption(config, directory.path)) from None
+    finally:
+        if own_session:
+            ray.shutdown()
+    return finish(config, directory.path, base, data, seconds=time.time() - began)
+
+
+def start_ray() -> None:
+    """Joins the cluster that RAY_ADDRESS or `ray start` names, else starts one on this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(logging_level="ERROR", log_to_driver=False)
+
+
+def prepare_data(config: RunConfig, say: Callable[[str], None]) -> tuple[BaseModel, PreparedData]:
+    base = prepare_base(config.base_model, say=say)
+    renderer = ChatRenderer(load_tokenizer(base))
+    train = tokenize_source("data.train", config.data.train, config.data, renderer)
+    evaluation = None
+    if config.data.eval is not None:
+        evaluation = tokenize_source("data.eval", config.data.eval, config.data, renderer)
+    say(f"base model: {base}")
+    say(f"training data: {describe_counts(train)}")
+    if evaluation is not None:
+        say(f"evaluation data: {describe_counts(evaluation)}")
+    return base, PreparedData(train, evaluation, data_digest(train))
+
+
+def describe_counts(dataset: TokenizedDataset) -> str:
+    counts = dataset.counts()
+    lost = "".join(f", {counts[key]} {key}" for key in ("truncated", "dropped") if counts[key])
+    return (
+        f"{counts['examples']:,} examples{lost}, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained, "
+        f"longest {counts['longest']:,}"
+    )
+
+
+def train_on_ray(
+    config: RunConfig, directory: RunDirectory, base: BaseModel, data: PreparedData, watcher: Watcher
+) -> None:
+    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    (directory.path / WORKER_ERROR).unlink(missing_ok=True)
+    shutil.rmtree(directory.path / CHECKPOINTS / ".validate_storage_marker", ignore_errors=True)
+    base_name = str(base.directory) if Path(config.base_model).exists() else config.base_model
+    job = TrainJob(
+        config=config,
+        run_directory=directory.path,
+        base_name=base_name,
+        data_digest=data.digest,
+        train_data=ray.put(data.train),
+        eval_data=ray.put(data.eval) if data.eval is not None else None,
+    )
+    workers = config.workers
+    bundle = {"CPU": float(workers.cpus_each)} | ({"GPU": float(workers.gpus_each)} if workers.gpus_each else {})
+    trainer = TorchTrainer(
+        run_in_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if workers.gpus_each else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count, use_gpu=workers.gpus_each > 0, resources_per_worker=bundle
+        ),
+        run_config=RayRunConfig(
+            name=CHECKPOINTS,  # so that a checkpoint lies at runs/NAME/checkpoints/step-N
+            storage_path=str(directory.path),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            worker_runtime_env={"env_vars": worker_environment()},
+        ),
+    )
+    start = read_state(directory.resume_from).step if directory.resume_from is not None else 0
+    watcher.on_start(start, num_steps(config, data.train))
+    fit_and_follow(trainer, directory.path, watcher)
+
+
+def num_steps(config: RunConfig, dataset: TokenizedDataset) -> int:
+    from ftray.train.worker import step_plan
+
+    return step_plan(config, dataset).num_steps(epochs=config.epochs, max_steps=config.max_steps)
+
+
+def worker_environment() -> dict[str, str]:
+    passed = {name: os.environ[name] for name in WORKER_ENVIRONMENT if name in os.environ}
+    # Relative paths stay the driver's; Ray would move each worker into the checkpoint folder.
+    return {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TOKENIZERS_PARALLELISM": "false"} | passed
+
+
+def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> None:
+    """`fit` runs in a thread (in the main one it would take over Ctrl-C); here the metrics are followed meanwhile."""
+    outcome: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001  carried over to the main thread
+            outcome.append(error)
+
+    follower = MetricsFollower(run_directory)
+    follower.poll()  # what an earlier part wrote
+    thread = threading.Thread(target=fit, name="ray-train-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+        watcher.on_metrics(follower.poll())
+    watcher.on_metrics(follower.poll())
+    if (run_directory / WORKER_ERROR).is_file():
+        failure = read_json(run_directory / WORKER_ERROR)
+        raise (UserError if failure["exit_code"] == 2 else FtrayError)(failure["message"])
+    if outcome:
+        raise FtrayError(f"training failed: {last_line(outcome[0])}; the workers' logs are in {ray_logs()}") from outcome[0]
+
+
+def last_line(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, cause = next(iter(failures.items()))
+        return f"worker {rank}: {(str(cause).strip().splitlines() or [type(cause).__name__])[-1]}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def ray_logs() -> str:
+    return "/tmp/ray/session_latest/logs"
+
+
+def describe_interruption(config: RunConfig, path: Path) -> str:
+    checkpoint = newest_whole_checkpoint(path)
+    saved = f"the checkpoint {checkpoint} stands" if checkpoint else "no checkpoint was written yet"
+    return f"{config.name}: stopped; {saved}. The same command goes on from there"
+
+
+def finish(config: RunConfig, path: Path, base: BaseModel, data: PreparedData, *, seconds: float) -> dict[str, Any]:
+    """Puts the last checkpoint's adapter (or model) at the top of the run directory and writes result.json last."""
+    checkpoint = newest_whole_checkpoint(path)
+    if checkpoint is None:
+        raise FtrayError(f"{path}: the run ended without a checkpoint; the workers' logs are in {ray_logs()}")
+    product = "adapter" if config.adapter is not None else "model"
+    staging = path / "scratch" / product
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(checkpoint / product, staging)
+    verify_directory(staging)
+    shutil.rmtree(path / product, ignore_errors=True)
+    os.replace(staging, path / product)
+    shutil.rmtree(path / "scratch")
+    metrics = read_metrics(path)
+    steps = [record for record in metrics if "loss" in record]
+    evaluations = [record for record in metrics if "eval_loss" in record]
+    result = {
+        "status": "finished",
+        "name": config.name,
+        "steps": read_state(checkpoint).step,
+        "final_loss": steps[-1]["loss"] if steps else None,
+        "final_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
+        "tokens_per_s": sum(s["num_tokens"] for s in steps) / max(1e-9, sum(s["seconds"] for s in steps)),
+        "seconds": seconds,
+        "data": {"train": data.train.counts()} | ({"eval": data.eval.counts()} if data.eval is not None else {}),
+        "base_model": base.name,
+        "base_fingerprint": base.fingerprint,
+        "output": str(path / product),
+    }
+    write_json(path / RESULT, result)
+    return result

@@ -1,0 +1,32 @@
+"""Before any worker starts: does the cluster have what the run asks for? Ray itself would wait for ever."""
+
+from typing import Any
+
+import ray
+
+from ftray.config.run import WorkersConfig
+from ftray.errors import UserError
+
+
+def check_resources(workers: WorkersConfig) -> None:
+    """Every worker must fit on a node beside those already placed there; raises `UserError` with what is missing."""
+    need = {"CPU": float(workers.cpus_each), "GPU": float(workers.gpus_each)}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fitting = sum(workers_that_fit(node, need) for node in nodes)
+    if fitting >= workers.count:
+        return
+    have = {name: sum(node.get(name, 0) for node in nodes) for name in need}
+    raise UserError(
+        f"workers.count: {workers.count} workers of {describe(need)} do not fit: the cluster has {len(nodes)} "
+        f"node{'s' if len(nodes) != 1 else ''} with {describe(have)} in all, room for {fitting}; "
+        "lower workers.count (or cpus_each, gpus_each), or add nodes"
+    )
+
+
+def workers_that_fit(node: dict[str, Any], need: dict[str, float]) -> int:
+    return min(int(node.get(name, 0) // amount) for name, amount in need.items() if amount > 0)
+
+
+def describe(resources: dict[str, float]) -> str:
+    parts = [f"{amount:g} {name}{'s' if amount != 1 else ''}" for name, amount in resources.items() if amount or name == "CPU"]
+    return " and ".join(parts)

@@ -1,0 +1,95 @@
+"""`runs/NAME/`: claimed before any work, so that a name never mixes two configs."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.config import RunConfig
+from ftray.errors import UserError
+from ftray.storage import read_json, write_json
+from ftray.tracking.environment import describe_environment
+from ftray.train.checkpoint import newest_whole_checkpoint, read_state
+
+RESULT = "result.json"
+# What may change between the parts of one run: where and how it runs, not what it computes.
+MAY_CHANGE = ("workers", "zero", "checkpoint", "evaluation", "tracking", "registry", "batch.tokens_per_micro_batch")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    path: Path
+    resume_from: Path | None  # the newest whole checkpoint
+    finished: dict[str, Any] | None  # the result of a run that is done
+    changes: list[str]  # differences to the earlier part that are allowed, for the user to see
+
+
+def open_run_directory(config: RunConfig, *, fresh: bool) -> RunDirectory:
+    """Makes or reopens `runs_dir/name`. Raises `UserError` when the name belongs to another config."""
+    path = (Path(config.runs_dir) / config.name).absolute()
+    refuse_vanishing_directory(config)
+    resolved = config.model_dump(mode="json")
+    if path.exists() and fresh:
+        set_aside(path)
+    try:
+        (path / "scratch").mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UserError(f"runs_dir: {path} cannot be written: {error.strerror}; choose another with runs_dir=PATH") from None
+    changes: list[str] = []
+    earlier_file = path / "config.json"
+    if earlier_file.is_file():
+        differences = list(compare(read_json(earlier_file), resolved))
+        refused = [text for key, text in differences if not may_change(key)]
+        if refused:
+            raise UserError(
+                f"{path} holds a run of this name with another config:\n"
+                + "\n".join(f"  - {line}" for line in refused)
+                + "\n  choose another name (name=...), or set that run aside with --fresh"
+            )
+        changes = [text for _, text in differences]
+    checkpoint = newest_whole_checkpoint(path)
+    finished = read_json(path / RESULT) if (path / RESULT).is_file() else None
+    write_json(earlier_file, resolved)
+    write_json(path / "environment.json", describe_environment())
+    return RunDirectory(path, checkpoint, finished, changes)
+
+
+def check_same_data(checkpoint: Path, digest: str) -> None:
+    if read_state(checkpoint).data_digest != digest:
+        raise UserError(
+            f"data.train: the data differ from those that {checkpoint} was trained on (rows, template or tokenizer); "
+            "put the old file back, choose another name, or start over with --fresh"
+        )
+
+
+def refuse_vanishing_directory(config: RunConfig) -> None:
+    """`ray job submit --working-dir` unpacks into a session directory that goes away with the job."""
+    if "working_dir_files" in Path.cwd().parts and not Path(config.runs_dir).is_absolute():
+        raise UserError(
+            f"runs_dir: {config.runs_dir!r} lies in the job's temporary working directory and would be lost; "
+            "give a shared absolute path: runs_dir=/path/on/all/nodes"
+        )
+
+
+def set_aside(path: Path) -> None:
+    """Nothing is deleted: the old run moves to NAME.TIME beside the new one."""
+    shutil.move(path, path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+
+
+def compare(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Any:
+    """Yields (key, "key: was A, is B") for every differing leaf."""
+    for name in sorted(earlier.keys() | now.keys()):
+        key, old, new = f"{prefix}{name}", earlier.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from compare(old, new, f"{key}.")
+        elif old != new:
+            yield key, f"{key}: was {json.dumps(old)}, is {json.dumps(new)}"
+
+
+def may_change(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
