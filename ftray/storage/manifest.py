@@ -37,7 +37,7 @@ def sha256_of(path: Path) -> str:
 
 
 def build_manifest(directory: Path, *, metadata: dict[str, Any]) -> Manifest:
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
     entries = [
         FileEntry(path=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=sha256_of(path))
         for path in files
