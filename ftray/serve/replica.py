@@ -1,0 +1,130 @@
+"""One engine with its adapters: what a Ray Serve replica holds. Plain asyncio, no ray."""
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from ftray.config import ServeConfig
+from ftray.errors import AdapterError, DataError, UserError
+from ftray.infer.protocol import Request, Sampling
+from ftray.infer.torch_engine import TorchEngine
+from ftray.model.base import prepare_base
+from ftray.model.chat import ChatRenderer, check_messages
+from ftray.model.hardware import choose_hardware
+from ftray.registry import Registry
+from ftray.serve.residency import AdapterResidency
+from ftray.serve.runner import EngineRunner
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """What the ingress asks of a replica: chat messages, or a prompt as text or ids."""
+
+    prompt: list[dict[str, Any]] | str | list[int]
+    is_chat: bool
+    sampling: Sampling
+    adapter: str | None  # NAME@N
+
+
+class EngineReplica:
+    def __init__(self, config: ServeConfig):
+        import torch
+
+        torch.set_num_threads(max(1, int(config.replicas.cpus_each)) or os.cpu_count() or 1)
+        self.config = config
+        self.base = prepare_base(config.base_model)
+        engine = TorchEngine(self.base, choose_hardware(), config.engine, max_rank=config.adapters.max_rank)
+        self.engine = engine
+        self.renderer = ChatRenderer(engine.tokenizer)
+        self.runner = EngineRunner(engine)
+        self.registry = Registry(config.adapters.registry)
+        self.residency = AdapterResidency(
+            self._load, self._unload, budget_bytes=config.adapters.host_budget
+        )
+
+    async def preload(self) -> None:
+        for reference in self.config.adapters.preload:
+            exact = await asyncio.to_thread(self.registry.resolve, reference)
+            async with self.residency.pinned(str(exact)):
+                pass
+
+    async def generate(self, job: GenerateJob) -> AsyncIterator[Event]:
+        """First {"prompt_tokens": n}, then {"text", "finish_reason", "completion_tokens"} events; or one {"error"}."""
+        try:
+            if self.engine.stats().num_waiting >= self.config.engine.max_waiting:
+                yield {"error": "too many requests wait for this endpoint; try again", "status": 429}
+                return
+            prompt_ids = self._prompt_ids(job)
+            if job.adapter is None:
+                async for event in self._tokens(job, prompt_ids):
+                    yield event
+            else:
+                async with self.residency.pinned(job.adapter):
+                    async for event in self._tokens(job, prompt_ids):
+                        yield event
+        except (UserError, DataError, AdapterError) as error:
+            yield {"error": str(error), "status": 400}
+
+    async def complete(self, job: GenerateJob) -> Event:
+        """The whole answer at once."""
+        texts: list[str] = []
+        last: Event = {}
+        async for event in self.generate(job):
+            if "error" in event:
+                return event
+            texts.append(event.get("text", ""))
+            last |= event
+        return last | {"text": "".join(texts)}
+
+    def check_health(self) -> None:
+        if self.runner.failure is not None:
+            raise RuntimeError(f"the engine has stopped: {self.runner.failure}")
+
+    def _prompt_ids(self, job: GenerateJob) -> list[int]:
+        if job.is_chat:
+            assert isinstance(job.prompt, list)
+            return self.renderer.prompt_ids(check_messages(job.prompt))
+        if isinstance(job.prompt, str):
+            return self.engine.tokenizer(job.prompt)["input_ids"]
+        size = self.engine.model.config.get_text_config().vocab_size
+        wrong = [i for i in job.prompt if not isinstance(i, int) or not 0 <= i < size]
+        if wrong:
+            raise UserError(f"prompt: {wrong[0]!r} is no token id of this model (0 to {size - 1})")
+        return list(job.prompt)  # pyright: ignore[reportReturnType]
+
+    async def _tokens(self, job: GenerateJob, prompt_ids: list[int]) -> AsyncIterator[Event]:
+        request = Request(uuid.uuid4().hex, prompt_ids, job.sampling, job.adapter)
+        yield {"prompt_tokens": len(prompt_ids)}
+        async for event in self.runner.generate(request):
+            yield {
+                "text": event.text,
+                "finish_reason": event.finish_reason,
+                "completion_tokens": event.num_completion_tokens,
+            }
+
+    async def _load(self, key: str) -> int:
+        def fetch():
+            version = self.registry.get(key)
+            check_base(key, version.metadata, self.base)
+            return self.registry.directory(version)
+
+        directory = await asyncio.to_thread(fetch)
+        return await self.runner.call(lambda: self.engine.load_adapter(key, directory))
+
+    async def _unload(self, key: str) -> None:
+        await self.runner.call(lambda: self.engine.unload_adapter(key))
+
+
+def check_base(key: str, metadata: dict[str, Any], base: Any) -> None:
+    """Refuses an adapter of another base, naming both. A foreign PEFT directory may carry no fingerprint."""
+    fingerprint = metadata.get("base_fingerprint")
+    if fingerprint is not None and fingerprint != base.fingerprint:
+        raise AdapterError(
+            f"{key}: trained on {metadata.get('base_model')} ({fingerprint[:12]}), this endpoint serves {base}; "
+            "publish an adapter trained on this base"
+        )

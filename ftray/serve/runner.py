@@ -1,0 +1,96 @@
+"""An engine in a thread of its own, driven from asyncio. The engine is only ever touched by that thread."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import Any
+
+from ftray.errors import FtrayError
+from ftray.infer.protocol import Engine, Request, TokenEvent
+
+IDLE_POLL_S = 1.0
+
+
+class EngineRunner:
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.failure: BaseException | None = None
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
+        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue]] = {}
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="ftray-engine", daemon=True)
+        self._thread.start()
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` in the engine's thread, between two steps."""
+        if self.failure is not None:
+            raise FtrayError(f"the engine has stopped: {self.failure}")
+        future: Future = Future()
+        self._commands.put((function, future))
+        return await asyncio.wrap_future(future)
+
+    async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+        """The request's tokens as they come. Leaving early frees its place at once."""
+        events: asyncio.Queue[TokenEvent | BaseException] = asyncio.Queue()
+        self._streams[request.id] = (asyncio.get_running_loop(), events)
+        finished = False
+        try:
+            await self.call(lambda: self.engine.add(request))
+            while not finished:
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    finished = True
+                    raise FtrayError(f"the engine has stopped: {event}")
+                finished = event.finish_reason is not None
+                yield event
+        finally:
+            self._streams.pop(request.id, None)
+            if not finished:
+                self._commands.put((lambda: self.engine.cancel(request.id), Future()))
+
+    def close(self) -> None:
+        self._closing = True
+        self._commands.put((lambda: None, Future()))
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._run_commands(block=not self.engine.has_work)
+            if self.engine.has_work:
+                try:
+                    events = self.engine.step()
+                except Exception as error:  # noqa: BLE001  told to every caller; the replica's health check fails
+                    self._fail(error)
+                    return
+                for event in events:
+                    self._deliver(event.request_id, event)
+
+    def _run_commands(self, *, block: bool) -> None:
+        try:
+            function, future = self._commands.get(block=block, timeout=IDLE_POLL_S if block else None)
+        except queue.Empty:
+            return
+        while True:
+            try:
+                future.set_result(function())
+            except Exception as error:  # noqa: BLE001  carried to the caller
+                future.set_exception(error)
+            try:
+                function, future = self._commands.get_nowait()
+            except queue.Empty:
+                return
+
+    def _deliver(self, request_id: str, event: TokenEvent | BaseException) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            loop, events = stream
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        for request_id in list(self._streams):
+            self._deliver(request_id, error)
+        while not self._commands.empty():
+            self._commands.get_nowait()[1].set_exception(FtrayError(f"the engine has stopped: {error}"))
