@@ -27,7 +27,7 @@ class EngineConfig(Strict):
 
 class AdaptersConfig(Strict):
     registry: Text = "registry"
-    preload: list[Text] = []
+    preload: list[Text] = Field(default_factory=list)
     host_budget: ByteSize = Field(default=2 * 2**30)
     max_rank: PositiveInt = 256
 

@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from ftray.config.run import RunConfig
+
 MicroBatch = list[int]  # example indices; empty where a rank has fewer than another
 
 
@@ -44,6 +46,16 @@ class StepPlan:
     def divide(self, examples: Sequence[int], world_size: int) -> list[list[MicroBatch]]:
         """Per rank its micro-batches; every rank gets the same number of them, so that collectives match."""
         return divide(examples, self.lengths, world_size=world_size, token_budget=self.tokens_per_micro_batch)
+
+
+def plan_steps(config: RunConfig, lengths: np.ndarray) -> StepPlan:
+    return StepPlan(
+        lengths=lengths,
+        examples_per_step=config.batch.examples_per_step,
+        tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
 
 
 @lru_cache(maxsize=2)

@@ -36,7 +36,7 @@ def guess_columns(have: Sequence[str], *, key: str) -> ColumnsConfig:
 
 def prompt_and_completion(row: dict[str, Any], prompt: Sequence[str], columns: ColumnsConfig) -> list[Message]:
     parts = [str(row[name]) for name in prompt if row[name] not in (None, "")]
-    answer = row[columns.completion]
+    answer = row[str(columns.completion)]
     if not parts:
         raise DataError(f"column {prompt[0]!r} is empty")
     if answer in (None, ""):

@@ -27,6 +27,7 @@ def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
     """A `datasets.Dataset`. Raises `DataError` naming the source when it cannot be read or is empty."""
     check_source(key, source)
     import datasets
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
     path = Path(source)
@@ -39,12 +40,16 @@ def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
             rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=source, split="train")
         else:
             rows = datasets.load_dataset(source, revision=revision, split="train")
-    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (DatasetGenerationError, DatasetNotFoundError) as error:
         raise DataError(f"{key}: {source}: cannot be read: {root_cause(error)}") from None
     except (OSError, ValueError) as error:
+        if "corresponds to no data" in str(error):  # what `datasets` says of a file with a header and no rows
+            raise DataError(f"{key}: {source}: has no rows") from None
         raise DataError(f"{key}: {source}: cannot be read: {root_cause(error)}") from None
     if isinstance(rows, datasets.DatasetDict):
-        raise DataError(f"{key}: {source}: holds the splits {', '.join(rows)}; save the one to use as its own directory")
+        raise DataError(
+            f"{key}: {source}: holds the splits {', '.join(map(str, rows))}; save the one to use as its own directory"
+        )
     if len(rows) == 0:
         raise DataError(f"{key}: {source}: has no rows")
     return rows

@@ -97,9 +97,7 @@ def tokenize_rows(
         raise DataError(f"{where}: no row is left: all {num_dropped} are over data.max_example_tokens")
     offsets = np.zeros(len(ids) + 1, np.int64)
     np.cumsum([len(x) for x in ids], out=offsets[1:])
-    return TokenizedDataset(
-        np.concatenate(ids), np.concatenate(masks), offsets, len(rows), num_truncated, num_dropped
-    )
+    return TokenizedDataset(np.concatenate(ids), np.concatenate(masks), offsets, len(rows), num_truncated, num_dropped)
 
 
 def raise_listed(problems: list[str], what: str, *, fix: str) -> None:

@@ -64,22 +64,23 @@ def attention_forward(
         query_nHD = query[0, :, :num_decode].transpose(0, 1)
         parts.append(decode_attention(query_nHD, step.cache, module.layer_idx, step.decode, scaling=scaling))
     if step.prompts is not None:
-        prompt = (x[0, :, num_decode:] for x in (query, key, value))
-        parts.append(packed_causal_attention(*prompt, step.prompts, scaling=scaling))
+        prompt_q, prompt_k, prompt_v = (x[0, :, num_decode:] for x in (query, key, value))
+        parts.append(packed_causal_attention(prompt_q, prompt_k, prompt_v, step.prompts, scaling=scaling))
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).unsqueeze(0), None
 
 
-def decode_attention(query_nHD: Tensor, cache: KVCache, layer: int, context: DecodeContext, *, scaling: float) -> Tensor:
+def decode_attention(
+    query_nHD: Tensor, cache: KVCache, layer: int, context: DecodeContext, *, scaling: float
+) -> Tensor:
     """[n, H, D]. The query heads that share a key head become rows of one small attention: no key is repeated."""
     n, longest = context.slots_nL.shape
     flat = context.slots_nL.flatten()
     key, value = (
-        pool[layer].index_select(0, flat).unflatten(0, (n, longest)).transpose(1, 2) for pool in (cache.keys, cache.values)
+        pool[layer].index_select(0, flat).unflatten(0, (n, longest)).transpose(1, 2)
+        for pool in (cache.keys, cache.values)
     )
     grouped = query_nHD.unflatten(1, (key.shape[1], -1))  # [n, K, H / K, D]
-    out = scaled_dot_product_attention(
-        grouped, key, value, attn_mask=context.mask_nL[:, None, None, :], scale=scaling
-    )
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=context.mask_nL[:, None, None, :], scale=scaling)
     return out.flatten(1, 2)
 
 

@@ -59,8 +59,8 @@ class TorchEngine:
             raise UserError("the prompt is empty")
         if num_prompt + (wanted or 1) > context:
             raise UserError(
-                f"prompt of {num_prompt} tokens and max_tokens {wanted or 1} exceed this endpoint's context of {context} "
-                "tokens (engine.context_tokens); shorten the prompt or lower max_tokens"
+                f"prompt of {num_prompt} tokens and max_tokens {wanted or 1} exceed this endpoint's context of "
+                f"{context} tokens (engine.context_tokens); shorten the prompt or lower max_tokens"
             )
         if request.adapter is not None and request.adapter not in self._bank:
             raise UserError(f"{request.adapter}: not loaded in this engine")
@@ -148,7 +148,9 @@ class TorchEngine:
     def load_adapter(self, key: str, directory: Path) -> int:
         adapter = read_adapter(directory, label=key)
         if adapter.max_rank > self.max_rank:
-            raise UserError(f"{key}: rank {adapter.max_rank} is over this endpoint's adapters.max_rank ({self.max_rank})")
+            raise UserError(
+                f"{key}: rank {adapter.max_rank} is over this endpoint's adapters.max_rank ({self.max_rank})"
+            )
         self._bank.load(key, adapter)
         self._adapter_bytes[key] = adapter.num_bytes
         return adapter.num_bytes

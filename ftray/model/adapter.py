@@ -113,7 +113,9 @@ def read_adapter(directory: Path, *, label: str) -> Adapter:
     config = read_adapter_config(directory, label=label)
     for option, neutral in UNSUPPORTED_OPTIONS.items():
         if config.get(option) not in (neutral, None, False):
-            raise AdapterError(f"{label}: {option}={config[option]!r} cannot be served as an adapter; merge it into its base")
+            raise AdapterError(
+                f"{label}: {option}={config[option]!r} cannot be served as an adapter; merge it into its base"
+            )
     try:
         tensors = load_file(directory / WEIGHTS_FILE)
     except FileNotFoundError:

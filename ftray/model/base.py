@@ -92,7 +92,9 @@ def download_from_hub(name: str, *, say: Callable[[str], None]) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"base_model: {name}: not in the local cache and not to be had from the hub: {reason}") from None
+        raise UserError(
+            f"base_model: {name}: not in the local cache and not to be had from the hub: {reason}"
+        ) from None
 
 
 def convert_gguf(gguf: Path, *, label: str, say: Callable[[str], None]) -> Path:
@@ -107,7 +109,9 @@ def convert_gguf(gguf: Path, *, label: str, say: Callable[[str], None]) -> Path:
         say(f"converting {gguf.name} once into {directory}")
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # The weights are plain float32 now; left in place, these would make save_pretrained write a quantised model.
         del model.config.quantization_config
@@ -168,7 +172,9 @@ def load_weights(base: BaseModel, hardware: Hardware, *, attention: str) -> Any:
     """The causal LM on the chosen device. Weights are cloned out of the file mapping, which a busy machine evicts."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(
         base.directory, dtype=hardware.dtype, attn_implementation=attention
     )

@@ -100,11 +100,15 @@ class LoraBank:
         for name, module in adapter.modules.items():
             layer = self.layers.get(name)
             if layer is None:
-                raise AdapterError(f"{key}: targets {name}, which the base model does not have; publish it for this base")
+                raise AdapterError(
+                    f"{key}: targets {name}, which the base model does not have; publish it for this base"
+                )
             base = layer.base.weight
             want, have = (base.shape[1], base.shape[0]), (module.a.shape[1], module.b.shape[0])
             if want != have:
-                raise AdapterError(f"{key}: {name} maps {have[0]} to {have[1]}, the base model's maps {want[0]} to {want[1]}")
+                raise AdapterError(
+                    f"{key}: {name} maps {have[0]} to {have[1]}, the base model's maps {want[0]} to {want[1]}"
+                )
             a = module.a.to(base.device, base.dtype).contiguous()
             bt = (module.b * module.scale).t().to(base.device, base.dtype).contiguous()
             factors[name] = Factors(a, bt)

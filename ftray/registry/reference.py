@@ -34,5 +34,7 @@ def parse_reference(text: str) -> Reference:
 
 def check_alias(alias: str, where: str) -> str:
     if not ALIAS_PATTERN.fullmatch(alias):
-        raise UserError(f"{where!r}: after '@' comes a version number or an alias (lower-case letters, digits, '_', '-')")
+        raise UserError(
+            f"{where!r}: after '@' comes a version number or an alias (lower-case letters, digits, '_', '-')"
+        )
     return alias

@@ -30,7 +30,7 @@ class ReplicaBackend:
 
     def __init__(self, handle: DeploymentHandle):
         self._handle = handle
-        self._streaming = handle.options(stream=True)
+        self._streaming: Any = handle.options(stream=True)
 
     async def complete(self, job: GenerateJob) -> Event:
         return await self._handle.complete.remote(job)
@@ -52,7 +52,9 @@ class ReplicaDeployment(EngineReplica):
 @serve.ingress(api)
 class IngressDeployment:
     def __init__(self, config: ServeConfig, replicas: DeploymentHandle):
-        self._ingress = Ingress(ModelNames(config.base_model, Registry(config.adapters.registry)), ReplicaBackend(replicas))
+        self._ingress = Ingress(
+            ModelNames(config.base_model, Registry(config.adapters.registry)), ReplicaBackend(replicas)
+        )
 
     @api.post("/v1/chat/completions")
     async def chat_completions(self, request: ChatRequest) -> Any:
@@ -169,5 +171,3 @@ def absolute_registry(config: ServeConfig) -> ServeConfig:
     adapters = config.adapters.model_copy(update={"registry": os.path.abspath(location)})
     base = os.path.abspath(config.base_model) if os.path.exists(config.base_model) else config.base_model
     return config.model_copy(update={"adapters": adapters, "base_model": base})
-
-

@@ -32,7 +32,12 @@ class ChatShape:
 
     @staticmethod
     def choice(text: str, reason: str | None) -> dict:
-        return {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": None, "finish_reason": reason}
+        return {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "logprobs": None,
+            "finish_reason": reason,
+        }
 
     @staticmethod
     def delta(text: str, reason: str | None, *, first: bool) -> dict:
@@ -86,7 +91,9 @@ class Ingress:
     async def chat(self, request: ChatRequest) -> Any:
         model = await self._resolve(request.model)
         sampling = request.sampling(request.max_new_tokens)
-        return await self._answer(request, model, GenerateJob(request.messages, True, sampling, model.adapter), ChatShape)
+        return await self._answer(
+            request, model, GenerateJob(request.messages, True, sampling, model.adapter), ChatShape
+        )
 
     async def completion(self, request: CompletionRequest) -> Any:
         model = await self._resolve(request.model)

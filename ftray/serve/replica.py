@@ -43,9 +43,7 @@ class EngineReplica:
         self.renderer = ChatRenderer(engine.tokenizer)
         self.runner = EngineRunner(engine)
         self.registry = Registry(config.adapters.registry)
-        self.residency = AdapterResidency(
-            self._load, self._unload, budget_bytes=config.adapters.host_budget
-        )
+        self.residency = AdapterResidency(self._load, self._unload, budget_bytes=config.adapters.host_budget)
 
     async def preload(self) -> None:
         for reference in self.config.adapters.preload:

@@ -1,6 +1,7 @@
 """The OpenAI API's requests and answers, as far as this endpoint speaks it.
 
-A parameter it does not have is refused by name, never ignored: an answer that silently lacks what was asked for is wrong.
+A parameter it does not have is refused by name, never ignored: an answer that silently lacks what was asked for is
+wrong.
 """
 
 from typing import Any, Literal

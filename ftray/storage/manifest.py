@@ -70,7 +70,9 @@ def verify_directory(directory: Path) -> Manifest:
         if not path.is_file():
             raise FtrayError(f"{path}: missing, though {MANIFEST} lists it")
         if path.stat().st_size != entry.size:
-            raise FtrayError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {entry.size}; the file is truncated")
+            raise FtrayError(
+                f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {entry.size}; the file is truncated"
+            )
         if sha256_of(path) != entry.sha256:
             raise FtrayError(f"{path}: content differs from {MANIFEST}; the file is damaged")
     return manifest

@@ -67,12 +67,16 @@ def collect(tensors: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str, T
     return kept
 
 
-def write_model(directory: Path, weights: dict[str, Tensor], engine: "TrainEngine", base: BaseModel, *, metadata: dict) -> None:
+def write_model(
+    directory: Path, weights: dict[str, Tensor], engine: "TrainEngine", base: BaseModel, *, metadata: dict
+) -> None:
     """A Hugging Face directory: `ftray serve` hosts it as a base, transformers loads it."""
     directory.mkdir(parents=True, exist_ok=True)
     engine.model.model.config.save_pretrained(directory)
     for path in sorted(base.directory.iterdir()):
-        if path.name.startswith(("tokenizer", "chat_template", "special_tokens", "generation_config", "vocab", "merges")):
+        if path.name.startswith(
+            ("tokenizer", "chat_template", "special_tokens", "generation_config", "vocab", "merges")
+        ):
             shutil.copyfile(path, directory / path.name)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     write_manifest(directory, metadata={**metadata, "base_model": base.name, "base_fingerprint": base.fingerprint})

@@ -45,6 +45,7 @@ class TrainEngine:
         self._grad_norm: float | None = None
         if stage == 0:
             optimizer.register_step_pre_hook(self._clip_reduced_gradients)
+        self._engine: Any
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 
     @property

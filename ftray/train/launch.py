@@ -1,5 +1,6 @@
 """The driver's side of a run: check, tokenise while Ray starts, train, and leave a complete run directory."""
 
+import logging
 import os
 import shutil
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import ray
 
 from ftray.config import RunConfig
+from ftray.data.plan import plan_steps
 from ftray.data.sources import check_source
 from ftray.data.tokens import TokenizedDataset, tokenize_source
 from ftray.errors import FtrayError, InterruptedRunError, UserError
@@ -20,6 +22,7 @@ from ftray.model.base import BaseModel, check_base_name, load_tokenizer, prepare
 from ftray.model.chat import ChatRenderer
 from ftray.storage import read_json, verify_directory, write_json
 from ftray.tracking.metrics import MetricsFollower, read_metrics
+from ftray.tracking.report import write_report
 from ftray.train.checkpoint import CHECKPOINTS, data_digest, newest_whole_checkpoint, read_state
 from ftray.train.job import WORKER_ERROR, TrainJob, run_in_worker
 from ftray.train.preflight import check_resources
@@ -27,7 +30,14 @@ from ftray.train.run_directory import RESULT, RunDirectory, check_same_data, ope
 
 POLL_S = 0.2
 # Passed from the driver's environment to the workers.
-WORKER_ENVIRONMENT = ("WANDB_API_KEY", "WANDB_BASE_URL", "HF_TOKEN", "HF_HUB_OFFLINE", "GLOO_SOCKET_IFNAME", "XDG_CACHE_HOME")
+WORKER_ENVIRONMENT = (
+    "WANDB_API_KEY",
+    "WANDB_BASE_URL",
+    "HF_TOKEN",
+    "HF_HUB_OFFLINE",
+    "GLOO_SOCKET_IFNAME",
+    "XDG_CACHE_HOME",
+)
 
 
 @dataclass(frozen=True)
@@ -84,11 +94,20 @@ def launch(config: RunConfig, watcher: Watcher, *, fresh: bool = False) -> dict[
     return finish(config, directory.path, base, data, seconds=time.time() - began)
 
 
-def start_ray() -> None:
-    """Joins the cluster that RAY_ADDRESS or `ray start` names, else starts one on this machine."""
+def start_ray() -> bool:
+    """Joins the cluster that RAY_ADDRESS or `ray start` names (True), else starts one on this machine (False)."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(logging_level="ERROR", log_to_driver=False)
+    try:
+        ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
+        return True
+    except ConnectionError as error:
+        if "RAY_ADDRESS" in os.environ:
+            raise UserError(
+                f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}: no Ray cluster answers there: {error}"
+            ) from None
+    ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False)
+    return False
 
 
 def prepare_data(config: RunConfig, say: Callable[[str], None]) -> tuple[BaseModel, PreparedData]:
@@ -155,9 +174,7 @@ def train_on_ray(
 
 
 def num_steps(config: RunConfig, dataset: TokenizedDataset) -> int:
-    from ftray.train.worker import step_plan
-
-    return step_plan(config, dataset).num_steps(epochs=config.epochs, max_steps=config.max_steps)
+    return plan_steps(config, dataset.lengths).num_steps(epochs=config.epochs, max_steps=config.max_steps)
 
 
 def worker_environment() -> dict[str, str]:
@@ -188,7 +205,9 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> None:
         failure = read_json(run_directory / WORKER_ERROR)
         raise (UserError if failure["exit_code"] == 2 else FtrayError)(failure["message"])
     if outcome:
-        raise FtrayError(f"training failed: {last_line(outcome[0])}; the workers' logs are in {ray_logs()}") from outcome[0]
+        raise FtrayError(
+            f"training failed: {last_line(outcome[0])}; the workers' logs are in {ray_logs()}"
+        ) from outcome[0]
 
 
 def last_line(error: BaseException) -> str:
@@ -239,4 +258,5 @@ def finish(config: RunConfig, path: Path, base: BaseModel, data: PreparedData, *
         "output": str(path / product),
     }
     write_json(path / RESULT, result)
+    write_report(path)
     return result

@@ -15,7 +15,7 @@ def check_resources(workers: WorkersConfig) -> None:
     fitting = sum(workers_that_fit(node, need) for node in nodes)
     if fitting >= workers.count:
         return
-    have = {name: sum(node.get(name, 0) for node in nodes) for name in need}
+    have = {name: sum(float(node.get(name, 0)) for node in nodes) for name in need}
     raise UserError(
         f"workers.count: {workers.count} workers of {describe(need)} do not fit: the cluster has {len(nodes)} "
         f"node{'s' if len(nodes) != 1 else ''} with {describe(have)} in all, room for {fitting}; "
@@ -28,5 +28,9 @@ def workers_that_fit(node: dict[str, Any], need: dict[str, float]) -> int:
 
 
 def describe(resources: dict[str, float]) -> str:
-    parts = [f"{amount:g} {name}{'s' if amount != 1 else ''}" for name, amount in resources.items() if amount or name == "CPU"]
+    parts = [
+        f"{amount:g} {name}{'s' if amount != 1 else ''}"
+        for name, amount in resources.items()
+        if amount or name == "CPU"
+    ]
     return " and ".join(parts)

@@ -39,7 +39,9 @@ def open_run_directory(config: RunConfig, *, fresh: bool) -> RunDirectory:
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:
-        raise UserError(f"runs_dir: {path} cannot be written: {error.strerror}; choose another with runs_dir=PATH") from None
+        raise UserError(
+            f"runs_dir: {path} cannot be written: {error.strerror}; choose another with runs_dir=PATH"
+        ) from None
     changes: list[str] = []
     earlier_file = path / "config.json"
     if earlier_file.is_file():

@@ -13,7 +13,7 @@ import ray
 import ray.train
 
 from ftray.config import RunConfig
-from ftray.data.plan import StepPlan
+from ftray.data.plan import plan_steps
 from ftray.data.tokens import TokenizedDataset
 from ftray.errors import FtrayError
 from ftray.model.adapter import inject_lora
@@ -30,6 +30,7 @@ from ftray.train.job import WORKER_ERROR, TrainJob
 from ftray.train.loop import Schedule, evaluation_rows, train
 from ftray.train.schedule import make_schedule
 from ftray.train.zero import shard_while_loading
+
 
 def train_worker(job: TrainJob) -> None:
     """A `FtrayError` is the same on every try: it is written down for the driver, and Ray starts no new try."""
@@ -57,7 +58,7 @@ def run_job(job: TrainJob) -> None:
 
     dataset: TokenizedDataset = ray.get(job.train_data)
     eval_dataset: TokenizedDataset | None = ray.get(job.eval_data) if job.eval_data is not None else None
-    plan = step_plan(config, dataset)
+    plan = plan_steps(config, dataset.lengths)
     num_steps = plan.num_steps(epochs=config.epochs, max_steps=config.max_steps)
     schedule = Schedule(
         start_step=start_step,
@@ -109,16 +110,6 @@ def make_engine(config: RunConfig, base: BaseModel, hardware: Hardware) -> Train
     )
 
 
-def step_plan(config: RunConfig, dataset: TokenizedDataset) -> StepPlan:
-    return StepPlan(
-        lengths=dataset.lengths,
-        examples_per_step=config.batch.examples_per_step,
-        tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-    )
-
-
 @contextlib.contextmanager
 def recorder(job: TrainJob, *, start_step: int, rank: int) -> Iterator[Any]:
     """Rank 0 writes metrics.jsonl and wandb; the others nothing."""
@@ -152,5 +143,3 @@ def scratch_directory(run_directory: Path) -> Iterator[Path]:
     os.makedirs(run_directory / "scratch", exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run_directory / "scratch") as directory:
         yield Path(directory)
-
-

@@ -78,7 +78,9 @@ def restore_state(engine: Any, state: Iterable[tuple[nn.Parameter, dict[str, Ten
     for group in optimizer.param_groups:
         for flat in group["params"]:
             # AdamW makes its state at the first step; here it must exist before.
-            optimizer.state[flat] = {"step": torch.tensor(float(step))} | {key: torch.zeros_like(flat) for key in MOMENTS}
+            optimizer.state[flat] = {"step": torch.tensor(float(step))} | {
+                key: torch.zeros_like(flat) for key in MOMENTS
+            }
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()  # stages 1, 2: links each parameter to its slice
     for parameter, tensors in state:

@@ -1,0 +1,73 @@
+"""`ftray adapters`"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ftray.cli.arguments import RegistryOption
+
+app = typer.Typer(help="The registry of adapters: numbered versions that never change, and aliases that move.")
+
+
+@app.command("list")
+def list_adapters(registry: RegistryOption = "registry") -> None:
+    """Every adapter with its versions and aliases."""
+    from ftray.registry import Registry
+
+    store = Registry(registry)
+    if not store.names():
+        print(f"{registry} has no adapters; `ftray adapters publish DIR --name NAME` adds one")
+    for name in store.names():
+        aliases = store.aliases(name)
+        for number in store.versions(name):
+            pointing = ", ".join(alias for alias, target in aliases.items() if target == number)
+            metadata = store.get(f"{name}@{number}").metadata
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(metadata["published_at"]))
+            base = f"rank {metadata.get('rank')}  {metadata.get('base_model')}"
+            print(f"{name}@{number:<4} {when}  {base}  {pointing}".rstrip())
+
+
+@app.command()
+def show(reference: str, registry: RegistryOption = "registry") -> None:
+    """One version as JSON: its files, base model, metrics, and the history of its name."""
+    from ftray.registry import Registry
+
+    store = Registry(registry)
+    version = store.get(reference)
+    described = {"version": str(version), **version.manifest.model_dump(), "history": store.history(version.name)}
+    print(json.dumps(described, indent=2))
+
+
+@app.command()
+def publish(
+    directory: Annotated[str, typer.Argument(help="A PEFT directory, such as runs/NAME/adapter.")],
+    name: Annotated[str, typer.Option("--name", help="The adapter's name; the registry chooses the version number.")],
+    registry: RegistryOption = "registry",
+) -> None:
+    """Copy an adapter in as the next version of NAME."""
+    from ftray.registry.reference import parse_reference
+
+    parse_reference(name)
+    from ftray.pipeline import publish_adapter
+    from ftray.registry import Registry
+
+    version = publish_adapter(Registry(registry), name, Path(directory))
+    flag = "" if registry == "registry" else f" --registry {registry}"
+    print(f"published {version} in {registry}")
+    print(f"next: ftray adapters promote {version} prod{flag}")
+
+
+@app.command()
+def promote(
+    reference: Annotated[str, typer.Argument(metavar="NAME@N")],
+    alias: str,
+    registry: RegistryOption = "registry",
+) -> None:
+    """Point an alias at a version: requests for NAME@ALIAS are answered by it from then on."""
+    from ftray.registry import Registry
+
+    exact = Registry(registry).promote(reference, alias)
+    print(f"{exact.name}@{alias} is {exact}")

@@ -1,0 +1,31 @@
+"""An engine in this process, with one adapter of a registry or directory, for `eval` and `chat`."""
+
+from pathlib import Path
+
+from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.infer.torch_engine import TorchEngine
+from ftray.model.base import prepare_base
+from ftray.model.hardware import choose_hardware
+from ftray.registry import Registry
+from ftray.serve.replica import check_base
+from ftray.storage import read_manifest
+from ftray.storage.manifest import MANIFEST
+
+
+def load_engine(base_model: str, adapter: str | None, registry: str) -> tuple[TorchEngine, str | None]:
+    """The engine and the key of its adapter (None without one). The adapter is checked before the base is loaded."""
+    base = prepare_base(base_model, say=print)
+    key, directory = None, None
+    if adapter is not None:
+        if Path(adapter).is_dir():
+            key, directory = adapter, Path(adapter)
+            metadata = read_manifest(directory).metadata if (directory / MANIFEST).is_file() else {}
+        else:
+            store = Registry(registry)
+            version = store.get(adapter)
+            key, directory, metadata = str(version), store.directory(version), version.metadata
+        check_base(key, metadata, base)
+    engine = TorchEngine(base, choose_hardware(), EngineConfig(), max_rank=AdaptersConfig().max_rank)
+    if key is not None and directory is not None:
+        engine.load_adapter(key, directory)
+    return engine, key

@@ -1,0 +1,77 @@
+"""`ftray serve`"""
+
+import json
+import signal
+import threading
+from typing import Annotated
+
+import typer
+
+from ftray.cli.arguments import ConfigFile, DryRun, Overrides
+from ftray.config import ServeConfig, load_config, to_yaml
+
+
+def serve(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="On a running cluster: leave the endpoint up when this command ends.")
+    ] = False,
+) -> None:
+    """Serve a base model and every adapter of a registry over an OpenAI-compatible API, until Ctrl-C."""
+    settings: ServeConfig = load_config(config, overrides or (), kind="serve")
+    from ftray.serve.app import check_endpoint
+
+    check_endpoint(settings)
+    if dry_run:
+        show_plan(settings)
+        return
+    run_endpoint(settings, detach=detach)
+
+
+def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
+    import ray
+
+    from ftray.errors import UserError
+    from ftray.serve.app import delete_app, start_endpoint, stop_endpoint
+    from ftray.train.launch import start_ray
+
+    print(f"starting {settings.base_model} on {settings.host}:{settings.port}", flush=True)
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    joined = start_ray()
+    if detach and not joined:
+        ray.shutdown()
+        raise UserError("--detach: there is no running cluster to leave the endpoint on; `ray start --head` makes one")
+    leave = False
+    try:
+        url = start_endpoint(settings)
+        print(f"ready: {url}/v1", flush=True)
+        print(f"  models: curl -s {url}/v1/models", flush=True)
+        print(f"  ask:    {curl_line(url, settings.base_model)}", flush=True)
+        leave = detach
+        if not detach:
+            stopped.wait()
+            print("stopping", flush=True)
+    finally:
+        if not leave:
+            delete_app() if joined else stop_endpoint()
+        ray.shutdown()
+
+
+def curl_line(url: str, model: str, message: str = "Hello!", *, system: str | None = None) -> str:
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": message})
+    body = json.dumps({"model": model, "messages": messages, "max_tokens": 32, "temperature": 0}, ensure_ascii=False)
+    return f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+def show_plan(settings: ServeConfig) -> None:
+    from ftray.registry import Registry
+    from ftray.serve.models import ModelNames
+
+    print(to_yaml(settings))
+    names = ModelNames(settings.base_model, Registry(settings.adapters.registry)).names()
+    print(f"# would serve on http://{settings.host}:{settings.port}/v1: {', '.join(names)}")

@@ -1,0 +1,53 @@
+"""`ftray train`"""
+
+from typing import Annotated
+
+import typer
+
+from ftray.cli.arguments import ConfigFile, DryRun, Overrides
+from ftray.config import RunConfig, load_config, to_yaml
+
+
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Set an earlier run of this name aside and start over.")
+    ] = False,
+) -> None:
+    """Fine-tune a model. The same command again goes on from the last checkpoint."""
+    run: RunConfig = load_config(config, overrides or (), kind="run")
+    from ftray.cli.progress import TrainProgress
+    from ftray.train.launch import check_before_anything, launch
+
+    check_before_anything(run)
+    if dry_run:
+        show_plan(run)
+        return
+    with TrainProgress() as progress:
+        result = launch(run, progress.watcher(), fresh=fresh)
+    evaluation = "" if result["final_eval_loss"] is None else f", evaluation loss {result['final_eval_loss']:.4f}"
+    print(f"{run.name}: {result['steps']} steps, loss {result['final_loss']:.4f}{evaluation}")
+    print(f"  {result['output']}")
+    if run.adapter is not None:
+        registry = "" if run.registry == "registry" else f" --registry {run.registry}"
+        print(f"next: ftray adapters publish {result['output']} --name {run.name}{registry}")
+    else:
+        print(f"next: ftray serve SERVE.yaml base_model={result['output']}")
+
+
+def show_plan(run: RunConfig) -> None:
+    from ftray.train.launch import num_steps, prepare_data
+
+    print(to_yaml(run))
+    base, data = prepare_data(run, lambda text: print(f"# {text}"))
+    steps = num_steps(run, data.train)
+    method = "full fine-tuning" if run.adapter is None else f"LoRA of rank {run.adapter.rank}"
+    gpus = (
+        f" with {run.workers.gpus_each:g} GPUs each"
+        if run.workers.gpus_each
+        else f", {run.workers.cpus_each} CPUs each"
+    )
+    print(f"# would run: {method} of {base.name}, {steps} steps of {run.batch.examples_per_step} examples,")
+    print(f"#   {run.workers.count} workers{gpus}, ZeRO stage {run.zero.stage}, into {run.runs_dir}/{run.name}")

@@ -1,0 +1,42 @@
+"""Through the engine in this process: greedy answers for exact match, and the loss of the expected answers."""
+
+from collections.abc import Sequence
+
+from ftray.config.run import DataConfig
+from ftray.data.pack import pack
+from ftray.data.plan import first_fit
+from ftray.data.tokens import tokenize_source
+from ftray.evaluate.task import Answer, Evaluation, Question, answer_tokens
+from ftray.infer.protocol import Request, Sampling
+from ftray.infer.torch_engine import TorchEngine, generate
+from ftray.model.chat import ChatRenderer
+
+SCORE_TOKENS = 2048  # of one packed row
+
+
+def evaluate_offline(
+    engine: TorchEngine, questions: Sequence[Question], data: DataConfig, *, adapter: str | None, model: str
+) -> Evaluation:
+    """`adapter`: the key it is loaded under in the engine, or None for the base model."""
+    renderer = ChatRenderer(engine.tokenizer)
+    sampling = Sampling(temperature=0, max_tokens=answer_tokens(questions, renderer))
+    requests = [
+        Request(str(i), renderer.prompt_ids(question.messages), sampling, adapter)
+        for i, question in enumerate(questions)
+    ]
+    texts = generate(engine, requests)
+    answers = [Answer(q.text, q.expected, texts[str(i)]) for i, q in enumerate(questions)]
+    return Evaluation(model, answers, held_out_loss(engine, data, renderer, adapter=adapter))
+
+
+def held_out_loss(engine: TorchEngine, data: DataConfig, renderer: ChatRenderer, *, adapter: str | None) -> float:
+    """Mean negative log-likelihood per answer token: what training reports as eval_loss."""
+    assert data.eval is not None
+    dataset = tokenize_source("data.eval", data.eval, data, renderer)
+    budget = max(SCORE_TOKENS, data.max_example_tokens)
+    total, count = 0.0, 0
+    for examples in first_fit(range(len(dataset)), dataset.lengths, budget):
+        log_probs = engine.score(pack(dataset, examples), adapter)
+        total -= log_probs.double().sum().item()
+        count += len(log_probs)
+    return total / count

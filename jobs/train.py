@@ -1,0 +1,10 @@
+"""`ray job submit --working-dir . -- python jobs/train.py CONFIG key=value ...`: the same as `ftray train`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the uploaded working directory, when ftray is not installed
+
+from ftray.cli.main import main
+
+main(["train", *sys.argv[1:]])

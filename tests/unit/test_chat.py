@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from ftray.errors import DataError
+from ftray.model.chat import ChatRenderer, check_messages
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "so long"},
+]
+
+
+def trained_text(renderer, messages):
+    rendered = renderer.training_ids(messages)
+    pieces = np.split(rendered.ids, np.flatnonzero(np.diff(rendered.trained)) + 1)
+    masks = np.split(rendered.trained, np.flatnonzero(np.diff(rendered.trained)) + 1)
+    return [renderer.tokenizer.decode(ids) for ids, mask in zip(pieces, masks, strict=True) if mask[0]]
+
+
+def test_only_assistant_turns_are_trained_with_their_end(renderer):
+    assert trained_text(renderer, TALK) == ["hello<|im_end|>", "so long<|im_end|>"]
+
+
+def test_the_served_prompt_is_a_prefix_of_the_training_ids(renderer):
+    ids = renderer.training_ids(TALK).ids.tolist()
+    for end in (2, 4):
+        prompt = renderer.prompt_ids(TALK[:end])
+        assert ids[: len(prompt)] == prompt
+
+
+def test_ids_are_those_of_the_whole_text_for_this_template(renderer):
+    text = renderer.tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert renderer.training_ids(TALK).ids.tolist() == renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_no_answer_is_refused(renderer):
+    with pytest.raises(DataError, match="no assistant turn"):
+        renderer.training_ids(TALK[:2])
+
+
+def test_a_template_that_rewrites_history_is_refused(tiny_base):
+    from ftray.model.base import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.chat_template = "{{ messages|length }}:{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        ChatRenderer(tokenizer).training_ids(TALK)
+
+
+def test_a_template_that_marks_no_prompt_is_refused(tiny_base):
+    from ftray.model.base import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    with pytest.raises(DataError, match="every token is trained"):
+        ChatRenderer(tokenizer).training_ids(TALK[:3])
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "non-empty list"),
+        ("hello", "non-empty list"),
+        ([{"role": "user"}], "must have `role` and `content`"),
+        ([{"role": "bot", "content": "x"}], "role 'bot' must be one of"),
+        ([{"role": "user", "content": 3}], "content must be text"),
+    ],
+)
+def test_malformed_messages_are_named(messages, message):
+    with pytest.raises(DataError, match=message):
+        check_messages(messages)

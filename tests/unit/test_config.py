@@ -1,0 +1,105 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ftray.config import RunConfig, ServeConfig, load_config, parse_config, to_yaml
+from ftray.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+GOOD = "kind: run\nname: a\nbase_model: smollm2-135m\nepochs: 1\ndata: {train: x.jsonl}\n"
+
+
+def problems(text: str, overrides=(), kind="run") -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, overrides, kind=kind, source="x.yaml")
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_shipped_config_loads(path):
+    kind = next(line.split()[1] for line in path.read_text().splitlines() if line.startswith("kind:"))
+    config = load_config(path, kind=kind)
+    assert parse_config(to_yaml(config), kind=kind, source="again") == config if kind == "run" else config
+
+
+def test_every_problem_is_in_one_report():
+    text = GOOD.replace("train:", "trian:").replace("epochs: 1", "epochs: two") + "zero: {stage: 7}\n"
+    found = "\n".join(problems(text, ["optimizer.learning_rat=1e-4", "nonsense"]))
+    for part in (
+        "data.trian: unknown key; did you mean 'train'?",
+        "data.train: required",
+        "epochs: 'two' is refused",
+        "zero.stage: 7 is refused: Input should be 0, 1, 2 or 3",
+        "optimizer.learning_rat: unknown key; did you mean 'learning_rate'?",
+        "'nonsense': write it as key.path=value",
+    ):
+        assert part in found
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("name=Bad Name", "a name is lower-case"),
+        ("max_steps=3", "give either `epochs` or `max_steps`"),
+        ("data.max_example_tokens=9999", "must be at most batch.tokens_per_micro_batch"),
+        ("data.overlong=trunc", "did you mean 'truncate'?"),
+        ("adapter.rank='16'", "should be a valid integer"),
+        ("optimizer.learning_rate=-1", "should be greater than 0"),
+        ("optimizer.learning_rate=.nan", "should be a finite number"),
+        ("data.columns={prompt: a}", "`prompt` and `completion` go together"),
+        ("kind=serve", "this is a file for `ftray serve`"),
+        ("name.x=1", "name is a value, not a section"),
+    ],
+)
+def test_one_mistake_one_clear_problem(override, message):
+    assert any(message in problem for problem in problems(GOOD, [override]))
+
+
+def test_yaml_1_2_and_overrides():
+    config: RunConfig = parse_config(
+        GOOD, ["optimizer.learning_rate=2e-4", "adapter=null", "data.eval=no"], kind="run", source="x"
+    )
+    assert config.optimizer.learning_rate == 2e-4
+    assert config.adapter is None
+    assert config.data.eval == "no"  # YAML 1.1 would make it False
+
+
+def test_a_duplicate_key_and_broken_yaml_name_their_line():
+    assert "line 6" in problems(GOOD + "name: b\n")[0]
+    assert "line 2" in problems("kind: run\n : :\n  - [")[0] or "not valid YAML" in problems("kind: run\na: [")[0]
+
+
+def test_sizes_need_a_unit():
+    text = "kind: serve\nbase_model: m\nadapters: {host_budget: %s}\n"
+    config: ServeConfig = parse_config(text % "1.5GiB", kind="serve", source="x")
+    assert config.adapters.host_budget == 3 * 2**29
+    assert "such as 2GiB" in problems(text % "100", kind="serve")[0]
+
+
+def test_a_config_cannot_be_changed_after_loading():
+    config: RunConfig = parse_config(GOOD, kind="run", source="x")
+    with pytest.raises(Exception, match="frozen"):
+        config.name = "b"  # pyright: ignore
+
+
+def test_missing_file_suggests_a_near_one(tmp_path):
+    (tmp_path / "run.yaml").write_text(GOOD)
+    with pytest.raises(ConfigError, match=r"did you mean .*run\.yaml"):
+        load_config(tmp_path / "rum.yaml", kind="run")
+
+
+def test_a_bad_file_is_answered_without_torch_or_ray(tmp_path):
+    (tmp_path / "bad.yaml").write_text("kind: run\nnam: x\n")
+    code = (
+        "import sys\nfrom ftray.cli.main import main\n"
+        "try: main(['train', sys.argv[1]])\n"
+        "except SystemExit as e: print(e.code, sorted({'torch','ray','transformers','deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "bad.yaml")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "2 []"
+    assert "did you mean 'name'?" in done.stderr
+    assert "Traceback" not in done.stderr
