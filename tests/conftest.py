@@ -83,7 +83,9 @@ def chat_rows(count: int, *, seed: int = 0) -> list[dict]:
     rows = []
     for _ in range(count):
         question = " ".join(rng.choices(words, k=rng.randint(2, 9)))
-        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": question.split()[0]}]})
+        rows.append(
+            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": question.split()[0]}]}
+        )
     return rows
 
 

@@ -13,7 +13,15 @@ from ftray.errors import FtrayError
 from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedCausalLM, PackedRow
 from ftray.objectives import Objective
-from ftray.train.zero import MOMENTS, full_moment, full_parameter, restore_state, zero_settings
+from ftray.train.zero import (
+    MOMENTS,
+    full_moment,
+    full_parameter,
+    link_moments,
+    restore_state,
+    skip_unused_builds,
+    zero_settings,
+)
 
 
 class TrainEngine:
@@ -45,6 +53,7 @@ class TrainEngine:
         self._grad_norm: float | None = None
         if stage == 0:
             optimizer.register_step_pre_hook(self._clip_reduced_gradients)
+        skip_unused_builds()
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 
@@ -97,6 +106,7 @@ class TrainEngine:
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """`exp_avg.NAME` and `exp_avg_sq.NAME`. All ranks must go through it."""
+        link_moments(self._engine)
         for name, parameter in self.trainable.items():
             for key in MOMENTS:
                 yield f"{key}.{name}", full_moment(self._engine.basic_optimizer, parameter, key)
@@ -108,6 +118,11 @@ class TrainEngine:
             for name, parameter in self.trainable.items()
         )
         restore_state(self._engine, state, step=step)
+
+    def close(self) -> None:
+        """Frees DeepSpeed's hooks and buffers, where a process makes one engine after another."""
+        self._engine.destroy()
+        self._sharding = None
 
     def _loss_sum(self, row: PackedRow) -> Tensor:
         row = row.to(self.hardware.device)

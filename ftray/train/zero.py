@@ -6,6 +6,7 @@ Every rank calls these functions with the same parameters in the same order: sta
 from collections.abc import Iterable
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -20,6 +21,12 @@ from ftray.model.hardware import Hardware
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Communication buckets are allocated whole; DeepSpeed's default of 5e8 elements is 2 GB for a 5 MB adapter.
 MAX_BUCKET_ELEMENTS = 50_000_000
+
+
+def skip_unused_builds() -> None:
+    """On CPU DeepSpeed compiles a shared-memory all-reduce at start, for tensor-parallel inference alone: half a minute
+    and a compiler, for something that training never calls."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def zero_settings(stage: int, hardware: Hardware, *, max_grad_norm: float, num_trainable: int) -> dict[str, Any]:
@@ -72,26 +79,40 @@ def full_moment(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: 
     return value.reshape(full_shape(parameter))
 
 
-def restore_state(engine: Any, state: Iterable[tuple[nn.Parameter, dict[str, Tensor]]], *, step: int) -> None:
-    """Puts master weights and AdamW moments back. `state`: (parameter, {"master" or a moment: full tensor})."""
-    optimizer: torch.optim.Optimizer = engine.basic_optimizer
-    for group in optimizer.param_groups:
-        for flat in group["params"]:
-            # AdamW makes its state at the first step; here it must exist before.
-            optimizer.state[flat] = {"step": torch.tensor(float(step))} | {
-                key: torch.zeros_like(flat) for key in MOMENTS
-            }
+def link_moments(engine: Any) -> None:
+    """Stages 1 and 2 find a parameter's slice of the moments through links. DeepSpeed makes them after stepping the
+    first parameter group, when those of the other groups do not exist yet: so make them again."""
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # stages 1, 2: links each parameter to its slice
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def restore_state(engine: Any, state: Iterable[tuple[nn.Parameter, dict[str, Tensor]]], *, step: int) -> None:
+    """Puts weights and AdamW moments back. `state`: (parameter, {"master" or a moment: full float32 tensor})."""
+    optimizer: torch.optim.Optimizer = engine.basic_optimizer
+    for flat in flat_parameters(engine):
+        # AdamW makes its state at the first step; here it must exist before.
+        optimizer.state[flat] = {"step": torch.tensor(float(step))} | {key: torch.zeros_like(flat) for key in MOMENTS}
+    link_moments(engine)
     for parameter, tensors in state:
-        for key, value in tensors.items():
-            if not is_sharded(parameter):
-                target = parameter if key == "master" else optimizer.state[parameter][key]
-                target.data.copy_(value)
-            elif key == "master":
-                safe_set_full_fp32_param(parameter, value)
+        # The weight that computes, and, where it is another tensor, the float32 master that AdamW updates.
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            parameter.copy_(tensors["master"])
+        if is_sharded(parameter):
+            safe_set_full_fp32_param(parameter, tensors["master"])
+        for key in MOMENTS:
+            if is_sharded(parameter):
+                safe_set_full_optimizer_state(parameter, tensors[key], key)
             else:
-                safe_set_full_optimizer_state(parameter, value, key)
+                optimizer.state[parameter][key].copy_(tensors[key])
+
+
+def flat_parameters(engine: Any) -> list[Tensor]:
+    """What AdamW's state is keyed by: this rank's flat float32 partitions, or at stage 0 the parameters."""
+    for owner in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # stages 1 and 2; stage 3
+        if hasattr(engine.optimizer, owner):
+            return getattr(engine.optimizer, owner)
+    return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:

@@ -54,7 +54,9 @@ def test_a_template_that_marks_no_prompt_is_refused(tiny_base):
     from ftray.model.base import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_base)
-    tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
     with pytest.raises(DataError, match="every token is trained"):
         ChatRenderer(tokenizer).training_ids(TALK[:3])
 

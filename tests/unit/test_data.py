@@ -29,7 +29,9 @@ def test_every_format_gives_the_same_tokens(tmp_path, renderer):
     datasets.Dataset.from_list(pairs).to_parquet(tmp_path / "d.parquet")
     datasets.Dataset.from_list(pairs).save_to_disk(tmp_path / "saved")
     columns = ColumnsConfig(prompt="q", completion="a")
-    sets = [tokenize(tmp_path / n, renderer, columns=columns) for n in ("d.jsonl", "d.json", "d.csv", "d.parquet", "saved")]
+    sets = [
+        tokenize(tmp_path / n, renderer, columns=columns) for n in ("d.jsonl", "d.json", "d.csv", "d.parquet", "saved")
+    ]
     for other in sets[1:]:
         assert np.array_equal(sets[0].ids, other.ids)
         assert np.array_equal(sets[0].trained, other.trained)

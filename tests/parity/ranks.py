@@ -1,0 +1,183 @@
+"""Trains on several gloo ranks without Ray: the loop, engine and checkpoints of the product, one process a rank.
+
+    results = train_on_ranks(2, [Record(...), ...], tmp_path, base=..., train_file=...)
+
+A group of processes runs every record of its world size, since starting one costs seconds.
+"""
+
+import os
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One way to run the same training."""
+
+    name: str
+    world_size: int = 1
+    stage: int = 0
+    tokens_per_micro_batch: int = 4096
+    steps: int = 4
+    stop_after: int | None = None  # end early, as a crash would, after the checkpoint of this step
+    resume_from: str | None = None
+    full: bool = False
+    dropout: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    break_it: str | None = None  # name of a sabotage in BREAKS
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Trained:
+    losses: list[float]
+    grad_norms: list[float]
+    eval_losses: list[float]
+    start: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    checkpoint: str
+
+    def change_from(self, other: "Trained") -> float:
+        """Norm of the difference of the final weights over the norm of the change that training made."""
+        difference = sum(((self.weights[k] - other.weights[k]) ** 2).sum().item() for k in self.weights)
+        change = sum(((self.weights[k] - self.start[k]) ** 2).sum().item() for k in self.weights)
+        return (difference / change) ** 0.5
+
+
+def train_on_ranks(world_size: int, records: list[Record], out: Path, **fixed: Any) -> dict[str, Trained]:
+    assert all(record.world_size == world_size for record in records)
+    out.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(run_rank, args=(world_size, port, records, out, fixed), nprocs=world_size, join=True)
+    return {record.name: Trained(**torch.load(out / f"{record.name}.pt")) for record in records}
+
+
+def run_rank(rank: int, world_size: int, port: int, records: list[Record], out: Path, fixed: dict[str, Any]) -> None:
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), HF_HUB_OFFLINE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
+    from ftray.model.hardware import make_deterministic
+
+    make_deterministic(num_threads=1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    for record in records:
+        result = run_record(record, rank, out / f"{record.name}-checkpoints", **fixed)
+        if rank == 0:
+            torch.save(result, out / f"{record.name}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: str, train_file: str) -> dict[str, Any]:
+    from ftray.config import parse_config
+    from ftray.data.plan import plan_steps
+    from ftray.data.tokens import tokenize_source
+    from ftray.model.base import load_tokenizer, prepare_base
+    from ftray.model.chat import ChatRenderer
+    from ftray.model.hardware import choose_hardware
+    from ftray.train.checkpoint import TrainerState, read_state, restore, write_checkpoint
+    from ftray.train.loop import Schedule, evaluation_rows, train
+    from ftray.train.schedule import make_schedule
+    from ftray.train.worker import make_engine
+
+    text = f"kind: run\nname: parity\nbase_model: {base_directory}\nmax_steps: {record.steps}\ndata: {{train: {train_file}}}\n"
+    settings = {
+        "batch.examples_per_step": 8,
+        "batch.tokens_per_micro_batch": record.tokens_per_micro_batch,
+        "data.max_example_tokens": min(2048, record.tokens_per_micro_batch),
+        "zero.stage": record.stage,
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.warmup_steps": 1,
+        "optimizer.weight_decay": 0.1,
+        "optimizer.max_grad_norm": 0.5,
+        "adapter": "null" if record.full else f"{{rank: 4, alpha: 8, dropout: {record.dropout}}}",
+    } | record.settings
+    config = parse_config(text, [f"{k}={v}" for k, v in settings.items()], kind="run", source="parity")
+    base = prepare_base(base_directory)
+    dataset = tokenize_source("data.train", train_file, config.data, ChatRenderer(load_tokenizer(base)))
+    torch.manual_seed(12345 + rank)  # what came before must not matter
+    engine = make_engine(config, base, choose_hardware())
+    if record.break_it is not None:
+        BREAKS[record.break_it](engine)
+    start = {name: value.clone() for name, value in engine.weights()}
+    start_step = 0
+    if record.resume_from is not None:
+        restore(Path(record.resume_from), engine)
+        start_step = read_state(Path(record.resume_from)).step
+    losses: list[float] = []
+    grad_norms: list[float] = []
+    eval_losses: list[float] = []
+    rows = evaluation_rows(dataset, token_budget=1024, world_size=engine.world_size, rank=rank)
+
+    def save(step: int) -> None:
+        state = TrainerState(step, "digest", engine.world_size, record.stage)
+        write_checkpoint(checkpoints / f"step-{step}", engine, config, base, state, rank=rank)
+
+    train(
+        engine,
+        dataset,
+        plan_steps(config, dataset.lengths),
+        make_schedule(config.optimizer, num_steps=record.steps),
+        Schedule(start_step, record.stop_after or record.steps, None, evaluate_every=2, save_every=record.steps),
+        rank=rank,
+        seed=config.seed,
+        evaluate=lambda: engine.evaluate(rows()),
+        on_step_end=lambda step: (losses.append(step.loss), grad_norms.append(step.grad_norm)),
+        on_evaluated=lambda step, loss: eval_losses.append(loss),
+        save=save,
+    )
+    weights = {name: value.clone() for name, value in engine.weights()}
+    last = record.stop_after or record.steps
+    engine.close()
+    return {
+        "losses": losses,
+        "grad_norms": grad_norms,
+        "eval_losses": eval_losses,
+        "start": start,
+        "weights": weights,
+        "checkpoint": str(checkpoints / f"step-{last}"),
+    }
+
+
+def normalise_per_micro_batch(engine: Any) -> None:
+    """The common mistake: each micro-batch divides by its own count of tokens."""
+    from ftray.objectives.loss import Loss
+
+    whole = engine.objective
+    engine.objective = lambda log_probs, weights: Loss(
+        sum=whole(log_probs, weights).sum / weights.sum().clamp(min=1) * 10, count=weights.sum()
+    )
+
+
+def forget_world_size(engine: Any) -> None:
+    """DeepSpeed's average over ranks is left in the gradients."""
+    backward = engine._engine.backward
+    engine._engine.backward = lambda loss, **options: backward(loss / engine.world_size, **options)
+
+
+def neighbours_leak(engine: Any) -> None:
+    """The row is one sequence to the attention: examples see those before them."""
+    import ftray.model.packed_attention as packed
+
+    real = packed.packed_causal_attention
+
+    def leaky(query, key, value, layout, *, scaling):
+        return real(query, key, value, packed.packed_layout([sum(layout.lengths)]), scaling=scaling)
+
+    packed.packed_causal_attention = leaky
+
+
+BREAKS = {f.__name__: f for f in (normalise_per_micro_batch, forget_world_size, neighbours_leak)}

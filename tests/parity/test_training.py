@@ -1,0 +1,166 @@
+"""A step is a set of examples: the same losses and weights at any world size, micro-batch and ZeRO stage; packed or
+one by one; in one go or resumed. In float32 sums of another order differ in the last bits, hence rtol 1e-5 on losses,
+and 1e-4 on the norm of the difference of the weights over the norm of the change."""
+
+import math
+
+import pytest
+import torch
+from ranks import Record, train_on_ranks
+
+LOSS_RTOL = 1e-5
+WEIGHT_NORM = 1e-4
+
+SAME = [
+    Record("z0-one-by-one", stage=0, tokens_per_micro_batch=96),
+    Record("z1", stage=1),
+    Record("z2-small-micro-batch", stage=2, tokens_per_micro_batch=128),
+    Record("z3", stage=3),
+    Record("2-ranks-z0", world_size=2, stage=0),
+    Record("2-ranks-z2", world_size=2, stage=2, tokens_per_micro_batch=128),
+    Record("2-ranks-z3", world_size=2, stage=3),
+    # 6 tokens-long rows and a large budget: one rank has fewer micro-batches than the other
+    Record("2-ranks-z3-uneven", world_size=2, stage=3, tokens_per_micro_batch=160),
+]
+SAME_FULL = [
+    Record("full-z2", stage=2, full=True),
+    Record("full-2-ranks-z2", world_size=2, stage=2, full=True),
+    Record("full-2-ranks-z3", world_size=2, stage=3, full=True, tokens_per_micro_batch=128),
+]
+BROKEN = [
+    Record("broken-normaliser", stage=0, tokens_per_micro_batch=96, break_it="normalise_per_micro_batch"),
+    Record("broken-world-size", world_size=2, stage=0, break_it="forget_world_size"),
+    Record("broken-attention", stage=0, break_it="neighbours_leak"),
+]
+PARTS = [
+    Record("part-z2", world_size=2, stage=2, steps=6, stop_after=3, dropout=0.1),
+    Record("whole-z2", world_size=2, stage=2, steps=6, dropout=0.1),
+    Record("part-full", world_size=2, stage=2, steps=6, stop_after=3, full=True),
+    Record("whole-full", world_size=2, stage=2, steps=6, full=True),
+    Record("part-plain", world_size=2, stage=2, steps=6, stop_after=3),
+    Record("whole-plain", world_size=2, stage=2, steps=6),
+]
+REFERENCE = Record("reference", stage=0)
+REFERENCE_FULL = Record("reference-full", stage=0, full=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model, train_file):
+    out = tmp_path_factory.mktemp("parity")
+    fixed = {"base_directory": str(tiny_model), "train_file": str(train_file)}
+    every = [REFERENCE, REFERENCE_FULL, *SAME, *SAME_FULL, *PARTS]
+    broken = [[record] for record in BROKEN]  # each alone: a sabotage stays in its process
+    results = {}
+    for group in ([r for r in every if r.world_size == 1], [r for r in every if r.world_size == 2], *broken):
+        results |= train_on_ranks(group[0].world_size, group, out, **fixed)
+    checkpoint = {name: results[name].checkpoint for name in ("part-z2", "part-full", "part-plain")}
+    two = [
+        Record("rest-z2", world_size=2, stage=2, steps=6, dropout=0.1, resume_from=checkpoint["part-z2"]),
+        Record("rest-full", world_size=2, stage=2, steps=6, full=True, resume_from=checkpoint["part-full"]),
+        Record("rest-z3", world_size=2, stage=3, steps=6, resume_from=checkpoint["part-plain"]),
+    ]
+    one = [
+        Record("rest-1-rank", stage=0, steps=6, resume_from=checkpoint["part-plain"]),
+        Record("rest-full-1-rank", stage=1, steps=6, full=True, resume_from=checkpoint["part-full"]),
+    ]
+    return results | train_on_ranks(2, two, out, **fixed) | train_on_ranks(1, one, out, **fixed)
+
+
+@pytest.mark.parametrize("record", SAME, ids=str)
+def test_the_division_of_a_step_does_not_matter(trained, record):
+    agree(trained["reference"], trained[record.name])
+
+
+@pytest.mark.parametrize("record", SAME_FULL, ids=str)
+def test_nor_for_full_fine_tuning(trained, record):
+    agree(trained["reference-full"], trained[record.name])
+
+
+@pytest.mark.parametrize("record", BROKEN, ids=str)
+def test_broken_code_is_found(trained, record):
+    with pytest.raises(AssertionError):
+        agree(trained["reference"], trained[record.name])
+
+
+def agree(reference, other) -> None:
+    assert other.losses == pytest.approx(reference.losses, rel=LOSS_RTOL)
+    assert other.grad_norms == pytest.approx(reference.grad_norms, rel=1e-4)
+    assert other.eval_losses == pytest.approx(reference.eval_losses, rel=LOSS_RTOL)
+    assert reference.change_from(other) < WEIGHT_NORM
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "rest"), [("whole-z2", "part-z2", "rest-z2"), ("whole-full", "part-full", "rest-full")]
+)
+def test_six_steps_are_three_and_three_bitwise(trained, whole, part, rest):
+    """Dropout included for LoRA."""
+    assert trained[part].losses + trained[rest].losses == trained[whole].losses
+    for name, value in trained[whole].weights.items():
+        assert torch.equal(value, trained[rest].weights[name]), name
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "rest"),
+    [
+        ("whole-plain", "part-plain", "rest-1-rank"),
+        ("whole-plain", "part-plain", "rest-z3"),
+        ("whole-full", "part-full", "rest-full-1-rank"),
+    ],
+)
+def test_resuming_at_another_world_size_or_stage_goes_on(trained, whole, part, rest):
+    losses = trained[part].losses + trained[rest].losses
+    assert losses == pytest.approx(trained[whole].losses, rel=LOSS_RTOL)
+    assert trained[whole].change_from(trained[rest]) < WEIGHT_NORM
+
+
+def test_a_resume_without_moments_is_found(trained):
+    """The twin: three fresh steps from the same weights are another run."""
+    assert trained["rest-z2"].losses != trained["whole-z2"].losses[:3]
+
+
+def test_the_gradient_norm_clip_and_update_are_torchs(trained, tiny_base, train_file):
+    """Against a plain loop: transformers' own padded loss, torch's clip_grad_norm_ and AdamW, one process."""
+    losses, norms = plain_torch_loop(tiny_base, train_file)
+    assert trained["reference-full"].losses == pytest.approx(losses, rel=LOSS_RTOL)
+    assert trained["reference-full"].grad_norms == pytest.approx(norms, rel=1e-4)
+
+
+def plain_torch_loop(base, train_file):
+    from transformers import AutoModelForCausalLM
+
+    from ftray.config.run import DataConfig
+    from ftray.data.plan import StepPlan
+    from ftray.data.tokens import tokenize_source
+    from ftray.model.base import load_tokenizer
+    from ftray.model.chat import ChatRenderer
+
+    data = DataConfig(train=str(train_file))
+    dataset = tokenize_source("data.train", str(train_file), data, ChatRenderer(load_tokenizer(base)))
+    plan = StepPlan(dataset.lengths, examples_per_step=8, tokens_per_micro_batch=4096, seed=0, shuffle=True)
+    model = AutoModelForCausalLM.from_pretrained(base.directory)
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    losses, norms = [], []
+    for step in range(4):
+        examples = [dataset.example(i) for i in plan.examples(step, end=None)]
+        longest = max(len(ids) for ids, _ in examples)
+        ids = torch.zeros(len(examples), longest, dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        mask = torch.zeros_like(ids)
+        for row, (tokens, trained) in enumerate(examples):
+            ids[row, : len(tokens)] = torch.from_numpy(tokens.astype("int64"))
+            mask[row, : len(tokens)] = 1
+            labels[row, : len(tokens)][torch.from_numpy(trained)] = ids[row, : len(tokens)][torch.from_numpy(trained)]
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        progress = (step - 1) / 3
+        rate = 1e-2 if step < 1 else 1e-2 * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms
