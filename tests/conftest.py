@@ -1,6 +1,6 @@
-"""Shared fixtures: a tiny random model with a byte tokenizer, adapters for it, and chat rows. No network, no hub."""
+"""Shared fixtures. What they are made from is in tiny.py."""
 
-import json
+import logging
 import os
 from pathlib import Path
 
@@ -8,90 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-
-
-def make_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
-    tokenizer.add_special_tokens(specials)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    wrapped.chat_template = CHATML
-    return wrapped
-
-
-def write_tiny_model(directory: Path, *, seed: int = 0) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.15,  # wide enough that the most likely token is never a near tie
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-def write_peft_adapter(directory: Path, base: Path, *, rank: int, seed: int, targets="all-linear", **options) -> Path:
-    """A LoRA made by peft itself, with a B that is not zero."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM", **options)
-    model = get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.2)
-    model.save_pretrained(directory)
-    return directory
-
-
-def chat_rows(count: int, *, seed: int = 0) -> list[dict]:
-    import random
-
-    rng = random.Random(seed)
-    words = ["card", "lost", "money", "transfer", "pin", "rate", "refund", "help", "where", "my", "is", "the"]
-    rows = []
-    for _ in range(count):
-        question = " ".join(rng.choices(words, k=rng.randint(2, 9)))
-        rows.append(
-            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": question.split()[0]}]}
-        )
-    return rows
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+from tiny import chat_rows, write_jsonl, write_peft_adapter, write_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -131,3 +48,15 @@ def train_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def eval_file(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "eval.jsonl", chat_rows(10, seed=1))
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One Ray session for all tests, with more CPUs than the machine has: the workers are tiny."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    import ray
+
+    ray.init(address="local", num_cpus=4, logging_level=logging.ERROR, log_to_driver=False)
+    yield ray
+    ray.shutdown()

@@ -1,6 +1,7 @@
 """The Ray Serve application: one ingress deployment over engine replicas. Ray is here and nowhere else in `serve/`."""
 
 import errno
+import logging
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -130,6 +131,7 @@ def check_port(host: str, port: int) -> None:
 def start_endpoint(config: ServeConfig) -> str:
     """Deploys the application and returns its URL once it answers. Needs a Ray session."""
     absolute = absolute_registry(config)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options=HTTPOptions(host=config.host, port=config.port),

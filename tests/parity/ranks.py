@@ -180,4 +180,12 @@ def neighbours_leak(engine: Any) -> None:
     packed.packed_causal_attention = leaky
 
 
-BREAKS = {f.__name__: f for f in (normalise_per_micro_batch, forget_world_size, neighbours_leak)}
+def forget_moments(engine: Any) -> None:
+    """A resume that starts AdamW anew."""
+    real = engine.restore
+    engine.restore = lambda weights, moments, *, step: real(
+        weights, {key: torch.zeros_like(value) for key, value in moments.items()}, step=step
+    )
+
+
+BREAKS = {f.__name__: f for f in (normalise_per_micro_batch, forget_world_size, neighbours_leak, forget_moments)}

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import chat_rows, write_jsonl
+from tiny import chat_rows, write_jsonl
 
 from ftray.config.run import ColumnsConfig, DataConfig
 from ftray.data.plan import StepPlan, divide
@@ -48,7 +48,7 @@ def test_prompt_columns_are_joined_and_system_is_used(tmp_path, renderer):
 
 
 def test_rows_that_cannot_be_trained_are_listed(tmp_path, renderer):
-    rows = chat_rows(3) + [{"messages": [{"role": "user", "content": "no answer"}]}]
+    rows = [*chat_rows(3), {"messages": [{"role": "user", "content": "no answer"}]}]
     with pytest.raises(DataError, match=r"1 of 4 rows cannot be trained:\n  - row 4: .*no assistant turn"):
         tokenize(write_jsonl(tmp_path / "x.jsonl", rows), renderer)
 

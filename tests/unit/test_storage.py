@@ -5,7 +5,7 @@ import time
 import pytest
 
 from ftray.errors import FtrayError
-from ftray.storage import AlreadyExists, ObjectStore, read_json, verify_directory, write_json, write_manifest
+from ftray.storage import ObjectStore, read_json, verify_directory, write_json, write_manifest
 
 
 @pytest.fixture

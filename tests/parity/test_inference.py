@@ -1,0 +1,204 @@
+"""The engine: adapters of mixed rank in one batch equal peft one adapter at a time; mixed answers equal solo answers;
+served prompts and logits are those of training."""
+
+import pytest
+import torch
+from tiny import chat_rows, write_jsonl
+
+from ftray.config.run import AdapterConfig, DataConfig
+from ftray.config.serve import EngineConfig
+from ftray.data.pack import pack
+from ftray.data.tokens import tokenize_source
+from ftray.infer.protocol import Request, Sampling
+from ftray.infer.torch_engine import TorchEngine, generate
+from ftray.model import multi_lora
+from ftray.model.adapter import inject_lora, parameter_name
+from ftray.model.base import load_weights
+from ftray.model.hardware import choose_hardware
+from ftray.model.packed import PackedCausalLM, PackedRow, register_packed_attention
+from ftray.model.packed_attention import packed_layout
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+# Mixed batches change the rounding of a matmul: where the top two logits are nearer than this, either may win.
+NEAR_TIE = 1e-4
+
+
+def make_engine(tiny_base, adapters, **settings) -> TorchEngine:
+    config = EngineConfig(**({"context_tokens": 256, "kv_cache_tokens": 8192, "max_sequences": 32} | settings))
+    engine = TorchEngine(tiny_base, choose_hardware(), config, max_rank=64)
+    for name, directory in adapters.items():
+        engine.load_adapter(name, directory)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_base, adapters):
+    return make_engine(tiny_base, adapters)
+
+
+def peft_log_probs(tiny_base, directory, ids):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base.directory)
+    if directory is not None:
+        model = PeftModel.from_pretrained(model, directory)
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+PROMPTS = [[5, 9, 33, 60, 7], [40, 41, 42], [100, 7, 100, 9, 20, 31, 77], [12, 13], [8] * 9, [90, 17, 3]]
+MIX = ["r4", "r8", "r16", "qv", None, "r4"]
+
+
+def mixed_log_probs(engine) -> list[torch.Tensor]:
+    """All prompts in one forward pass, each with its own adapter."""
+    ids = torch.tensor([i for prompt in PROMPTS for i in prompt])
+    lengths = [len(prompt) for prompt in PROMPTS]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    from ftray.infer.attention import AttentionStep
+
+    step = AttentionStep(cache=None, write_slots_T=None, decode=None, prompts=packed_layout(lengths))
+    with torch.inference_mode():
+        hidden = engine._hidden(ids, positions, list(zip(MIX, lengths, strict=True)), step)
+        return list(engine.model.get_output_embeddings()(hidden).log_softmax(-1).split(lengths))
+
+
+@pytest.mark.parametrize("way", ["stacked", "grouped"])
+def test_mixed_ranks_equal_peft(engine, tiny_base, adapters, monkeypatch, way):
+    monkeypatch.setattr(multi_lora, "MAX_STACKED_TOKENS", 10_000 if way == "stacked" else 0)
+    for log_probs, prompt, name in zip(mixed_log_probs(engine), PROMPTS, MIX, strict=True):
+        torch.testing.assert_close(log_probs, peft_log_probs(tiny_base, adapters.get(name), prompt), **CLOSE)
+
+
+def test_a_missing_mask_is_found(engine, tiny_base, adapters, monkeypatch):
+    monkeypatch.setattr(multi_lora, "MAX_STACKED_TOKENS", 10_000)
+    monkeypatch.setattr(multi_lora.LoraBatch, "mask_TR", lambda self, stack: torch.tensor(1.0))
+    wrong = mixed_log_probs(engine)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(wrong[0], peft_log_probs(tiny_base, adapters["r4"], PROMPTS[0]), **CLOSE)
+
+
+def test_a_swapped_adapter_is_found(engine, tiny_base, adapters):
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(
+            mixed_log_probs(engine)[0], peft_log_probs(tiny_base, adapters["r8"], PROMPTS[0]), **CLOSE
+        )
+
+
+def requests(renderer, count: int, max_tokens: int = 12) -> list[Request]:
+    names = ["r4", "r8", "r16", "qv"]
+    rows = chat_rows(count, seed=8)
+    return [
+        Request(
+            str(i),
+            renderer.prompt_ids(row["messages"][:1]),
+            Sampling(temperature=0, max_tokens=max_tokens),
+            names[i % 4],
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def tokens_of(engine, wanted: list[Request]) -> dict[str, list[int]]:
+    for request in wanted:
+        engine.add(request)
+    tokens: dict[str, list[int]] = {request.id: [] for request in wanted}
+    while engine.has_work:
+        for event in engine.step():
+            tokens[event.request_id].append(event.token_id)
+    return tokens
+
+
+def test_32_mixed_answers_equal_solo_answers(engine, tiny_base, adapters, renderer):
+    wanted = requests(renderer, 32)
+    mixed = tokens_of(engine, wanted)
+    for request in wanted:
+        solo = tokens_of(engine, [request])[request.id]
+        same_until_near_tie(mixed[request.id], solo, request, tiny_base, adapters)
+
+
+def same_until_near_tie(mixed, solo, request, tiny_base, adapters) -> None:
+    for place, (a, b) in enumerate(zip(mixed, solo, strict=False)):
+        if a != b:
+            ids = [*request.prompt_ids, *solo[:place]]
+            top = peft_log_probs(tiny_base, adapters[request.adapter], ids)[-1].topk(2).values
+            assert top[0] - top[1] < NEAR_TIE, f"request {request.id} differs at token {place}"
+            return
+    assert len(mixed) == len(solo)
+
+
+def test_solo_answers_are_transformers_generate(engine, tiny_base, adapters, renderer):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for request in requests(renderer, 4):
+        model = AutoModelForCausalLM.from_pretrained(tiny_base.directory)
+        model = PeftModel.from_pretrained(model, adapters[str(request.adapter)])
+        prompt = torch.tensor([list(request.prompt_ids)])
+        out = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False, eos_token_id=list(engine.stop_ids))
+        same_until_near_tie(
+            tokens_of(engine, [request])[request.id], out[0, prompt.shape[1] :].tolist(), request, tiny_base, adapters
+        )
+
+
+def test_a_cache_that_forgets_is_found(tiny_base, adapters, renderer, monkeypatch):
+    """The twin of the two above: reading the wrong cache slots changes answers."""
+    from ftray.infer import torch_engine
+
+    broken = make_engine(tiny_base, adapters)
+    wanted = requests(renderer, 8)
+    right = tokens_of(broken, wanted)
+    real = torch_engine.decode_context
+    rolled = lambda slots, lengths, device: real([own.roll(1) for own in slots], lengths, device)  # noqa: E731
+    monkeypatch.setattr(torch_engine, "decode_context", rolled)
+    assert tokens_of(broken, wanted) != right
+
+
+def test_more_requests_than_places_and_cache_wait_their_turn(tiny_base, adapters, renderer):
+    small = make_engine(tiny_base, adapters, max_sequences=3, kv_cache_tokens=256)
+    large = make_engine(tiny_base, adapters)
+    wanted = requests(renderer, 12)
+    for request in wanted:
+        small.add(request)
+    most = 0
+    while small.has_work:
+        small.step()
+        most = max(most, small.stats().num_running)
+    assert most <= 3
+    assert small.stats().kv_tokens_used == 0
+    assert generate(small, wanted).keys() == generate(large, wanted).keys()
+
+
+def test_a_seed_gives_the_same_answer_in_any_company(engine, renderer):
+    prompt = renderer.prompt_ids([{"role": "user", "content": "where"}])
+    sampling = Sampling(temperature=0.9, top_p=0.8, seed=7, max_tokens=10)
+    alone = tokens_of(engine, [Request("x", prompt, sampling, "r8")])["x"]
+    company = [Request(str(i), prompt, Sampling(temperature=1, max_tokens=10), "r4") for i in range(5)]
+    together = tokens_of(engine, [*company, Request("x", prompt, sampling, "r8")])["x"]
+    assert alone == together
+    assert (
+        alone != tokens_of(engine, [Request("x", prompt, Sampling(temperature=0.9, seed=8, max_tokens=10), "r8")])["x"]
+    )
+
+
+def test_served_logits_and_prompts_are_those_of_training(tiny_base, renderer, tmp_path, engine, adapters):
+    """The engine's layers with a PEFT directory == the training model with the same weights injected by peft."""
+    from safetensors.torch import load_file
+
+    path = write_jsonl(tmp_path / "d.jsonl", chat_rows(6, seed=4))
+    dataset = tokenize_source("data.train", str(path), DataConfig(train=str(path)), renderer)
+    model = load_weights(tiny_base, choose_hardware(), attention=register_packed_attention())
+    inject_lora(model, AdapterConfig(rank=8, alpha=16), seed=0)
+    saved = load_file(adapters["r8"] / "adapter_model.safetensors")
+    missing = model.load_state_dict({parameter_name(k): v for k, v in saved.items()}, strict=False)
+    assert not missing.unexpected_keys
+    row: PackedRow = pack(dataset, list(range(6)))
+    with torch.no_grad():
+        trained = PackedCausalLM(model)(row)
+    torch.testing.assert_close(engine.score(row, "r8"), trained, **CLOSE)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(engine.score(row, "r4"), trained, **CLOSE)
+    for index, record in enumerate(chat_rows(6, seed=4)):
+        prompt = renderer.prompt_ids(record["messages"][:1])
+        assert dataset.example(index)[0][: len(prompt)].tolist() == prompt

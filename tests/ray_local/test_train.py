@@ -1,0 +1,153 @@
+"""Runs through Ray Train with two workers, as `ftray train` makes them."""
+
+import json
+import os
+import signal
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import chat_rows, write_jsonl
+
+from ftray.config import parse_config
+from ftray.errors import UserError
+from ftray.storage import read_json, verify_directory
+from ftray.tracking.metrics import read_metrics
+from ftray.train.launch import Watcher, launch
+
+
+class Recorder:
+    """A watcher that collects, and may do something at a step."""
+
+    def __init__(self, at_step: int | None = None, action=None):
+        self.lines: list[str] = []
+        self.at_step, self.action = at_step, action
+
+    def watcher(self) -> Watcher:
+        return Watcher(say=self.lines.append, on_metrics=self.on_metrics, on_start=lambda first, total: None)
+
+    def on_metrics(self, records):
+        if self.action and any(record["step"] >= self.at_step for record in records):
+            self.action()
+            self.action = None
+
+
+@pytest.fixture
+def config(tiny_model, train_file, eval_file, tmp_path):
+    def make(**settings):
+        text = f"kind: run\nname: demo\nbase_model: {tiny_model}\ndata: {{train: {train_file}, eval: {eval_file}}}\n"
+        chosen = {
+            "max_steps": 8,
+            "runs_dir": tmp_path / "runs",
+            "workers.count": 2,
+            "batch.examples_per_step": 4,
+            "optimizer.learning_rate": 5e-3,
+            "checkpoint.every": 4,
+            "evaluation.every": 4,
+        } | {key.replace("__", "."): value for key, value in settings.items()}
+        return parse_config(text, [f"{key}={value}" for key, value in chosen.items()], kind="run", source="test")
+
+    return make
+
+
+def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):
+    settings = {"tracking.wandb": "offline"}
+    recorder = Recorder()
+    result = launch(config(**settings), recorder.watcher())
+    run = tmp_path / "runs" / "demo"
+    assert {p.name for p in run.iterdir()} >= {
+        "config.json", "environment.json", "metrics.jsonl", "checkpoints", "adapter", "result.json", "report.html", "wandb",
+    }  # fmt: skip
+    steps = [record for record in read_metrics(run) if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 9))
+    assert set(steps[0]) == {
+        "step", "loss", "learning_rate", "grad_norm", "num_tokens", "num_trained_tokens", "tokens_per_s", "seconds",
+    }  # fmt: skip
+    assert [set(r) for r in read_metrics(run) if "eval_loss" in r] == [{"step", "eval_loss"}] * 2
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert sorted(p.name for p in (run / "checkpoints").glob("step-*")) == ["step-4", "step-8"]
+    assert verify_directory(run / "adapter").metadata["step"] == 8
+    assert result["data"]["train"]["rows"] == 40
+    assert list((run / "wandb").glob("offline-run-*"))
+    report = (run / "report.html").read_text()
+    assert "<svg" in report
+    assert "http://" not in report.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert any("40 examples" in line and "longest" in line for line in recorder.lines)
+
+    # the same command again: the result stands
+    again = Recorder()
+    assert launch(config(**settings), again.watcher()) == result
+    assert "finished already" in again.lines[0]
+
+    # another config under the same name: refused before any work, nothing lost
+    with pytest.raises(UserError, match=r"optimizer.learning_rate: was 0.005, is 0.1\n.*--fresh"):
+        launch(config(optimizer__learning_rate=0.1), Recorder().watcher())
+    assert read_json(run / "result.json") == result
+
+    # not finished, but with other data: refused
+    (run / "result.json").unlink()
+    data = write_jsonl(tmp_path / "other.jsonl", chat_rows(40, seed=9))
+    stored = read_json(run / "config.json")
+    stored["data"]["train"] = str(data)
+    (run / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="data.train: the data differ"):
+        launch(config(data__train=data, **settings), Recorder().watcher())
+
+
+def kill_a_worker():
+    """With SIGKILL, by its id, among the processes of this test session."""
+    mine = psutil.Process().children(recursive=True)
+    workers = [p for p in mine if "RayTrainWorker" in " ".join(p.cmdline())]
+    os.kill(workers[-1].pid, signal.SIGKILL)
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(ray_session, config, tmp_path):
+    long = {"max_steps": 40, "checkpoint.every": 5, "evaluation.every": 40}
+    calm = launch(config(name="calm", **long), Recorder().watcher())
+    recorder = Recorder(at_step=7, action=kill_a_worker)
+    killed = launch(config(name="killed", **long), recorder.watcher())
+    assert recorder.action is None, "no worker was killed"
+    runs = tmp_path / "runs"
+    steps = [[r["loss"] for r in read_metrics(runs / name) if "loss" in r] for name in ("calm", "killed")]
+    assert steps[0] == steps[1]
+    assert killed["final_eval_loss"] == calm["final_eval_loss"]
+    weights = [load_file(runs / name / "adapter" / "adapter_model.safetensors") for name in ("calm", "killed")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_full_fine_tuning_with_zero_3_gives_a_model_that_serves(ray_session, config, tmp_path, renderer):
+    from transformers import AutoModelForCausalLM
+
+    from ftray.config.serve import EngineConfig
+    from ftray.infer.protocol import Request, Sampling
+    from ftray.infer.torch_engine import TorchEngine, generate
+    from ftray.model.base import prepare_base
+    from ftray.model.hardware import choose_hardware
+
+    result = launch(config(adapter="null", zero__stage=3, max_steps=4), Recorder().watcher())
+    model, report = AutoModelForCausalLM.from_pretrained(result["output"], output_loading_info=True)
+    assert not report["missing_keys"]
+    prompt = renderer.prompt_ids(chat_rows(1)[0]["messages"][:1])
+    settings = EngineConfig(context_tokens=128, kv_cache_tokens=256)
+    engine = TorchEngine(prepare_base(result["output"]), choose_hardware(), settings, max_rank=8)
+    served = generate(engine, [Request("a", prompt, Sampling(temperature=0, max_tokens=6))])["a"]
+    stop = list(engine.stop_ids)
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=stop)
+    assert served == engine.tokenizer.decode(expected[0, len(prompt) :], skip_special_tokens=True)
+
+
+def test_more_workers_than_the_cluster_has(ray_session, config):
+    with pytest.raises(
+        UserError, match=r"workers.count: 9 workers of 1 CPU do not fit: the cluster has 1 node with 4 CPUs"
+    ):
+        launch(config(workers__count=9), Recorder().watcher())
+    with pytest.raises(UserError, match=r"2 workers of 1 CPU and 1 GPU do not fit"):
+        launch(config(name="gpu", workers__gpus_each=1), Recorder().watcher())
+
+
+def test_a_mistake_found_in_the_workers_is_not_retried(ray_session, config):
+    with pytest.raises(UserError, match=r"adapter.targets: .*nope"):
+        launch(config(adapter="{targets: [nope]}"), Recorder().watcher())

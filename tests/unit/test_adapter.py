@@ -1,0 +1,125 @@
+"""Adapter directories: plain PEFT, and every way one can be wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import write_peft_adapter, write_tiny_model
+
+from ftray.config.run import AdapterConfig
+from ftray.errors import AdapterError
+from ftray.model.adapter import inject_lora, read_adapter, write_adapter
+from ftray.model.base import load_weights, prepare_base
+from ftray.model.hardware import choose_hardware
+from ftray.model.multi_lora import LoraBank
+
+
+@pytest.fixture
+def adapter(adapters, tmp_path):
+    return shutil.copytree(adapters["r8"], tmp_path / "adapter")
+
+
+def edit_config(directory, **changes):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(directory, change):
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def first(tensors, part):
+    return next(key for key in tensors if part in key)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "adapter_config.json").unlink(), "no adapter_config.json"),
+        (lambda d: (d / "adapter_config.json").write_text("{"), "is not JSON"),
+        (lambda d: edit_config(d, peft_type="IA3"), "only LORA is served"),
+        (lambda d: edit_config(d, use_dora=True), "use_dora=True cannot be served"),
+        (lambda d: edit_config(d, modules_to_save=["lm_head"]), "merge it into its base"),
+        (lambda d: (d / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x" * 100), "is corrupt"),
+        (
+            lambda d: (d / "adapter_model.safetensors").write_bytes(
+                (d / "adapter_model.safetensors").read_bytes()[:-99]
+            ),
+            "is corrupt",
+        ),
+        (lambda d: edit_weights(d, lambda t: t.pop(first(t, "lora_B"))), "do not fit together"),
+        (lambda d: edit_weights(d, lambda t: t[first(t, "lora_A")].fill_(float("nan"))), "holds NaN"),
+        (lambda d: edit_weights(d, lambda t: t.update(extra=torch.zeros(1))), "is no LoRA weight"),
+        (lambda d: edit_weights(d, lambda t: t.clear() or t.update(x=torch.zeros(1))), "no LoRA weight"),
+    ],
+)
+def test_a_corrupt_adapter_says_what_is_wrong(adapter, damage, message):
+    damage(adapter)
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(adapter, label="support@1")
+
+
+def test_an_adapter_of_another_shape_is_refused_and_harms_nobody(tmp_path, tiny_base, adapters):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = write_tiny_model(tmp_path / "other")
+    config = LlamaConfig.from_pretrained(other)
+    config.hidden_size, config.intermediate_size = 32, 48
+    LlamaForCausalLM(config).save_pretrained(other)
+    foreign = write_peft_adapter(tmp_path / "foreign", other, rank=4, seed=0)
+    model = load_weights(tiny_base, choose_hardware(), attention="sdpa")
+    bank = LoraBank(model)
+    bank.load("good@1", read_adapter(adapters["r4"], label="good@1"))
+    with pytest.raises(AdapterError, match=r"foreign@1: .* maps 48 to 32, the base model's maps 96 to 64"):
+        bank.load("foreign@1", read_adapter(foreign, label="foreign@1"))
+    assert "good@1" in bank
+    assert "foreign@1" not in bank
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 8}}]
+)
+def test_scales_are_pefts(tmp_path, tiny_model, options):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    directory = write_peft_adapter(tmp_path / "a", tiny_model, rank=4, seed=0, **options)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), directory)
+    ours = read_adapter(directory, label="a")
+    for name, module in ours.modules.items():
+        assert module.scale == pytest.approx(model.get_base_model().get_submodule(name).scaling["default"]), name
+
+
+def test_what_we_write_peft_loads(tmp_path, tiny_base):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = AdapterConfig(rank=4, alpha=8)
+    model = load_weights(tiny_base, choose_hardware(), attention="sdpa")
+    inject_lora(model, config, seed=0)
+    weights = {name: torch.randn_like(p) * 0.1 for name, p in model.named_parameters() if p.requires_grad}
+    model.load_state_dict(weights, strict=False)
+    write_adapter(tmp_path / "a", weights.items(), config, tiny_base, metadata={"run": "x"})
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base.directory), tmp_path / "a")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_targets_are_a_users_mistake(tiny_base):
+    model = load_weights(tiny_base, choose_hardware(), attention="sdpa")
+    with pytest.raises(AdapterError, match=r"adapter.targets: \['q_prj'\]"):
+        inject_lora(model, AdapterConfig(targets=["q_prj"]), seed=0)
+
+
+def test_fingerprints_tell_models_apart(tmp_path, tiny_model, tiny_base):
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    assert prepare_base(str(copy)).fingerprint == tiny_base.fingerprint
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    assert prepare_base(str(other)).fingerprint != tiny_base.fingerprint

@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from ftray.config.serve import EngineConfig
+from ftray.errors import UserError
+from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
+from ftray.infer.protocol import Request, Sampling
+from ftray.infer.sampler import make_generator, sample
+from ftray.infer.text import TextStream
+from ftray.infer.torch_engine import TorchEngine, generate
+from ftray.model.hardware import choose_hardware
+
+
+def shown(renderer, text: str, stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
+    """Text pushed token by token (bytes here), as pieces, and whether a stop string ended it."""
+    stream = TextStream(renderer.tokenizer, stop)
+    pieces = []
+    for token in renderer.tokenizer(text, add_special_tokens=False)["input_ids"]:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    pieces.append(stream.finish())
+    return pieces, stream.stopped
+
+
+def test_text_comes_whole_characters_at_a_time(renderer):
+    pieces, _ = shown(renderer, "zürich 東京 👋")
+    assert "".join(pieces) == "zürich 東京 👋"
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_stop_string_is_never_shown_not_even_its_beginning(renderer):
+    pieces, stopped = shown(renderer, "one END two", ("END",))
+    assert ("".join(pieces), stopped) == ("one ", True)
+    pieces, stopped = shown(renderer, "one EN", ("END",))
+    assert ("".join(pieces), stopped) == ("one EN", False)  # it did not become the stop string
+    assert "".join(pieces[:-1]) == "one "
+
+
+def test_greedy_and_nucleus_sampling():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(3, 1)
+    samplings = [Sampling(temperature=0), Sampling(top_p=0.5, seed=0), Sampling(temperature=1, seed=0)]
+    generators = [make_generator(s) for s in samplings]
+    drawn = [sample(logits, samplings, generators) for _ in range(400)]
+    assert {row[0] for row in drawn} == {0}
+    assert {row[1] for row in drawn} == {0}  # the first token alone holds half
+    shares = torch.bincount(torch.tensor([row[2] for row in drawn]), minlength=4) / 400
+    assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.08)
+
+
+def test_the_cache_reserves_whole_pages_and_gives_them_back():
+    cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=2, num_tokens=4 * PAGE_TOKENS, like=torch.zeros(1))
+    first = cache.reserve(PAGE_TOKENS + 1)
+    second = cache.reserve(2 * PAGE_TOKENS)
+    assert first is not None
+    assert second is not None
+    assert not set(first.tolist()) & set(second.tolist())
+    assert cache.reserve(1) is None
+    cache.release(first)
+    assert cache.num_free_tokens == 2 * PAGE_TOKENS
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_base):
+    config = EngineConfig(context_tokens=64, kv_cache_tokens=256, max_sequences=4, max_prefill_tokens=16)
+    return TorchEngine(tiny_base, choose_hardware(), config, max_rank=8)
+
+
+def test_requests_that_can_never_run_are_refused(engine):
+    with pytest.raises(UserError, match="prompt of 60 tokens and max_tokens 10 exceed this endpoint's context of 64"):
+        engine.add(Request("a", [5] * 60, Sampling(max_tokens=10)))
+    with pytest.raises(UserError, match="empty"):
+        engine.add(Request("a", []))
+    with pytest.raises(UserError, match="not loaded"):
+        engine.add(Request("a", [5], adapter="ghost@1"))
+    assert not engine.has_work
+
+
+def test_an_answer_ends_at_its_limit_and_says_so(engine):
+    engine.add(Request("a", [5, 6, 7], Sampling(temperature=0, max_tokens=3)))
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert [event.num_completion_tokens for event in events] == [1, 2, 3]
+    assert events[-1].finish_reason in ("length", "stop")
+    assert all(event.finish_reason is None for event in events[:-1])
+
+
+def test_a_prompt_longer_than_a_prefill_goes_alone(engine):
+    for name, length in (("a", 10), ("b", 30), ("c", 5)):
+        engine.add(Request(name, [5] * length, Sampling(temperature=0, max_tokens=4)))
+    first = {event.request_id for event in engine.step()}
+    assert first == {"a"}
+    while engine.has_work:
+        engine.step()
+
+
+def test_cancelling_frees_the_place_at_once(engine):
+    engine.add(Request("a", [5, 6], Sampling(temperature=0, max_tokens=20)))
+    engine.step()
+    engine.cancel("a")
+    assert not engine.has_work
+    assert engine.stats().kv_tokens_used == 0
+
+
+def test_an_adapter_over_the_rank_limit_is_refused(engine, adapters):
+    with pytest.raises(UserError, match="rank 16 is over this endpoint's adapters.max_rank"):
+        engine.load_adapter("big@1", adapters["r16"])
+    engine.load_adapter("small@1", adapters["r4"])
+    assert generate(engine, [Request("x", [5, 6], Sampling(temperature=0, max_tokens=2), "small@1")]).keys() == {"x"}
+    engine.unload_adapter("small@1")
+    assert engine.stats().adapters == ()

@@ -1,0 +1,341 @@
+"""The endpoint's parts without ray: the API over a fake backend, the engine's thread, and adapter residency."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+from fastapi.testclient import TestClient
+
+from ftray.errors import AdapterError, FtrayError, UserError
+from ftray.infer.protocol import EngineStats, Request, TokenEvent
+from ftray.registry import Registry
+from ftray.serve.ingress import Ingress, make_api
+from ftray.serve.models import ModelNames
+from ftray.serve.replica import GenerateJob, check_base
+from ftray.serve.residency import AdapterResidency
+from ftray.serve.runner import EngineRunner
+from ftray.serve.schemas import ChatRequest, CompletionRequest
+
+
+class EchoBackend:
+    """Answers with the model it was asked for; remembers the jobs."""
+
+    def __init__(self):
+        self.jobs: list[GenerateJob] = []
+        self.error: dict | None = None
+
+    async def complete(self, job: GenerateJob) -> dict:
+        self.jobs.append(job)
+        return self.error or {
+            "prompt_tokens": 3,
+            "completion_tokens": 2,
+            "text": f"I am {job.adapter}",
+            "finish_reason": "stop",
+        }
+
+    async def stream(self, job: GenerateJob) -> AsyncIterator[dict]:
+        self.jobs.append(job)
+        if self.error:
+            yield self.error
+            return
+        yield {"prompt_tokens": 3}
+        yield {"text": "I am ", "finish_reason": None, "completion_tokens": 1}
+        yield {"text": str(job.adapter), "finish_reason": "stop", "completion_tokens": 2}
+
+
+@pytest.fixture
+def backend():
+    return EchoBackend()
+
+
+@pytest.fixture
+def client(tmp_path, backend):
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text("{}")
+    registry = Registry(str(tmp_path / "registry"))
+    for _ in range(3):
+        registry.publish("support", directory, metadata={})
+    registry.promote("support@2", "prod")
+    registry.promote("support@3", "canary")
+    ingress = Ingress(ModelNames("base-model", registry), backend)
+    api = make_api()
+
+    async def chat(request: ChatRequest):
+        return await ingress.chat(request)
+
+    async def completion(request: CompletionRequest):
+        return await ingress.completion(request)
+
+    api.post("/v1/chat/completions")(chat)
+    api.post("/v1/completions")(completion)
+    api.get("/v1/models")(ingress.models)
+    return TestClient(api)
+
+
+def ask(client, model, **more):
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], **more}
+    return client.post("/v1/chat/completions", json=body)
+
+
+@pytest.mark.parametrize(
+    ("name", "answered_by"),
+    [
+        ("base-model", "base-model"),
+        ("support", "support@2"),
+        ("support@prod", "support@2"),
+        ("support@canary", "support@3"),
+        ("support@1", "support@1"),
+    ],
+)
+def test_the_name_chooses_base_version_or_alias(client, backend, name, answered_by):
+    answer = ask(client, name).json()
+    assert answer["model"] == answered_by
+    assert backend.jobs[0].adapter == (None if name == "base-model" else answered_by)
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+
+
+def test_all_names_are_listed(client):
+    names = [entry["id"] for entry in client.get("/v1/models").json()["data"]]
+    assert names == ["base-model", "support", "support@canary", "support@prod", "support@1", "support@2", "support@3"]
+
+
+def test_an_unknown_model_is_404_with_the_near_names(client):
+    response = ask(client, "suport@prod")
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert error["code"] == "model_not_found"
+    assert "support@prod" in error["message"]
+    for name in ("../etc/passwd", "support@99", "", "support@prod@1", "a/b"):
+        assert ask(client, name).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 3}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 2}, "n: "),
+        ({"tools": []}, "tools: this endpoint has no such parameter"),
+        ({"messages": []}, "messages"),
+        ({"logprobs": True}, "logprobs"),
+    ],
+)
+def test_what_the_endpoint_cannot_do_is_refused_by_name(client, change, message):
+    response = ask(client, "base-model", **change)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert message in response.json()["error"]["message"]
+
+
+def test_errors_of_the_engine_have_openais_shape_streaming_or_not(client, backend):
+    backend.error = {"error": "too long", "status": 400}
+    for stream in (False, True):
+        response = ask(client, "base-model", stream=stream)
+        assert response.status_code == 400
+        assert response.json()["error"]["message"] == "too long"
+    backend.error = {"error": "busy", "status": 429}
+    response = ask(client, "base-model")
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "1"
+
+
+def test_streaming_chunks(client):
+    response = ask(client, "support", stream=True, stream_options={"include_usage": True})
+    lines = [line for line in response.text.splitlines() if line]
+    assert lines[-1] == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert [c["choices"][0]["delta"].get("content") for c in chunks[:-1]] == ["I am ", "support@2"]
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["total_tokens"] == 5
+
+
+def test_an_adapter_of_another_base_is_refused_naming_both(tiny_base):
+    check_base("a@1", {"base_fingerprint": tiny_base.fingerprint}, tiny_base)
+    check_base("a@1", {}, tiny_base)  # a foreign PEFT directory carries none; its shapes are checked at load
+    with pytest.raises(AdapterError, match=r"a@1: trained on qwen3-8b .* this endpoint serves .*tiny"):
+        check_base("a@1", {"base_fingerprint": "0" * 64, "base_model": "qwen3-8b"}, tiny_base)
+
+
+# -- residency -----------------------------------------------------------------------------------------------------
+
+
+class Loader:
+    def __init__(self, num_bytes: int = 40):
+        self.num_bytes = num_bytes
+        self.loads: list[str] = []
+        self.resident: set[str] = set()
+        self.fail_next = False
+
+    async def load(self, key: str) -> int:
+        self.loads.append(key)
+        await asyncio.sleep(0.01)
+        if self.fail_next:
+            self.fail_next = False
+            raise UserError("broken file")
+        self.resident.add(key)
+        return self.num_bytes
+
+    async def unload(self, key: str) -> None:
+        self.resident.remove(key)
+
+
+def test_one_load_in_flight_per_version():
+    async def scenario():
+        loader = Loader()
+        residency = AdapterResidency(loader.load, loader.unload, budget_bytes=100)
+
+        async def use():
+            async with residency.pinned("a@1"):
+                assert "a@1" in loader.resident
+
+        await asyncio.gather(*(use() for _ in range(20)))
+        assert loader.loads == ["a@1"]
+
+    asyncio.run(scenario())
+
+
+def test_least_recently_used_goes_first_and_never_a_pinned_one():
+    async def scenario():
+        loader = Loader()
+        residency = AdapterResidency(loader.load, loader.unload, budget_bytes=100)
+
+        async def touch(key):
+            async with residency.pinned(key):
+                pass
+
+        async with residency.pinned("a@1"):
+            await touch("b@1")
+            await touch("c@1")
+            assert loader.resident == {"a@1", "c@1"}  # a is older, but in use
+            await touch("d@1")
+            assert loader.resident == {"a@1", "d@1"}
+        await touch("e@1")
+        assert loader.resident == {"d@1", "e@1"}
+        async with residency.pinned("x@1"), residency.pinned("y@1"), residency.pinned("z@1"):
+            assert loader.resident == {"x@1", "y@1", "z@1"}  # over the budget rather than a failed request
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_load_is_told_to_all_and_tried_again():
+    async def scenario():
+        loader = Loader()
+        loader.fail_next = True
+        residency = AdapterResidency(loader.load, loader.unload, budget_bytes=100)
+
+        async def use():
+            async with residency.pinned("a@1"):
+                return "fine"
+
+        results = await asyncio.gather(*(use() for _ in range(3)), return_exceptions=True)
+        assert all(isinstance(result, UserError) for result in results)
+        assert await use() == "fine"
+
+    asyncio.run(scenario())
+
+
+# -- the engine's thread -------------------------------------------------------------------------------------------
+
+
+class CountingEngine:
+    """A fake Engine: request `id` gets max_tokens tokens 0, 1, 2, ..."""
+
+    def __init__(self):
+        self.left: dict[str, int] = {}
+        self.done: dict[str, int] = {}
+        self.break_next = False
+        self.cancelled: list[str] = []
+
+    def add(self, request: Request) -> None:
+        if not request.prompt_ids:
+            raise UserError("the prompt is empty")
+        self.left[request.id] = request.sampling.max_tokens or 3
+        self.done[request.id] = 0
+
+    def step(self) -> list[TokenEvent]:
+        if self.break_next:
+            raise RuntimeError("out of memory")
+        events = []
+        for name in list(self.left):
+            self.done[name] += 1
+            self.left[name] -= 1
+            reason = None if self.left[name] else "length"
+            events.append(TokenEvent(name, self.done[name] - 1, "x", self.done[name], reason))
+            if reason:
+                del self.left[name]
+        return events
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+        self.left.pop(request_id, None)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.left)
+
+    def load_adapter(self, key, directory) -> int:
+        return 0
+
+    def unload_adapter(self, key) -> None: ...
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0, 0, ())
+
+
+def run_scenario(scenario):
+    engine = CountingEngine()
+    runner = EngineRunner(engine)
+    try:
+        asyncio.run(scenario(engine, runner))
+    finally:
+        runner.close()
+
+
+def test_streams_do_not_mix():
+    async def scenario(engine, runner):
+        async def collect(name):
+            return [event.request_id async for event in runner.generate(Request(name, [1]))]
+
+        results = await asyncio.gather(*(collect(f"r{i}") for i in range(8)))
+        assert results == [[f"r{i}"] * 3 for i in range(8)]
+
+    run_scenario(scenario)
+
+
+def test_a_refused_request_raises_where_it_was_asked():
+    async def scenario(engine, runner):
+        with pytest.raises(UserError, match="empty"):
+            async for _ in runner.generate(Request("a", [])):
+                pass
+
+    run_scenario(scenario)
+
+
+def test_leaving_early_cancels():
+    async def scenario(engine, runner):
+        from ftray.infer.protocol import Sampling
+
+        stream = runner.generate(Request("a", [1], Sampling(max_tokens=10**9)))
+        await anext(stream)
+        await stream.aclose()
+        await runner.call(lambda: None)
+        assert engine.cancelled == ["a"]
+        assert not engine.has_work
+
+    run_scenario(scenario)
+
+
+def test_a_broken_engine_is_told_to_everybody():
+    async def scenario(engine, runner):
+        engine.break_next = True
+        with pytest.raises(FtrayError, match="out of memory"):
+            async for _ in runner.generate(Request("a", [1])):
+                pass
+        with pytest.raises(FtrayError, match="the engine has stopped"):
+            await runner.call(lambda: None)
+
+    run_scenario(scenario)
