@@ -2,7 +2,6 @@
 
 import sys
 
-import click
 import typer
 
 from ftray import __version__
@@ -48,10 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(words, standalone_mode=False)
     except FtrayError as error:
         fail(str(error), code=error.exit_code, debug=debug, error=error)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except typer.TyperException as error:  # an argument that is missing or not understood
+        fail(f"{error}; see --help", code=2, debug=debug, error=error)
+    except (KeyboardInterrupt, typer.Abort):
         fail("stopped", code=1, debug=debug, error=None)
     except BrokenPipeError:
         sys.exit(1)

@@ -93,8 +93,9 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     from ftray.train.schedule import make_schedule
     from ftray.train.worker import make_engine
 
-    text = f"kind: run\nname: parity\nbase_model: {base_directory}\nmax_steps: {record.steps}\ndata: {{train: {train_file}}}\n"
+    text = f"kind: run\nname: parity\nbase_model: {base_directory}\ndata: {{train: {train_file}}}\n"
     settings = {
+        "max_steps": record.steps,
         "batch.examples_per_step": 8,
         "batch.tokens_per_micro_batch": record.tokens_per_micro_batch,
         "data.max_example_tokens": min(2048, record.tokens_per_micro_batch),

@@ -105,7 +105,8 @@ def trl_loss(tiny_base, rows, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base.directory)
     # TRL finds assistant tokens through this marker; ftray needs none.
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}"
         "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
         "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
@@ -131,7 +132,7 @@ def trl_loss(tiny_base, rows, tmp_path):
     batch = next(iter(trainer.get_train_dataloader()))
     trained = trainer.model
     with torch.no_grad():
-        for _index, (name, parameter) in enumerate(p for p in trained.named_parameters() if "lora_" in p[0]):
+        for name, parameter in (p for p in trained.named_parameters() if "lora_" in p[0]):
             parameter.copy_(lora_value(name.removeprefix("base_model.model."), parameter.shape))
     trained.eval()
     loss = trainer.compute_loss(trained, batch, num_items_in_batch=None)

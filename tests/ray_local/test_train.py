@@ -57,7 +57,8 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):
     result = launch(config(**settings), recorder.watcher())
     run = tmp_path / "runs" / "demo"
     assert {p.name for p in run.iterdir()} >= {
-        "config.json", "environment.json", "metrics.jsonl", "checkpoints", "adapter", "result.json", "report.html", "wandb",
+        "config.json", "environment.json", "metrics.jsonl", "checkpoints", "adapter", "result.json",
+        "report.html", "wandb",
     }  # fmt: skip
     steps = [record for record in read_metrics(run) if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 9))
@@ -93,7 +94,7 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):
     stored = read_json(run / "config.json")
     stored["data"]["train"] = str(data)
     (run / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match="data.train: the data differ"):
+    with pytest.raises(UserError, match=r"data\.train: the data differ"):
         launch(config(data__train=data, **settings), Recorder().watcher())
 
 

@@ -104,7 +104,7 @@ def test_cancelling_frees_the_place_at_once(engine):
 
 
 def test_an_adapter_over_the_rank_limit_is_refused(engine, adapters):
-    with pytest.raises(UserError, match="rank 16 is over this endpoint's adapters.max_rank"):
+    with pytest.raises(UserError, match=r"rank 16 is over this endpoint's adapters\.max_rank"):
         engine.load_adapter("big@1", adapters["r16"])
     engine.load_adapter("small@1", adapters["r4"])
     assert generate(engine, [Request("x", [5, 6], Sampling(temperature=0, max_tokens=2), "small@1")]).keys() == {"x"}

@@ -1,4 +1,4 @@
-"""The import table of docs/architecture.md, walked with ast: no part imports upward, and heavy packages stay in place."""
+"""The import table of docs/architecture.md, walked with ast: no upward import, heavy packages stay in their place."""
 
 import ast
 from pathlib import Path
