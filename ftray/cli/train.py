@@ -1,11 +1,13 @@
 """`ftray train`"""
 
+import shlex
 from typing import Annotated
 
 import typer
 
 from ftray.cli.arguments import ConfigFile, DryRun, Overrides
 from ftray.config import RunConfig, load_config, to_yaml
+from ftray.errors import InterruptedRunError
 
 
 def train(
@@ -25,8 +27,12 @@ def train(
     if dry_run:
         show_plan(run)
         return
-    with TrainProgress() as progress:
-        result = launch(run, progress.watcher(), fresh=fresh)
+    try:
+        with TrainProgress() as progress:
+            result = launch(run, progress.watcher(), fresh=fresh)
+    except InterruptedRunError as error:
+        command = shlex.join(["ftray", "train", config, *(overrides or ())])
+        raise InterruptedRunError(f"{error}\n  go on with: {command}") from None
     evaluation = "" if result["final_eval_loss"] is None else f", evaluation loss {result['final_eval_loss']:.4f}"
     print(f"{run.name}: {result['steps']} steps, loss {result['final_loss']:.4f}{evaluation}")
     print(f"  {result['output']}")

@@ -80,7 +80,7 @@ def launch(config: RunConfig, watcher: Watcher, *, fresh: bool = False) -> dict[
             preparing = pool.submit(prepare_data, config, watcher.say)
             if own_session:
                 start_ray()
-            check_resources(config.workers)
+            check_resources(config.workers, say=watcher.say)
             base, data = preparing.result()
         if directory.resume_from is not None:
             check_same_data(directory.resume_from, data.digest)
@@ -95,19 +95,18 @@ def launch(config: RunConfig, watcher: Watcher, *, fresh: bool = False) -> dict[
 
 
 def start_ray() -> bool:
-    """Joins the cluster that RAY_ADDRESS or `ray start` names (True), else starts one on this machine (False)."""
+    """Joins the cluster of RAY_ADDRESS (True; `ray job submit` sets it), else starts a session of our own (False).
+
+    A session that another program runs on this machine is left alone: it would end under us when that program does.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
-        return True
+        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError as error:
-        if "RAY_ADDRESS" in os.environ:
-            raise UserError(
-                f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}: no Ray cluster answers there: {error}"
-            ) from None
-    ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False)
-    return False
+        raise UserError(f"RAY_ADDRESS: {address}: no Ray cluster answers there ({error}); unset or mend it") from None
+    return address is not None
 
 
 def prepare_data(config: RunConfig, say: Callable[[str], None]) -> tuple[BaseModel, PreparedData]:
@@ -225,7 +224,7 @@ def ray_logs() -> str:
 def describe_interruption(config: RunConfig, path: Path) -> str:
     checkpoint = newest_whole_checkpoint(path)
     saved = f"the checkpoint {checkpoint} stands" if checkpoint else "no checkpoint was written yet"
-    return f"{config.name}: stopped; {saved}. The same command goes on from there"
+    return f"{config.name}: stopped; {saved}"
 
 
 def finish(config: RunConfig, path: Path, base: BaseModel, data: PreparedData, *, seconds: float) -> dict[str, Any]:

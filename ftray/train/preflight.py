@@ -1,5 +1,6 @@
 """Before any worker starts: does the cluster have what the run asks for? Ray itself would wait for ever."""
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -8,12 +9,17 @@ from ftray.config.run import WorkersConfig
 from ftray.errors import UserError
 
 
-def check_resources(workers: WorkersConfig) -> None:
+def check_resources(workers: WorkersConfig, *, say: Callable[[str], None]) -> None:
     """Every worker must fit on a node beside those already placed there; raises `UserError` with what is missing."""
     need = {"CPU": float(workers.cpus_each), "GPU": float(workers.gpus_each)}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fitting = sum(workers_that_fit(node, need) for node in nodes)
     if fitting >= workers.count:
+        free = ray.available_resources()
+        if any(free.get(name, 0) < amount * workers.count for name, amount in need.items()):
+            say(
+                f"the cluster is busy ({describe({name: free.get(name, 0) for name in need})} free): waits for its turn"
+            )
         return
     have = {name: sum(float(node.get(name, 0)) for node in nodes) for name in need}
     raise UserError(

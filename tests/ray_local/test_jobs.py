@@ -1,0 +1,161 @@
+"""As a user: `ray job submit` to a head node, and Ctrl-C in the middle of `ftray train`."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from tiny import write_tiny_model
+
+from ftray.pipeline import publish_adapter
+from ftray.registry import Registry
+from ftray.storage import read_json, verify_directory
+
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+# A closed cluster: without the token its job server answers 401.
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def plain_environment(**more: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | more
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(condition, what: str, *, timeout_s: float = 120):
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.3)
+    raise AssertionError(f"waited {timeout_s:.0f} s for {what}")
+
+
+def answers(url: str, status: int = 200) -> bool:
+    try:
+        return httpx.get(url, timeout=2).status_code == status
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A head node of its own, ended by its id; yields the address of its job server."""
+    ports = {
+        name: free_port()
+        for name in ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    }
+    command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats"]
+    command += [f"--{name}={number}" for name, number in ports.items()]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+        env=plain_environment(**TOKEN),
+    )
+    url = f"http://127.0.0.1:{ports['dashboard-port']}"
+    try:
+        wait_for(lambda: answers(f"{url}/api/version", status=401), "the head node")
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def submit(head: str, *entrypoint: str, wait: bool = True) -> subprocess.CompletedProcess:
+    command = [RAY, "job", "submit", "--address", head, "--working-dir", str(ROOT)]
+    command += [] if wait else ["--no-wait", "--submission-id", "serve-job"]
+    environment = plain_environment(**TOKEN)
+    return subprocess.run(
+        [*command, "--", sys.executable, *entrypoint],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        check=False,
+    )
+
+
+def test_train_job(head, tiny_model, train_file, eval_file, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"kind: run\nname: job\nbase_model: {tiny_model}\nmax_steps: 50\n"
+        f"data: {{train: {train_file}, eval: {eval_file}}}\nworkers: {{count: 2}}\n"
+    )
+    done = submit(head, "jobs/train.py", str(config), "max_steps=4", f"runs_dir={tmp_path}/runs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "job: 4 steps" in done.stdout
+    run = tmp_path / "runs" / "job"
+    assert read_json(run / "result.json")["steps"] == 4
+    assert verify_directory(run / "adapter")
+
+    # a relative runs_dir would vanish with the job: told, with exit code 2, and the job fails
+    lost = submit(head, "jobs/train.py", str(config))
+    assert lost.returncode != 0
+    assert "runs_dir=/path/on/all/nodes" in lost.stdout
+
+    evaluated = submit(head, "jobs/eval.py", str(config), "--adapter", str(run / "adapter"))
+    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    assert "exact match" in evaluated.stdout
+
+
+def test_serve_job_ends_with_its_job(head, tmp_path, adapters):
+    base = write_tiny_model(tmp_path / "base")
+    registry = Registry(str(tmp_path / "registry"))
+    publish_adapter(registry, "support", adapters["r4"])
+    registry.promote("support@1", "prod")
+    port = free_port()
+    config = tmp_path / "serve.yaml"
+    config.write_text(
+        f"kind: serve\nbase_model: {base}\nport: {port}\nadapters: {{registry: {registry.location}}}\n"
+        "engine: {context_tokens: 128, kv_cache_tokens: 1024}\n"
+    )
+    started = submit(head, "jobs/serve.py", str(config), wait=False)
+    assert started.returncode == 0, started.stdout + started.stderr
+    url = f"http://127.0.0.1:{port}"
+    wait_for(lambda: answers(f"{url}/healthz"), "the endpoint")
+    body = {"model": "support", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["model"] == "support@1"
+    stop = [RAY, "job", "stop", "--address", head, "serve-job"]
+    subprocess.run(stop, capture_output=True, timeout=60, check=True, env=plain_environment(**TOKEN))
+    wait_for(lambda: not answers(f"{url}/healthz"), "the endpoint to stop with its job")
+
+
+def test_ctrl_c_leaves_the_last_checkpoint_and_the_command_goes_on(tiny_model, train_file, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"kind: run\nname: stopped\nbase_model: {tiny_model}\nmax_steps: 100000\nruns_dir: {tmp_path}/runs\n"
+        f"data: {{train: {train_file}}}\nbatch: {{examples_per_step: 4}}\ncheckpoint: {{every: 5}}\n"
+    )
+    command = [str(Path(sys.executable).with_name("ftray")), "train", str(config)]
+    environment = plain_environment()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    run = tmp_path / "runs" / "stopped"
+    wait_for(lambda: (run / "checkpoints" / "step-5" / "manifest.json").is_file(), "a checkpoint")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, out + err
+    assert "Traceback" not in err
+    assert "step-" in err
+    assert f"ftray train {config}" in err, err
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+    whole = [p for p in (run / "checkpoints").glob("step-*") if (p / "manifest.json").is_file()]
+    assert whole
