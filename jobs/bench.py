@@ -1,0 +1,92 @@
+"""`python jobs/bench.py train | serve`: our side against others, in turns, in one run; JSON in docs/benchmarks/.
+
+Every side is a program of its own (jobs/bench_sides/), started anew for every turn, that prints one line of JSON.
+Ratios of medians are what counts: the machine's speed drifts, and it drifts for both.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+SIDES = Path(__file__).parent / "bench_sides"
+OUT = Path(__file__).parents[1] / "docs" / "benchmarks"
+BENCHES = {
+    "train": ["train_ftray", "train_trl"],
+    "serve": ["serve_ftray_base", "serve_ftray_adapters", "serve_transformers", "serve_peft"],
+}
+PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "ray")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", choices=BENCHES)
+    parser.add_argument("--turns", type=int, default=2, help="how often each side runs")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=None)
+    chosen = parser.parse_args()
+    turns: dict[str, list[dict]] = {side: [] for side in BENCHES[chosen.bench]}
+    for turn in range(chosen.turns):
+        for side, results in turns.items():
+            print(f"turn {turn + 1}: {side} ...", end=" ", flush=True)
+            results.append(run_side(side, threads=chosen.threads))
+            print(json.dumps(results[-1]), flush=True)
+    report = {
+        "bench": chosen.bench,
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": describe_hardware(chosen.threads),
+        "versions": {name: installed(name) for name in PACKAGES},
+        "median": {side: medians(results) for side, results in turns.items()},
+        "ratios_of_tokens_per_s": ratios(turns),
+        "turns": turns,
+    }
+    path = chosen.out or OUT / f"{chosen.bench}.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(
+        json.dumps({"median": report["median"], "ratios_of_tokens_per_s": report["ratios_of_tokens_per_s"]}, indent=2)
+    )
+    print(f"written: {path}")
+
+
+def run_side(side: str, *, threads: int) -> dict:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    program = [sys.executable, str(SIDES / f"{side}.py")]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def medians(results: list[dict]) -> dict:
+    return {key: statistics.median(r[key] for r in results) for key, value in results[0].items() if value is not None}
+
+
+def ratios(turns: dict[str, list[dict]]) -> dict[str, float]:
+    """Of the first side, our base case, to every other, by the medians."""
+    rate = {side: statistics.median(r["tokens_per_s"] for r in results) for side, results in turns.items()}
+    ours = [side for side in rate if "ftray" in side]
+    return {f"{a} / {b}": round(rate[a] / rate[b], 2) for a in ours for b in rate if a != b}
+
+
+def describe_hardware(threads: int) -> str:
+    models = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, {threads} threads"
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()

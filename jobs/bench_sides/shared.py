@@ -1,0 +1,58 @@
+"""What the sides must have in common: rows, batch, rank, steps, prompts, adapters, and how memory is read."""
+
+import json
+import resource
+import tempfile
+from pathlib import Path
+
+from ftray.model.base import prepare_base
+
+BASE = prepare_base("smollm2-135m")
+ALPACA = Path(__file__).parent / "data" / "alpaca.jsonl"
+
+# training
+STEPS = 4  # the first one warms up and is not timed
+BATCH = 8
+RANK, ALPHA = 16, 32
+LEARNING_RATE = 2e-4
+MAX_TOKENS = 1024
+
+# decoding
+SEQUENCES, NEW_TOKENS, ADAPTERS = 16, 64, 8
+PROMPT = "Write a long letter to a friend about the sea, the weather and what you had for dinner."
+
+
+def alpaca_messages() -> list[list[dict]]:
+    rows = [json.loads(line) for line in ALPACA.read_text().splitlines()][: STEPS * BATCH]
+    return [
+        [
+            {"role": "user", "content": "\n\n".join(part for part in (r["instruction"], r["input"]) if part)},
+            {"role": "assistant", "content": r["output"]},
+        ]
+        for r in rows
+    ]
+
+
+def peak_gib() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+def random_adapters() -> list[Path]:
+    """PEFT directories of rank 16 on all linear layers, with a B that is not zero."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    root = Path(tempfile.mkdtemp(prefix="ftray-bench-"))
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE.directory), config)
+    made = []
+    for number in range(ADAPTERS):
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(0, 0.01)
+        model.save_pretrained(str(root / str(number)))
+        made.append(root / str(number))
+    return made
