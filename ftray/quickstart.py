@@ -80,7 +80,8 @@ def run_quickstart(run: RunConfig, serve: ServeConfig, watcher: Watcher, announc
         with watch.stage("prepare", f"Preparing {run.base_model}"):
             base = prepare_base(run.base_model, say=watcher.say)
             questions = load_questions(run.data)
-            engine = TorchEngine(base, choose_hardware(), serve.engine, max_rank=serve.adapters.max_rank)
+            hardware = choose_hardware(use_gpu=serve.replicas.gpus_each > 0)  # as the endpoint will
+            engine = TorchEngine(base, hardware, serve.engine, max_rank=serve.adapters.max_rank)
             watcher.say(f"runs on {engine.hardware}")
         with watch.stage("measure_base", f"Measuring the untuned model on {len(questions)} held-out questions"):
             before = evaluate_offline(engine, questions, run.data, adapter=None, model=run.base_model)

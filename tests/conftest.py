@@ -54,7 +54,7 @@ def eval_file(tmp_path_factory) -> Path:
 def ray_session():
     """One Ray session for all tests, with more CPUs than the machine has: the workers are tiny."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
     import ray
 
     ray.init(address="local", num_cpus=4, logging_level=logging.ERROR, log_to_driver=False)

@@ -77,7 +77,7 @@ class EvaluationConfig(Strict):
 
 class WorkersConfig(Strict):
     count: PositiveInt = 1
-    gpus_each: NonNegativeFloat = 0
+    gpus_each: NonNegativeInt = 0
     cpus_each: PositiveInt = 1
     max_failures: NonNegativeInt = 3  # restarts of the worker group before the run is given up
 

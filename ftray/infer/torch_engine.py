@@ -19,7 +19,7 @@ from ftray.infer.sampler import make_generator, sample
 from ftray.infer.scheduler import Scheduler, Sequence
 from ftray.infer.text import TextStream
 from ftray.model.adapter import read_adapter
-from ftray.model.base import BaseModel, load_tokenizer, load_weights
+from ftray.model.base import BaseModel, check_length, load_tokenizer, load_weights
 from ftray.model.chat import stop_token_ids
 from ftray.model.hardware import Hardware
 from ftray.model.multi_lora import LoraBank
@@ -29,13 +29,14 @@ from ftray.model.packed_attention import packed_layout
 
 class TorchEngine:
     def __init__(self, base: BaseModel, hardware: Hardware, config: EngineConfig, *, max_rank: int):
+        check_length(base, config.context_tokens, key="engine.context_tokens")
         self.base = base
         self.hardware = hardware
         self.config = config
         self.max_rank = max_rank
         self.tokenizer = load_tokenizer(base)
-        self.stop_ids = stop_token_ids(self.tokenizer)
         self.model = load_weights(base, hardware, attention=register_paged_attention()).eval().requires_grad_(False)
+        self.stop_ids = stop_token_ids(self.tokenizer) | generation_stop_ids(self.model)
         self._bank = LoraBank(self.model)
         self._adapter_bytes: dict[str, int] = {}
         shape = self.model.config.get_text_config()
@@ -179,6 +180,12 @@ class TorchEngine:
             kv_tokens_total=total,
             adapters=tuple(self._adapter_bytes),
         )
+
+
+def generation_stop_ids(model: Any) -> set[int]:
+    """What the model's own generation_config.json ends an answer with: one id, several, or none."""
+    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
 def adapter_order(sequence: Sequence) -> str:

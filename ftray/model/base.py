@@ -161,6 +161,31 @@ def sampled_bytes(path: Path) -> bytes:
     return digest.digest()
 
 
+def check_length(base: BaseModel, tokens: int, *, key: str) -> None:
+    limit = read_json(base.directory / "config.json").get("max_position_embeddings")
+    if limit is not None and tokens > limit:
+        raise UserError(f"{key}: {tokens} is over what {base.name} was made for ({limit} tokens); lower it")
+
+
+def check_attention(base: BaseModel) -> None:
+    """Our attention is plain causal attention; a model that needs more would be computed wrongly without a word."""
+    config = read_json(base.directory / "config.json")
+    config = config.get("text_config", config)
+    layers = config.get("layer_types")
+    sliding = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
+    found = {
+        "sliding-window attention": "sliding_attention" in layers if layers else sliding,
+        "linear attention": "linear_attention" in (layers or []),
+        "attention logit soft-capping": config.get("attn_logit_softcapping") is not None,
+        "attention sinks": config.get("model_type") == "gpt_oss",
+    }
+    for name, present in found.items():
+        if present:
+            raise UserError(
+                f"base_model: {base.name} uses {name}, which ftray does not compute yet; choose another base"
+            )
+
+
 def load_tokenizer(base: BaseModel) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked later by Ray; the fast tokenizer would warn
     from transformers import AutoTokenizer
@@ -170,6 +195,7 @@ def load_tokenizer(base: BaseModel) -> Any:
 
 def load_weights(base: BaseModel, hardware: Hardware, *, attention: str) -> Any:
     """The causal LM on the chosen device. Weights are cloned out of the file mapping, which a busy machine evicts."""
+    check_attention(base)
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

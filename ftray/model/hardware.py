@@ -18,24 +18,28 @@ class Hardware:
         return f"{self.device.type}, {dtype}, packed sdpa attention, {self.backend} ({self.reason})"
 
 
-def choose_hardware() -> Hardware:
-    """CUDA with bfloat16 where the chip has it; else CPU in float32.
+def choose_hardware(*, use_gpu: bool = True) -> Hardware:
+    """CUDA with bfloat16 where the chip has it; else, or where the config gives no GPU, CPU in float32.
 
     bfloat16 without hardware support is emulated, hundreds of times slower than float32, so it is never chosen
     on a CPU; float16 needs loss scaling and overflows with language models, so it is never chosen at all.
     """
-    if torch.cuda.is_available():
+    if use_gpu and torch.cuda.is_available():
         index = torch.cuda.current_device()
         name = torch.cuda.get_device_name(index)
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Hardware(torch.device("cuda", index), torch.bfloat16, "nccl", f"{name} has bfloat16")
         return Hardware(torch.device("cuda", index), torch.float32, "nccl", f"{name} has no bfloat16")
-    return Hardware(torch.device("cpu"), torch.float32, "gloo", f"no GPU, {os.cpu_count()} cores")
+    return Hardware(
+        torch.device("cpu"),
+        torch.float32,
+        "gloo",
+        f"{'no GPU' if use_gpu else 'no GPU asked for'}, {os.cpu_count()} cores",
+    )
 
 
-def make_deterministic(*, num_threads: int | None) -> None:
+def make_deterministic(*, num_threads: int) -> None:
     """Bitwise the same run after run on CPU: fixed threads, deterministic kernels."""
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)
     if not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,9 @@ class Journal:
 
 class Registry:
     def __init__(self, location: str):
+        refuse_vanishing_directory(location)
         self.location = location
+        self._refreshing = threading.Lock()  # an endpoint asks from several threads
         self._objects = ObjectStore(location)
         self._journal = Journal()
 
@@ -69,8 +72,9 @@ class Registry:
 
     def refresh(self) -> Journal:
         """Follows the journal to its end: one look-up of SEQ+1 when nothing is new."""
-        while (content := self._objects.read(f"journal/{self._journal.last_seq + 1}.json")) is not None:
-            self._journal.apply(self._journal.last_seq + 1, json.loads(content))
+        with self._refreshing:
+            while (content := self._objects.read(f"journal/{self._journal.last_seq + 1}.json")) is not None:
+                self._journal.apply(self._journal.last_seq + 1, json.loads(content))
         return self._journal
 
     def names(self) -> list[str]:
@@ -193,6 +197,15 @@ class Registry:
                 continue
             self.refresh()
             return
+
+
+def refuse_vanishing_directory(location: str) -> None:
+    """`ray job submit --working-dir` unpacks into a session directory that goes away with the job."""
+    if "://" not in location and "working_dir_files" in Path.cwd().parts and not Path(location).is_absolute():
+        raise UserError(
+            f"registry: {location!r} lies in the job's temporary working directory; "
+            "give a shared absolute path (/path/on/all/nodes) or a URL"
+        )
 
 
 def version_prefix(name: str, number: int) -> str:

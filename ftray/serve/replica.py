@@ -1,11 +1,12 @@
 """One engine with its adapters: what a Ray Serve replica holds. Plain asyncio, no ray."""
 
 import asyncio
-import os
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from ftray.config import ServeConfig
 from ftray.errors import AdapterError, DataError, UserError
@@ -33,12 +34,11 @@ class GenerateJob:
 
 class EngineReplica:
     def __init__(self, config: ServeConfig):
-        import torch
-
-        torch.set_num_threads(max(1, int(config.replicas.cpus_each)) or os.cpu_count() or 1)
+        torch.set_num_threads(max(1, int(config.replicas.cpus_each)))
         self.config = config
         self.base = prepare_base(config.base_model)
-        engine = TorchEngine(self.base, choose_hardware(), config.engine, max_rank=config.adapters.max_rank)
+        hardware = choose_hardware(use_gpu=config.replicas.gpus_each > 0)
+        engine = TorchEngine(self.base, hardware, config.engine, max_rank=config.adapters.max_rank)
         self.engine = engine
         self.renderer = ChatRenderer(engine.tokenizer)
         self.runner = EngineRunner(engine)

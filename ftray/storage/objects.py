@@ -1,7 +1,9 @@
 """Exclusive create, read and list on a local directory or an object store (s3://, gs://, az://), through obstore."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
@@ -19,15 +21,21 @@ class ObjectStore:
 
     def __init__(self, location: str):
         self.location = location
-        self.local_root: Path | None = None
+        self.local_root = None if "://" in location else Path(location).absolute()
+
+    @property
+    def exists(self) -> bool:
+        """A local directory appears with the first write; looking at one that is not there makes nothing."""
+        return self.local_root is None or self.local_root.is_dir()
+
+    @cached_property
+    def _store(self) -> Any:
         try:
-            if "://" in location:
-                self._store = from_url(location)
-            else:
-                self.local_root = Path(location).absolute()
-                self._store = LocalStore(self.local_root, mkdir=True)
+            if self.local_root is None:
+                return from_url(self.location)
+            return LocalStore(self.local_root, mkdir=True)
         except (BaseError, OSError, ValueError) as error:
-            raise FtrayError(f"{location}: cannot be used as a store: {first_line(error)}") from None
+            raise FtrayError(f"{self.location}: cannot be used as a store: {first_line(error)}") from None
 
     def create(self, key: str, content: bytes | Path) -> None:
         """Writes a key that must not exist; exactly one of several racing writers succeeds."""
@@ -47,6 +55,8 @@ class ObjectStore:
 
     def read(self, key: str) -> bytes | None:
         """The content, or None when there is no such key."""
+        if not self.exists:
+            return None
         try:
             return bytes(obstore.get(self._store, key).bytes())
         except FileNotFoundError:
@@ -56,6 +66,8 @@ class ObjectStore:
 
     def keys(self, prefix: str) -> Iterator[str]:
         """Every key below `prefix`, in no order."""
+        if not self.exists:
+            return
         for batch in obstore.list(self._store, prefix=prefix):
             for item in batch:
                 yield item["path"]

@@ -7,6 +7,7 @@ from typing import Any
 from ftray.config import RunConfig
 
 WORKER_ERROR = "worker_error.json"
+HARDWARE = "hardware.json"  # what rank 0 chose
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from ftray.data.plan import plan_steps
 from ftray.data.sources import check_source
 from ftray.data.tokens import TokenizedDataset, tokenize_source
 from ftray.errors import FtrayError, InterruptedRunError, UserError
-from ftray.model.base import BaseModel, check_base_name, load_tokenizer, prepare_base
+from ftray.model.base import BaseModel, check_base_name, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.storage import read_json, verify_directory, write_json
 from ftray.tracking.metrics import MetricsFollower, read_metrics
 from ftray.tracking.report import write_report
 from ftray.train.checkpoint import CHECKPOINTS, data_digest, newest_whole_checkpoint, read_state
-from ftray.train.job import WORKER_ERROR, TrainJob, run_in_worker
+from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, run_in_worker
 from ftray.train.preflight import check_resources
 from ftray.train.run_directory import RESULT, RunDirectory, check_same_data, open_run_directory
 
@@ -100,7 +100,7 @@ def start_ray() -> bool:
     A session that another program runs on this machine is left alone: it would end under us when that program does.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs sees none
     address = os.environ.get("RAY_ADDRESS")
     try:
         ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False)
@@ -111,6 +111,7 @@ def start_ray() -> bool:
 
 def prepare_data(config: RunConfig, say: Callable[[str], None]) -> tuple[BaseModel, PreparedData]:
     base = prepare_base(config.base_model, say=say)
+    check_length(base, config.data.max_example_tokens, key="data.max_example_tokens")
     renderer = ChatRenderer(load_tokenizer(base))
     train = tokenize_source("data.train", config.data.train, config.data, renderer)
     evaluation = None
@@ -164,7 +165,7 @@ def train_on_ray(
             storage_path=str(directory.path),
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
-            worker_runtime_env={"env_vars": worker_environment()},
+            worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},
         ),
     )
     start = read_state(directory.resume_from).step if directory.resume_from is not None else 0
@@ -176,10 +177,13 @@ def num_steps(config: RunConfig, dataset: TokenizedDataset) -> int:
     return plan_steps(config, dataset.lengths).num_steps(epochs=config.epochs, max_steps=config.max_steps)
 
 
-def worker_environment() -> dict[str, str]:
+def worker_environment(gpus_each: int) -> dict[str, str]:
     passed = {name: os.environ[name] for name in WORKER_ENVIRONMENT if name in os.environ}
     # Relative paths stay the driver's; Ray would move each worker into the checkpoint folder.
-    return {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TOKENIZERS_PARALLELISM": "false"} | passed
+    fixed = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TOKENIZERS_PARALLELISM": "false"}
+    if gpus_each == 0:
+        fixed["DS_ACCELERATOR"] = "cpu"
+    return fixed | passed
 
 
 def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> None:
@@ -192,12 +196,17 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> None:
         except Exception as error:  # noqa: BLE001  carried over to the main thread
             outcome.append(error)
 
+    (run_directory / HARDWARE).unlink(missing_ok=True)
+    told_hardware = False
     follower = MetricsFollower(run_directory)
     follower.poll()  # what an earlier part wrote
     thread = threading.Thread(target=fit, name="ray-train-fit", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(POLL_S)
+        if not told_hardware and (run_directory / HARDWARE).is_file():
+            told_hardware = True
+            watcher.say(f"workers run on {read_json(run_directory / HARDWARE)['hardware']}")
         watcher.on_metrics(follower.poll())
     watcher.on_metrics(follower.poll())
     if (run_directory / WORKER_ERROR).is_file():

@@ -11,11 +11,13 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
+import torch
 
 from ftray.config import RunConfig
 from ftray.data.plan import plan_steps
 from ftray.data.tokens import TokenizedDataset
-from ftray.errors import FtrayError
+from ftray.errors import FtrayError, UserError
 from ftray.model.adapter import inject_lora
 from ftray.model.base import BaseModel, load_weights, prepare_base
 from ftray.model.hardware import Hardware, choose_hardware, make_deterministic
@@ -26,7 +28,7 @@ from ftray.tracking.metrics import MetricsLog
 from ftray.tracking.wandb import Wandb
 from ftray.train.checkpoint import TrainerState, newest_whole_checkpoint, read_state, restore, write_checkpoint
 from ftray.train.engine import TrainEngine
-from ftray.train.job import WORKER_ERROR, TrainJob
+from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob
 from ftray.train.loop import Schedule, evaluation_rows, train
 from ftray.train.schedule import make_schedule
 from ftray.train.zero import shard_while_loading
@@ -46,10 +48,15 @@ def train_worker(job: TrainJob) -> None:
 def run_job(job: TrainJob) -> None:
     config = job.config
     rank = ray.train.get_context().get_world_rank()
-    hardware = choose_hardware()
+    use_gpu = config.workers.gpus_each > 0
+    if use_gpu:
+        torch.cuda.set_device(ray.train.torch.get_device())  # the one of this local rank
+    hardware = choose_hardware(use_gpu=use_gpu)
     make_deterministic(num_threads=config.workers.cpus_each)
     base = prepare_base(job.base_name)
     engine = make_engine(config, base, hardware)
+    if rank == 0:
+        write_json(job.run_directory / HARDWARE, {"hardware": str(hardware), "world_size": engine.world_size})
     checkpoint = newest_whole_checkpoint(job.run_directory)
     start_step = 0
     if checkpoint is not None:
@@ -100,6 +107,8 @@ def run_job(job: TrainJob) -> None:
 
 
 def make_engine(config: RunConfig, base: BaseModel, hardware: Hardware) -> TrainEngine:
+    if config.zero.stage == 0 and hardware.dtype == torch.bfloat16:
+        raise UserError("zero.stage: 0 has no float32 master weights and diverges in bfloat16; use stage 1, 2 or 3")
     sharding = shard_while_loading(config.zero.stage, hardware)
     model = load_weights(base, hardware, attention=register_packed_attention())
     if config.adapter is not None:

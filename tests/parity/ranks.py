@@ -54,25 +54,30 @@ class Trained:
         return (difference / change) ** 0.5
 
 
-def train_on_ranks(world_size: int, records: list[Record], out: Path, **fixed: Any) -> dict[str, Trained]:
+def train_on_ranks(
+    world_size: int, records: list[Record], out: Path, *, backend: str = "gloo", **fixed: Any
+) -> dict[str, Trained]:
     assert all(record.world_size == world_size for record in records)
     out.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(run_rank, args=(world_size, port, records, out, fixed), nprocs=world_size, join=True)
+    multiprocessing.spawn(run_rank, args=(world_size, port, records, out, backend, fixed), nprocs=world_size, join=True)
     return {record.name: Trained(**torch.load(out / f"{record.name}.pt")) for record in records}
 
 
-def run_rank(rank: int, world_size: int, port: int, records: list[Record], out: Path, fixed: dict[str, Any]) -> None:
+def run_rank(
+    rank: int, world_size: int, port: int, records: list[Record], out: Path, backend: str, fixed: dict[str, Any]
+) -> None:
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), HF_HUB_OFFLINE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["DS_ACCELERATOR"] = "cpu" if backend == "gloo" else "cuda"
     from ftray.model.hardware import make_deterministic
 
     make_deterministic(num_threads=1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
     for record in records:
         result = run_record(record, rank, out / f"{record.name}-checkpoints", **fixed)
         if rank == 0:
@@ -110,7 +115,7 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     base = prepare_base(base_directory)
     dataset = tokenize_source("data.train", train_file, config.data, ChatRenderer(load_tokenizer(base)))
     torch.manual_seed(12345 + rank)  # what came before must not matter
-    engine = make_engine(config, base, choose_hardware())
+    engine = make_engine(config, base, choose_hardware(use_gpu=torch.distributed.get_backend() == "nccl"))
     if record.break_it is not None:
         BREAKS[record.break_it](engine)
     start = {name: value.clone() for name, value in engine.weights()}
