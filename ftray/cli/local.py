@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.torch_engine import TorchEngine
-from ftray.model.base import prepare_base
+from ftray.model.base import context_limit, prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
 from ftray.serve.replica import check_base
@@ -25,7 +25,10 @@ def load_engine(base_model: str, adapter: str | None, registry: str) -> tuple[To
             version = store.get(adapter)
             key, directory, metadata = str(version), store.directory(version), version.metadata
         check_base(key, metadata, base)
-    engine = TorchEngine(base, choose_hardware(), EngineConfig(), max_rank=AdaptersConfig().max_rank)
+    defaults = EngineConfig()
+    context = min(defaults.context_tokens, context_limit(base) or defaults.context_tokens)
+    settings = defaults.model_copy(update={"context_tokens": context})
+    engine = TorchEngine(base, choose_hardware(), settings, max_rank=AdaptersConfig().max_rank)
     if key is not None and directory is not None:
         engine.load_adapter(key, directory)
     return engine, key

@@ -161,8 +161,13 @@ def sampled_bytes(path: Path) -> bytes:
     return digest.digest()
 
 
+def context_limit(base: BaseModel) -> int | None:
+    config = read_json(base.directory / "config.json")
+    return config.get("text_config", config).get("max_position_embeddings")
+
+
 def check_length(base: BaseModel, tokens: int, *, key: str) -> None:
-    limit = read_json(base.directory / "config.json").get("max_position_embeddings")
+    limit = context_limit(base)
     if limit is not None and tokens > limit:
         raise UserError(f"{key}: {tokens} is over what {base.name} was made for ({limit} tokens); lower it")
 
