@@ -87,7 +87,7 @@ def run_quickstart(run: RunConfig, serve: ServeConfig, watcher: Watcher, announc
             before = evaluate_offline(engine, questions, run.data, adapter=None, model=run.base_model)
             watcher.say(f"exact match {before.accuracy:.1%}, loss {before.loss:.3f}")
         with watch.stage("train", f"Fine-tuning {run.name} with {run.workers.count} workers"):
-            start_ray()
+            start_ray(join=False)
             launch(run, watcher)
             run_directory = (Path(run.runs_dir) / run.name).absolute()
         with watch.stage("publish", "Publishing the adapter"):

@@ -67,5 +67,5 @@ def in_this_process(run: RunConfig, questions, location: str, *, adapter: str | 
     from ftray.cli.local import load_engine
     from ftray.evaluate.offline import evaluate_offline
 
-    engine, key = load_engine(run.base_model, adapter, location)
+    engine, key = load_engine(run.base_model, adapter, location, context_tokens=2 * run.data.max_example_tokens)
     return evaluate_offline(engine, questions, run.data, adapter=key, model=key or run.base_model)

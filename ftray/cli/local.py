@@ -12,7 +12,9 @@ from ftray.storage import read_manifest
 from ftray.storage.manifest import MANIFEST
 
 
-def load_engine(base_model: str, adapter: str | None, registry: str) -> tuple[TorchEngine, str | None]:
+def load_engine(
+    base_model: str, adapter: str | None, registry: str, *, context_tokens: int = 2048
+) -> tuple[TorchEngine, str | None]:
     """The engine and the key of its adapter (None without one). The adapter is checked before the base is loaded."""
     base = prepare_base(base_model, say=print)
     key, directory = None, None
@@ -25,9 +27,8 @@ def load_engine(base_model: str, adapter: str | None, registry: str) -> tuple[To
             version = store.get(adapter)
             key, directory, metadata = str(version), store.directory(version), version.metadata
         check_base(key, metadata, base)
-    defaults = EngineConfig()
-    context = min(defaults.context_tokens, context_limit(base) or defaults.context_tokens)
-    settings = defaults.model_copy(update={"context_tokens": context})
+    context = min(context_tokens, context_limit(base) or context_tokens)
+    settings = EngineConfig(context_tokens=context, kv_cache_tokens=max(16384, context))
     engine = TorchEngine(base, choose_hardware(), settings, max_rank=AdaptersConfig().max_rank)
     if key is not None and directory is not None:
         engine.load_adapter(key, directory)

@@ -50,7 +50,7 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
         url = start_endpoint(settings)
         print(f"ready: {url}/v1", flush=True)
         print(f"  models: curl -s {url}/v1/models", flush=True)
-        print(f"  ask:    {curl_line(url, settings.base_model)}", flush=True)
+        print(f"  ask:    {curl_line(url, settings.served_name or settings.base_model)}", flush=True)
         leave = detach
         if not detach:
             stopped.wait()
@@ -73,5 +73,5 @@ def show_plan(settings: ServeConfig) -> None:
     from ftray.serve.models import ModelNames
 
     print(to_yaml(settings))
-    names = ModelNames(settings.base_model, Registry(settings.adapters.registry)).names()
+    names = ModelNames(settings.served_name or settings.base_model, Registry(settings.adapters.registry)).names()
     print(f"# would serve on http://{settings.host}:{settings.port}/v1: {', '.join(names)}")

@@ -1,6 +1,6 @@
 """`kind: run`: one fine-tuning run."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -47,12 +47,15 @@ class AdapterConfig(Strict):
     dropout: float = Field(default=0.0, ge=0, lt=1)  # step losses agree across worker counts only at 0
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Strict):
     learning_rate: PositiveFloat = 2e-4
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     weight_decay: NonNegativeFloat = 0.0
-    betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Beta] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     epsilon: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
 
@@ -77,7 +80,7 @@ class EvaluationConfig(Strict):
 
 class WorkersConfig(Strict):
     count: PositiveInt = 1
-    gpus_each: NonNegativeInt = 0
+    gpus_each: Literal[0, 1] = 0
     cpus_each: PositiveInt = 1
     max_failures: NonNegativeInt = 3  # restarts of the worker group before the run is given up
 
@@ -91,7 +94,7 @@ class RunConfig(Strict):
     kind: Literal["run"]
     name: Name
     base_model: Text
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
     epochs: PositiveInt | None = None
     max_steps: PositiveInt | None = None
     data: DataConfig

@@ -48,6 +48,7 @@ class ReplicasConfig(Strict):
 class ServeConfig(Strict):
     kind: Literal["serve"]
     base_model: Text
+    served_name: Text | None = None  # what requests call the base; None: as base_model is written
     host: Text = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     engine: EngineConfig = EngineConfig()

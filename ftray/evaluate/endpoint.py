@@ -28,6 +28,7 @@ def ask(client: httpx.Client, question: Question, *, model: str, max_tokens: int
             f"{client.base_url}: the endpoint does not answer ({error}); is `ftray serve` running?"
         ) from None
     if response.status_code != 200:
-        message = response.json().get("error", {}).get("message", response.text)
+        is_json = response.headers.get("content-type", "").startswith("application/json")
+        message = response.json().get("error", {}).get("message") if is_json else response.text[:200]
         raise (UserError if response.status_code < 500 else FtrayError)(f"{client.base_url}: {message}")
     return response.json()["choices"][0]["message"]["content"]

@@ -12,7 +12,7 @@ PAGE_TOKENS = 16
 
 class KVCache:
     def __init__(self, *, num_layers: int, num_kv_heads: int, head_dim: int, num_tokens: int, like: Tensor):
-        self.num_pages = num_tokens // PAGE_TOKENS
+        self.num_pages = -(-num_tokens // PAGE_TOKENS)
         shape = (self.num_pages * PAGE_TOKENS, num_kv_heads, head_dim)
         self.keys = [like.new_zeros(shape) for _ in range(num_layers)]
         self.values = [like.new_zeros(shape) for _ in range(num_layers)]

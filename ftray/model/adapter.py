@@ -1,6 +1,7 @@
 """Adapters as plain PEFT directories: injected for training, written, and read back and checked for serving."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,5 +158,5 @@ def lora_scale(config: dict[str, Any], module: str, rank: int) -> float:
 
 
 def pattern_value(patterns: dict[str, float], module: str, default: float) -> float:
-    """PEFT's per-module override: the first pattern that is the module's name or its ending."""
-    return next((value for key, value in patterns.items() if module == key or module.endswith(f".{key}")), default)
+    """PEFT's per-module override: the first key, a regular expression, that matches the module's name or its ending."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

@@ -173,15 +173,17 @@ def check_length(base: BaseModel, tokens: int, *, key: str) -> None:
 
 
 def check_attention(base: BaseModel) -> None:
-    """Our attention is plain causal attention; a model that needs more would be computed wrongly without a word."""
+    """Our attention is plain causal attention and logits are the output head's; a model that needs more would be
+    computed wrongly without a word."""
     config = read_json(base.directory / "config.json")
     config = config.get("text_config", config)
-    layers = config.get("layer_types")
+    layers = config.get("layer_types") or []
     sliding = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
-    found = {
-        "sliding-window attention": "sliding_attention" in layers if layers else sliding,
-        "linear attention": "linear_attention" in (layers or []),
+    found = {name.replace("_", " "): True for name in layers if name != "full_attention"} | {
+        "sliding-window attention": not layers and sliding,
         "attention logit soft-capping": config.get("attn_logit_softcapping") is not None,
+        "final logit soft-capping": config.get("final_logit_softcapping") is not None,
+        "scaled logits": any(config.get(key) not in (None, 1, 1.0) for key in ("logits_scaling", "logit_scale")),
         "attention sinks": config.get("model_type") == "gpt_oss",
     }
     for name, present in found.items():

@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import re
+import shutil
 import socket
 import threading
 import time
@@ -24,7 +25,7 @@ from pydantic import ValidationError
 
 from ftray.errors import ConflictError, FtrayError, NotFoundError, UserError
 from ftray.registry.reference import Reference, check_alias, parse_reference
-from ftray.storage import AlreadyExists, Manifest, ObjectStore, build_manifest, verify_directory, write_bytes
+from ftray.storage import AlreadyExists, Manifest, ObjectStore, build_manifest, write_bytes
 from ftray.storage.manifest import MANIFEST
 
 
@@ -93,6 +94,8 @@ class Registry:
     def resolve(self, reference: str | Reference) -> Reference:
         """An alias to the version it stands for now; raises `NotFoundError` with the near names."""
         wanted = parse_reference(reference) if isinstance(reference, str) else reference
+        if wanted.number is not None and wanted.number in self._journal.versions.get(wanted.name, []):
+            return wanted  # versions never go away: no look at the store
         numbers = self.versions(wanted.name)
         if not numbers:
             raise NotFoundError(f"{reference}: no adapter of that name in {self.location}{self._near(wanted.name)}")
@@ -127,14 +130,14 @@ class Registry:
             return directory
         owner = re.sub(r"[^A-Za-z0-9]+", "-", self.location)
         directory = Path(platformdirs.user_cache_dir("ftray")) / "adapters" / owner / version.name / str(version.number)
-        if not (directory / MANIFEST).is_file():
+        if not directory.is_dir() or build_manifest(directory, metadata={}).files != version.manifest.files:
+            shutil.rmtree(directory, ignore_errors=True)  # damaged, or of another registry that had this location
             for entry in version.manifest.files:
                 content = self._objects.read(f"{prefix}/{entry.path}")
                 if content is None:
                     raise FtrayError(f"{version}: {entry.path} is gone from {self.location}; publish again")
                 write_bytes(directory / entry.path, content)
-            write_bytes(directory / MANIFEST, version.manifest.model_dump_json().encode())
-        verify_directory(directory)
+        verify_files(directory, version)
         return directory
 
     def _near(self, name: str) -> str:

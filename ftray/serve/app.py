@@ -54,7 +54,8 @@ class ReplicaDeployment(EngineReplica):
 class IngressDeployment:
     def __init__(self, config: ServeConfig, replicas: DeploymentHandle):
         self._ingress = Ingress(
-            ModelNames(config.base_model, Registry(config.adapters.registry)), ReplicaBackend(replicas)
+            ModelNames(config.served_name or config.base_model, Registry(config.adapters.registry)),
+            ReplicaBackend(replicas),
         )
 
     @api.post("/v1/chat/completions")
@@ -100,7 +101,17 @@ def build_app(config: ServeConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100_000,
     )
-    return ingress.bind(config, engine.bind(config))
+    return ingress.bind(with_absolute_paths(config), engine.bind(with_absolute_paths(config)))
+
+
+def with_absolute_paths(config: ServeConfig) -> ServeConfig:
+    """Replicas have other working directories than the driver. The name that is served stays as it was written."""
+    location = config.adapters.registry
+    registry = location if "://" in location else os.path.abspath(location)
+    base = os.path.abspath(config.base_model) if os.path.exists(config.base_model) else config.base_model
+    adapters = config.adapters.model_copy(update={"registry": registry})
+    served_name = config.served_name or config.base_model
+    return config.model_copy(update={"adapters": adapters, "base_model": base, "served_name": served_name})
 
 
 def check_endpoint(config: ServeConfig) -> None:
@@ -130,7 +141,6 @@ def check_port(host: str, port: int) -> None:
 
 def start_endpoint(config: ServeConfig) -> str:
     """Deploys the application and returns its URL once it answers. Needs a Ray session."""
-    absolute = absolute_registry(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
@@ -138,7 +148,7 @@ def start_endpoint(config: ServeConfig) -> str:
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     try:
-        serve.run(build_app(absolute), name=APP_NAME, route_prefix="/", logging_config={"log_level": "WARNING"})
+        serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config={"log_level": "WARNING"})
     except RuntimeError as error:
         raise FtrayError(f"the endpoint did not start: {deployment_message() or error}") from None
     host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
@@ -163,13 +173,3 @@ def stop_endpoint() -> None:
 def delete_app() -> None:
     """On somebody else's cluster: the application goes, Serve and its other applications stay."""
     serve.delete(APP_NAME, _blocking=False)
-
-
-def absolute_registry(config: ServeConfig) -> ServeConfig:
-    """Replicas have other working directories than the driver."""
-    location = config.adapters.registry
-    if "://" in location:
-        return config
-    adapters = config.adapters.model_copy(update={"registry": os.path.abspath(location)})
-    base = os.path.abspath(config.base_model) if os.path.exists(config.base_model) else config.base_model
-    return config.model_copy(update={"adapters": adapters, "base_model": base})

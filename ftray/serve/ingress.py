@@ -11,7 +11,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from ftray.errors import NotFoundError
+from ftray.errors import FtrayError, NotFoundError
 from ftray.serve.models import ModelNames, ServedModel
 from ftray.serve.replica import Event, GenerateJob
 from ftray.serve.schemas import ApiRequest, ChatRequest, CompletionRequest, error_body, usage_body
@@ -109,6 +109,8 @@ class Ingress:
             return await asyncio.to_thread(self.names.resolve, name)
         except NotFoundError as error:
             raise HTTPException(404, str(error)) from None
+        except FtrayError as error:  # the registry's store does not answer, say
+            raise HTTPException(503, str(error)) from None
 
     async def _answer(self, request: ApiRequest, model: ServedModel, job: GenerateJob, shape: Shape) -> Any:
         head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.id}

@@ -1,15 +1,16 @@
 """One engine with its adapters: what a Ray Serve replica holds. Plain asyncio, no ray."""
 
 import asyncio
+import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ftray.config import ServeConfig
-from ftray.errors import AdapterError, DataError, UserError
+from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.protocol import Request, Sampling
 from ftray.infer.torch_engine import TorchEngine
 from ftray.model.base import prepare_base
@@ -51,22 +52,22 @@ class EngineReplica:
             async with self.residency.pinned(str(exact)):
                 pass
 
-    async def generate(self, job: GenerateJob) -> AsyncIterator[Event]:
+    async def generate(self, job: GenerateJob) -> AsyncGenerator[Event]:
         """First {"prompt_tokens": n}, then {"text", "finish_reason", "completion_tokens"} events; or one {"error"}."""
         try:
             if self.engine.stats().num_waiting >= self.config.engine.max_waiting:
                 yield {"error": "too many requests wait for this endpoint; try again", "status": 429}
                 return
             prompt_ids = self._prompt_ids(job)
-            if job.adapter is None:
-                async for event in self._tokens(job, prompt_ids):
+            pin = self.residency.pinned(job.adapter) if job.adapter is not None else contextlib.nullcontext()
+            # Closed in order when a client leaves: the engine lets go of the sequence before the adapter is unpinned.
+            async with pin, contextlib.aclosing(self._tokens(job, prompt_ids)) as events:
+                async for event in events:
                     yield event
-            else:
-                async with self.residency.pinned(job.adapter):
-                    async for event in self._tokens(job, prompt_ids):
-                        yield event
-        except (UserError, DataError, AdapterError) as error:
+        except UserError as error:
             yield {"error": str(error), "status": 400}
+        except FtrayError as error:
+            yield {"error": str(error), "status": 503}
 
     async def complete(self, job: GenerateJob) -> Event:
         """The whole answer at once."""
@@ -80,7 +81,7 @@ class EngineReplica:
         return last | {"text": "".join(texts)}
 
     def check_health(self) -> None:
-        if self.runner.failure is not None:
+        if not self.runner.is_alive:
             raise RuntimeError(f"the engine has stopped: {self.runner.failure}")
 
     def _prompt_ids(self, job: GenerateJob) -> list[int]:
@@ -95,15 +96,16 @@ class EngineReplica:
             raise UserError(f"prompt: {wrong[0]!r} is no token id of this model (0 to {size - 1})")
         return list(job.prompt)  # pyright: ignore[reportReturnType]
 
-    async def _tokens(self, job: GenerateJob, prompt_ids: list[int]) -> AsyncIterator[Event]:
+    async def _tokens(self, job: GenerateJob, prompt_ids: list[int]) -> AsyncGenerator[Event]:
         request = Request(uuid.uuid4().hex, prompt_ids, job.sampling, job.adapter)
         yield {"prompt_tokens": len(prompt_ids)}
-        async for event in self.runner.generate(request):
-            yield {
-                "text": event.text,
-                "finish_reason": event.finish_reason,
-                "completion_tokens": event.num_completion_tokens,
-            }
+        async with contextlib.aclosing(self.runner.generate(request)) as events:
+            async for event in events:
+                yield {
+                    "text": event.text,
+                    "finish_reason": event.finish_reason,
+                    "completion_tokens": event.num_completion_tokens,
+                }
 
     async def _load(self, key: str) -> int:
         def fetch():

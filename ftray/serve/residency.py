@@ -4,11 +4,11 @@ and evicted by bytes, least recently used first, never a pinned one."""
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 
-Load = Callable[[str], Awaitable[int]]  # key -> bytes
-Unload = Callable[[str], Awaitable[None]]
+Load = Callable[[str], Coroutine[None, None, int]]  # key -> bytes
+Unload = Callable[[str], Coroutine[None, None, None]]
 
 
 @dataclass
@@ -59,4 +59,4 @@ class AdapterResidency:
             if victim is None:
                 return  # all in use: over the budget for a while rather than a failed request
             del self._residents[victim]
-            await self._unload(victim)
+            await asyncio.shield(self._unload(victim))

@@ -3,7 +3,7 @@
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -31,7 +31,7 @@ class EngineRunner:
         self._commands.put((function, future))
         return await asyncio.wrap_future(future)
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """The request's tokens as they come. Leaving early frees its place at once."""
         events: asyncio.Queue[TokenEvent | BaseException] = asyncio.Queue()
         self._streams[request.id] = (asyncio.get_running_loop(), events)
@@ -49,6 +49,10 @@ class EngineRunner:
             self._streams.pop(request.id, None)
             if not finished:
                 self._commands.put((lambda: self.engine.cancel(request.id), Future()))
+
+    @property
+    def is_alive(self) -> bool:
+        return self.failure is None and self._thread.is_alive()
 
     def close(self) -> None:
         self._closing = True
@@ -73,10 +77,11 @@ class EngineRunner:
         except queue.Empty:
             return
         while True:
-            try:
-                future.set_result(function())
-            except Exception as error:  # noqa: BLE001  carried to the caller
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():  # False: the caller has gone away
+                try:
+                    future.set_result(function())
+                except Exception as error:  # noqa: BLE001  carried to the caller
+                    future.set_exception(error)
             try:
                 function, future = self._commands.get_nowait()
             except queue.Empty:
@@ -93,4 +98,6 @@ class EngineRunner:
         for request_id in list(self._streams):
             self._deliver(request_id, error)
         while not self._commands.empty():
-            self._commands.get_nowait()[1].set_exception(FtrayError(f"the engine has stopped: {error}"))
+            future = self._commands.get_nowait()[1]
+            if future.set_running_or_notify_cancel():
+                future.set_exception(FtrayError(f"the engine has stopped: {error}"))

@@ -1,6 +1,7 @@
 """metrics.jsonl: one object a step, evaluations as `{"step": ..., "eval_loss": ...}`."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,13 @@ class MetricsFollower:
 
     def poll(self) -> list[dict[str, Any]]:
         try:
-            stat = self._path.stat()
+            file = self._path.open("rb")
         except FileNotFoundError:
             return []
-        if (identity := (stat.st_dev, stat.st_ino)) != self._identity:
-            self._identity, self._offset = identity, 0  # a restart writes a new file
-        with self._path.open("rb") as file:
+        with file:
+            stat = os.fstat(file.fileno())
+            if (identity := (stat.st_dev, stat.st_ino)) != self._identity:
+                self._identity, self._offset = identity, 0  # a restart writes a new file
             file.seek(self._offset)
             whole, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)

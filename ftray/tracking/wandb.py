@@ -5,6 +5,7 @@ sets it on the nodes. Without a key `auto` runs offline, and `wandb sync RUN_DIR
 """
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Wandb:
             self._run = wandb.init(
                 project=config.wandb_project,
                 name=run_name,
-                id=run_name,
+                id=run_id(directory),
                 resume="allow",
                 config=settings,
                 dir=str(directory),
@@ -45,6 +46,14 @@ class Wandb:
     def finish(self) -> None:
         if self._run is not None:
             self._run.finish()
+
+
+def run_id(directory: Path) -> str:
+    """Of this run directory: a resumed run goes on under it, a run started over gets another."""
+    path = directory / "wandb_id"
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text()
 
 
 def choose_mode(setting: str, *, has_key: bool) -> str:

@@ -31,6 +31,10 @@ from ftray.train.run_directory import RESULT, RunDirectory, check_same_data, ope
 POLL_S = 0.2
 # Passed from the driver's environment to the workers.
 WORKER_ENVIRONMENT = (
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "NCCL_SOCKET_IFNAME",
+    "NCCL_DEBUG",
     "WANDB_API_KEY",
     "WANDB_BASE_URL",
     "HF_TOKEN",
@@ -94,14 +98,14 @@ def launch(config: RunConfig, watcher: Watcher, *, fresh: bool = False) -> dict[
     return finish(config, directory.path, base, data, seconds=time.time() - began)
 
 
-def start_ray() -> bool:
+def start_ray(*, join: bool = True) -> bool:
     """Joins the cluster of RAY_ADDRESS (True; `ray job submit` sets it), else starts a session of our own (False).
 
     A session that another program runs on this machine is left alone: it would end under us when that program does.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs sees none
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS") if join else None
     try:
         ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError as error:

@@ -39,6 +39,8 @@ def zero_settings(stage: int, hardware: Hardware, *, max_grad_norm: float, num_t
         # Stage 0 in float32 neither reports nor keeps the norm; the engine clips there by itself.
         "gradient_clipping": max_grad_norm if stage > 0 else 0.0,
         "bf16": {"enabled": hardware.dtype == torch.bfloat16},
+        # Gradients of many micro-batches add up in float32; stage 1 would need another optimizer class for it.
+        "data_types": {"grad_accum_dtype": "fp32" if stage >= 2 or hardware.dtype == torch.float32 else None},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "zero_optimization": {

@@ -133,6 +133,8 @@ def test_models_that_would_be_computed_wrongly_are_refused(tmp_path, tiny_model)
     plain = json.loads((copy / "config.json").read_text())
     for change, message in (
         ({"sliding_window": 64}, "sliding-window attention"),
+        ({"layer_types": ["conv", "full_attention"]}, "uses conv"),
+        ({"logits_scaling": 8.0}, "scaled logits"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear attention"),
         ({"attn_logit_softcapping": 50.0}, "soft-capping"),
     ):
