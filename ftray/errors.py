@@ -47,3 +47,9 @@ class ConflictError(FtrayError):
 
 class InterruptedRunError(FtrayError):
     """The user stopped the work; what was saved stands."""
+
+
+class TerminatedRunError(InterruptedRunError):
+    """The machine or scheduler asked for an end (SIGTERM); the run was saved. The shell's code for that signal."""
+
+    exit_code = 143

@@ -106,9 +106,7 @@ def run_quickstart(run: RunConfig, serve: ServeConfig, watcher: Watcher, announc
             watcher.say(f"exact match as served: base {served_base.accuracy:.1%}, tuned {served.accuracy:.1%}")
             stop_endpoint()
     finally:
-        if ray.is_initialized():
-            stop_endpoint()
-            ray.shutdown()
+        ray.shutdown()
     table = AnswerTable(
         before.accuracy, after.accuracy, served.accuracy, str(adapter), answer_rows(served_base, served)
     )

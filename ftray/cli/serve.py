@@ -34,7 +34,7 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
     import ray
 
     from ftray.errors import UserError
-    from ftray.serve.app import delete_app, start_endpoint, stop_endpoint
+    from ftray.serve.app import start_endpoint, stop_endpoint
     from ftray.train.launch import start_ray
 
     print(f"starting {settings.base_model} on {settings.host}:{settings.port}", flush=True)
@@ -57,7 +57,7 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
             print("stopping", flush=True)
     finally:
         if not leave:
-            delete_app() if joined else stop_endpoint()
+            stop_endpoint(wait=not joined)
         ray.shutdown()
 
 

@@ -85,6 +85,14 @@ class WorkersConfig(Strict):
     max_failures: NonNegativeInt = 3  # restarts of the worker group before the run is given up
 
 
+class GuardConfig(Strict):
+    """What happens when the loss of a step is not a number, or far above the recent ones."""
+
+    on_bad_loss: Literal["stop", "skip"] = "stop"  # skip: back to the last checkpoint, and past this step
+    spike_factor: float | None = Field(default=None, gt=1)  # times the median of 50 steps; null: only NaN and infinity
+    max_skips: PositiveInt = 3
+
+
 class TrackingConfig(Strict):
     wandb: Literal["off", "auto", "offline", "online"] = "off"  # auto: online with a key, else offline
     wandb_project: Text = "ftray"
@@ -106,6 +114,7 @@ class RunConfig(Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     workers: WorkersConfig = WorkersConfig()
+    guard: GuardConfig = GuardConfig()
     tracking: TrackingConfig = TrackingConfig()
     runs_dir: Text = "runs"
     registry: Text = "registry"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ class TokenizedDataset:
     ids: np.ndarray  # int32
     trained: np.ndarray  # bool
     offsets: np.ndarray  # int64, one longer than the number of examples
+    rows: np.ndarray  # int64: the source row of each example, 1 for the first
     num_rows: int  # in the source
     num_truncated: int
     num_dropped: int
@@ -29,7 +31,7 @@ class TokenizedDataset:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
@@ -64,6 +66,7 @@ def tokenize_rows(
     rows: Any, read: Callable[[dict], list], renderer: ChatRenderer, data: DataConfig, *, where: str
 ) -> TokenizedDataset:
     ids: list[np.ndarray] = []
+    source_rows: list[int] = []
     masks: list[np.ndarray] = []
     bad: list[str] = []
     overlong: list[str] = []
@@ -86,6 +89,7 @@ def tokenize_rows(
             num_truncated += 1
         ids.append(example)
         masks.append(mask)
+        source_rows.append(number)
     raise_listed(bad, f"{where}: {len(bad)} of {len(rows)} rows cannot be trained", fix="mend or remove them")
     raise_listed(
         overlong,
@@ -97,7 +101,15 @@ def tokenize_rows(
         raise DataError(f"{where}: no row is left: all {num_dropped} are over data.max_example_tokens")
     offsets = np.zeros(len(ids) + 1, np.int64)
     np.cumsum([len(x) for x in ids], out=offsets[1:])
-    return TokenizedDataset(np.concatenate(ids), np.concatenate(masks), offsets, len(rows), num_truncated, num_dropped)
+    return TokenizedDataset(
+        np.concatenate(ids),
+        np.concatenate(masks),
+        offsets,
+        np.asarray(source_rows, np.int64),
+        num_rows=len(rows),
+        num_truncated=num_truncated,
+        num_dropped=num_dropped,
+    )
 
 
 def raise_listed(problems: list[str], what: str, *, fix: str) -> None:

@@ -164,12 +164,8 @@ def deployment_message() -> str | None:
     return messages[0].strip().splitlines()[-1] if messages else None
 
 
-def stop_endpoint() -> None:
-    """Takes the application down; on a session of our own, Serve as well."""
-    if ray.is_initialized():
-        serve.shutdown()
-
-
-def delete_app() -> None:
-    """On somebody else's cluster: the application goes, Serve and its other applications stay."""
-    serve.delete(APP_NAME, _blocking=False)
+def stop_endpoint(*, wait: bool = True) -> None:
+    """The application goes, once what it has begun is answered. Serve itself stays: on a cluster it may be somebody
+    else's, and a session of our own ends with `ray.shutdown`."""
+    if ray.is_initialized() and APP_NAME in serve.status().applications:
+        serve.delete(APP_NAME, _blocking=wait)

@@ -1,14 +1,24 @@
 """Files that are whole or absent: atomic writes, manifests, and the object store under the registry."""
 
 from ftray.storage.atomic import read_json, write_bytes, write_json
-from ftray.storage.manifest import Manifest, build_manifest, read_manifest, verify_directory, write_manifest
+from ftray.storage.manifest import (
+    FileEntry,
+    Manifest,
+    build_manifest,
+    list_files,
+    read_manifest,
+    verify_directory,
+    write_manifest,
+)
 from ftray.storage.objects import AlreadyExists, ObjectStore
 
 __all__ = [
     "AlreadyExists",
+    "FileEntry",
     "Manifest",
     "ObjectStore",
     "build_manifest",
+    "list_files",
     "read_json",
     "read_manifest",
     "verify_directory",

@@ -1,6 +1,7 @@
 """A directory counts only if its manifest proves it: every file with size and SHA-256."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def build_manifest(directory: Path, *, metadata: dict[str, Any]) -> Manifest:
+def list_files(directory: Path) -> list[FileEntry]:
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
-    entries = [
+    return [
         FileEntry(path=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=sha256_of(path))
         for path in files
     ]
-    return Manifest(files=entries, metadata=metadata)
 
 
-def write_manifest(directory: Path, *, metadata: dict[str, Any]) -> Manifest:
-    """Written last: from here on the directory counts as whole."""
-    manifest = build_manifest(directory, metadata=metadata)
+def build_manifest(directory: Path, *, metadata: dict[str, Any]) -> Manifest:
+    return Manifest(files=list_files(directory), metadata=metadata)
+
+
+def write_manifest(directory: Path, *, metadata: dict[str, Any], files: Sequence[FileEntry] | None = None) -> Manifest:
+    """Written last: from here on the directory counts as whole. `files`: where several writers made them."""
+    manifest = Manifest(files=list_files(directory) if files is None else list(files), metadata=metadata)
     write_bytes(directory / MANIFEST, manifest.model_dump_json(indent=2).encode())
     return manifest
 
@@ -62,10 +66,13 @@ def read_manifest(directory: Path) -> Manifest:
         raise FtrayError(f"{path}: not a manifest; the file is damaged") from None
 
 
-def verify_directory(directory: Path) -> Manifest:
-    """Returns the manifest when every file is there, byte for byte; raises `FtrayError` with the first that is not."""
+def verify_directory(directory: Path, *, share: tuple[int, int] = (0, 1)) -> Manifest:
+    """Returns the manifest when every file is there, byte for byte; raises `FtrayError` with the first that is not.
+
+    `share`: (k, n) looks at every n-th file from the k-th on, so that n readers divide the work.
+    """
     manifest = read_manifest(directory)
-    for entry in manifest.files:
+    for entry in manifest.files[share[0] :: share[1]]:
         path = directory / entry.path
         if not path.is_file():
             raise FtrayError(f"{path}: missing, though {MANIFEST} lists it")

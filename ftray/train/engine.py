@@ -12,12 +12,13 @@ from ftray.config.run import OptimizerConfig
 from ftray.errors import FtrayError
 from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedCausalLM, PackedRow
-from ftray.objectives import Objective
+from ftray.objectives import Loss, Objective
+from ftray.train.sharded import Shard, ShardedState
 from ftray.train.zero import (
-    MOMENTS,
-    full_moment,
     full_parameter,
+    full_shape,
     link_moments,
+    local_fragment,
     restore_state,
     skip_unused_builds,
     zero_settings,
@@ -51,6 +52,7 @@ class TrainEngine:
         num_trainable = sum(getattr(p, "ds_numel", p.numel()) for p in self.trainable.values())
         settings = zero_settings(stage, hardware, max_grad_norm=config.max_grad_norm, num_trainable=num_trainable)
         self._grad_norm: float | None = None
+        self.micro_batch_losses: list[float] = []  # means of the last step's, on this rank
         if stage == 0:
             optimizer.register_step_pre_hook(self._clip_reduced_gradients)
         skip_unused_builds()
@@ -64,13 +66,15 @@ class TrainEngine:
     def forward_backward(self, rows: Iterable[PackedRow], *, denominator: int) -> float:
         """Accumulates the gradient of (sum of losses over all ranks) / denominator; returns that loss."""
         self._engine.train()
-        total = 0.0
+        losses: list[Tensor] = []  # (sum, count) each: read once at the end, so that a GPU is not waited for
         for row in rows:
-            loss = self._loss_sum(row)
+            loss = self._loss(row)
             # DeepSpeed averages gradients over the ranks; we want their sum.
-            self._engine.backward(loss * (self.world_size / denominator), scale_wrt_gas=False)
-            total += loss.item()
-        return self.sum_over_ranks(total) / denominator
+            self._engine.backward(loss.sum * (self.world_size / denominator), scale_wrt_gas=False)
+            losses.append(torch.stack([loss.sum.detach().double(), loss.count.double()]))
+        pairs = torch.stack(losses).tolist()
+        self.micro_batch_losses = [total / max(1.0, count) for total, count in pairs]
+        return self.sum_over_ranks(sum(total for total, _ in pairs)) / denominator
 
     def optim_step(self, *, lr: float) -> float:
         """One AdamW update; returns the norm of the whole gradient before clipping."""
@@ -88,8 +92,7 @@ class TrainEngine:
         self._engine.eval()
         total = count = 0.0
         for row in rows:
-            row = row.to(self.hardware.device)
-            loss = self.objective(self._engine(row), row.weights_N)
+            loss = self._loss(row)
             total += loss.sum.item()
             count += loss.count.item()
         return self.sum_over_ranks(total) / self.sum_over_ranks(count)
@@ -104,29 +107,40 @@ class TrainEngine:
         for name, parameter in self.trainable.items():
             yield name, full_parameter(parameter)
 
-    def moments(self) -> Iterator[tuple[str, Tensor]]:
-        """`exp_avg.NAME` and `exp_avg_sq.NAME`. All ranks must go through it."""
+    def shard(self) -> Shard:
+        """This rank's share of weights and moments, copied to the CPU. No communication."""
         link_moments(self._engine)
+        shard = Shard({}, {}, {})
         for name, parameter in self.trainable.items():
-            for key in MOMENTS:
-                yield f"{key}.{name}", full_moment(self._engine.basic_optimizer, parameter, key)
+            fragment = local_fragment(self._engine, parameter)
+            if fragment is not None:
+                shard.starts[name] = fragment.start
+                shard.shapes[name] = list(full_shape(parameter))
+                for kind, value in fragment.tensors.items():
+                    shard.tensors[f"{kind}.{name}"] = value.detach().to("cpu", torch.float32, copy=True)
+        return shard
 
-    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], *, step: int) -> None:
-        """Master weights and moments as `weights` and `moments` gave them, at any world size and stage."""
-        state = (
-            (parameter, {"master": weights[name]} | {key: moments[f"{key}.{name}"] for key in MOMENTS})
-            for name, parameter in self.trainable.items()
-        )
-        restore_state(self._engine, state, step=step)
+    def restore(self, saved: ShardedState, *, step: int) -> None:
+        """Master weights and moments as the shards of any world size and stage hold them."""
+        restore_state(self._engine, self.trainable, saved, step=step)
+
+    def all_ranks(self, condition: bool) -> bool:
+        return self.sum_over_ranks(float(condition)) == self.world_size
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small object of every rank, in order of rank, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def close(self) -> None:
         """Frees DeepSpeed's hooks and buffers, where a process makes one engine after another."""
         self._engine.destroy()
         self._sharding = None
 
-    def _loss_sum(self, row: PackedRow) -> Tensor:
+    def _loss(self, row: PackedRow) -> Loss:
         row = row.to(self.hardware.device)
-        return self.objective(self._engine(row), row.weights_N).sum
+        return self.objective(self._engine(row), row.weights_N)
 
     def _clip_reduced_gradients(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._grad_norm = float(nn.utils.clip_grad_norm_(list(self.trainable.values()), self.max_grad_norm))

@@ -8,6 +8,8 @@ from ftray.config import RunConfig
 
 WORKER_ERROR = "worker_error.json"
 HARDWARE = "hardware.json"  # what rank 0 chose
+STOP_REQUEST = "stop_request"  # while it exists, the workers save and end at the next step
+SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The driver's side of a run: check, tokenise while Ray starts, train, and leave a complete run directory."""
 
+import contextlib
 import logging
 import os
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +19,16 @@ from ftray.config import RunConfig
 from ftray.data.plan import plan_steps
 from ftray.data.sources import check_source
 from ftray.data.tokens import TokenizedDataset, tokenize_source
-from ftray.errors import FtrayError, InterruptedRunError, UserError
+from ftray.errors import FtrayError, InterruptedRunError, TerminatedRunError, UserError
 from ftray.model.base import BaseModel, check_base_name, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.storage import read_json, verify_directory, write_json
+from ftray.tracking.events import read_events, record_event
 from ftray.tracking.metrics import MetricsFollower, read_metrics
 from ftray.tracking.report import write_report
-from ftray.train.checkpoint import CHECKPOINTS, data_digest, newest_whole_checkpoint, read_state
-from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, run_in_worker
+from ftray.train.checkpoint import ADAPTER, CHECKPOINTS, data_digest, newest_whole_checkpoint, read_state
+from ftray.train.export import export_model
+from ftray.train.job import HARDWARE, SCRATCH, STOP_REQUEST, WORKER_ERROR, TrainJob, run_in_worker
 from ftray.train.preflight import check_resources
 from ftray.train.run_directory import RESULT, RunDirectory, check_same_data, open_run_directory
 
@@ -79,6 +83,7 @@ def launch(config: RunConfig, watcher: Watcher, *, fresh: bool = False) -> dict[
     for change in directory.changes:
         watcher.say(f"goes on with a changed setting: {change}")
     own_session = not ray.is_initialized()
+    (directory.path / STOP_REQUEST).unlink(missing_ok=True)
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:
             preparing = pool.submit(prepare_data, config, watcher.say)
@@ -89,13 +94,46 @@ def launch(config: RunConfig, watcher: Watcher, *, fresh: bool = False) -> dict[
         if directory.resume_from is not None:
             check_same_data(directory.resume_from, data.digest)
             watcher.say(f"resumes from {directory.resume_from}")
-        train_on_ray(config, directory, base, data, watcher)
+        with stop_on_sigterm(directory.path) as terminated:
+            train_on_ray(config, directory, base, data, watcher)
+        if not is_complete(config, directory.path, data):
+            record_event(directory.path, "stopped", by="SIGTERM" if terminated.is_set() else "ftray runs stop")
+            stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
+            raise stopped(describe_interruption(config, directory.path))
     except KeyboardInterrupt:
         raise InterruptedRunError(describe_interruption(config, directory.path)) from None
     finally:
         if own_session:
             ray.shutdown()
     return finish(config, directory.path, base, data, seconds=time.time() - began)
+
+
+@contextlib.contextmanager
+def stop_on_sigterm(run_directory: Path) -> Iterator[threading.Event]:
+    """SIGTERM (a preempted machine, a scheduler's time limit) asks the workers to save and end at the next step."""
+    terminated = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield terminated
+        return
+
+    def ask(*_: Any) -> None:
+        terminated.set()
+        request_stop(run_directory)
+
+    earlier = signal.signal(signal.SIGTERM, ask)  # after ray.init, which sets one that ends the process at once
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def request_stop(run_directory: Path) -> None:
+    (run_directory / STOP_REQUEST).touch()
+
+
+def is_complete(config: RunConfig, path: Path, data: PreparedData) -> bool:
+    checkpoint = newest_whole_checkpoint(path)
+    return checkpoint is None or read_state(checkpoint).step == num_steps(config, data.train)
 
 
 def start_ray(*, join: bool = True) -> bool:
@@ -156,6 +194,7 @@ def train_on_ray(
         eval_data=ray.put(data.eval) if data.eval is not None else None,
     )
     workers = config.workers
+    skips = config.guard.max_skips if config.guard.on_bad_loss == "skip" else 0  # each is a restart
     bundle = {"CPU": float(workers.cpus_each)} | ({"GPU": float(workers.gpus_each)} if workers.gpus_each else {})
     trainer = TorchTrainer(
         run_in_worker,
@@ -167,7 +206,7 @@ def train_on_ray(
         run_config=RayRunConfig(
             name=CHECKPOINTS,  # so that a checkpoint lies at runs/NAME/checkpoints/step-N
             storage_path=str(directory.path),
-            failure_config=FailureConfig(max_failures=workers.max_failures),
+            failure_config=FailureConfig(max_failures=workers.max_failures + skips),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},
         ),
@@ -245,14 +284,17 @@ def finish(config: RunConfig, path: Path, base: BaseModel, data: PreparedData, *
     checkpoint = newest_whole_checkpoint(path)
     if checkpoint is None:
         raise FtrayError(f"{path}: the run ended without a checkpoint; the workers' logs are in {ray_logs()}")
-    product = "adapter" if config.adapter is not None else "model"
-    staging = path / "scratch" / product
+    product = ADAPTER if config.adapter is not None else "model"
+    staging = path / SCRATCH / product
     shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(checkpoint / product, staging)
+    if config.adapter is not None:
+        shutil.copytree(checkpoint / ADAPTER, staging)
+    else:
+        export_model(checkpoint, staging, base, metadata={"run": config.name, "step": read_state(checkpoint).step})
     verify_directory(staging)
     shutil.rmtree(path / product, ignore_errors=True)
     os.replace(staging, path / product)
-    shutil.rmtree(path / "scratch")
+    shutil.rmtree(path / SCRATCH)
     metrics = read_metrics(path)
     steps = [record for record in metrics if "loss" in record]
     evaluations = [record for record in metrics if "eval_loss" in record]
@@ -268,6 +310,7 @@ def finish(config: RunConfig, path: Path, base: BaseModel, data: PreparedData, *
         "base_model": base.name,
         "base_fingerprint": base.fingerprint,
         "output": str(path / product),
+        "events": read_events(path),
     }
     write_json(path / RESULT, result)
     write_report(path)

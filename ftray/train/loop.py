@@ -1,9 +1,9 @@
-"""The algorithm. No ray and no deepspeed: an engine, a plan, a schedule and two callbacks come from outside."""
+"""The algorithm. No ray and no deepspeed: an engine, a plan, a schedule and callbacks come from outside."""
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -11,6 +11,7 @@ from ftray.data.pack import pack
 from ftray.data.plan import MicroBatch, StepPlan, divide
 from ftray.data.tokens import TokenizedDataset
 from ftray.model.packed import PackedRow
+from ftray.train.guard import LossGuard, suspects
 
 if TYPE_CHECKING:  # importing it loads deepspeed
     from ftray.train.engine import TrainEngine
@@ -39,6 +40,23 @@ class Schedule:
     end_position: int | None  # positions of the order that exist: epochs x examples
     evaluate_every: int
     save_every: int
+    skipped: frozenset[int] = frozenset()  # steps that broke the loss in an earlier try
+
+
+class Callbacks(Protocol):
+    """What a run does besides training. Every rank calls each of them at the same step."""
+
+    def on_bad_loss(self, step: int, problem: str, rows: list[int]) -> None:
+        """Raises: the update is not made."""
+        ...
+
+    def on_step_end(self, record: StepRecord) -> None: ...
+
+    def on_evaluated(self, step: int, loss: float) -> None: ...
+
+    def save(self, step: int) -> None: ...
+
+    def should_stop(self) -> bool: ...
 
 
 def train(
@@ -47,31 +65,50 @@ def train(
     plan: StepPlan,
     learning_rate: Callable[[int], float],
     schedule: Schedule,
+    guard: LossGuard,
+    callbacks: Callbacks,
     *,
     rank: int,
     seed: int,
     evaluate: Callable[[], float] | None,
-    on_step_end: Callable[[StepRecord], None],
-    on_evaluated: Callable[[int, float], None],
-    save: Callable[[int], None],
-) -> None:
+) -> int:
+    """Returns the number of steps done: fewer than all when it was asked to stop, after a save."""
     for step in range(schedule.start_step, schedule.num_steps):
+        if step in schedule.skipped:
+            continue
         began = time.perf_counter()
         examples = plan.examples(step, end=schedule.end_position)
         count = dataset.num_trained_tokens(examples)  # every rank knows the whole step
         num_tokens = int(dataset.lengths[examples].sum())
         seed_step(seed, step=step, rank=rank)
-        rows = packed_rows(dataset, plan.divide(examples, engine.world_size)[rank])
-        loss = engine.forward_backward(rows, denominator=count)
+        micro_batches = plan.divide(examples, engine.world_size)[rank]
+        loss = engine.forward_backward(packed_rows(dataset, micro_batches), denominator=count)
+        if problem := guard.problem(loss):
+            callbacks.on_bad_loss(step + 1, problem, suspect_rows(engine, dataset, micro_batches))
         lr = learning_rate(step)
         grad_norm = engine.optim_step(lr=lr)
         seconds = time.perf_counter() - began
-        on_step_end(StepRecord(step + 1, loss, lr, grad_norm, num_tokens, count, num_tokens / seconds, seconds))
+        record = StepRecord(step + 1, loss, lr, grad_norm, num_tokens, count, num_tokens / seconds, seconds)
+        callbacks.on_step_end(record)
         last = step + 1 == schedule.num_steps
         if evaluate is not None and (last or (step + 1) % schedule.evaluate_every == 0):
-            on_evaluated(step + 1, evaluate())
-        if last or (step + 1) % schedule.save_every == 0:
-            save(step + 1)
+            callbacks.on_evaluated(step + 1, evaluate())
+        stop = not last and callbacks.should_stop()
+        if last or stop or (step + 1) % schedule.save_every == 0:
+            callbacks.save(step + 1)
+        if stop:
+            return step + 1
+    return schedule.num_steps
+
+
+def suspect_rows(engine: "TrainEngine", dataset: TokenizedDataset, micro_batches: list[MicroBatch]) -> list[int]:
+    """Row numbers in the source of what the bad loss may come from, over all ranks."""
+    own = [
+        (loss, [int(dataset.rows[i]) for i in examples])
+        for loss, examples in zip(engine.micro_batch_losses, micro_batches, strict=True)
+        if examples
+    ]
+    return suspects([found for rank in engine.gather(own) for found in rank])
 
 
 def evaluation_rows(

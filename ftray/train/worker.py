@@ -2,9 +2,8 @@
 
 import contextlib
 import os
-import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,22 @@ from ftray.model.base import BaseModel, load_weights, prepare_base
 from ftray.model.hardware import Hardware, choose_hardware, make_deterministic
 from ftray.model.packed import PackedCausalLM, register_packed_attention
 from ftray.objectives import OBJECTIVES
-from ftray.storage import write_json
+from ftray.storage import verify_directory, write_json
+from ftray.storage.manifest import MANIFEST
+from ftray.tracking.events import read_events, record_event
 from ftray.tracking.metrics import MetricsLog
 from ftray.tracking.wandb import Wandb
-from ftray.train.checkpoint import TrainerState, newest_whole_checkpoint, read_state, restore, write_checkpoint
+from ftray.train.checkpoint import CHECKPOINTS, newest_whole_checkpoint, read_state, restore
 from ftray.train.engine import TrainEngine
-from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob
-from ftray.train.loop import Schedule, evaluation_rows, train
+from ftray.train.guard import GoBack, LossGuard, name_rows
+from ftray.train.job import HARDWARE, SCRATCH, STOP_REQUEST, WORKER_ERROR, TrainJob
+from ftray.train.loop import Schedule, StepRecord, evaluation_rows, train
+from ftray.train.saver import Saver
 from ftray.train.schedule import make_schedule
 from ftray.train.zero import shard_while_loading
+
+Record = Callable[[dict[str, Any]], None]
+WORKERS_STARTED, SKIPPED = "workers_started", "step_skipped"  # in events.jsonl
 
 
 def train_worker(job: TrainJob) -> None:
@@ -55,13 +61,10 @@ def run_job(job: TrainJob) -> None:
     make_deterministic(num_threads=config.workers.cpus_each)
     base = prepare_base(job.base_name)
     engine = make_engine(config, base, hardware)
+    start_step = resume(engine, job, rank=rank)
     if rank == 0:
         write_json(job.run_directory / HARDWARE, {"hardware": str(hardware), "world_size": engine.world_size})
-    checkpoint = newest_whole_checkpoint(job.run_directory)
-    start_step = 0
-    if checkpoint is not None:
-        restore(checkpoint, engine)
-        start_step = read_state(checkpoint).step
+        record_event(job.run_directory, WORKERS_STARTED, after_step=start_step, workers=engine.world_size)
 
     dataset: TokenizedDataset = ray.get(job.train_data)
     eval_dataset: TokenizedDataset | None = ray.get(job.eval_data) if job.eval_data is not None else None
@@ -73,37 +76,129 @@ def run_job(job: TrainJob) -> None:
         end_position=None if config.epochs is None else config.epochs * len(dataset),
         evaluate_every=config.evaluation.every,
         save_every=config.checkpoint.every,
+        skipped=skipped_steps(job.run_directory),
     )
     evaluate = None
     if eval_dataset is not None:
         budget = config.batch.tokens_per_micro_batch
         rows = evaluation_rows(eval_dataset, token_budget=budget, world_size=engine.world_size, rank=rank)
         evaluate = lambda: engine.evaluate(rows())  # noqa: E731
-
-    def save(step: int) -> None:
-        state = TrainerState(step, job.data_digest, engine.world_size, config.zero.stage)
-        with scratch_directory(job.run_directory) as directory:
-            write_checkpoint(directory, engine, config, base, state, rank=rank)
-            ray.train.report(
-                {"step": step},
-                checkpoint=ray.train.Checkpoint.from_directory(directory) if rank == 0 else None,
-                checkpoint_dir_name=f"step-{step}",
-            )
-
     with recorder(job, start_step=start_step, rank=rank) as record:
+        callbacks = WorkerCallbacks(job, engine, base, record, rank=rank)
         train(
             engine,
             dataset,
             plan,
             make_schedule(config.optimizer, num_steps=num_steps),
             schedule,
+            LossGuard(config.guard),
+            callbacks,
             rank=rank,
             seed=config.seed,
             evaluate=evaluate,
-            on_step_end=lambda step: record(asdict(step)),
-            on_evaluated=lambda step, loss: record({"step": step, "eval_loss": loss}),
-            save=save,
         )
+        callbacks.close()
+
+
+def resume(engine: TrainEngine, job: TrainJob, *, rank: int) -> int:
+    """Puts the newest whole checkpoint back, if there is one; returns the steps done. The ranks share the checking."""
+
+    def verify(path: Path) -> None:
+        try:
+            verify_directory(path, share=(rank, engine.world_size))
+            problem = None
+        except FtrayError as error:
+            problem = str(error)
+        if problems := [found for found in engine.gather(problem) if found is not None]:
+            raise FtrayError(problems[0])
+
+    checkpoint = newest_whole_checkpoint(job.run_directory, verify=verify)
+    if checkpoint is None:
+        return 0
+    restore(checkpoint, engine)
+    return read_state(checkpoint).step
+
+
+class WorkerCallbacks:
+    """What the loop asks for, through Ray and the run directory."""
+
+    def __init__(self, job: TrainJob, engine: TrainEngine, base: BaseModel, record: Record, *, rank: int):
+        self._job = job
+        self._engine = engine
+        self._record = record
+        self._rank = rank
+        self._saver = Saver(
+            engine,
+            job.config,
+            base,
+            data_digest=job.data_digest,
+            scratch=job.run_directory / SCRATCH,
+            rank=rank,
+            publish=self._publish,
+            on_failure=lambda step, message: self._event("save_failed", step=step, message=message),
+        )
+
+    def on_bad_loss(self, step: int, problem: str, rows: list[int]) -> None:
+        guard = self._job.config.guard
+        described = f"step {step}: {problem}; the rows {name_rows(rows)} of data.train were in the micro-batch"
+        skipped = skipped_steps(self._job.run_directory)
+        if guard.on_bad_loss == "stop":
+            raise FtrayError(
+                f"{described}. Look at them, lower optimizer.learning_rate, or set guard.on_bad_loss=skip; "
+                "the last checkpoint stands"
+            )
+        if len(skipped) >= guard.max_skips:
+            raise FtrayError(f"{described}, after {len(skipped)} skipped steps (guard.max_skips)")
+        self._engine.all_ranks(True)  # every rank has read the events before one more is written
+        self._event(SKIPPED, step=step, problem=problem, rows=rows)
+        self._saver.finish(last=False)
+        raise GoBack(described)
+
+    def on_step_end(self, record: StepRecord) -> None:
+        self._record(asdict(record))
+        self._saver.poll()
+
+    def on_evaluated(self, step: int, loss: float) -> None:
+        self._record({"step": step, "eval_loss": loss})
+
+    def save(self, step: int) -> None:
+        self._saver.begin(step)
+
+    def should_stop(self) -> bool:
+        asked = self._rank == 0 and (self._job.run_directory / STOP_REQUEST).is_file()
+        return self._engine.sum_over_ranks(float(asked)) > 0
+
+    def close(self) -> None:
+        self._saver.finish(last=True)
+        self._saver.close()
+
+    def _publish(self, directory: Path, step: int) -> None:
+        """The one place that reports to Ray Train. The files move, since scratch and checkpoints share a disk."""
+
+        def move(_: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+            target = self._job.run_directory / CHECKPOINTS / name
+            manifest = directory / MANIFEST
+            for path in sorted((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p == manifest):
+                place = target / path.relative_to(directory)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+            return ray.train.Checkpoint(str(target))
+
+        ray.train.report(
+            {"step": step},
+            checkpoint=ray.train.Checkpoint.from_directory(directory),
+            checkpoint_dir_name=f"step-{step}",
+            checkpoint_upload_fn=move,
+        )
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        if self._rank == 0:
+            record_event(self._job.run_directory, kind, **fields)
+
+
+def skipped_steps(run_directory: Path) -> frozenset[int]:
+    """As the loop counts them: 0 for the first."""
+    return frozenset(event["step"] - 1 for event in read_events(run_directory) if event["event"] == SKIPPED)
 
 
 def make_engine(config: RunConfig, base: BaseModel, hardware: Hardware) -> TrainEngine:
@@ -120,7 +215,7 @@ def make_engine(config: RunConfig, base: BaseModel, hardware: Hardware) -> Train
 
 
 @contextlib.contextmanager
-def recorder(job: TrainJob, *, start_step: int, rank: int) -> Iterator[Any]:
+def recorder(job: TrainJob, *, start_step: int, rank: int) -> Iterator[Record]:
     """Rank 0 writes metrics.jsonl and wandb; the others nothing."""
     if rank != 0:
         yield lambda record: None
@@ -144,11 +239,3 @@ def recorder(job: TrainJob, *, start_step: int, rank: int) -> Iterator[Any]:
     finally:
         metrics.close()
         wandb.finish()
-
-
-@contextlib.contextmanager
-def scratch_directory(run_directory: Path) -> Iterator[Path]:
-    """Beside the run, so that a checkpoint is written where there is room for it."""
-    os.makedirs(run_directory / "scratch", exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=run_directory / "scratch") as directory:
-        yield Path(directory)

@@ -1,24 +1,26 @@
 """What is particular to DeepSpeed ZeRO: its settings, and reading and writing sharded optimizer state.
 
-Every rank calls these functions with the same parameters in the same order: stages 1 to 3 communicate in them.
+Every stage cuts a parameter over the ranks in another way; here each way becomes a range of the flattened parameter.
 """
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
 from ftray.model.hardware import Hardware
+from ftray.train.sharded import MASTER, MOMENTS, ShardedState
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # Communication buckets are allocated whole; DeepSpeed's default of 5e8 elements is 2 GB for a 5 MB adapter.
 MAX_BUCKET_ELEMENTS = 50_000_000
 
@@ -64,19 +66,90 @@ def shard_while_loading(stage: int, hardware: Hardware) -> Any:
     return HfDeepSpeedConfig(zero_settings(stage, hardware, max_grad_norm=1.0, num_trainable=MAX_BUCKET_ELEMENTS))
 
 
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's range of one flattened parameter: its float32 master and AdamW moments, [n] each."""
+
+    start: int
+    tensors: dict[str, Tensor]  # "master" and the moments
+
+
+def local_fragment(engine: Any, parameter: nn.Parameter) -> Fragment | None:
+    """What this rank owns of it, or None. Together the ranks' fragments are the whole parameter. No communication."""
+    if is_partitioned(parameter):
+        start, count = partition_of(parameter)
+        if count == 0:
+            return None
+        state: dict[str, Any] = {MASTER: safe_get_local_fp32_param(parameter)}
+        state |= {key: safe_get_local_optimizer_state(parameter, key) for key in MOMENTS}
+        return Fragment(start, {key: value[:count] for key, value in state.items()})
+    if hasattr(parameter, "_hp_mapping"):
+        mapping: Any = getattr(parameter, "_hp_mapping")  # noqa: B009  DeepSpeed's own
+        if mapping is None:
+            return None  # other ranks own it
+        state = {MASTER: mapping.get_hp_fragment()} | {key: mapping.get_hp_fragment(key) for key in MOMENTS}
+        return Fragment(mapping.lp_fragment_address.start, state)
+    # Stage 0: whole on every rank; each answers for an equal share, so that saving is shared.
+    size = -(-parameter.numel() // dist.get_world_size())
+    part = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+    whole = {MASTER: parameter.detach()} | {key: engine.basic_optimizer.state[parameter][key] for key in MOMENTS}
+    state = {key: value.flatten()[part] for key, value in whole.items()}
+    return Fragment(part.start, state) if len(state[MASTER]) else None
+
+
+@torch.no_grad()
+def restore_state(engine: Any, parameters: dict[str, nn.Parameter], saved: ShardedState, *, step: int) -> None:
+    """Weights and AdamW moments as any stage and world size saved them. No communication."""
+    optimizer: torch.optim.Optimizer = engine.basic_optimizer
+    for flat in flat_parameters(engine):
+        # AdamW makes its state at the first step; here it must exist before.
+        optimizer.state[flat] = {"step": torch.tensor(float(step))} | {key: torch.zeros_like(flat) for key in MOMENTS}
+    link_moments(engine)
+    for name, parameter in parameters.items():
+        if is_partitioned(parameter):
+            restore_partition(parameter, name, saved)
+            continue
+        # The weight that computes is whole on every rank; the float32 master, where it is another tensor, is not.
+        parameter.copy_(saved.whole(MASTER, name))
+        if hasattr(parameter, "_hp_mapping"):
+            fragment = local_fragment(engine, parameter)
+            if fragment is not None:
+                for key, value in fragment.tensors.items():
+                    value.copy_(saved.read(key, name, fragment.start, fragment.start + len(value)))
+        else:
+            for key in MOMENTS:
+                optimizer.state[parameter][key].copy_(saved.whole(key, name))
+
+
+def restore_partition(parameter: Any, name: str, saved: ShardedState) -> None:
+    start, count = partition_of(parameter)
+
+    def padded(kind: str) -> Tensor:
+        value = torch.zeros(parameter.ds_tensor.ds_numel)
+        value[:count] = saved.read(kind, name, start, start + count)
+        return value
+
+    if parameter.ds_status != deepspeed.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE:
+        parameter.partition(has_been_updated=False)  # a gathered copy would keep the old weights
+    master = padded(MASTER)
+    parameter.ds_tensor.data.copy_(master)
+    safe_set_local_fp32_param(parameter, master)
+    for key in MOMENTS:
+        safe_set_local_optimizer_state(parameter, padded(key), key)
+
+
+def partition_of(parameter: Any) -> tuple[int, int]:
+    """(start, number of real elements) of this rank's ZeRO-3 partition; the last one is padded."""
+    size = parameter.ds_tensor.ds_numel
+    start = dist.get_rank() * size
+    return start, max(0, min(size, parameter.ds_numel - start))
+
+
 def full_parameter(parameter: nn.Parameter) -> Tensor:
-    """The whole float32 value on every rank."""
-    if not is_sharded(parameter):
+    """The whole float32 value on every rank. A collective from stage 1 on."""
+    if not is_partitioned(parameter) and not hasattr(parameter, "_hp_mapping"):
         return parameter.detach().float()
     value = safe_get_full_fp32_param(parameter)
-    assert value is not None
-    return value.reshape(full_shape(parameter))
-
-
-def full_moment(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str) -> Tensor:
-    if not is_sharded(parameter):
-        return optimizer.state[parameter][key]
-    value = safe_get_full_optimizer_state(parameter, key)
     assert value is not None
     return value.reshape(full_shape(parameter))
 
@@ -89,26 +162,6 @@ def link_moments(engine: Any) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def restore_state(engine: Any, state: Iterable[tuple[nn.Parameter, dict[str, Tensor]]], *, step: int) -> None:
-    """Puts weights and AdamW moments back. `state`: (parameter, {"master" or a moment: full float32 tensor})."""
-    optimizer: torch.optim.Optimizer = engine.basic_optimizer
-    for flat in flat_parameters(engine):
-        # AdamW makes its state at the first step; here it must exist before.
-        optimizer.state[flat] = {"step": torch.tensor(float(step))} | {key: torch.zeros_like(flat) for key in MOMENTS}
-    link_moments(engine)
-    for parameter, tensors in state:
-        # The weight that computes, and, where it is another tensor, the float32 master that AdamW updates.
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            parameter.copy_(tensors["master"])
-        if is_sharded(parameter):
-            safe_set_full_fp32_param(parameter, tensors["master"])
-        for key in MOMENTS:
-            if is_sharded(parameter):
-                safe_set_full_optimizer_state(parameter, tensors[key], key)
-            else:
-                optimizer.state[parameter][key].copy_(tensors[key])
-
-
 def flat_parameters(engine: Any) -> list[Tensor]:
     """What AdamW's state is keyed by: this rank's flat float32 partitions, or at stage 0 the parameters."""
     for owner in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # stages 1 and 2; stage 3
@@ -117,9 +170,9 @@ def flat_parameters(engine: Any) -> list[Tensor]:
     return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
 
 
-def is_sharded(parameter: nn.Parameter) -> bool:
-    """By ZeRO-3 (`ds_id`), or its optimizer state by stages 1 and 2 (`_hp_mapping`, None where another rank has it)."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """By ZeRO-3. (At stages 1 and 2 `_hp_mapping` leads to the optimizer state.)"""
+    return hasattr(parameter, "ds_id")
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:

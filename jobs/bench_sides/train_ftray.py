@@ -2,8 +2,8 @@
 
 import json
 import os
+import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from ftray.data.tokens import tokenize_source
 from ftray.model.base import load_tokenizer
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
+from ftray.train.guard import LossGuard
 from ftray.train.loop import Schedule, StepRecord, train
 from ftray.train.schedule import make_schedule
 from ftray.train.worker import make_engine
@@ -36,21 +37,42 @@ os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0
 dist.init_process_group("gloo", rank=0, world_size=1)
 dataset = tokenize_source("data.train", config.data.train, config.data, ChatRenderer(load_tokenizer(BASE)))
 engine = make_engine(config, BASE, choose_hardware())
-steps: list[StepRecord] = []
-began = time.perf_counter()
+
+
+class Recorder:
+    """The loop's callbacks; nothing is saved or evaluated."""
+
+    def __init__(self):
+        self.steps: list[StepRecord] = []
+
+    def on_step_end(self, record: StepRecord) -> None:
+        self.steps.append(record)
+
+    def on_bad_loss(self, step: int, problem: str, rows: list[int]) -> None:
+        sys.exit(f"step {step}: {problem}")
+
+    def on_evaluated(self, step: int, loss: float) -> None: ...
+
+    def save(self, step: int) -> None: ...
+
+    def should_stop(self) -> bool:
+        return False
+
+
+recorder = Recorder()
 train(
     engine,
     dataset,
     plan_steps(config, dataset.lengths),
     make_schedule(config.optimizer, num_steps=STEPS),
     Schedule(0, STEPS, None, evaluate_every=10**9, save_every=10**9),
+    LossGuard(config.guard),
+    recorder,
     rank=0,
     seed=0,
     evaluate=None,
-    on_step_end=steps.append,
-    on_evaluated=lambda step, loss: None,
-    save=lambda step: None,
 )
+steps = recorder.steps
 timed = steps[1:]
 result = {
     "tokens_per_s": round(sum(s.num_tokens for s in timed) / sum(s.seconds for s in timed), 1),

@@ -6,6 +6,7 @@ A group of processes runs every record of its world size, since starting one cos
 """
 
 import os
+import shutil
 import socket
 import sys
 from dataclasses import dataclass, field
@@ -93,8 +94,10 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     from ftray.model.base import load_tokenizer, prepare_base
     from ftray.model.chat import ChatRenderer
     from ftray.model.hardware import choose_hardware
-    from ftray.train.checkpoint import TrainerState, read_state, restore, write_checkpoint
+    from ftray.train.checkpoint import read_state, restore
+    from ftray.train.guard import LossGuard
     from ftray.train.loop import Schedule, evaluation_rows, train
+    from ftray.train.saver import Saver
     from ftray.train.schedule import make_schedule
     from ftray.train.worker import make_engine
 
@@ -123,39 +126,75 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     if record.resume_from is not None:
         restore(Path(record.resume_from), engine)
         start_step = read_state(Path(record.resume_from)).step
-    losses: list[float] = []
-    grad_norms: list[float] = []
-    eval_losses: list[float] = []
     rows = evaluation_rows(dataset, token_budget=1024, world_size=engine.world_size, rank=rank)
+    seen = Seen()
 
-    def save(step: int) -> None:
-        state = TrainerState(step, "digest", engine.world_size, record.stage)
-        write_checkpoint(checkpoints / f"step-{step}", engine, config, base, state, rank=rank)
+    def publish(directory: Path, step: int) -> None:
+        shutil.copytree(directory, checkpoints / f"step-{step}", dirs_exist_ok=True)
 
+    def failed(step: int, message: str) -> None:
+        raise AssertionError(message)
+
+    saver = Saver(
+        engine,
+        config,
+        base,
+        data_digest="digest",
+        scratch=checkpoints / "scratch",
+        rank=rank,
+        publish=publish,
+        on_failure=failed,
+    )
+    seen.save = saver.begin
     train(
         engine,
         dataset,
         plan_steps(config, dataset.lengths),
         make_schedule(config.optimizer, num_steps=record.steps),
         Schedule(start_step, record.stop_after or record.steps, None, evaluate_every=2, save_every=record.steps),
+        LossGuard(config.guard),
+        seen,
         rank=rank,
         seed=config.seed,
         evaluate=lambda: engine.evaluate(rows()),
-        on_step_end=lambda step: (losses.append(step.loss), grad_norms.append(step.grad_norm)),
-        on_evaluated=lambda step, loss: eval_losses.append(loss),
-        save=save,
     )
+    saver.finish(last=True)
+    saver.close()
     weights = {name: value.clone() for name, value in engine.weights()}
     last = record.stop_after or record.steps
     engine.close()
     return {
-        "losses": losses,
-        "grad_norms": grad_norms,
-        "eval_losses": eval_losses,
+        "losses": seen.losses,
+        "grad_norms": seen.grad_norms,
+        "eval_losses": seen.eval_losses,
         "start": start,
         "weights": weights,
         "checkpoint": str(checkpoints / f"step-{last}"),
     }
+
+
+class Seen:
+    """The loop's callbacks: remembers."""
+
+    save: Any
+
+    def __init__(self):
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        self.eval_losses: list[float] = []
+
+    def on_bad_loss(self, step: int, problem: str, rows: list[int]) -> None:
+        raise AssertionError(problem)
+
+    def on_step_end(self, record: Any) -> None:
+        self.losses.append(record.loss)
+        self.grad_norms.append(record.grad_norm)
+
+    def on_evaluated(self, step: int, loss: float) -> None:
+        self.eval_losses.append(loss)
+
+    def should_stop(self) -> bool:
+        return False
 
 
 def normalise_per_micro_batch(engine: Any) -> None:
@@ -188,10 +227,10 @@ def neighbours_leak(engine: Any) -> None:
 
 def forget_moments(engine: Any) -> None:
     """A resume that starts AdamW anew."""
-    real = engine.restore
-    engine.restore = lambda weights, moments, *, step: real(
-        weights, {key: torch.zeros_like(value) for key, value in moments.items()}, step=step
-    )
+    from ftray.train.sharded import MASTER, ShardedState
+
+    real = ShardedState.read
+    ShardedState.read = lambda self, kind, *where: real(self, kind, *where) * (kind == MASTER)
 
 
 BREAKS = {f.__name__: f for f in (normalise_per_micro_batch, forget_world_size, neighbours_leak, forget_moments)}

@@ -61,8 +61,8 @@ def trained(tmp_path_factory, tiny_model, train_file):
     ]
     one = [
         Record("rest-1-rank", stage=0, steps=6, resume_from=checkpoint["part-plain"]),
-        Record("rest-broken", steps=6, resume_from=checkpoint["part-plain"], break_it="forget_moments"),
         Record("rest-full-1-rank", stage=1, steps=6, full=True, resume_from=checkpoint["part-full"]),
+        Record("rest-broken", steps=6, resume_from=checkpoint["part-plain"], break_it="forget_moments"),
     ]
     return results | train_on_ranks(2, two, out, **fixed) | train_on_ranks(1, one, out, **fixed)
 

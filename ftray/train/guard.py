@@ -1,0 +1,50 @@
+"""When the loss of a step is not a number, or far above the recent ones: the rule of `guard` in the config."""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+
+from ftray.config.run import GuardConfig
+
+WINDOW_STEPS = 50
+MIN_STEPS = 10  # before this many, no step is far above the others
+MAX_NAMED_ROWS = 10
+
+
+class GoBack(Exception):
+    """Not an error of the run's: the workers start again from the last checkpoint and pass over the step."""
+
+
+class LossGuard:
+    def __init__(self, config: GuardConfig):
+        self._config = config
+        self._recent: deque[float] = deque(maxlen=WINDOW_STEPS)
+
+    def problem(self, loss: float) -> str | None:
+        """What is wrong with this step's loss; a good one is remembered."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        factor = self._config.spike_factor
+        if factor is not None and len(self._recent) >= MIN_STEPS:
+            usual = statistics.median(self._recent)
+            if loss > factor * usual:
+                return f"the loss is {loss:.4g}, over guard.spike_factor ({factor:g}) times the recent {usual:.4g}"
+        self._recent.append(loss)
+        return None
+
+
+def suspects(micro_batches: Sequence[tuple[float, list[int]]]) -> list[int]:
+    """Source rows of the micro-batch with the worst mean loss; of all that are not finite, where some are not.
+
+    `micro_batches`: (mean loss, source rows), of all ranks.
+    """
+    broken = [rows for loss, rows in micro_batches if not math.isfinite(loss)]
+    if not broken:
+        broken = [max(micro_batches)[1]] if micro_batches else []
+    return sorted(row for rows in broken for row in rows)
+
+
+def name_rows(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:MAX_NAMED_ROWS]))
+    return shown + (f" and {len(rows) - MAX_NAMED_ROWS} more" if len(rows) > MAX_NAMED_ROWS else "")

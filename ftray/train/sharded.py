@@ -1,0 +1,80 @@
+"""Training state on disk. Every rank writes the ranges it owns; a rank of any later world size reads those it needs.
+
+    state/rank-00000.safetensors    "master.NAME", "exp_avg.NAME", "exp_avg_sq.NAME": float32, flat; the header says
+                                    where each range starts in its flattened parameter
+
+So nothing is ever gathered: a rank holds its own share while it writes, and one parameter at most while it reads.
+ZeRO stages 0 to 3 cut parameters in different places, and each finds its ranges in the files of any other.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ftray.errors import FtrayError
+
+STATE = "state"
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's share of the state, on the CPU."""
+
+    tensors: dict[str, Tensor]  # "KIND.NAME" -> [n] float32
+    starts: dict[str, int]  # NAME -> first element of the range
+    shapes: dict[str, list[int]]  # NAME -> shape of the whole parameter
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def write_shard(directory: Path, shard: Shard, *, rank: int) -> None:
+    (directory / STATE).mkdir(parents=True, exist_ok=True)
+    header = {"starts": json.dumps(shard.starts), "shapes": json.dumps(shard.shapes)}
+    save_file(shard.tensors, directory / STATE / f"rank-{rank:05}.safetensors", metadata=header)
+
+
+class ShardedState:
+    """Reads ranges from the files of all ranks, without loading more than is asked for."""
+
+    def __init__(self, checkpoint: Path):
+        self._directory = checkpoint / STATE
+        self._pieces: dict[str, list[tuple[int, Any]]] = {}  # NAME -> [(start, open file)]
+        self.shapes: dict[str, list[int]] = {}
+        for path in sorted(self._directory.glob("rank-*.safetensors")):
+            file: Any = safe_open(path, framework="pt")
+            header = file.metadata()
+            self.shapes |= json.loads(header["shapes"])
+            for name, start in json.loads(header["starts"]).items():
+                self._pieces.setdefault(name, []).append((start, file))
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """[stop - start] float32. Raises `FtrayError` when the files do not cover the range."""
+        out = torch.empty(stop - start)
+        covered = 0
+        for piece_start, file in self._pieces.get(name, []):
+            piece = file.get_slice(f"{kind}.{name}")
+            low, high = max(start, piece_start), min(stop, piece_start + piece.get_shape()[0])
+            if low < high:
+                out[low - start : high - start] = piece[low - piece_start : high - piece_start]
+                covered += high - low
+        if covered != stop - start:
+            raise FtrayError(f"{self._directory}: holds {covered} of {stop - start} elements of {kind}.{name}")
+        return out
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """One parameter in its own shape."""
+        shape = self.shapes.get(name)
+        if shape is None:
+            raise FtrayError(f"{self._directory}: has no parameter {name}; the checkpoint is of another model")
+        return self.read(kind, name, 0, prod(shape)).view(shape)
