@@ -26,7 +26,7 @@ def make_tokenizer():
     return wrapped
 
 
-def write_tiny_model(directory: Path, *, seed: int = 0) -> Path:
+def write_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True, intermediate: int = 96) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,13 +35,13 @@ def write_tiny_model(directory: Path, *, seed: int = 0) -> Path:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
         initializer_range=0.15,  # wide enough that the most likely token is never a near tie
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
@@ -81,6 +81,18 @@ def chat_rows(count: int, *, seed: int = 0) -> list[dict]:
             {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": question.split()[0]}]}
         )
     return rows
+
+
+def pair_rows(count: int, *, seed: int = 0) -> list[dict]:
+    """Preference pairs of two answers of different length."""
+    return [
+        {
+            "prompt": row["messages"][:1],
+            "chosen": row["messages"][1:],
+            "rejected": [{**row["messages"][1], "content": other}],
+        }
+        for row, other in zip(chat_rows(count, seed=seed), (f"no, {i} times" for i in range(count)), strict=True)
+    ]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from ftray import __version__
-from ftray.cli import adapters, chat, doctor, evaluate, quickstart, serve, train
+from ftray.cli import adapters, chat, doctor, evaluate, quickstart, runs, serve, train
 from ftray.errors import FtrayError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command()(train.train)
 app.command()(serve.serve)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(runs.app, name="runs")
 app.command()(chat.chat)
 app.command()(quickstart.quickstart)
 app.command()(doctor.doctor)

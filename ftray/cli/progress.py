@@ -61,7 +61,8 @@ class TrainProgress:
         record = self._latest
         recent = self._step_seconds[-20:]
         left = (self._num_steps - record["step"]) * sum(recent) / len(recent)
-        return f"loss {record['loss']:.4f}  {record['tokens_per_s']:.0f} tokens/s  {clock(left)} left"
+        speed = f"{record['tokens_per_s']:.0f} tokens/s  MFU {record['mfu']:.0%}"
+        return f"loss {record['loss']:.4f}  {speed}  {clock(left)} left"
 
     def __enter__(self) -> "TrainProgress":
         return self

@@ -1,6 +1,7 @@
 """`ftray train`"""
 
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,18 +22,22 @@ def train(
     """Fine-tune a model. The same command again goes on from the last checkpoint."""
     run: RunConfig = load_config(config, overrides or (), kind="run")
     from ftray.cli.progress import TrainProgress
+    from ftray.config.advice import advise
     from ftray.train.launch import check_before_anything, launch
 
     check_before_anything(run)
+    run, init_from = resolve_start(run)
+    for advice in advise(run):
+        print(f"note: {advice}")
     if dry_run:
         show_plan(run)
         return
     try:
         with TrainProgress() as progress:
-            result = launch(run, progress.watcher(), fresh=fresh)
+            result = launch(run, progress.watcher(), fresh=fresh, init_from=init_from)
     except InterruptedRunError as error:
         command = shlex.join(["ftray", "train", config, *(overrides or ())])
-        raise InterruptedRunError(f"{error}\n  go on with: {command}") from None
+        raise type(error)(f"{error}\n  go on with: {command}") from None
     evaluation = "" if result["final_eval_loss"] is None else f", evaluation loss {result['final_eval_loss']:.4f}"
     print(f"{run.name}: {result['steps']} steps, loss {result['final_loss']:.4f}{evaluation}")
     print(f"  {result['output']}")
@@ -43,8 +48,28 @@ def train(
         print(f"next: ftray serve SERVE.yaml base_model={result['output']}")
 
 
+def resolve_start(run: RunConfig) -> tuple[RunConfig, Path | None]:
+    """`adapter.init_from` as the exact version it is now, so that a resumed run starts from the same, and its files."""
+    reference = run.adapter.init_from if run.adapter is not None else None
+    if run.adapter is None or reference is None:
+        return run, None
+    if Path(reference).is_dir():
+        return run, Path(reference).absolute()
+    from ftray.model.base import prepare_base
+    from ftray.registry import Registry
+    from ftray.serve.replica import check_base
+
+    registry = Registry(run.registry)
+    version = registry.get(reference)
+    base = prepare_base(run.base_model, say=print)
+    check_base(str(version), version.metadata, base, here="this run's base is")
+    adapter = run.adapter.model_copy(update={"init_from": str(version)})
+    return run.model_copy(update={"adapter": adapter}), registry.directory(version)
+
+
 def show_plan(run: RunConfig) -> None:
-    from ftray.train.launch import num_steps, prepare_data
+    from ftray.train.finish import num_steps
+    from ftray.train.launch import prepare_data
 
     print(to_yaml(run))
     base, data = prepare_data(run, lambda text: print(f"# {text}"))

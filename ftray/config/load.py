@@ -3,7 +3,6 @@
 import difflib
 import io
 import json
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,48 +87,71 @@ def apply_override(tree: dict, item: str) -> str | None:
 
 def describe_problem(model: type[BaseModel], item: Any) -> str:
     """One pydantic error as `key: value, rule, fix`."""
-    location = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part) and part not in TYPE_TAGS]
-    key = ".".join(str(part) for part in location) or "file"
+    location, fields = walk(model, item["loc"])
+    key = ".".join(location) or "file"
     value = item["input"]
     if item["type"] == "extra_forbidden":
-        fields = list(fields_at(model, location[:-1]))
-        near = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(location[-1], fields, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(fields))}"
         return f"{key}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{key}: required, but not given"
+    if item["type"] == "union_tag_not_found":
+        return f"{key}: {item['ctx']['discriminator'].strip(chr(39))} is required, but not given"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and isinstance(value, dict):
         return f"{key}: {message}" if location else message
+    choices = ""
+    if item["type"] == "literal_error":
+        choices = item["ctx"]["expected"]
+    elif item["type"] == "union_tag_invalid":
+        key, value, choices = f"{key}.type", item["ctx"]["tag"], item["ctx"]["expected_tags"]
+        message = f"Input should be {choices}"
     hint = ""
-    if item["type"] == "literal_error" and isinstance(value, str):
-        choices = [str(choice) for choice in item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")]
-        near = difflib.get_close_matches(value, choices, n=1)
+    if choices and isinstance(value, str):
+        names = choices.replace("'", "").replace(" or ", ", ").split(", ")
+        near = difflib.get_close_matches(value, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{key}: {value!r} is refused: {message}{hint}"
+
+
+def walk(model: type[BaseModel], parts: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """The keys of a pydantic location, without the names it adds for the arms of unions, and the fields that exist
+    beside the last of them."""
+    keys: list[str] = []
+    here: Any = model  # what the key before led to
+    beside: list[str] = []
+    for part in parts:
+        arms = models_in(here)
+        tagged = next((arm for arm in arms if len(arms) > 1 and tag_of(arm) == part), None)
+        if tagged is not None:  # `objective.dpo.beta`: dpo is no key
+            here = tagged
+            continue
+        if not arms and (part in TYPE_TAGS or "[" in str(part)):
+            continue
+        keys.append(str(part))
+        arm = arms[0] if arms else None
+        beside = list(arm.model_fields) if arm is not None else []
+        field = arm.model_fields.get(str(part)) if arm is not None else None
+        here = field.annotation if field is not None else None
+    return keys, beside
 
 
 # Names that pydantic adds to a location for the branch of a union it tried; they are no keys of ours.
 TYPE_TAGS = {"str", "int", "float", "bool"}
 
 
-def fields_at(model: type[BaseModel], location: Sequence[Any]) -> dict[str, Any]:
-    for part in location:
-        field = model.model_fields.get(str(part))
-        inner = None if field is None else model_in(field.annotation)
-        if inner is None:
-            return {}
-        model = inner
-    return dict(model.model_fields)
-
-
-def model_in(annotation: Any) -> type[BaseModel] | None:
-    """The config object inside `X` or `X | None`."""
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The config objects an annotation stands for: one, several in a union, or none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next((found for arm in typing.get_args(annotation) if (found := model_in(arm))), None)
-    return None
+        return [annotation]
+    return [found for arm in typing.get_args(annotation) for found in models_in(arm)]
+
+
+def tag_of(model: type[BaseModel]) -> str | None:
+    """What `type` says in this arm of a union."""
+    field = model.model_fields.get("type")
+    return typing.get_args(field.annotation)[0] if field is not None else None
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -1,6 +1,6 @@
 """`kind: run`: one fine-tuning run."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,21 +8,30 @@ from ftray.config.schema import Name, NonNegativeFloat, NonNegativeInt, Positive
 
 
 class ColumnsConfig(Strict):
-    """Which columns of a row hold what. Either `messages`, or `prompt` and `completion`."""
+    """Which columns of a row hold what: a conversation, a document, or a preference pair."""
 
     messages: Text | None = None
     prompt: Text | list[Text] | None = None  # several columns are joined by a blank line, empty ones left out
     completion: Text | None = None
     system: Text | None = None
+    text: Text | None = None  # objective domain
+    chosen: Text | None = None  # objective dpo, after `prompt` or `messages`
+    rejected: Text | None = None
 
     @model_validator(mode="after")
     def one_shape(self):
-        if (self.messages is None) == (self.prompt is None):
-            raise ValueError("name either `messages`, or `prompt` and `completion`")
-        if (self.prompt is None) != (self.completion is None):
+        if (self.chosen is None) != (self.rejected is None):
+            raise ValueError("`chosen` and `rejected` go together")
+        if self.text is not None and len(self.model_fields_set) > 1:
+            raise ValueError("`text` stands alone")
+        if self.messages is not None and (self.prompt is not None or self.system is not None):
+            raise ValueError("`prompt` and `system` do not go with `messages`, which hold their own turns")
+        if self.chosen is not None and self.completion is not None:
+            raise ValueError("`completion` does not go with `chosen` and `rejected`")
+        if self.chosen is None and (self.prompt is None) != (self.completion is None):
             raise ValueError("`prompt` and `completion` go together")
-        if self.messages is not None and self.system is not None:
-            raise ValueError("`system` goes with `prompt` and `completion`; messages hold their own system turn")
+        if self.chosen is None and self.messages is None and self.prompt is None and self.text is None:
+            raise ValueError("name `messages`, `prompt` and `completion`, `text`, or `chosen` and `rejected`")
         return self
 
 
@@ -32,19 +41,56 @@ class DataConfig(Strict):
     revision: Text | None = None  # of a hub id
     columns: ColumnsConfig | None = None  # None: `messages`, or `prompt` and `completion`, as the file has them
     max_example_tokens: PositiveInt = 2048
-    overlong: Literal["error", "truncate", "drop"] = "error"
+    overlong: Literal["error", "truncate", "drop", "split"] = "error"  # split: documents (objective domain) only
     shuffle: bool = True
 
 
-class ObjectiveConfig(Strict):
+class SftConfig(Strict):
+    """Conversations: the assistant's tokens are trained."""
+
     type: Literal["sft"] = "sft"
 
 
+class DomainConfig(Strict):
+    """Documents: every token is trained."""
+
+    type: Literal["domain"]
+
+
+class DpoConfig(Strict):
+    """Preference pairs (Rafailov et al. 2023). With LoRA the reference is the base with the adapter off."""
+
+    type: Literal["dpo"]
+    beta: PositiveFloat = 0.1
+
+
+ObjectiveConfig = Annotated[SftConfig | DomainConfig | DpoConfig, Field(discriminator="type")]
+
+
 class AdapterConfig(Strict):
+    variant: Literal["lora", "rslora", "dora"] = "lora"
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32
-    targets: Literal["all-linear"] | list[Text] = "all-linear"
+    targets: Literal["all-linear"] | list[Text] = "all-linear"  # names or regular expressions of linear modules
     dropout: float = Field(default=0.0, ge=0, lt=1)  # step losses agree across worker counts only at 0
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)  # by regular expression of the module's name
+    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+    initialization: Literal["default", "pissa"] = "default"
+    init_from: Text | None = None  # NAME@N, NAME@ALIAS or a PEFT directory: goes on from its weights
+    modules_to_save: list[Text] = Field(default_factory=list)  # trained whole beside LoRA, such as embed_tokens
+    quantize_base: Literal["nf4"] | None = None  # QLoRA (Dettmers et al. 2023): the frozen base in 4 bits
+
+    @model_validator(mode="after")
+    def agree(self):
+        if self.initialization == "pissa":
+            for key in ("quantize_base", "init_from"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"initialization pissa changes the base weights, so it does not go with {key}")
+            if self.variant == "dora":
+                raise ValueError("initialization pissa does not go with variant dora")
+            if self.modules_to_save:
+                raise ValueError("initialization pissa does not go with modules_to_save")
+        return self
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -52,8 +98,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class OptimizerConfig(Strict):
     learning_rate: PositiveFloat = 2e-4
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    lora_plus_ratio: float = Field(default=1.0, ge=1)  # rate of B over rate of A (LoRA+, Hayou et al. 2024)
+    schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
     warmup_steps: NonNegativeInt = 0
+    decay_fraction: float = Field(default=0.1, gt=0, le=1)  # of all steps: the decay of warmup_stable_decay
     weight_decay: NonNegativeFloat = 0.0
     betas: list[Beta] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     epsilon: PositiveFloat = 1e-8
@@ -67,6 +115,22 @@ class BatchConfig(Strict):
 
 class ZeroConfig(Strict):
     stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "cpu"] = "none"  # cpu: optimizer state, and at stage 3 weights, in host memory
+    settings: dict[str, Any] = Field(default_factory=dict)  # further keys of DeepSpeed's zero_optimization, as they are
+
+    @model_validator(mode="after")
+    def agree(self):
+        if self.offload != "none" and self.stage == 0:
+            raise ValueError("offload needs a stage of 1, 2 or 3")
+        ours = {"stage", "offload_optimizer", "offload_param", "contiguous_gradients", "overlap_comm"}
+        if taken := sorted(self.settings.keys() & ours):
+            raise ValueError(f"settings: {taken[0]} is set by ftray; see zero.stage and zero.offload")
+        return self
+
+
+class MemoryConfig(Strict):
+    activation_checkpointing: bool = False  # keeps one activation a layer and computes the rest again in the backward
+    compile: bool = False  # torch.compile of the decoder layers: faster once warm, after a minute or more of compiling
 
 
 class CheckpointConfig(Strict):
@@ -86,11 +150,12 @@ class WorkersConfig(Strict):
 
 
 class GuardConfig(Strict):
-    """What happens when the loss of a step is not a number, or far above the recent ones."""
+    """What happens when the loss of a step is not a number, or far above the recent ones, and when nothing happens."""
 
     on_bad_loss: Literal["stop", "skip"] = "stop"  # skip: back to the last checkpoint, and past this step
     spike_factor: float | None = Field(default=None, gt=1)  # times the median of 50 steps; null: only NaN and infinity
     max_skips: PositiveInt = 3
+    hang_timeout_s: PositiveFloat = 1800  # without progress in a step, evaluation or save: the workers start again
 
 
 class TrackingConfig(Strict):
@@ -106,11 +171,12 @@ class RunConfig(Strict):
     epochs: PositiveInt | None = None
     max_steps: PositiveInt | None = None
     data: DataConfig
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = SftConfig()
     adapter: AdapterConfig | None = AdapterConfig()  # null: full fine-tuning
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
     zero: ZeroConfig = ZeroConfig()
+    memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     workers: WorkersConfig = WorkersConfig()
@@ -123,6 +189,19 @@ class RunConfig(Strict):
     def agree(self):
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("give either `epochs` or `max_steps`")
+        if self.data.overlong == "split" and self.objective.type != "domain":
+            raise ValueError(f"data.overlong: split is for documents (objective domain), not {self.objective.type}")
+        if self.adapter is None and self.optimizer.lora_plus_ratio != 1:
+            raise ValueError("optimizer.lora_plus_ratio needs an adapter")
+        if self.adapter is not None and self.zero.stage == 3:
+            for key, value in (("initialization", "pissa"), ("variant", "dora"), ("quantize_base", "nf4")):
+                if getattr(self.adapter, key) == value:
+                    raise ValueError(f"adapter.{key}: {value} needs whole base weights on every GPU; use zero.stage 2")
+        if self.adapter is not None and self.adapter.init_from is not None and self.objective.type == "dpo":
+            raise ValueError(
+                "adapter.init_from: with objective dpo the reference is the base with the adapter off, which is not "
+                "where this run would start; train a full model first, or start a new adapter"
+            )
         if self.data.max_example_tokens > self.batch.tokens_per_micro_batch:
             raise ValueError(
                 f"data.max_example_tokens ({self.data.max_example_tokens}) must be at most "

@@ -1,4 +1,4 @@
-"""Examples laid end to end in one row, as the model takes them."""
+"""Examples end to end in one row, as the model takes them."""
 
 import numpy as np
 import torch
@@ -10,29 +10,40 @@ from ftray.model.packed_attention import packed_layout
 
 
 def pack(dataset: TokenizedDataset, examples: MicroBatch) -> PackedRow:
-    """An empty micro-batch becomes one dummy token of weight 0: every rank runs the same forwards and backwards."""
+    """An empty micro-batch becomes a dummy of weight 0: every rank runs the same forwards and backwards."""
     if not examples:
-        return dummy_row()
-    ids, positions, rows = [], [], []
+        return dummy_row(dataset.sequences_per_example)
+    ids, rows, sequences = [], [], []
     start = 0
-    for index in examples:
-        tokens, trained = dataset.example(index)
+    for tokens, trained in (sequence for index in examples for sequence in dataset.sequences(index)):
+        targets = np.flatnonzero(trained[1:])  # position j predicts token j + 1
+        rows.append(start + targets)
+        sequences.append(np.full(len(targets), len(ids)))
         ids.append(tokens)
-        positions.append(np.arange(len(tokens)))
-        rows.append(start + np.flatnonzero(trained[1:]))  # position j predicts token j + 1
         start += len(tokens)
     ids_T = torch.from_numpy(np.concatenate(ids).astype(np.int64))
     rows_N = torch.from_numpy(np.concatenate(rows))
     return PackedRow(
         ids_T=ids_T,
-        positions_T=torch.from_numpy(np.concatenate(positions)),
+        positions_T=torch.from_numpy(np.concatenate([np.arange(len(tokens)) for tokens in ids])),
         rows_N=rows_N,
         targets_N=ids_T[rows_N + 1],
         weights_N=torch.ones(len(rows_N)),
-        layout=packed_layout([len(x) for x in ids]),
+        sequences_N=torch.from_numpy(np.concatenate(sequences)),
+        layout=packed_layout([len(tokens) for tokens in ids]),
     )
 
 
-def dummy_row() -> PackedRow:
-    zero = torch.zeros(1, dtype=torch.long)
-    return PackedRow(zero, zero, zero, zero, torch.zeros(1), packed_layout([1]))
+def dummy_row(num_sequences: int = 1) -> PackedRow:
+    """One token a sequence."""
+    zeros = torch.zeros(num_sequences, dtype=torch.long)
+    places = torch.arange(num_sequences)
+    return PackedRow(
+        ids_T=zeros,
+        positions_T=zeros,
+        rows_N=places,
+        targets_N=zeros,
+        weights_N=torch.zeros(num_sequences),
+        sequences_N=places,
+        layout=packed_layout([1] * num_sequences),
+    )

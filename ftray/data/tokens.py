@@ -1,6 +1,6 @@
 """Rows to tokens, with every row accounted for: trained, truncated or dropped by rule."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,40 +8,57 @@ from typing import Any
 import numpy as np
 
 from ftray.config.run import DataConfig
-from ftray.data.rows import row_reader
+from ftray.data.encode import ENCODERS, Example, RowEncoder
 from ftray.data.sources import load_rows
 from ftray.errors import DataError
-from ftray.model.chat import ChatRenderer
+from ftray.model.chat import ChatRenderer, Rendered
 
 MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """All examples end to end: example i is `[offsets[i]:offsets[i + 1]]` of the flat arrays."""
+    """All sequences end to end: sequence j is `[offsets[j]:offsets[j + 1]]` of the flat arrays; example i has the
+    sequences from `i * sequences_per_example` on."""
 
     ids: np.ndarray  # int32
     trained: np.ndarray  # bool
-    offsets: np.ndarray  # int64, one longer than the number of examples
+    offsets: np.ndarray  # int64, one longer than the number of sequences
     rows: np.ndarray  # int64: the source row of each example, 1 for the first
+    sequences_per_example: int
     num_rows: int  # in the source
-    num_truncated: int
+    num_truncated: int  # examples
     num_dropped: int
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.rows)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+        """Tokens of every example."""
+        return np.diff(self.offsets[:: self.sequences_per_example])
+
+    @cached_property
+    def trained_lengths(self) -> np.ndarray:
+        """Trained tokens of every example. A sequence's first token has nothing before it to be predicted from."""
+        trained = self.trained.copy()
+        trained[self.offsets[:-1]] = False
+        sums = np.concatenate([[0], np.cumsum(trained)])
+        return np.diff(sums[self.offsets[:: self.sequences_per_example]])
+
+    def sequences(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, trained) of each sequence of an example."""
+        first = index * self.sequences_per_example
+        parts = [slice(self.offsets[j], self.offsets[j + 1]) for j in range(first, first + self.sequences_per_example)]
+        return [(self.ids[part], self.trained[part]) for part in parts]
 
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        part = slice(self.offsets[index], self.offsets[index + 1])
-        return self.ids[part], self.trained[part]
+        """Where an example is one sequence."""
+        (only,) = self.sequences(index)
+        return only
 
-    def num_trained_tokens(self, indices: Iterable[int]) -> int:
-        # The first token of an example has nothing before it to be predicted from.
-        return int(sum(self.trained[self.offsets[i] + 1 : self.offsets[i + 1]].sum() for i in indices))
+    def num_trained_tokens(self, indices: Sequence[int]) -> int:
+        return int(self.trained_lengths[indices].sum())
 
     def counts(self) -> dict[str, int]:
         return {
@@ -50,66 +67,74 @@ class TokenizedDataset:
             "truncated": self.num_truncated,
             "dropped": self.num_dropped,
             "tokens": len(self.ids),
-            "trained_tokens": self.num_trained_tokens(range(len(self))),
+            "trained_tokens": int(self.trained_lengths.sum()),
             "longest": int(self.lengths.max()),
         }
 
 
-def tokenize_source(key: str, source: str, data: DataConfig, renderer: ChatRenderer) -> TokenizedDataset:
+def tokenize_source(
+    key: str, source: str, data: DataConfig, renderer: ChatRenderer, *, objective: str = "sft"
+) -> TokenizedDataset:
     """Reads and tokenises a whole source. Raises one `DataError` that lists the rows that cannot be used."""
     rows = load_rows(key, source, revision=data.revision)
-    read = row_reader(data.columns, rows.column_names, key=key)
-    return tokenize_rows(rows, read, renderer, data, where=f"{key}: {source}")
+    where = f"{key}: {source}"
+    return tokenize_rows(rows, ENCODERS[objective](data, rows.column_names, renderer, key=where), data, where=where)
 
 
-def tokenize_rows(
-    rows: Any, read: Callable[[dict], list], renderer: ChatRenderer, data: DataConfig, *, where: str
-) -> TokenizedDataset:
-    ids: list[np.ndarray] = []
+def tokenize_rows(rows: Any, encode: RowEncoder, data: DataConfig, *, where: str) -> TokenizedDataset:
+    examples: list[Example] = []
     source_rows: list[int] = []
-    masks: list[np.ndarray] = []
     bad: list[str] = []
     overlong: list[str] = []
     num_truncated = num_dropped = 0
     for number, row in enumerate(rows, start=1):
         try:
-            rendered = renderer.training_ids(read(row))
+            encoded = encode(row)
         except DataError as error:
             bad.append(f"row {number}: {error}")
             continue
-        example, mask = rendered.ids, rendered.trained
-        if len(example) > data.max_example_tokens:
-            if data.overlong == "error":
-                overlong.append(f"row {number}: {len(example)} tokens")
-                continue
-            example, mask = example[: data.max_example_tokens], mask[: data.max_example_tokens]
-            if data.overlong == "drop" or not mask[1:].any():
-                num_dropped += 1
-                continue
-            num_truncated += 1
-        ids.append(example)
-        masks.append(mask)
-        source_rows.append(number)
+        for example in encoded:
+            longest = max(len(sequence.ids) for sequence in example)
+            if longest > data.max_example_tokens:
+                if data.overlong != "truncate":
+                    num_dropped += 1
+                    if data.overlong != "drop":
+                        overlong.append(f"row {number}: {longest} tokens")
+                    continue
+                example = [truncate(sequence, data.max_example_tokens) for sequence in example]
+                if not all(sequence.trained[1:].any() for sequence in example):
+                    num_dropped += 1
+                    continue
+                num_truncated += 1
+            examples.append(example)
+            source_rows.append(number)
     raise_listed(bad, f"{where}: {len(bad)} of {len(rows)} rows cannot be trained", fix="mend or remove them")
     raise_listed(
         overlong,
         f"{where}: {len(overlong)} of {len(rows)} rows are longer than data.max_example_tokens"
         f" ({data.max_example_tokens})",
-        fix="raise it (with batch.tokens_per_micro_batch), or set data.overlong to truncate or drop",
+        fix="raise it (with batch.tokens_per_micro_batch), or set data.overlong to truncate, drop or, for documents, "
+        "split",
     )
-    if not ids:
+    if not examples:
         raise DataError(f"{where}: no row is left: all {num_dropped} are over data.max_example_tokens")
-    offsets = np.zeros(len(ids) + 1, np.int64)
-    np.cumsum([len(x) for x in ids], out=offsets[1:])
+    sequences = [sequence for example in examples for sequence in example]
+    offsets = np.zeros(len(sequences) + 1, np.int64)
+    np.cumsum([len(sequence.ids) for sequence in sequences], out=offsets[1:])
     return TokenizedDataset(
-        np.concatenate(ids),
-        np.concatenate(masks),
-        offsets,
-        np.asarray(source_rows, np.int64),
+        ids=np.concatenate([sequence.ids for sequence in sequences]),
+        trained=np.concatenate([sequence.trained for sequence in sequences]),
+        offsets=offsets,
+        rows=np.asarray(source_rows, np.int64),
+        sequences_per_example=len(examples[0]),
         num_rows=len(rows),
         num_truncated=num_truncated,
         num_dropped=num_dropped,
     )
+
+
+def truncate(sequence: Rendered, size: int) -> Rendered:
+    return Rendered(sequence.ids[:size], sequence.trained[:size])
 
 
 def raise_listed(problems: list[str], what: str, *, fix: str) -> None:

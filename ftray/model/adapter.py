@@ -1,21 +1,18 @@
-"""Adapters as plain PEFT directories: injected for training, written, and read back and checked for serving."""
+"""Adapters as plain PEFT directories: read back and checked for serving. (lora.py trains and writes them.)"""
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ftray.config.run import AdapterConfig
 from ftray.errors import AdapterError
-from ftray.model.base import BaseModel
-from ftray.storage import read_json, write_json, write_manifest
+from ftray.storage import read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -45,68 +42,6 @@ class Adapter:
     @property
     def max_rank(self) -> int:
         return max(module.rank for module in self.modules.values())
-
-
-def inject_lora(model: Any, config: AdapterConfig, *, seed: int) -> Any:
-    """Freezes the base and adds LoRA layers (Hu et al. 2021, arXiv 2106.09685) through PEFT; returns PEFT's config."""
-    from peft import LoraConfig, TaskType, inject_adapter_in_model
-
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
-    peft_config = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=config.dropout,
-        target_modules=targets,
-        task_type=TaskType.CAUSAL_LM,
-    )
-    torch.manual_seed(seed)  # the same start on every rank and at every world size
-    try:
-        inject_adapter_in_model(peft_config, model)
-    except ValueError as error:
-        raise AdapterError(f"adapter.targets: {config.targets!r}: {str(error).splitlines()[0]}") from None
-    return peft_config
-
-
-def adapter_key(parameter_name: str) -> str:
-    """PEFT's name on disk: `model...lora_A.default.weight` -> `base_model.model.model...lora_A.weight`."""
-    return PREFIX + parameter_name.replace(".default.", ".")
-
-
-def parameter_name(adapter_key: str) -> str:
-    """The other way round."""
-    head, tail = adapter_key.removeprefix(PREFIX).rsplit(".", 1)
-    return f"{head}.default.{tail}"
-
-
-def write_adapter(
-    directory: Path, weights: Iterable[tuple[str, Tensor]], config: AdapterConfig, base: BaseModel, *, metadata: dict
-) -> None:
-    """A PEFT directory with a manifest that names the base it belongs to. `weights` are by parameter name."""
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {adapter_key(name): value.detach().cpu().contiguous() for name, value in weights}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    modules = {key.removeprefix(PREFIX).split(".lora_")[0] for key in tensors}
-    described = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in modules})
-        if isinstance(config.targets, str)
-        else list(config.targets),
-        "inference_mode": True,
-        "bias": "none",
-        "use_dora": False,
-        "use_rslora": False,
-        "modules_to_save": None,
-        "fan_in_fan_out": False,
-    }
-    write_json(directory / CONFIG_FILE, described)
-    write_manifest(directory, metadata={**metadata, "base_model": base.name, "base_fingerprint": base.fingerprint})
 
 
 def read_adapter(directory: Path, *, label: str) -> Adapter:

@@ -25,11 +25,13 @@ class Rendered:
 
 class ChatRenderer:
     def __init__(self, tokenizer: Any):
-        if tokenizer.chat_template is None:
-            raise DataError("base_model: its tokenizer has no chat template, so chat messages cannot be rendered")
         self.tokenizer = tokenizer
         self.stop_ids = stop_token_ids(tokenizer)
         self._pieces: dict[str, list[int]] = {}
+
+    def check_template(self) -> None:
+        if self.tokenizer.chat_template is None:
+            raise DataError("base_model: its tokenizer has no chat template, so chat messages cannot be rendered")
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt that asks for the next assistant turn."""
@@ -38,13 +40,16 @@ class ChatRenderer:
             ids += self._encode(text)
         return ids
 
-    def training_ids(self, messages: Sequence[Message]) -> Rendered:
-        """The whole conversation, with the assistant's tokens marked. Raises `DataError` when none, or all, are."""
+    def training_ids(self, messages: Sequence[Message], *, train_from: int = 0) -> Rendered:
+        """The whole conversation, with the tokens of assistant turns marked, from message number `train_from` on.
+
+        Raises `DataError` when none, or all, are.
+        """
         ids: list[int] = []
         trained: list[bool] = []
-        for text, is_answer in self._cut(messages, ask=False):
+        for text, turn in self._cut(messages, ask=False):
             piece = self._encode(text)
-            num_trained = self._answer_length(piece) if is_answer else 0
+            num_trained = self._answer_length(piece) if turn is not None and turn >= train_from else 0
             ids += piece
             trained += [True] * num_trained + [False] * (len(piece) - num_trained)
         if not any(trained):
@@ -53,9 +58,10 @@ class ChatRenderer:
             raise DataError("every token is trained: the template marks no prompt")
         return Rendered(np.asarray(ids, np.int32), np.asarray(trained, bool))
 
-    def _cut(self, messages: Sequence[Message], *, ask: bool) -> list[tuple[str, bool]]:
-        """[(text, is an assistant turn)], in order."""
-        pieces: list[tuple[str, bool]] = []
+    def _cut(self, messages: Sequence[Message], *, ask: bool) -> list[tuple[str, int | None]]:
+        """[(text, number of the message that is this assistant turn, or None)], in order."""
+        self.check_template()
+        pieces: list[tuple[str, int | None]] = []
         done = ""
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -67,12 +73,12 @@ class ChatRenderer:
                     "the chat template rewrites earlier turns, so training and serving would see different prompts; "
                     "use one assistant turn per conversation"
                 )
-            pieces += [(prompt[len(done) :], False), (full[len(prompt) :], True)]
+            pieces += [(prompt[len(done) :], None), (full[len(prompt) :], index)]
             done = full
         rest = self._render(messages, ask=ask)
         if not rest.startswith(done):
             raise DataError("the chat template rewrites earlier turns; use one assistant turn per conversation")
-        return [(text, is_answer) for text, is_answer in [*pieces, (rest[len(done) :], False)] if text]
+        return [(text, turn) for text, turn in [*pieces, (rest[len(done) :], None)] if text]
 
     def _render(self, messages: Sequence[Message], *, ask: bool) -> str:
         try:

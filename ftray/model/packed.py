@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ftray.config.run import MemoryConfig
 from ftray.model.packed_attention import PACKED, PackedLayout, attention_forward, register_attention
 
 # Rows of logits that exist at one time: 1,024 rows of a 150k vocabulary in float32 are 600 MB.
@@ -25,10 +26,15 @@ class PackedRow:
     rows_N: Tensor
     targets_N: Tensor
     weights_N: Tensor  # 1, or 0 in the dummy row that keeps the ranks' collectives equal
+    sequences_N: Tensor  # which sequence of the row the target belongs to
     layout: PackedLayout
 
+    @property
+    def num_sequences(self) -> int:
+        return len(self.layout.lengths)
+
     def to(self, device: torch.device) -> "PackedRow":
-        tensors = (self.ids_T, self.positions_T, self.rows_N, self.targets_N, self.weights_N)
+        tensors = (self.ids_T, self.positions_T, self.rows_N, self.targets_N, self.weights_N, self.sequences_N)
         return PackedRow(*(x.to(device) for x in tensors), layout=self.layout.to(device))
 
 
@@ -59,6 +65,17 @@ class PackedCausalLM(nn.Module):
 def decoder_of(model: Any) -> Any:
     """The stack below the output head; PEFT's injection leaves the model's own class in place."""
     return model.get_decoder()
+
+
+def prepare_layers(model: Any, config: MemoryConfig) -> Any:
+    """Activation checkpointing and compiled decoder layers, where the config asks for them."""
+    if config.activation_checkpointing:
+        # Not reentrant: with a frozen base no input of a layer asks for a gradient, and the reentrant kind needs one.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        for layer in decoder_of(model).layers:
+            layer.compile(dynamic=True)
+    return model
 
 
 def register_packed_attention() -> str:

@@ -1,10 +1,13 @@
-"""Supervised fine-tuning: the negative log-likelihood of the answer tokens (Ouyang et al. 2022, arXiv 2203.02155)."""
+"""Maximum likelihood of the trained tokens: the answers' in supervised fine-tuning (Ouyang et al. 2022, arXiv
+2203.02155), all of a document's in domain adaptation (Gururangan et al. 2020, arXiv 2004.10964)."""
 
-from torch import Tensor
-
-from ftray.objectives.loss import Loss
+from ftray.objectives.loss import LogProbs, Loss, Objective, Row
 
 
-def sft_loss(log_probs_N: Tensor, weights_N: Tensor) -> Loss:
+def sft_loss(log_probs: LogProbs, row: Row) -> Loss:
     """Sum over trained tokens of -log p(token | what is before it in its example)."""
-    return Loss(sum=-(log_probs_N * weights_N).sum(), count=weights_N.sum())
+    return Loss(sum=-(log_probs.policy_N * row.weights_N).sum(), count=row.weights_N.sum())
+
+
+def make_sft() -> Objective:
+    return Objective(sft_loss)

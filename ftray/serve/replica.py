@@ -120,11 +120,11 @@ class EngineReplica:
         await self.runner.call(lambda: self.engine.unload_adapter(key))
 
 
-def check_base(key: str, metadata: dict[str, Any], base: Any) -> None:
+def check_base(key: str, metadata: dict[str, Any], base: Any, *, here: str = "this endpoint serves") -> None:
     """Refuses an adapter of another base, naming both. A foreign PEFT directory may carry no fingerprint."""
     fingerprint = metadata.get("base_fingerprint")
     if fingerprint is not None and fingerprint != base.fingerprint:
         raise AdapterError(
-            f"{key}: trained on {metadata.get('base_model')} ({fingerprint[:12]}), this endpoint serves {base}; "
+            f"{key}: trained on {metadata.get('base_model')} ({fingerprint[:12]}), {here} {base}; "
             "publish an adapter trained on this base"
         )

@@ -1,5 +1,6 @@
 """metrics.jsonl: one object a step, evaluations as `{"step": ..., "eval_loss": ...}`."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,20 +13,33 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends to the run's metrics; a resumed run first forgets the steps after its checkpoint."""
+    """Appends to the run's metrics; a resumed run first forgets the steps after its checkpoint.
+
+    On a full disk records wait in memory: a run does not end for want of a line.
+    """
 
     def __init__(self, run_directory: Path, *, resume_step: int):
         self.path = run_directory / METRICS
         kept = [record for record in read_metrics(run_directory) if record["step"] <= resume_step]
         write_bytes(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._waiting = b""
 
     def append(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(record) + "\n").encode()
+        with contextlib.suppress(OSError):
+            self._write()
 
     def close(self) -> None:
-        self._file.close()
+        """Raises `OSError` when there is still no room for what waits."""
+        try:
+            self._write()
+        finally:
+            self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def read_metrics(run_directory: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,10 @@
 """report.html: loss curves and, where there is one, a table of answers. One file, no network."""
 
+import html
 import io
+import json
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,10 +12,22 @@ from typing import Any
 import jinja2
 
 from ftray.storage import read_json, write_bytes
+from ftray.tracking.events import read_events
 from ftray.tracking.metrics import read_metrics
+from ftray.tracking.runs import RunSummary
 
 TEMPLATE = Path(__file__).with_name("report.html")
-SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
+SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "memory_gib", "reward_margin", "reward_accuracy")
+COMPARED = ("loss", "eval_loss", "tokens_per_s")
+LABELS = {
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm before clipping",
+    "tokens_per_s": "tokens/s",
+    "mfu": "MFU",
+    "memory_gib": "peak memory of rank 0, GiB",
+    "eval_loss": "evaluation loss",
+}
+COLOURS = ("#2563eb", "#ea580c")
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,7 @@ def write_report(run_directory: Path, *, answers: AnswerTable | None = None) -> 
         environment=read_json(run_directory / "environment.json"),
         result=read_json(result_file) if result_file.is_file() else None,
         plots=[draw(metrics, name) for name in SHOWN if any(name in record for record in metrics)],
+        events=[described(event) for event in read_events(run_directory)],
         answers=answers,
     )
     path = run_directory / "report.html"
@@ -41,23 +58,55 @@ def write_report(run_directory: Path, *, answers: AnswerTable | None = None) -> 
     return path
 
 
+def described(event: dict[str, Any]) -> dict[str, str]:
+    rest = {key: value for key, value in event.items() if key not in ("time", "event")}
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+    return {"when": when, "what": event["event"].replace("_", " "), "more": json.dumps(rest) if rest else ""}
+
+
+def write_comparison(path: Path, runs: Sequence[RunSummary]) -> None:
+    """The curves of two runs over each other, in one file that needs no network."""
+    plots = []
+    for name in COMPARED:
+        curves = [(run.name, [r for r in run.steps + run.evaluations if name in r]) for run in runs]
+        if all(records for _, records in curves):
+            plots.append(plot([(title, records, name) for title, records in curves], ylabel=label_of(name)))
+    title = " and ".join(run.name for run in runs)
+    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><h1>{html.escape(title)}</h1>"
+    write_bytes(path, (page + "".join(plots)).encode())
+
+
 def draw(metrics: list[dict[str, Any]], name: str) -> str:
     """An SVG of one metric by step; the loss with the evaluation loss beside it."""
+    steps = [record for record in metrics if name in record]
+    curves = [("training loss" if name == "loss" else name, steps, name)]
+    evaluations = [record for record in metrics if "eval_loss" in record] if name == "loss" else []
+    if evaluations:
+        curves.append(("evaluation loss", evaluations, "eval_loss"))
+    return plot(curves, ylabel=label_of(name))
+
+
+def label_of(name: str) -> str:
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def plot(curves: Sequence[tuple[str, list[dict[str, Any]], str]], *, ylabel: str) -> str:
+    """`curves`: (label, records with a step, key)."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(5.2, 2.8), layout="constrained")
     axes = figure.add_subplot()
-    steps = [record for record in metrics if name in record]
-    label = "training loss" if name == "loss" else name
-    axes.plot([r["step"] for r in steps], [r[name] for r in steps], color="#2563eb", linewidth=1.5, label=label)
-    evaluations = [record for record in metrics if "eval_loss" in record] if name == "loss" else []
-    if evaluations:
-        points = [r["step"] for r in evaluations], [r["eval_loss"] for r in evaluations]
-        axes.plot(*points, color="#ea580c", marker="o", linewidth=1.5, label="evaluation loss")
+    for (label, records, key), colour in zip(curves, COLOURS, strict=False):
+        marker = "o" if len(records) < 20 else None
+        points = [r["step"] for r in records], [r[key] for r in records]
+        axes.plot(*points, color=colour, marker=marker, markersize=3, linewidth=1.5, label=label)
+    if len(curves) > 1:
         axes.legend(frameon=False)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss per trained token" if name == "loss" else name.replace("_", " "))
+    axes.set_ylabel(ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()

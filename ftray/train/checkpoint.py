@@ -20,8 +20,8 @@ from torch import Tensor
 from ftray.config import RunConfig
 from ftray.data.tokens import TokenizedDataset
 from ftray.errors import FtrayError
-from ftray.model.adapter import write_adapter
 from ftray.model.base import BaseModel
+from ftray.model.lora import write_adapter
 from ftray.storage import FileEntry, list_files, read_json, verify_directory, write_json, write_manifest
 from ftray.train.sharded import Shard, ShardedState, write_shard
 
@@ -47,12 +47,16 @@ class Snapshot:
     state: TrainerState
     shard: Shard
     adapter: dict[str, Tensor] | None  # on rank 0, for LoRA
+    initial_adapter: dict[str, Tensor] | None  # PiSSA's
+    ties_embeddings: bool
 
 
 def take_snapshot(engine: "TrainEngine", config: RunConfig, state: TrainerState, *, rank: int) -> Snapshot:
     """All ranks call it: the adapter, which is small, is gathered; the rest is each rank's own."""
     adapter = collect(engine.weights(), keep=rank == 0) if config.adapter is not None else None
-    return Snapshot(state, engine.shard(), adapter)
+    model = engine.model.model
+    ties = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    return Snapshot(state, engine.shard(), adapter, engine.initial_adapter, ties)
 
 
 def collect(tensors: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor] | None:
@@ -74,7 +78,15 @@ def write_snapshot(
         return list_files(directory)
     if snapshot.adapter is not None and config.adapter is not None:
         metadata = metadata_of(config, snapshot.state)
-        write_adapter(directory / ADAPTER, snapshot.adapter.items(), config.adapter, base, metadata=metadata)
+        write_adapter(
+            directory / ADAPTER,
+            snapshot.adapter,
+            config.adapter,
+            base,
+            metadata=metadata,
+            initial=snapshot.initial_adapter,
+            ties_embeddings=snapshot.ties_embeddings,
+        )
     write_json(directory / "trainer.json", vars(snapshot.state))
     return list_files(directory)
 

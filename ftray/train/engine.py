@@ -1,6 +1,7 @@
 """The DeepSpeed engine behind five verbs. The loop above it knows steps and rows, not ranks and stages."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -8,13 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ftray.config.run import OptimizerConfig
+from ftray.config import RunConfig
 from ftray.errors import FtrayError
+from ftray.model.flops import count_flops, measure_gemm_rate
 from ftray.model.hardware import Hardware
+from ftray.model.lora import without_adapter
 from ftray.model.packed import PackedCausalLM, PackedRow
-from ftray.objectives import Loss, Objective
+from ftray.objectives import LogProbs, Loss, Objective
+from ftray.train.optimizer import make_optimizer
 from ftray.train.sharded import Shard, ShardedState
 from ftray.train.zero import (
+    freeze,
     full_parameter,
     full_shape,
     link_moments,
@@ -25,61 +30,76 @@ from ftray.train.zero import (
 )
 
 
+@dataclass(frozen=True)
+class StepLoss:
+    """Means over the step, on every rank the same."""
+
+    loss: float
+    metrics: dict[str, float]
+
+
 class TrainEngine:
     def __init__(
         self,
         model: PackedCausalLM,
         objective: Objective,
         hardware: Hardware,
-        config: OptimizerConfig,
+        config: RunConfig,
         *,
-        stage: int,
         sharding: Any = None,  # what `shard_while_loading` returned: it must live as long as the model
+        reference: PackedCausalLM | None = None,  # for an objective that needs one, when all weights are trained
+        initial_adapter: dict[str, Tensor] | None = None,  # what `inject_lora` returned
     ):
         self._sharding = sharding
         self.model = model
         self.objective = objective
         self.hardware = hardware
-        self.stage = stage
-        self.max_grad_norm = config.max_grad_norm
+        self.stage = config.zero.stage
+        self.max_grad_norm = config.optimizer.max_grad_norm
+        self.initial_adapter = initial_adapter
         self.trainable = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(
-            decay_groups(self.trainable, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.epsilon,
-        )
+        optimizer = make_optimizer(self.trainable, config.optimizer)
         num_trainable = sum(getattr(p, "ds_numel", p.numel()) for p in self.trainable.values())
-        settings = zero_settings(stage, hardware, max_grad_norm=config.max_grad_norm, num_trainable=num_trainable)
+        settings = zero_settings(config.zero, hardware, max_grad_norm=self.max_grad_norm, num_trainable=num_trainable)
         self._grad_norm: float | None = None
         self.micro_batch_losses: list[float] = []  # means of the last step's, on this rank
-        if stage == 0:
+        if self.stage == 0:
             optimizer.register_step_pre_hook(self._clip_reduced_gradients)
         skip_unused_builds()
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self._reference_model = freeze(reference, settings, stage=self.stage) if reference is not None else None
+        self.flops = count_flops(model.model)
+        self.trains_base = config.adapter is None
+        dist.barrier()  # all at once, as they will train: on one machine they share its cores
+        self.gemm_rate = self.sum_over_ranks(measure_gemm_rate(hardware))  # FLOPs a second of all workers
 
     @property
     def world_size(self) -> int:
         return dist.get_world_size()
 
-    def forward_backward(self, rows: Iterable[PackedRow], *, denominator: int) -> float:
+    def forward_backward(self, rows: Iterable[PackedRow], *, denominator: int) -> StepLoss:
         """Accumulates the gradient of (sum of losses over all ranks) / denominator; returns that loss."""
         self._engine.train()
-        losses: list[Tensor] = []  # (sum, count) each: read once at the end, so that a GPU is not waited for
+        sums: list[Tensor] = []  # (sum, count, metrics) each: read once at the end, so that a GPU is not waited for
+        names: list[str] = []
         for row in rows:
             loss = self._loss(row)
             # DeepSpeed averages gradients over the ranks; we want their sum.
             self._engine.backward(loss.sum * (self.world_size / denominator), scale_wrt_gas=False)
-            losses.append(torch.stack([loss.sum.detach().double(), loss.count.double()]))
-        pairs = torch.stack(losses).tolist()
-        self.micro_batch_losses = [total / max(1.0, count) for total, count in pairs]
-        return self.sum_over_ranks(sum(total for total, _ in pairs)) / denominator
+            sums.append(torch.stack([loss.sum.detach(), loss.count, *loss.metrics.values()]).double())
+            names = list(loss.metrics)
+        by_row = torch.stack(sums)
+        self.micro_batch_losses = (by_row[:, 0] / by_row[:, 1].clamp(min=1)).tolist()
+        total = by_row.sum(0)
+        dist.all_reduce(total)
+        loss, _, *metrics = (total / denominator).tolist()
+        return StepLoss(loss, dict(zip(names, metrics, strict=True)))
 
     def optim_step(self, *, lr: float) -> float:
         """One AdamW update; returns the norm of the whole gradient before clipping."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate_factor"]
         self._engine.step()
         norm = self._grad_norm if self.stage == 0 else self._engine.get_global_grad_norm()
         if norm is None:
@@ -140,17 +160,16 @@ class TrainEngine:
 
     def _loss(self, row: PackedRow) -> Loss:
         row = row.to(self.hardware.device)
-        return self.objective(self._engine(row), row.weights_N)
+        reference_N = self._reference(row) if self.objective.needs_reference else None
+        return self.objective.loss(LogProbs(self._engine(row), reference_N), row)
+
+    @torch.no_grad()
+    def _reference(self, row: PackedRow) -> Tensor:
+        """Under the frozen reference: the base with the adapter off, or, where all weights are trained, a copy."""
+        if self._reference_model is not None:
+            return self._reference_model(row)
+        with without_adapter(self.model):
+            return self._engine(row)
 
     def _clip_reduced_gradients(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._grad_norm = float(nn.utils.clip_grad_norm_(list(self.trainable.values()), self.max_grad_norm))
-
-
-def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """No decay on norms and biases, which are vectors (Loshchilov & Hutter 2019; the common practice since GPT-2)."""
-    dimensions = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
-    groups: Sequence[tuple[float, list[nn.Parameter]]] = [
-        (weight_decay, [p for name, p in parameters.items() if dimensions[name] > 1]),
-        (0.0, [p for name, p in parameters.items() if dimensions[name] <= 1]),
-    ]
-    return [{"params": members, "weight_decay": decay} for decay, members in groups if members]

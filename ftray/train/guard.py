@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ftray.config.run import GuardConfig
 
@@ -17,9 +17,10 @@ class GoBack(Exception):
 
 
 class LossGuard:
-    def __init__(self, config: GuardConfig):
+    def __init__(self, config: GuardConfig, *, earlier_losses: Iterable[float] = ()):
+        """`earlier_losses`: of the steps before, where a run goes on."""
         self._config = config
-        self._recent: deque[float] = deque(maxlen=WINDOW_STEPS)
+        self._recent: deque[float] = deque(earlier_losses, maxlen=WINDOW_STEPS)
 
     def problem(self, loss: float) -> str | None:
         """What is wrong with this step's loss; a good one is remembered."""

@@ -19,6 +19,7 @@ class TrainJob:
     config: RunConfig
     run_directory: Path
     base_name: str
+    init_from: Path | None  # a PEFT directory
     data_digest: str
     train_data: Any  # ObjectRef[TokenizedDataset]
     eval_data: Any  # ObjectRef[TokenizedDataset] | None

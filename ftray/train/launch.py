@@ -16,21 +16,20 @@ from typing import Any
 import ray
 
 from ftray.config import RunConfig
-from ftray.data.plan import plan_steps
 from ftray.data.sources import check_source
 from ftray.data.tokens import TokenizedDataset, tokenize_source
 from ftray.errors import FtrayError, InterruptedRunError, TerminatedRunError, UserError
 from ftray.model.base import BaseModel, check_base_name, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
-from ftray.storage import read_json, verify_directory, write_json
-from ftray.tracking.events import read_events, record_event
-from ftray.tracking.metrics import MetricsFollower, read_metrics
-from ftray.tracking.report import write_report
-from ftray.train.checkpoint import ADAPTER, CHECKPOINTS, data_digest, newest_whole_checkpoint, read_state
-from ftray.train.export import export_model
-from ftray.train.job import HARDWARE, SCRATCH, STOP_REQUEST, WORKER_ERROR, TrainJob, run_in_worker
+from ftray.storage import read_json
+from ftray.tracking.events import record_event
+from ftray.tracking.metrics import MetricsFollower
+from ftray.train.checkpoint import CHECKPOINTS, data_digest, read_state
+from ftray.train.finish import PreparedData, describe_interruption, finish, is_complete, num_steps, ray_logs
+from ftray.train.job import HARDWARE, STOP_REQUEST, WORKER_ERROR, TrainJob, run_in_worker
 from ftray.train.preflight import check_resources
 from ftray.train.run_directory import RESULT, RunDirectory, check_same_data, open_run_directory
+from ftray.train.watchdog import clear_hangs, read_hang
 
 POLL_S = 0.2
 # Passed from the driver's environment to the workers.
@@ -46,13 +45,6 @@ WORKER_ENVIRONMENT = (
     "GLOO_SOCKET_IFNAME",
     "XDG_CACHE_HOME",
 )
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    train: TokenizedDataset
-    eval: TokenizedDataset | None
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -72,8 +64,13 @@ def check_before_anything(config: RunConfig) -> None:
         check_source("data.eval", config.data.eval)
 
 
-def launch(config: RunConfig, watcher: Watcher, *, fresh: bool = False) -> dict[str, Any]:
-    """Runs, or goes on with, `config.name` and returns what its result.json says."""
+def launch(
+    config: RunConfig, watcher: Watcher, *, fresh: bool = False, init_from: Path | None = None
+) -> dict[str, Any]:
+    """Runs, or goes on with, `config.name` and returns what its result.json says.
+
+    `init_from`: the PEFT directory that `adapter.init_from` names.
+    """
     began = time.time()
     check_before_anything(config)
     directory = open_run_directory(config, fresh=fresh)
@@ -95,7 +92,7 @@ def launch(config: RunConfig, watcher: Watcher, *, fresh: bool = False) -> dict[
             check_same_data(directory.resume_from, data.digest)
             watcher.say(f"resumes from {directory.resume_from}")
         with stop_on_sigterm(directory.path) as terminated:
-            train_on_ray(config, directory, base, data, watcher)
+            train_on_ray(config, directory, base, data, watcher, init_from=init_from)
         if not is_complete(config, directory.path, data):
             record_event(directory.path, "stopped", by="SIGTERM" if terminated.is_set() else "ftray runs stop")
             stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
@@ -131,11 +128,6 @@ def request_stop(run_directory: Path) -> None:
     (run_directory / STOP_REQUEST).touch()
 
 
-def is_complete(config: RunConfig, path: Path, data: PreparedData) -> bool:
-    checkpoint = newest_whole_checkpoint(path)
-    return checkpoint is None or read_state(checkpoint).step == num_steps(config, data.train)
-
-
 def start_ray(*, join: bool = True) -> bool:
     """Joins the cluster of RAY_ADDRESS (True; `ray job submit` sets it), else starts a session of our own (False).
 
@@ -155,10 +147,11 @@ def prepare_data(config: RunConfig, say: Callable[[str], None]) -> tuple[BaseMod
     base = prepare_base(config.base_model, say=say)
     check_length(base, config.data.max_example_tokens, key="data.max_example_tokens")
     renderer = ChatRenderer(load_tokenizer(base))
-    train = tokenize_source("data.train", config.data.train, config.data, renderer)
+    objective = config.objective.type
+    train = tokenize_source("data.train", config.data.train, config.data, renderer, objective=objective)
     evaluation = None
     if config.data.eval is not None:
-        evaluation = tokenize_source("data.eval", config.data.eval, config.data, renderer)
+        evaluation = tokenize_source("data.eval", config.data.eval, config.data, renderer, objective=objective)
     say(f"base model: {base}")
     say(f"training data: {describe_counts(train)}")
     if evaluation is not None:
@@ -176,7 +169,13 @@ def describe_counts(dataset: TokenizedDataset) -> str:
 
 
 def train_on_ray(
-    config: RunConfig, directory: RunDirectory, base: BaseModel, data: PreparedData, watcher: Watcher
+    config: RunConfig,
+    directory: RunDirectory,
+    base: BaseModel,
+    data: PreparedData,
+    watcher: Watcher,
+    *,
+    init_from: Path | None,
 ) -> None:
     from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
@@ -189,6 +188,7 @@ def train_on_ray(
         config=config,
         run_directory=directory.path,
         base_name=base_name,
+        init_from=init_from,
         data_digest=data.digest,
         train_data=ray.put(data.train),
         eval_data=ray.put(data.eval) if data.eval is not None else None,
@@ -213,11 +213,7 @@ def train_on_ray(
     )
     start = read_state(directory.resume_from).step if directory.resume_from is not None else 0
     watcher.on_start(start, num_steps(config, data.train))
-    fit_and_follow(trainer, directory.path, watcher)
-
-
-def num_steps(config: RunConfig, dataset: TokenizedDataset) -> int:
-    return plan_steps(config, dataset.lengths).num_steps(epochs=config.epochs, max_steps=config.max_steps)
+    fit_and_follow(trainer, directory.path, watcher, world_size=workers.count)
 
 
 def worker_environment(gpus_each: int) -> dict[str, str]:
@@ -229,7 +225,7 @@ def worker_environment(gpus_each: int) -> dict[str, str]:
     return fixed | passed
 
 
-def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> None:
+def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher, *, world_size: int) -> None:
     """`fit` runs in a thread (in the main one it would take over Ctrl-C); here the metrics are followed meanwhile."""
     outcome: list[BaseException] = []
 
@@ -240,6 +236,7 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> None:
             outcome.append(error)
 
     (run_directory / HARDWARE).unlink(missing_ok=True)
+    clear_hangs(run_directory)
     told_hardware = False
     follower = MetricsFollower(run_directory)
     follower.poll()  # what an earlier part wrote
@@ -251,6 +248,10 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> None:
             told_hardware = True
             watcher.say(f"workers run on {read_json(run_directory / HARDWARE)['hardware']}")
         watcher.on_metrics(follower.poll())
+        if hang := read_hang(run_directory, world_size=world_size):
+            clear_hangs(run_directory)
+            record_event(run_directory, "hang", message=hang)
+            watcher.say(f"{hang}; the workers start again from the last checkpoint")
     watcher.on_metrics(follower.poll())
     if (run_directory / WORKER_ERROR).is_file():
         failure = read_json(run_directory / WORKER_ERROR)
@@ -267,51 +268,3 @@ def last_line(error: BaseException) -> str:
         rank, cause = next(iter(failures.items()))
         return f"worker {rank}: {(str(cause).strip().splitlines() or [type(cause).__name__])[-1]}"
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def ray_logs() -> str:
-    return "/tmp/ray/session_latest/logs"
-
-
-def describe_interruption(config: RunConfig, path: Path) -> str:
-    checkpoint = newest_whole_checkpoint(path)
-    saved = f"the checkpoint {checkpoint} stands" if checkpoint else "no checkpoint was written yet"
-    return f"{config.name}: stopped; {saved}"
-
-
-def finish(config: RunConfig, path: Path, base: BaseModel, data: PreparedData, *, seconds: float) -> dict[str, Any]:
-    """Puts the last checkpoint's adapter (or model) at the top of the run directory and writes result.json last."""
-    checkpoint = newest_whole_checkpoint(path)
-    if checkpoint is None:
-        raise FtrayError(f"{path}: the run ended without a checkpoint; the workers' logs are in {ray_logs()}")
-    product = ADAPTER if config.adapter is not None else "model"
-    staging = path / SCRATCH / product
-    shutil.rmtree(staging, ignore_errors=True)
-    if config.adapter is not None:
-        shutil.copytree(checkpoint / ADAPTER, staging)
-    else:
-        export_model(checkpoint, staging, base, metadata={"run": config.name, "step": read_state(checkpoint).step})
-    verify_directory(staging)
-    shutil.rmtree(path / product, ignore_errors=True)
-    os.replace(staging, path / product)
-    shutil.rmtree(path / SCRATCH)
-    metrics = read_metrics(path)
-    steps = [record for record in metrics if "loss" in record]
-    evaluations = [record for record in metrics if "eval_loss" in record]
-    result = {
-        "status": "finished",
-        "name": config.name,
-        "steps": read_state(checkpoint).step,
-        "final_loss": steps[-1]["loss"] if steps else None,
-        "final_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
-        "tokens_per_s": sum(s["num_tokens"] for s in steps) / max(1e-9, sum(s["seconds"] for s in steps)),
-        "seconds": seconds,
-        "data": {"train": data.train.counts()} | ({"eval": data.eval.counts()} if data.eval is not None else {}),
-        "base_model": base.name,
-        "base_fingerprint": base.fingerprint,
-        "output": str(path / product),
-        "events": read_events(path),
-    }
-    write_json(path / RESULT, result)
-    write_report(path)
-    return result

@@ -1,5 +1,6 @@
 """The algorithm. No ray and no deepspeed: an engine, a plan, a schedule and callbacks come from outside."""
 
+import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,13 +23,20 @@ class StepRecord:
     """One line of metrics.jsonl."""
 
     step: int  # 1 for the first
-    loss: float  # mean over the step's trained tokens, before its update
+    loss: float  # mean over the step's trained tokens (sft, domain) or pairs (dpo), before its update
     learning_rate: float
     grad_norm: float  # before clipping
     num_tokens: int
     num_trained_tokens: int
     tokens_per_s: float  # over all ranks, trained or not
     seconds: float
+    mfu: float  # model FLOPs a second over the measured matmul rate of all workers
+    memory_gib: float  # this worker's peak so far: of its GPU, or of its process
+    metrics: dict[str, float]  # the objective's own, such as dpo's reward margin
+
+    def as_dict(self) -> dict[str, float]:
+        fields = vars(self).copy()
+        return fields | fields.pop("metrics")
 
 
 @dataclass(frozen=True)
@@ -78,18 +86,32 @@ def train(
             continue
         began = time.perf_counter()
         examples = plan.examples(step, end=schedule.end_position)
-        count = dataset.num_trained_tokens(examples)  # every rank knows the whole step
+        num_trained = dataset.num_trained_tokens(examples)  # every rank knows the whole step
+        denominator = num_trained if engine.objective.unit == "token" else len(examples)
         num_tokens = int(dataset.lengths[examples].sum())
         seed_step(seed, step=step, rank=rank)
         micro_batches = plan.divide(examples, engine.world_size)[rank]
-        loss = engine.forward_backward(packed_rows(dataset, micro_batches), denominator=count)
-        if problem := guard.problem(loss):
+        step_loss = engine.forward_backward(packed_rows(dataset, micro_batches), denominator=denominator)
+        if problem := guard.problem(step_loss.loss):
             callbacks.on_bad_loss(step + 1, problem, suspect_rows(engine, dataset, micro_batches))
         lr = learning_rate(step)
         grad_norm = engine.optim_step(lr=lr)
         seconds = time.perf_counter() - began
-        record = StepRecord(step + 1, loss, lr, grad_norm, num_tokens, count, num_tokens / seconds, seconds)
-        callbacks.on_step_end(record)
+        callbacks.on_step_end(
+            StepRecord(
+                step=step + 1,
+                loss=step_loss.loss,
+                learning_rate=lr,
+                grad_norm=grad_norm,
+                num_tokens=num_tokens,
+                num_trained_tokens=num_trained,
+                tokens_per_s=num_tokens / seconds,
+                seconds=seconds,
+                mfu=step_flops(engine, dataset, examples) / seconds / engine.gemm_rate,
+                memory_gib=peak_memory_gib(),
+                metrics=step_loss.metrics,
+            )
+        )
         last = step + 1 == schedule.num_steps
         if evaluate is not None and (last or (step + 1) % schedule.evaluate_every == 0):
             callbacks.on_evaluated(step + 1, evaluate())
@@ -99,6 +121,22 @@ def train(
         if stop:
             return step + 1
     return schedule.num_steps
+
+
+def step_flops(engine: "TrainEngine", dataset: TokenizedDataset, examples: list[int]) -> float:
+    return engine.flops.step(
+        num_tokens=int(dataset.lengths[examples].sum()),
+        num_trained=dataset.num_trained_tokens(examples),
+        sum_squared_lengths=int(sum(len(ids) ** 2 for i in examples for ids, _ in dataset.sequences(i))),
+        trains_base=engine.trains_base,
+        reference=engine.objective.needs_reference,
+    )
+
+
+def peak_memory_gib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def suspect_rows(engine: "TrainEngine", dataset: TokenizedDataset, micro_batches: list[MicroBatch]) -> list[int]:

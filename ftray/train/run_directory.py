@@ -1,6 +1,5 @@
 """`runs/NAME/`: claimed before any work, so that a name never mixes two configs."""
 
-import json
 import os
 import shutil
 import time
@@ -12,11 +11,22 @@ from ftray.config import RunConfig
 from ftray.errors import UserError
 from ftray.storage import read_json, write_json
 from ftray.tracking.environment import describe_environment
+from ftray.tracking.runs import differences
 from ftray.train.checkpoint import newest_whole_checkpoint, read_state
 
 RESULT = "result.json"
 # What may change between the parts of one run: where and how it runs, not what it computes.
-MAY_CHANGE = ("workers", "zero", "checkpoint", "evaluation", "tracking", "registry", "batch.tokens_per_micro_batch")
+MAY_CHANGE = (
+    "workers",
+    "zero",
+    "checkpoint",
+    "evaluation",
+    "tracking",
+    "registry",
+    "guard",
+    "memory",
+    "batch.tokens_per_micro_batch",
+)
 
 
 @dataclass(frozen=True)
@@ -45,15 +55,15 @@ def open_run_directory(config: RunConfig, *, fresh: bool) -> RunDirectory:
     changes: list[str] = []
     earlier_file = path / "config.json"
     if earlier_file.is_file():
-        differences = list(compare(read_json(earlier_file), resolved))
-        refused = [text for key, text in differences if not may_change(key)]
+        changed = [(key, f"{key}: was {a}, is {b}") for key, a, b in differences(read_json(earlier_file), resolved)]
+        refused = [text for key, text in changed if not may_change(key)]
         if refused:
             raise UserError(
                 f"{path} holds a run of this name with another config:\n"
                 + "\n".join(f"  - {line}" for line in refused)
                 + "\n  choose another name (name=...), or set that run aside with --fresh"
             )
-        changes = [text for _, text in differences]
+        changes = [text for _, text in changed]
     checkpoint = newest_whole_checkpoint(path)
     finished = read_json(path / RESULT) if (path / RESULT).is_file() else None
     write_json(earlier_file, resolved)
@@ -81,16 +91,6 @@ def refuse_vanishing_directory(config: RunConfig) -> None:
 def set_aside(path: Path) -> None:
     """Nothing is deleted: the old run moves to NAME.TIME beside the new one."""
     shutil.move(path, path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
-
-
-def compare(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Any:
-    """Yields (key, "key: was A, is B") for every differing leaf."""
-    for name in sorted(earlier.keys() | now.keys()):
-        key, old, new = f"{prefix}{name}", earlier.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from compare(old, new, f"{key}.")
-        elif old != new:
-            yield key, f"{key}: was {json.dumps(old)}, is {json.dumps(new)}"
 
 
 def may_change(key: str) -> bool:

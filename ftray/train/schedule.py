@@ -5,16 +5,22 @@ from collections.abc import Callable
 
 from ftray.config.run import OptimizerConfig
 
-SHAPES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
-}
+
+def shapes(config: OptimizerConfig) -> dict[str, Callable[[float], float]]:
+    """By the share of the steps after the warm-up that is done."""
+    tail = config.decay_fraction
+    return {
+        "constant": lambda progress: 1.0,
+        "linear": lambda progress: 1.0 - progress,
+        "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+        # Hu et al. 2024 (MiniCPM, arXiv 2404.06395), with the linear decay of Hägele et al. 2024 (arXiv 2405.18392)
+        "warmup_stable_decay": lambda progress: min(1.0, (1.0 - progress) / tail),
+    }
 
 
 def make_schedule(config: OptimizerConfig, *, num_steps: int) -> Callable[[int], float]:
     """Linear warm-up to the peak, then the shape down to the last step (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
-    shape = SHAPES[config.schedule]
+    shape = shapes(config)[config.schedule]
     warmup = config.warmup_steps
 
     def learning_rate(step: int) -> float:

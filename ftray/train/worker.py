@@ -4,7 +4,6 @@ import contextlib
 import os
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ from ftray.config import RunConfig
 from ftray.data.plan import plan_steps
 from ftray.data.tokens import TokenizedDataset
 from ftray.errors import FtrayError, UserError
-from ftray.model.adapter import inject_lora
 from ftray.model.base import BaseModel, load_weights, prepare_base
 from ftray.model.hardware import Hardware, choose_hardware, make_deterministic
-from ftray.model.packed import PackedCausalLM, register_packed_attention
+from ftray.model.lora import inject_lora, load_weights_from
+from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
 from ftray.objectives import OBJECTIVES
 from ftray.storage import verify_directory, write_json
 from ftray.storage.manifest import MANIFEST
 from ftray.tracking.events import read_events, record_event
-from ftray.tracking.metrics import MetricsLog
+from ftray.tracking.metrics import MetricsLog, read_metrics
 from ftray.tracking.wandb import Wandb
 from ftray.train.checkpoint import CHECKPOINTS, newest_whole_checkpoint, read_state, restore
 from ftray.train.engine import TrainEngine
@@ -34,10 +33,11 @@ from ftray.train.job import HARDWARE, SCRATCH, STOP_REQUEST, WORKER_ERROR, Train
 from ftray.train.loop import Schedule, StepRecord, evaluation_rows, train
 from ftray.train.saver import Saver
 from ftray.train.schedule import make_schedule
+from ftray.train.watchdog import Watchdog
 from ftray.train.zero import shard_while_loading
 
 Record = Callable[[dict[str, Any]], None]
-WORKERS_STARTED, SKIPPED = "workers_started", "step_skipped"  # in events.jsonl
+WORKERS_STARTED, SKIPPED, SAVE_FAILED = "workers_started", "step_skipped", "save_failed"  # in events.jsonl
 
 
 def train_worker(job: TrainJob) -> None:
@@ -60,7 +60,7 @@ def run_job(job: TrainJob) -> None:
     hardware = choose_hardware(use_gpu=use_gpu)
     make_deterministic(num_threads=config.workers.cpus_each)
     base = prepare_base(job.base_name)
-    engine = make_engine(config, base, hardware)
+    engine = make_engine(config, base, hardware, init_from=job.init_from)
     start_step = resume(engine, job, rank=rank)
     if rank == 0:
         write_json(job.run_directory / HARDWARE, {"hardware": str(hardware), "world_size": engine.world_size})
@@ -83,6 +83,8 @@ def run_job(job: TrainJob) -> None:
         budget = config.batch.tokens_per_micro_batch
         rows = evaluation_rows(eval_dataset, token_budget=budget, world_size=engine.world_size, rank=rank)
         evaluate = lambda: engine.evaluate(rows())  # noqa: E731
+    losses = [r["loss"] for r in read_metrics(job.run_directory) if "loss" in r and r["step"] <= start_step]
+    guard = LossGuard(config.guard, earlier_losses=losses)
     with recorder(job, start_step=start_step, rank=rank) as record:
         callbacks = WorkerCallbacks(job, engine, base, record, rank=rank)
         train(
@@ -91,7 +93,7 @@ def run_job(job: TrainJob) -> None:
             plan,
             make_schedule(config.optimizer, num_steps=num_steps),
             schedule,
-            LossGuard(config.guard),
+            guard,
             callbacks,
             rank=rank,
             seed=config.seed,
@@ -127,6 +129,9 @@ class WorkerCallbacks:
         self._engine = engine
         self._record = record
         self._rank = rank
+        self._untold: list[dict[str, Any]] = []  # events
+        self._watchdog = Watchdog(job.run_directory, rank=rank, timeout_s=job.config.guard.hang_timeout_s)
+        self._watchdog.beat()
         self._saver = Saver(
             engine,
             job.config,
@@ -135,10 +140,11 @@ class WorkerCallbacks:
             scratch=job.run_directory / SCRATCH,
             rank=rank,
             publish=self._publish,
-            on_failure=lambda step, message: self._event("save_failed", step=step, message=message),
+            on_failure=self._on_failed_save,
         )
 
     def on_bad_loss(self, step: int, problem: str, rows: list[int]) -> None:
+        self._saver.finish(last=False)  # what was saved before stands
         guard = self._job.config.guard
         described = f"step {step}: {problem}; the rows {name_rows(rows)} of data.train were in the micro-batch"
         skipped = skipped_steps(self._job.run_directory)
@@ -150,19 +156,23 @@ class WorkerCallbacks:
         if len(skipped) >= guard.max_skips:
             raise FtrayError(f"{described}, after {len(skipped)} skipped steps (guard.max_skips)")
         self._engine.all_ranks(True)  # every rank has read the events before one more is written
-        self._event(SKIPPED, step=step, problem=problem, rows=rows)
-        self._saver.finish(last=False)
+        if self._rank == 0:
+            record_event(self._job.run_directory, SKIPPED, step=step, problem=problem, rows=rows)
         raise GoBack(described)
 
     def on_step_end(self, record: StepRecord) -> None:
-        self._record(asdict(record))
+        self._watchdog.beat()
+        self._record(record.as_dict())
+        self._tell()
         self._saver.poll()
 
     def on_evaluated(self, step: int, loss: float) -> None:
+        self._watchdog.beat()
         self._record({"step": step, "eval_loss": loss})
 
     def save(self, step: int) -> None:
         self._saver.begin(step)
+        self._watchdog.beat()
 
     def should_stop(self) -> bool:
         asked = self._rank == 0 and (self._job.run_directory / STOP_REQUEST).is_file()
@@ -171,6 +181,12 @@ class WorkerCallbacks:
     def close(self) -> None:
         self._saver.finish(last=True)
         self._saver.close()
+        self._tell()
+        self._watchdog.close()
+
+    def _on_failed_save(self, step: int, message: str) -> None:
+        if self._rank == 0:
+            self._untold.append({"kind": SAVE_FAILED, "step": step, "message": message})
 
     def _publish(self, directory: Path, step: int) -> None:
         """The one place that reports to Ray Train. The files move, since scratch and checkpoints share a disk."""
@@ -191,9 +207,12 @@ class WorkerCallbacks:
             checkpoint_upload_fn=move,
         )
 
-    def _event(self, kind: str, **fields: Any) -> None:
-        if self._rank == 0:
-            record_event(self._job.run_directory, kind, **fields)
+    def _tell(self) -> None:
+        """Writes the events that wait; on a full disk they wait on."""
+        with contextlib.suppress(OSError):
+            while self._untold:
+                record_event(self._job.run_directory, **self._untold[0])
+                self._untold.pop(0)
 
 
 def skipped_steps(run_directory: Path) -> frozenset[int]:
@@ -201,16 +220,32 @@ def skipped_steps(run_directory: Path) -> frozenset[int]:
     return frozenset(event["step"] - 1 for event in read_events(run_directory) if event["event"] == SKIPPED)
 
 
-def make_engine(config: RunConfig, base: BaseModel, hardware: Hardware) -> TrainEngine:
+def make_engine(
+    config: RunConfig, base: BaseModel, hardware: Hardware, *, init_from: Path | None = None
+) -> TrainEngine:
     if config.zero.stage == 0 and hardware.dtype == torch.bfloat16:
         raise UserError("zero.stage: 0 has no float32 master weights and diverges in bfloat16; use stage 1, 2 or 3")
-    sharding = shard_while_loading(config.zero.stage, hardware)
-    model = load_weights(base, hardware, attention=register_packed_attention())
+    sharding = shard_while_loading(config.zero, hardware)
+    attention = register_packed_attention()
+    quantize = config.adapter.quantize_base if config.adapter is not None else None
+    model = load_weights(base, hardware, attention=attention, quantize=quantize)
+    initial_adapter = None
     if config.adapter is not None:
-        inject_lora(model, config.adapter, seed=config.seed)
-    objective = OBJECTIVES[config.objective.type]
+        initial_adapter = inject_lora(model, config.adapter, seed=config.seed)
+        if init_from is not None:
+            load_weights_from(init_from, model, config.adapter, label=str(config.adapter.init_from))
+    objective = OBJECTIVES[config.objective.type](**config.objective.model_dump(exclude={"type"}))
+    reference = None
+    if objective.needs_reference and config.adapter is None:
+        reference = PackedCausalLM(load_weights(base, hardware, attention=attention))
     return TrainEngine(
-        PackedCausalLM(model), objective, hardware, config.optimizer, stage=config.zero.stage, sharding=sharding
+        PackedCausalLM(prepare_layers(model, config.memory)),
+        objective,
+        hardware,
+        config,
+        sharding=sharding,
+        reference=reference,
+        initial_adapter=initial_adapter,
     )
 
 

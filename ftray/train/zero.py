@@ -18,6 +18,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from ftray.config.run import ZeroConfig
 from ftray.model.hardware import Hardware
 from ftray.train.sharded import MASTER, MOMENTS, ShardedState
 
@@ -31,8 +32,25 @@ def skip_unused_builds() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def zero_settings(stage: int, hardware: Hardware, *, max_grad_norm: float, num_trainable: int) -> dict[str, Any]:
+def zero_settings(
+    config: ZeroConfig, hardware: Hardware, *, max_grad_norm: float, num_trainable: int
+) -> dict[str, Any]:
+    stage = config.stage
     bucket = max(1_000_000, min(MAX_BUCKET_ELEMENTS, num_trainable))
+    on_gpu = hardware.device.type == "cuda"
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": stage == 2 and on_gpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket,
+        "stage3_param_persistence_threshold": 100_000,
+    }
+    if config.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -44,26 +62,30 @@ def zero_settings(stage: int, hardware: Hardware, *, max_grad_norm: float, num_t
         # Gradients of many micro-batches add up in float32; stage 1 would need another optimizer class for it.
         "data_types": {"grad_accum_dtype": "fp32" if stage >= 2 or hardware.dtype == torch.float32 else None},
         "zero_allow_untested_optimizer": True,
+        # With offload DeepSpeed would insist on its own CPU Adam, and compile it.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
-        "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": stage == 2 and hardware.device.type == "cuda",
-            "contiguous_gradients": True,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": bucket,
-            "stage3_param_persistence_threshold": 100_000,
-        },
+        "zero_optimization": zero | config.settings,
     }
 
 
-def shard_while_loading(stage: int, hardware: Hardware) -> Any:
+def shard_while_loading(config: ZeroConfig, hardware: Hardware) -> Any:
     """ZeRO-3: `from_pretrained` splits each weight over the ranks as it reads it, while the returned object lives."""
-    if stage < 3:
+    if config.stage < 3:
         return None
     from transformers.integrations import HfDeepSpeedConfig
 
-    return HfDeepSpeedConfig(zero_settings(stage, hardware, max_grad_norm=1.0, num_trainable=MAX_BUCKET_ELEMENTS))
+    return HfDeepSpeedConfig(zero_settings(config, hardware, max_grad_norm=1.0, num_trainable=MAX_BUCKET_ELEMENTS))
+
+
+def freeze(model: nn.Module, settings: dict[str, Any], *, stage: int) -> nn.Module:
+    """A model that only looks. With ZeRO-3 its weights are sharded like the others and need DeepSpeed's hooks."""
+    model.eval().requires_grad_(False)
+    if stage < 3:
+        return model
+    zero = {"stage": 3} | {k: v for k, v in settings["zero_optimization"].items() if k.startswith("stage3")}
+    engine, *_ = deepspeed.initialize(model=model, config={**settings, "zero_optimization": zero})
+    return engine
 
 
 @dataclass(frozen=True)

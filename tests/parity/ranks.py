@@ -5,6 +5,7 @@
 A group of processes runs every record of its world size, since starting one costs seconds.
 """
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -116,7 +117,9 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     } | record.settings
     config = parse_config(text, [f"{k}={v}" for k, v in settings.items()], kind="run", source="parity")
     base = prepare_base(base_directory)
-    dataset = tokenize_source("data.train", train_file, config.data, ChatRenderer(load_tokenizer(base)))
+    renderer = ChatRenderer(load_tokenizer(base))
+    source, objective = config.data.train, config.objective.type
+    dataset = tokenize_source("data.train", source, config.data, renderer, objective=objective)
     torch.manual_seed(12345 + rank)  # what came before must not matter
     engine = make_engine(config, base, choose_hardware(use_gpu=torch.distributed.get_backend() == "nccl"))
     if record.break_it is not None:
@@ -201,10 +204,13 @@ def normalise_per_micro_batch(engine: Any) -> None:
     """The common mistake: each micro-batch divides by its own count of tokens."""
     from ftray.objectives.loss import Loss
 
-    whole = engine.objective
-    engine.objective = lambda log_probs, weights: Loss(
-        sum=whole(log_probs, weights).sum / weights.sum().clamp(min=1) * 10, count=weights.sum()
-    )
+    whole = engine.objective.loss
+
+    def broken(log_probs: Any, row: Any) -> Loss:
+        count = row.weights_N.sum()
+        return Loss(sum=whole(log_probs, row).sum / count.clamp(min=1) * 10, count=count)
+
+    engine.objective = dataclasses.replace(engine.objective, loss=broken)
 
 
 def forget_world_size(engine: Any) -> None:

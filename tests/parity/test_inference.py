@@ -12,9 +12,9 @@ from ftray.data.tokens import tokenize_source
 from ftray.infer.protocol import Request, Sampling
 from ftray.infer.torch_engine import TorchEngine, generate
 from ftray.model import multi_lora
-from ftray.model.adapter import inject_lora, parameter_name
 from ftray.model.base import load_weights
 from ftray.model.hardware import choose_hardware
+from ftray.model.lora import inject_lora, load_weights_from
 from ftray.model.packed import PackedCausalLM, PackedRow, register_packed_attention
 from ftray.model.packed_attention import packed_layout
 
@@ -184,15 +184,12 @@ def test_a_seed_gives_the_same_answer_in_any_company(engine, renderer):
 
 def test_served_logits_and_prompts_are_those_of_training(tiny_base, renderer, tmp_path, engine, adapters):
     """The engine's layers with a PEFT directory == the training model with the same weights injected by peft."""
-    from safetensors.torch import load_file
-
     path = write_jsonl(tmp_path / "d.jsonl", chat_rows(6, seed=4))
     dataset = tokenize_source("data.train", str(path), DataConfig(train=str(path)), renderer)
     model = load_weights(tiny_base, choose_hardware(), attention=register_packed_attention())
-    inject_lora(model, AdapterConfig(rank=8, alpha=16), seed=0)
-    saved = load_file(adapters["r8"] / "adapter_model.safetensors")
-    missing = model.load_state_dict({parameter_name(k): v for k, v in saved.items()}, strict=False)
-    assert not missing.unexpected_keys
+    config = AdapterConfig(rank=8, alpha=16)
+    inject_lora(model, config, seed=0)
+    load_weights_from(adapters["r8"], model, config, label="r8")
     row: PackedRow = pack(dataset, list(range(6)))
     with torch.no_grad():
         trained = PackedCausalLM(model)(row)

@@ -7,12 +7,12 @@ from tiny import SHARED_DATA, chat_rows, write_jsonl
 from ftray.config.run import DataConfig
 from ftray.data.pack import dummy_row, pack
 from ftray.data.tokens import tokenize_source
-from ftray.model.adapter import inject_lora
 from ftray.model.base import load_weights
 from ftray.model.hardware import choose_hardware
+from ftray.model.lora import inject_lora
 from ftray.model.packed import PackedCausalLM, register_packed_attention
 from ftray.model.packed_attention import packed_layout
-from ftray.objectives import sft_loss
+from ftray.objectives import LogProbs, sft_loss
 
 # float32 sums in another order
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -78,7 +78,7 @@ def test_logits_in_chunks_are_the_same(model, dataset, monkeypatch):
 
 
 def test_a_dummy_row_adds_nothing(model):
-    loss = sft_loss(model(dummy_row()), dummy_row().weights_N)
+    loss = sft_loss(LogProbs(model(dummy_row())), dummy_row())
     model.zero_grad()
     loss.sum.backward()
     assert loss.sum.item() == 0
@@ -162,7 +162,7 @@ def test_sft_loss_and_gradient_are_trls(tiny_base, renderer, tmp_path, source):
             if parameter.requires_grad:
                 parameter.copy_(lora_value(name, parameter.shape))
     row = pack(dataset, list(range(len(dataset))))
-    loss = sft_loss(PackedCausalLM(model)(row), row.weights_N)
+    loss = sft_loss(LogProbs(PackedCausalLM(model)(row)), row)
     (loss.sum / loss.count).backward()
     expected, gradients = trl_loss(tiny_base, rows, tmp_path)
     assert (loss.sum / loss.count).item() == pytest.approx(expected, rel=1e-5)

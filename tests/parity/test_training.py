@@ -3,14 +3,18 @@ one by one; in one go or resumed. In float32 sums of another order differ in the
 and 1e-4 on the norm of the difference of the weights over the norm of the change."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from ranks import Record, train_on_ranks
+from tiny import pair_rows, write_jsonl
 
 LOSS_RTOL = 1e-5
 WEIGHT_NORM = 1e-4
 
+DPO = {"objective": "{type: dpo, beta: 0.2}", "data.train": "PAIRS"}  # the file is made by the fixture
+PISSA = {"adapter.initialization": "pissa", "optimizer.lora_plus_ratio": 4}
 SAME = [
     Record("z0-one-by-one", stage=0, tokens_per_micro_batch=96),
     Record("z1", stage=1),
@@ -19,13 +23,27 @@ SAME = [
     Record("2-ranks-z0", world_size=2, stage=0),
     Record("2-ranks-z2", world_size=2, stage=2, tokens_per_micro_batch=128),
     Record("2-ranks-z3", world_size=2, stage=3),
-    # 6 tokens-long rows and a large budget: one rank has fewer micro-batches than the other
+    # one rank has fewer micro-batches than the other
     Record("2-ranks-z3-uneven", world_size=2, stage=3, tokens_per_micro_batch=160),
+    Record("offload-z2", stage=2, settings={"zero.offload": "cpu"}),
+    Record("2-ranks-offload-z3", world_size=2, stage=3, settings={"zero.offload": "cpu"}),
+    Record("2-ranks-checkpointed-z3", world_size=2, stage=3, settings={"memory.activation_checkpointing": "true"}),
+    Record("4-ranks-z2", world_size=4, stage=2),
+    Record("4-ranks-z3", world_size=4, stage=3, tokens_per_micro_batch=128),
 ]
 SAME_FULL = [
     Record("full-z2", stage=2, full=True),
     Record("full-2-ranks-z2", world_size=2, stage=2, full=True),
     Record("full-2-ranks-z3", world_size=2, stage=3, full=True, tokens_per_micro_batch=128),
+    Record("full-4-ranks-z1", world_size=4, stage=1, full=True),
+]
+SAME_DPO = [
+    Record("dpo-2-ranks-z2", world_size=2, stage=2, tokens_per_micro_batch=200, settings=DPO),
+    Record("dpo-2-ranks-z3", world_size=2, stage=3, settings=DPO),
+]
+SAME_FULL_DPO = [
+    Record("full-dpo-2-ranks-z2", world_size=2, stage=2, full=True, settings=DPO),
+    Record("full-dpo-2-ranks-z3", world_size=2, stage=3, full=True, tokens_per_micro_batch=200, settings=DPO),
 ]
 BROKEN = [
     Record("broken-normaliser", stage=0, tokens_per_micro_batch=96, break_it="normalise_per_micro_batch"),
@@ -37,34 +55,63 @@ PARTS = [
     Record("whole-z2", world_size=2, stage=2, steps=6, dropout=0.1),
     Record("part-full", world_size=2, stage=2, steps=6, stop_after=3, full=True),
     Record("whole-full", world_size=2, stage=2, steps=6, full=True),
+    Record("part-pissa", world_size=2, stage=2, steps=6, stop_after=3, settings=PISSA),
+    Record("whole-pissa", world_size=2, stage=2, steps=6, settings=PISSA),
+    Record("part-full-z3", world_size=2, stage=3, steps=6, stop_after=3, full=True),
+    Record("whole-full-z3", world_size=2, stage=3, steps=6, full=True),
+    Record("part-1-rank", steps=6, stop_after=3),
+    Record("whole-1-rank", steps=6),
+    Record("part-full-1-rank", stage=2, steps=6, stop_after=3, full=True),
+    Record("whole-full-1-rank", stage=2, steps=6, full=True),
     Record("part-plain", world_size=2, stage=2, steps=6, stop_after=3),
     Record("whole-plain", world_size=2, stage=2, steps=6),
 ]
 REFERENCE = Record("reference", stage=0)
 REFERENCE_FULL = Record("reference-full", stage=0, full=True)
+REFERENCE_DPO = Record("reference-dpo", stage=0, settings=DPO)
+REFERENCE_FULL_DPO = Record("reference-full-dpo", stage=0, full=True, settings=DPO)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_model, train_file):
     out = tmp_path_factory.mktemp("parity")
     fixed = {"base_directory": str(tiny_model), "train_file": str(train_file)}
-    every = [REFERENCE, REFERENCE_FULL, *SAME, *SAME_FULL, *PARTS]
-    broken = [[record] for record in BROKEN]  # each alone: a sabotage stays in its process
+    pairs = write_jsonl(out / "pairs.jsonl", pair_rows(40))
+    first = [REFERENCE, REFERENCE_FULL, REFERENCE_DPO, REFERENCE_FULL_DPO]
+    every = [*first, *SAME, *SAME_FULL, *SAME_DPO, *SAME_FULL_DPO, *PARTS]
+    every = [
+        replace(r, settings=r.settings | ({"data.train": str(pairs)} if "data.train" in r.settings else {}))
+        for r in every
+    ]
     results = {}
-    for group in ([r for r in every if r.world_size == 1], [r for r in every if r.world_size == 2], *broken):
-        results |= train_on_ranks(group[0].world_size, group, out, **fixed)
-    checkpoint = {name: results[name].checkpoint for name in ("part-z2", "part-full", "part-plain")}
+    for size in (1, 2):
+        results |= train_on_ranks(size, [r for r in every if r.world_size == size], out, **fixed)
+    for record in BROKEN:  # each alone: a sabotage stays in its process
+        results |= train_on_ranks(record.world_size, [record], out, **fixed)
+
+    def rest(name: str, of: str, **settings) -> Record:
+        return Record(name, steps=6, resume_from=results[of].checkpoint, **settings)
+
+    four = [
+        *(r for r in every if r.world_size == 4),
+        rest("rest-4-ranks", "part-1-rank", world_size=4, stage=2),
+        rest("rest-full-4-ranks", "part-full-1-rank", world_size=4, stage=3, full=True),
+    ]
     two = [
-        Record("rest-z2", world_size=2, stage=2, steps=6, dropout=0.1, resume_from=checkpoint["part-z2"]),
-        Record("rest-full", world_size=2, stage=2, steps=6, full=True, resume_from=checkpoint["part-full"]),
-        Record("rest-z3", world_size=2, stage=3, steps=6, resume_from=checkpoint["part-plain"]),
+        rest("rest-z2", "part-z2", world_size=2, stage=2, dropout=0.1),
+        rest("rest-full", "part-full", world_size=2, stage=2, full=True),
+        rest("rest-full-z3", "part-full-z3", world_size=2, stage=3, full=True),
+        rest("rest-z3", "part-plain", world_size=2, stage=3),
+        rest("rest-pissa", "part-pissa", world_size=2, stage=2, settings=PISSA),
     ]
     one = [
-        Record("rest-1-rank", stage=0, steps=6, resume_from=checkpoint["part-plain"]),
-        Record("rest-full-1-rank", stage=1, steps=6, full=True, resume_from=checkpoint["part-full"]),
-        Record("rest-broken", steps=6, resume_from=checkpoint["part-plain"], break_it="forget_moments"),
+        rest("rest-1-rank", "part-plain", stage=0),
+        rest("rest-full-1-rank", "part-full", stage=1, full=True),
+        rest("rest-broken", "part-plain", break_it="forget_moments"),  # last: the sabotage stays in the process
     ]
-    return results | train_on_ranks(2, two, out, **fixed) | train_on_ranks(1, one, out, **fixed)
+    for group in (four, two, one):
+        results |= train_on_ranks(group[0].world_size, group, out, **fixed)
+    return results
 
 
 @pytest.mark.parametrize("record", SAME, ids=str)
@@ -75,6 +122,15 @@ def test_the_division_of_a_step_does_not_matter(trained, record):
 @pytest.mark.parametrize("record", SAME_FULL, ids=str)
 def test_nor_for_full_fine_tuning(trained, record):
     agree(trained["reference-full"], trained[record.name])
+
+
+@pytest.mark.parametrize(
+    ("reference", "record"),
+    [(REFERENCE_DPO, r) for r in SAME_DPO] + [(REFERENCE_FULL_DPO, r) for r in SAME_FULL_DPO],
+    ids=str,
+)
+def test_nor_for_preference_pairs(trained, reference, record):
+    agree(trained[str(reference)], trained[record.name])
 
 
 @pytest.mark.parametrize("record", BROKEN, ids=str)
@@ -91,7 +147,13 @@ def agree(reference, other) -> None:
 
 
 @pytest.mark.parametrize(
-    ("whole", "part", "rest"), [("whole-z2", "part-z2", "rest-z2"), ("whole-full", "part-full", "rest-full")]
+    ("whole", "part", "rest"),
+    [
+        ("whole-z2", "part-z2", "rest-z2"),
+        ("whole-full", "part-full", "rest-full"),
+        ("whole-full-z3", "part-full-z3", "rest-full-z3"),
+        ("whole-pissa", "part-pissa", "rest-pissa"),
+    ],
 )
 def test_six_steps_are_three_and_three_bitwise(trained, whole, part, rest):
     """Dropout included for LoRA."""
@@ -106,6 +168,8 @@ def test_six_steps_are_three_and_three_bitwise(trained, whole, part, rest):
         ("whole-plain", "part-plain", "rest-1-rank"),
         ("whole-plain", "part-plain", "rest-z3"),
         ("whole-full", "part-full", "rest-full-1-rank"),
+        ("whole-1-rank", "part-1-rank", "rest-4-ranks"),
+        ("whole-full-1-rank", "part-full-1-rank", "rest-full-4-ranks"),
     ],
 )
 def test_resuming_at_another_world_size_or_stage_goes_on(trained, whole, part, rest):

@@ -17,6 +17,7 @@ from tiny import write_tiny_model
 from ftray.pipeline import publish_adapter
 from ftray.registry import Registry
 from ftray.storage import read_json, verify_directory
+from ftray.tracking.events import read_events
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -137,25 +138,47 @@ def test_serve_job_ends_with_its_job(head, tmp_path, adapters):
     wait_for(lambda: not answers(f"{url}/healthz"), "the endpoint to stop with its job")
 
 
-def test_ctrl_c_leaves_the_last_checkpoint_and_the_command_goes_on(tiny_model, train_file, tmp_path):
+def test_stopped_runs_go_on(tiny_model, train_file, tmp_path):
+    """SIGTERM, as a preempted machine sends it, saves at the next step; Ctrl-C ends at once, the last checkpoint
+    stands; the same command goes on after either."""
     config = tmp_path / "run.yaml"
     config.write_text(
         f"kind: run\nname: stopped\nbase_model: {tiny_model}\nmax_steps: 100000\nruns_dir: {tmp_path}/runs\n"
-        f"data: {{train: {train_file}}}\nbatch: {{examples_per_step: 4}}\ncheckpoint: {{every: 5}}\n"
-    )
-    command = [str(Path(sys.executable).with_name("ftray")), "train", str(config)]
-    environment = plain_environment()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        f"data: {{train: {train_file}}}\nbatch: {{examples_per_step: 4}}\ncheckpoint: {{every: 100000}}\n"
     )
     run = tmp_path / "runs" / "stopped"
-    wait_for(lambda: (run / "checkpoints" / "step-5" / "manifest.json").is_file(), "a checkpoint")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 1, out + err
+    out, err = signalled(config, signal.SIGTERM, lambda: last_step(run) >= 3, exit_code=143)
+    saved = [path.name for path in (run / "checkpoints").glob("step-*") if (path / "manifest.json").is_file()]
+    assert saved == [f"step-{last_step(run)}"], out + err
+    assert read_events(run)[-1] | {"time": 0} == {"time": 0, "event": "stopped", "by": "SIGTERM"}
+    before = last_step(run)
+    out, err = signalled(config, signal.SIGINT, lambda: last_step(run) >= before + 3, exit_code=1)
+    assert f"resumes from {run / 'checkpoints' / saved[0]}" in out
+    assert saved[0] in err, "the checkpoint of the first part stands"
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1)), "no step is missing or doubled"
+
+
+def last_step(run: Path) -> int:
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def signalled(config: Path, number: signal.Signals, when, *, exit_code: int) -> tuple[str, str]:
+    """Runs `ftray train`, sends it a signal, and returns what it printed."""
+    command = [str(Path(sys.executable).with_name("ftray")), "train", str(config)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=plain_environment(),
+        start_new_session=True,
+    )
+    wait_for(when, "the steps before the signal")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == exit_code, out + err
     assert "Traceback" not in err
-    assert "step-" in err
     assert f"ftray train {config}" in err, err
-    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
-    whole = [p for p in (run / "checkpoints").glob("step-*") if (p / "manifest.json").is_file()]
-    assert whole
+    return out, err

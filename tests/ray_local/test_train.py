@@ -11,26 +11,27 @@ from safetensors.torch import load_file
 from tiny import chat_rows, write_jsonl
 
 from ftray.config import parse_config
-from ftray.errors import UserError
+from ftray.errors import FtrayError, UserError
 from ftray.storage import read_json, verify_directory
 from ftray.tracking.metrics import read_metrics
+from ftray.train.checkpoint import newest_whole_checkpoint
 from ftray.train.launch import Watcher, launch
 
 
 class Recorder:
-    """A watcher that collects, and may do something at a step."""
+    """A watcher that collects, and does things at steps."""
 
-    def __init__(self, at_step: int | None = None, action=None):
+    def __init__(self, actions: dict | None = None):
         self.lines: list[str] = []
-        self.at_step, self.action = at_step, action
+        self.actions = dict(actions or {})
 
     def watcher(self) -> Watcher:
         return Watcher(say=self.lines.append, on_metrics=self.on_metrics, on_start=lambda first, total: None)
 
     def on_metrics(self, records):
-        if self.action and any(record["step"] >= self.at_step for record in records):
-            self.action()
-            self.action = None
+        due = [step for step in self.actions if any(record["step"] >= step for record in records)]
+        if due:
+            self.actions.pop(min(due))()
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):
     assert [record["step"] for record in steps] == list(range(1, 9))
     assert set(steps[0]) == {
         "step", "loss", "learning_rate", "grad_norm", "num_tokens", "num_trained_tokens", "tokens_per_s", "seconds",
+        "mfu", "memory_gib",
     }  # fmt: skip
     assert [set(r) for r in read_metrics(run) if "eval_loss" in r] == [{"step", "eval_loss"}] * 2
     assert steps[-1]["loss"] < steps[0]["loss"]
@@ -76,6 +78,8 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):
     assert "http://" not in report.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )
+    assert 0 < steps[-1]["mfu"] < 1
+    assert [event["event"] for event in result["events"]] == ["workers_started"]
     assert any("40 examples" in line and "longest" in line for line in recorder.lines)
 
     # the same command again: the result stands
@@ -98,25 +102,56 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):
         launch(config(data__train=data, **settings), Recorder().watcher())
 
 
-def kill_a_worker():
-    """With SIGKILL, by its id, among the processes of this test session."""
+def signal_a_worker(number: signal.Signals):
+    """By its id, among the processes of this test session."""
     mine = psutil.Process().children(recursive=True)
     workers = [p for p in mine if "RayTrainWorker" in " ".join(p.cmdline())]
-    os.kill(workers[-1].pid, signal.SIGKILL)
+    os.kill(workers[-1].pid, number)
 
 
-def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(ray_session, config, tmp_path):
-    long = {"max_steps": 40, "checkpoint.every": 5, "evaluation.every": 40}
+def test_workers_that_die_or_hang_are_replaced_and_the_run_ends_the_same(ray_session, config, tmp_path):
+    long = {"max_steps": 60, "checkpoint.every": 5, "evaluation.every": 60, "guard.hang_timeout_s": 8}
     calm = launch(config(name="calm", **long), Recorder().watcher())
-    recorder = Recorder(at_step=7, action=kill_a_worker)
-    killed = launch(config(name="killed", **long), recorder.watcher())
-    assert recorder.action is None, "no worker was killed"
+    recorder = Recorder({7: lambda: signal_a_worker(signal.SIGKILL), 25: lambda: signal_a_worker(signal.SIGSTOP)})
+    hurt = launch(config(name="hurt", **long), recorder.watcher())
+    assert not recorder.actions, "nothing was done to a worker"
+    events = [(event["event"], event.get("after_step", -1) % 5) for event in hurt["events"]]
+    started = ("workers_started", 0)
+    assert events == [started, started, ("hang", 4), started]
+    assert any("stands still and answers nothing" in line for line in recorder.lines)
     runs = tmp_path / "runs"
-    steps = [[r["loss"] for r in read_metrics(runs / name) if "loss" in r] for name in ("calm", "killed")]
+    steps = [[r["loss"] for r in read_metrics(runs / name) if "loss" in r] for name in ("calm", "hurt")]
     assert steps[0] == steps[1]
-    assert killed["final_eval_loss"] == calm["final_eval_loss"]
-    weights = [load_file(runs / name / "adapter" / "adapter_model.safetensors") for name in ("calm", "killed")]
+    assert hurt["final_eval_loss"] == calm["final_eval_loss"]
+    weights = [load_file(runs / name / "adapter" / "adapter_model.safetensors") for name in ("calm", "hurt")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_bad_step_is_passed_over_or_ends_the_run(ray_session, config, tmp_path):
+    """One row of noise among rows that repeat: its loss is far above the others'."""
+    rows = chat_rows(1) * 40
+    rows[25] = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "}{@#~" * 12}]}
+    path = write_jsonl(tmp_path / "noise.jsonl", rows)
+    settings = {
+        "data__train": path,
+        "data__shuffle": "false",
+        "workers__count": 1,
+        "batch__examples_per_step": 2,
+        "max_steps": 18,
+        "guard__spike_factor": 3,
+        "optimizer__schedule": "constant",
+    }
+    with pytest.raises(
+        FtrayError, match=r"step 13: the loss is .* the rows 25, 26 of data.train.*guard.on_bad_loss=skip"
+    ):
+        launch(config(name="stops", **settings), Recorder().watcher())
+    assert newest_whole_checkpoint(tmp_path / "runs" / "stops").name == "step-12"
+    result = launch(config(name="stops", guard__on_bad_loss="skip", **settings), Recorder().watcher())
+    kinds = [(event["event"], event.get("after_step", event.get("step"))) for event in result["events"]]
+    assert kinds == [("workers_started", 0), ("workers_started", 12), ("step_skipped", 13), ("workers_started", 12)]
+    assert result["events"][2]["rows"] == [25, 26]
+    steps = [record["step"] for record in read_metrics(tmp_path / "runs" / "stops") if "loss" in record]
+    assert steps == [*range(1, 13), *range(14, 19)]
 
 
 def test_full_fine_tuning_with_zero_3_gives_a_model_that_serves(ray_session, config, tmp_path, renderer):

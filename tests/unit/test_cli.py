@@ -203,10 +203,10 @@ def test_the_progress_line(capsys):
 
     with TrainProgress() as progress:
         progress.on_start(0, 10)
-        progress.on_metrics([{"step": 4, "loss": 1.25, "tokens_per_s": 300.4, "seconds": 2.0}])
+        progress.on_metrics([{"step": 4, "loss": 1.25, "tokens_per_s": 300.4, "seconds": 2.0, "mfu": 0.31}])
         progress.on_metrics([{"step": 4, "eval_loss": 1.5}])
     out = capsys.readouterr().out
-    assert "step 4/10  loss 1.2500  300 tokens/s  0:12 left" in out
+    assert "step 4/10  loss 1.2500  300 tokens/s  MFU 31%  0:12 left" in out
     assert "step 4/10  evaluation loss 1.5000" in out
     assert [clock(s) for s in (5, 65, 3700)] == ["0:05", "1:05", "1:01:40"]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ftray.config import RunConfig, ServeConfig, load_config, parse_config, to_yaml
+from ftray.config.advice import advise
 from ftray.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,21 @@ def test_every_problem_is_in_one_report():
         ("optimizer.learning_rate=-1", "should be greater than 0"),
         ("optimizer.learning_rate=.nan", "should be a finite number"),
         ("data.columns={prompt: a}", "`prompt` and `completion` go together"),
+        ("objective.typ=dpo", "objective: type is required, but not given"),
+        (
+            "objective.type=dop",
+            "objective.type: 'dop' is refused: Input should be 'sft', 'domain', 'dpo'; did you mean 'dpo'?",
+        ),
+        ("objective={type: dpo, betta: 0.1}", "objective.betta: unknown key; did you mean 'beta'?"),
+        ("objective={type: dpo, beta: -1}", "objective.beta: -1 is refused: Input should be greater than 0"),
+        ("objective={type: sft, beta: 0.1}", "objective.beta: unknown key; known keys here: type"),
+        ("data.overlong=split", "split is for documents (objective domain), not sft"),
+        ("data.columns={chosen: a}", "`chosen` and `rejected` go together"),
+        ("data.columns={text: a, system: b}", "`text` stands alone"),
+        ("adapter={initialization: pissa, variant: dora}", "pissa does not go with variant dora"),
+        ("zero={stage: 0, offload: cpu}", "offload needs a stage of 1, 2 or 3"),
+        ("zero.settings={stage: 1}", "settings: stage is set by ftray"),
+        ("optimizer.lora_plus_ratio=0.5", "greater than or equal to 1"),
         ("kind=serve", "this is a file for `ftray serve`"),
         ("name.x=1", "name is a value, not a section"),
     ],
@@ -103,3 +119,36 @@ def test_a_bad_file_is_answered_without_torch_or_ray(tmp_path):
     assert done.stdout.strip() == "2 []"
     assert "did you mean 'name'?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adapter.variant=dora", "zero.stage=3"], "adapter.variant: dora needs whole base weights"),
+        (["adapter.quantize_base=nf4", "zero.stage=3"], "adapter.quantize_base: nf4 needs whole base weights"),
+        (["adapter=null", "optimizer.lora_plus_ratio=16"], "optimizer.lora_plus_ratio needs an adapter"),
+        (["adapter.init_from=a@1", "objective={type: dpo}"], "adapter.init_from: with objective dpo the reference"),
+    ],
+)
+def test_settings_that_do_not_go_together(overrides, message):
+    assert any(message in problem for problem in problems(GOOD, overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        ([], []),
+        (["adapter.targets=[q_proj, v_proj]"], ["adapter.targets: attention alone"]),
+        (["adapter.targets=[q_proj, up_proj]"], []),
+        (["batch.examples_per_step=64"], ["batch.examples_per_step: 64; large batches"]),
+        (["optimizer.learning_rate=1e-5"], ["optimizer.learning_rate: 1e-05 is a rate for full"]),
+        (["adapter=null", "optimizer.learning_rate=1e-5"], []),
+        (["adapter=null"], ["optimizer.learning_rate: 0.0002 is a rate for LoRA"]),
+        (["adapter.dropout=0.1", "workers.count=2"], ["adapter.dropout: its noise"]),
+    ],
+)
+def test_settings_known_to_hurt_are_told(overrides, advice):
+    config: RunConfig = parse_config(GOOD, overrides, kind="run", source="x")
+    told = advise(config)
+    assert len(told) == len(advice)
+    assert all(text.startswith(start) for text, start in zip(told, advice, strict=True))

@@ -133,7 +133,7 @@ def test_config_json_is_the_resolved_config(tmp_path):
     run = open_run_directory(make_config(tmp_path, "optimizer.learning_rate=3e-4"), fresh=False)
     stored = read_json(run.path / "config.json")
     assert stored["optimizer"]["learning_rate"] == 3e-4
-    assert stored["zero"] == {"stage": 2}
+    assert stored["zero"] == {"stage": 2, "offload": "none", "settings": {}}
     assert json.dumps(stored)
     assert read_json(run.path / "environment.json")["packages"]["torch"]
     shutil.rmtree(run.path)

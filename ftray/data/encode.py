@@ -1,0 +1,65 @@
+"""From a raw row to the token sequences of its examples, by the objective.
+
+An example is what a step counts: one sequence for `sft` and `domain`, a chosen and a rejected one for `dpo`. A row
+gives one example, or, for a document that is split, several.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ftray.config.run import DataConfig
+from ftray.data.rows import pair_reader, row_reader, text_reader
+from ftray.model.chat import ChatRenderer, Rendered
+
+Example = list[Rendered]
+RowEncoder = Callable[[dict[str, Any]], list[Example]]
+
+
+def chat_encoder(data: DataConfig, have: Sequence[str], renderer: ChatRenderer, *, key: str) -> RowEncoder:
+    renderer.check_template()
+    read = row_reader(data.columns, have, key=key)
+    return lambda row: [[renderer.training_ids(read(row))]]
+
+
+def pair_encoder(data: DataConfig, have: Sequence[str], renderer: ChatRenderer, *, key: str) -> RowEncoder:
+    renderer.check_template()
+    read = pair_reader(data.columns, have, key=key)
+
+    def encode(row: dict[str, Any]) -> list[Example]:
+        pair = read(row)
+        answers = (pair.chosen, pair.rejected)
+        return [[renderer.training_ids([*pair.prompt, *a], train_from=len(pair.prompt)) for a in answers]]
+
+    return encode
+
+
+def document_encoder(data: DataConfig, have: Sequence[str], renderer: ChatRenderer, *, key: str) -> RowEncoder:
+    """The tokenizer's own special tokens, the text, and the end-of-text token: every token is trained."""
+    read = text_reader(data.columns, have, key=key)
+    tokenizer = renderer.tokenizer
+
+    def encode(row: dict[str, Any]) -> list[Example]:
+        ids = tokenizer(read(row))["input_ids"]
+        if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+            ids = [*ids, tokenizer.eos_token_id]
+        whole = np.asarray(ids, np.int32)
+        size = data.max_example_tokens
+        if data.overlong != "split" or len(whole) <= size:
+            return [[all_trained(whole)]]
+        # Pieces overlap by one token, the first of each being there only to be predicted from: no target is lost.
+        return [[all_trained(whole[start : start + size])] for start in range(0, len(whole) - 1, size - 1)]
+
+    return encode
+
+
+def all_trained(ids: np.ndarray) -> Rendered:
+    return Rendered(ids, np.ones(len(ids), bool))
+
+
+ENCODERS: dict[str, Callable[..., RowEncoder]] = {
+    "sft": chat_encoder,
+    "domain": document_encoder,
+    "dpo": pair_encoder,
+}

@@ -1,0 +1,71 @@
+"""Model FLOPs of training, and the matmul rate they are measured against (MFU, Chowdhery et al. 2022, arXiv 2204.02311,
+appendix B). Recomputed activations and the small LoRA matmuls are not counted: they are not the model's work.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftray.model.hardware import Hardware
+
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+GEMM_REPEATS = 8
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    linear_parameters: int  # of all decoder layers: 2 FLOPs a token each, forward
+    head_parameters: int  # output head: at trained positions alone
+    attention_size: int  # layers x query heads x head dimension
+
+    def forward(self, *, num_tokens: int, num_trained: int, sum_squared_lengths: int) -> float:
+        """Causal attention reads half of the squared length, in two matmuls."""
+        matmuls = 2.0 * (self.linear_parameters * num_tokens + self.head_parameters * num_trained)
+        return matmuls + 2.0 * self.attention_size * sum_squared_lengths
+
+    def step(
+        self, *, num_tokens: int, num_trained: int, sum_squared_lengths: int, trains_base: bool, reference: bool
+    ) -> float:
+        """Backward costs a forward for the activations' gradients, and one more for those of trained weights."""
+        once = self.forward(num_tokens=num_tokens, num_trained=num_trained, sum_squared_lengths=sum_squared_lengths)
+        return once * (2 + trains_base + reference)
+
+
+def count_flops(model: Any) -> ModelFlops:
+    """Of a causal LM before or after PEFT's injection, sharded by ZeRO-3 or quantised or not."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    linear = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name and "lm_head" not in name
+    ]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelFlops(
+        linear_parameters=sum(module.in_features * module.out_features for module in linear),
+        head_parameters=config.vocab_size * config.hidden_size,
+        attention_size=config.num_hidden_layers * config.num_attention_heads * head_dim,
+    )
+
+
+def measure_gemm_rate(hardware: Hardware) -> float:
+    """FLOPs a second of a large square matmul on this worker's device, in its dtype; the best of a few."""
+    size = GEMM_SIZE[hardware.device.type]
+    a = torch.randn(size, size, device=hardware.device, dtype=hardware.dtype)
+    out = torch.empty_like(a)
+    best = float("inf")
+    for _ in range(GEMM_REPEATS):
+        synchronize(hardware)
+        began = time.perf_counter()
+        torch.mm(a, a, out=out)
+        synchronize(hardware)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
+
+
+def synchronize(hardware: Hardware) -> None:
+    if hardware.device.type == "cuda":
+        torch.cuda.synchronize(hardware.device)

@@ -1,0 +1,205 @@
+"""LoRA for training: injected into a base model through PEFT, and written as a plain PEFT directory.
+
+Variants: LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA (Kalajdzievski 2023, arXiv 2312.03732), DoRA (Liu et al.
+2024, arXiv 2402.09353); PiSSA initialisation (Meng et al. 2024, arXiv 2404.02948).
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ftray.config.run import AdapterConfig
+from ftray.errors import AdapterError
+from ftray.model.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter_config
+from ftray.model.base import BaseModel
+from ftray.storage import write_json, write_manifest
+
+# PiSSA by a randomised SVD of 16 power iterations: near the exact one, at a fraction of its time.
+INITIALIZATIONS: dict[str, Any] = {"default": True, "pissa": "pissa_niter_16"}
+TIED = ("embed_tokens", "lm_head")
+
+
+def inject_lora(model: Any, config: AdapterConfig, *, seed: int) -> dict[str, Tensor] | None:
+    """Freezes the base and adds trainable LoRA layers. Returns PiSSA's initial A and B, which it took out of the base
+    weights, by parameter name; else None."""
+    from peft import LoraConfig, TaskType, inject_adapter_in_model
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    ties = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    peft_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=config.dropout,
+        target_modules=config.targets if isinstance(config.targets, str) else matching_modules(model, config.targets),
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        use_rslora=config.variant == "rslora",
+        use_dora=config.variant == "dora",
+        init_lora_weights=INITIALIZATIONS[config.initialization],
+        modules_to_save=list(config.modules_to_save) or None,
+        ensure_weight_tying=ties and any(name in TIED for name in config.modules_to_save),
+        task_type=TaskType.CAUSAL_LM,
+    )
+    torch.manual_seed(seed)  # the same start on every rank and at every world size
+    try:
+        inject_adapter_in_model(peft_config, model)
+    except ValueError as error:
+        raise AdapterError(f"adapter.targets: {config.targets!r}: {str(error).splitlines()[0]}") from None
+    check_saved_modules(model, config)
+    if config.initialization != "pissa":
+        return None
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def matching_modules(model: nn.Module, targets: list[str]) -> list[str]:
+    """Names of the linear modules whose name, or its ending after a dot, matches one of the regular expressions."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found: set[str] = set()
+    for target in targets:
+        try:
+            matched = {name for name in linear if re.fullmatch(rf"(.*\.)?({target})", name)}
+        except re.error as error:
+            raise AdapterError(f"adapter.targets: {target!r} is no regular expression: {error}") from None
+        if not matched:
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            raise AdapterError(f"adapter.targets: {target!r} matches no linear module; the model has {known}")
+        found |= matched
+    return sorted(found)
+
+
+def check_saved_modules(model: nn.Module, config: AdapterConfig) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for wanted in config.modules_to_save:
+        if not any(f"{wanted}.modules_to_save." in name for name in names):
+            tied = " (it shares its weight with embed_tokens: name that)" if wanted == "lm_head" else ""
+            raise AdapterError(f"adapter.modules_to_save: {wanted!r} is no module of this model{tied}")
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """While it is open the base model computes alone."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+# -- parameter names and PEFT's names on disk ---------------------------------------------------------------------
+
+
+def adapter_key(parameter_name: str) -> str:
+    """`model...lora_A.default.weight` -> `base_model.model.model...lora_A.weight`, as PEFT writes it."""
+    name = parameter_name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
+    return PREFIX + name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
+def load_weights_from(directory: Path, model: nn.Module, config: AdapterConfig, *, label: str) -> None:
+    """Goes on from an earlier adapter: its weights become the start. Raises `AdapterError` when it does not fit."""
+    earlier = read_adapter_config(directory, label=label)
+    for key, value in {"r": config.rank, "use_dora": config.variant == "dora", "lora_alpha": config.alpha}.items():
+        if earlier.get(key, False) != value:
+            raise AdapterError(
+                f"adapter.init_from: {label} has {key}={earlier.get(key)!r}, this run {value!r}; they must be the same"
+            )
+    saved = load_file(directory / WEIGHTS_FILE)
+    trained = {adapter_key(name): p for name, p in model.named_parameters() if p.requires_grad}
+    if differing := sorted(trained.keys() ^ saved.keys() - tied_copies(saved)):
+        side = "lacks" if differing[0] in trained else "also has"
+        raise AdapterError(f"adapter.init_from: {label} {side} {differing[0]}; use its targets and modules_to_save")
+    with torch.no_grad():
+        for key, parameter in trained.items():
+            if saved[key].shape != parameter.shape:
+                raise AdapterError(f"adapter.init_from: {label}: {key} is {tuple(saved[key].shape)} there")
+            parameter.copy_(saved[key])
+
+
+def tied_copies(saved: dict[str, Tensor]) -> set[str]:
+    """The output head, where it is written once more beside the embedding that it is tied to."""
+    head, embedding = f"{PREFIX}lm_head.weight", next((k for k in saved if k.endswith(".embed_tokens.weight")), None)
+    return {head} if embedding is not None and head in saved and torch.equal(saved[head], saved[embedding]) else set()
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+
+def write_adapter(
+    directory: Path,
+    weights: dict[str, Tensor],
+    config: AdapterConfig,
+    base: BaseModel,
+    *,
+    metadata: dict,
+    initial: dict[str, Tensor] | None = None,
+    ties_embeddings: bool = False,
+) -> None:
+    """A PEFT directory with a manifest that names the base it belongs to. `weights` are by parameter name; `initial`
+    is what `inject_lora` returned."""
+    directory.mkdir(parents=True, exist_ok=True)
+    growth = 1
+    if initial is not None:
+        weights, growth = relative_to_base(weights, initial), 2
+    tensors = {adapter_key(name): value.contiguous() for name, value in weights.items()}
+    embeddings = [key for key in tensors if key.endswith(".embed_tokens.weight")] if ties_embeddings else []
+    for key in embeddings:
+        tensors[f"{PREFIX}lm_head.weight"] = tensors[key].clone()
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_json(directory / CONFIG_FILE, describe(tensors, config, base, growth=growth, ties=bool(embeddings)))
+    write_manifest(directory, metadata={**metadata, "base_model": base.name, "base_fingerprint": base.fingerprint})
+
+
+def relative_to_base(weights: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PiSSA trains B A over W - s B0 A0. For the untouched W that is the update s [B, -B0] [A; A0], of twice the rank.
+
+    (PEFT's `path_initial_model_for_weight_conversion` does the same.)
+    """
+    joined = {}
+    for name, value in weights.items():
+        if ".lora_A." in name:
+            joined[name] = torch.cat([value, initial[name].to(value)], dim=0)
+        elif ".lora_B." in name:
+            joined[name] = torch.cat([value, -initial[name].to(value)], dim=1)
+        else:
+            joined[name] = value
+    return joined
+
+
+def describe(
+    tensors: dict[str, Tensor], config: AdapterConfig, base: BaseModel, *, growth: int, ties: bool
+) -> dict[str, Any]:
+    """adapter_config.json. With `growth` times the rank, alpha grows so that the scale stays."""
+    adapted = sorted({key.removeprefix(PREFIX).split(".lora_")[0] for key in tensors if ".lora_" in key})
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in adapted})
+    plain = isinstance(config.targets, str) or set(config.targets) <= set(suffixes)
+    alpha_growth = growth**0.5 if config.variant == "rslora" else growth
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name,
+        "r": config.rank * growth,
+        "lora_alpha": config.alpha * alpha_growth,
+        "lora_dropout": config.dropout,
+        "target_modules": suffixes if plain else adapted,
+        "rank_pattern": {key: rank * growth for key, rank in config.rank_pattern.items()},
+        "alpha_pattern": {key: alpha * alpha_growth for key, alpha in config.alpha_pattern.items()},
+        "modules_to_save": list(config.modules_to_save) or None,
+        "ensure_weight_tying": ties,
+        "use_rslora": config.variant == "rslora",
+        "use_dora": config.variant == "dora",
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }

@@ -1,0 +1,85 @@
+"""After the workers: is the run complete, and what does it leave at the top of its directory?"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.config import RunConfig
+from ftray.data.plan import plan_steps
+from ftray.data.tokens import TokenizedDataset
+from ftray.errors import FtrayError
+from ftray.model.base import BaseModel
+from ftray.storage import verify_directory, write_json
+from ftray.tracking.events import read_events
+from ftray.tracking.metrics import read_metrics
+from ftray.tracking.report import write_report
+from ftray.train.checkpoint import ADAPTER, newest_whole_checkpoint, read_state
+from ftray.train.export import export_model
+from ftray.train.job import SCRATCH
+from ftray.train.run_directory import RESULT
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    train: TokenizedDataset
+    eval: TokenizedDataset | None
+    digest: str
+
+
+def num_steps(config: RunConfig, dataset: TokenizedDataset) -> int:
+    return plan_steps(config, dataset.lengths).num_steps(epochs=config.epochs, max_steps=config.max_steps)
+
+
+def is_complete(config: RunConfig, path: Path, data: PreparedData) -> bool:
+    checkpoint = newest_whole_checkpoint(path)
+    return checkpoint is None or read_state(checkpoint).step == num_steps(config, data.train)
+
+
+def ray_logs() -> str:
+    return "/tmp/ray/session_latest/logs"
+
+
+def describe_interruption(config: RunConfig, path: Path) -> str:
+    checkpoint = newest_whole_checkpoint(path)
+    saved = f"the checkpoint {checkpoint} stands" if checkpoint else "no checkpoint was written yet"
+    return f"{config.name}: stopped; {saved}"
+
+
+def finish(config: RunConfig, path: Path, base: BaseModel, data: PreparedData, *, seconds: float) -> dict[str, Any]:
+    """Puts the last checkpoint's adapter (or model) at the top of the run directory and writes result.json last."""
+    checkpoint = newest_whole_checkpoint(path)
+    if checkpoint is None:
+        raise FtrayError(f"{path}: the run ended without a checkpoint; the workers' logs are in {ray_logs()}")
+    product = ADAPTER if config.adapter is not None else "model"
+    staging = path / SCRATCH / product
+    shutil.rmtree(staging, ignore_errors=True)
+    if config.adapter is not None:
+        shutil.copytree(checkpoint / ADAPTER, staging)
+    else:
+        export_model(checkpoint, staging, base, metadata={"run": config.name, "step": read_state(checkpoint).step})
+    verify_directory(staging)
+    shutil.rmtree(path / product, ignore_errors=True)
+    os.replace(staging, path / product)
+    shutil.rmtree(path / SCRATCH)
+    metrics = read_metrics(path)
+    steps = [record for record in metrics if "loss" in record]
+    evaluations = [record for record in metrics if "eval_loss" in record]
+    result = {
+        "status": "finished",
+        "name": config.name,
+        "steps": read_state(checkpoint).step,
+        "final_loss": steps[-1]["loss"] if steps else None,
+        "final_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
+        "tokens_per_s": sum(s["num_tokens"] for s in steps) / max(1e-9, sum(s["seconds"] for s in steps)),
+        "seconds": seconds,
+        "data": {"train": data.train.counts()} | ({"eval": data.eval.counts()} if data.eval is not None else {}),
+        "base_model": base.name,
+        "base_fingerprint": base.fingerprint,
+        "output": str(path / product),
+        "events": read_events(path),
+    }
+    write_json(path / RESULT, result)
+    write_report(path)
+    return result

@@ -1,0 +1,171 @@
+"""A head and two training hosts, each a network namespace with its own Ray node, token auth on: what a cluster does to
+a run does not change its result. `make test-cluster`."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hosts import BIN, Cluster, can_make_hosts
+from safetensors.torch import load_file
+
+from ftray.storage import read_json
+from ftray.tracking.events import read_events
+from ftray.tracking.metrics import read_metrics
+
+pytestmark = pytest.mark.skipif(not can_make_hosts(), reason="needs root and `ip` to make network namespaces")
+LORA = {"zero.stage": "3"}
+FULL = {"adapter": "null", "zero.stage": "2", "optimizer.learning_rate": "1e-3"}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    directory = Path(tempfile.mkdtemp(prefix="ft"))
+    cluster = Cluster(directory)
+    try:
+        cluster.start(num_workers=2)
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def train(cluster, tiny_model, train_file, eval_file, tmp_path):
+    """Starts `ftray train` on the head host; returns (process, run directory)."""
+
+    def start(name: str, **settings: str) -> tuple[subprocess.Popen, Path]:
+        config = tmp_path / "run.yaml"
+        config.write_text(
+            f"kind: run\nname: demo\nbase_model: {tiny_model}\nmax_steps: 400\nruns_dir: {tmp_path}/runs\n"
+            f"data: {{train: {train_file}, eval: {eval_file}}}\nworkers: {{count: 2, max_failures: 8}}\n"
+            "batch: {examples_per_step: 4}\noptimizer: {learning_rate: 5e-3}\ncheckpoint: {every: 10}\n"
+            "evaluation: {every: 400}\nguard: {hang_timeout_s: 15}\n"
+        )
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        command = [str(BIN / "ftray"), "train", str(config), f"name={name}", *overrides]
+        process = cluster.run(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return process, tmp_path / "runs" / name
+
+    return start
+
+
+def ended(process: subprocess.Popen, *, timeout_s: float = 280) -> str:
+    out, _ = process.communicate(timeout=timeout_s)
+    assert process.returncode == 0, out
+    return out
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen, *, timeout_s: float = 150) -> None:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if any(record["step"] >= step for record in read_metrics(run)):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    raise AssertionError(f"{run.name}: step {step} was not reached; {read_events(run)}")
+
+
+def same(one: Path, other: Path) -> None:
+    """Bitwise: losses, evaluation and final weights."""
+    losses = [[r["loss"] for r in read_metrics(run) if "loss" in r] for run in (one, other)]
+    assert losses[0] == losses[1]
+    results = [read_json(run / "result.json") for run in (one, other)]
+    assert results[0]["final_eval_loss"] == results[1]["final_eval_loss"]
+    files = [next(Path(result["output"]).glob("*.safetensors")) for result in results]
+    weights = [load_file(file) for file in files]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def starts(run: Path) -> int:
+    return sum(event["event"] == "workers_started" for event in read_json(run / "result.json")["events"])
+
+
+def test_lora_with_zero_3_over_two_hosts_survives_them(cluster, train):
+    process, calm = train("calm", **LORA)
+    ended(process)
+    process, hurt = train("hurt", **LORA)
+    one, two = cluster.hosts[1:]
+
+    wait_for_step(hurt, 15, process)
+    cluster.kill_worker(two)
+    wait_for_step(hurt, 41, process)
+    cluster.stop_node(two)  # the whole host, in the middle of a step
+    time.sleep(5)
+    cluster.start_node(two)  # and it comes back
+    wait_for_step(hurt, 71, process)
+    cluster.cut(one)
+    time.sleep(20)
+    cluster.mend(one)
+    time.sleep(1)
+    if one.process is not None and one.process.poll() is not None:
+        cluster.start_node(one)  # the head gave the host up, and its node ended: a supervisor starts it again
+    ended(process)
+    same(calm, hurt)
+    assert starts(calm) == 1
+    assert starts(hurt) >= 3
+    assert len(json.dumps(read_json(hurt / "result.json")["events"])) > 0
+
+
+def test_full_fine_tuning_survives_a_full_disk_a_dead_driver_and_a_damaged_checkpoint(cluster, train, tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(runs)], check=True)
+    try:
+        process, calm = train("calm", **FULL)
+        ended(process)
+        process, hurt = train("hurt", **FULL)
+        wait_for_step(hurt, 15, process)
+        filler = runs / "filler"
+        fill(filler)
+        time.sleep(5)  # many steps and several saves, none of which can be written down
+        assert process.poll() is None, process.communicate()[0]
+        filler.unlink()
+        wait_for_event(hurt, "save_failed", process)
+        failed = max(e["step"] for e in read_events(hurt) if e["event"] == "save_failed")
+        wait_for_step(hurt, failed + 21, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kill_group(process)
+        newest = max((hurt / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+        shard = newest / "state" / "rank-00001.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1])
+        process, hurt = train("hurt", **FULL)
+        out = ended(process)
+        assert f"resumes from {newest}" not in out
+        same(calm, hurt)
+    finally:
+        subprocess.run(["umount", "-l", str(runs)], check=True)
+
+
+def fill(path: Path) -> None:
+    with path.open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        except OSError:
+            return
+
+
+def wait_for_event(run: Path, kind: str, process: subprocess.Popen, *, timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if any(event["event"] == kind for event in read_events(run)):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    raise AssertionError(f"no event {kind}: {read_events(run)}")
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

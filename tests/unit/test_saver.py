@@ -1,0 +1,138 @@
+"""Saves beside the training: a failed one is told and left out, the last one must succeed; shards fit together."""
+
+import threading
+
+import pytest
+import torch
+
+from ftray.config import parse_config
+from ftray.errors import FtrayError
+from ftray.storage import verify_directory
+from ftray.train import saver as saver_module
+from ftray.train.guard import LossGuard, name_rows, suspects
+from ftray.train.saver import Saver
+from ftray.train.sharded import MASTER, Shard, ShardedState, write_shard
+
+
+class OneRank:
+    """An engine of one parameter and one rank."""
+
+    world_size = 1
+    initial_adapter = None
+    value = 0.0
+
+    class model:
+        class model:
+            class config:
+                @staticmethod
+                def get_text_config():
+                    return None
+
+    def shard(self) -> Shard:
+        return Shard({"master.w": torch.full((4,), self.value)}, {"w": 0}, {"w": [2, 2]})
+
+    def gather(self, value):
+        return [value]
+
+    def all_ranks(self, condition):
+        return condition
+
+
+@pytest.fixture
+def make(tmp_path):
+    config = parse_config(
+        "kind: run\nname: a\nbase_model: m\nmax_steps: 1\nadapter: null\ndata: {train: x}\n", kind="run", source="x"
+    )
+    published: list[int] = []
+    failures: list[str] = []
+
+    def publish(directory, step):
+        directory.rename(tmp_path / f"step-{step}")
+        published.append(step)
+
+    engine = OneRank()
+    saver = Saver(
+        engine,  # pyright: ignore
+        config,
+        None,  # pyright: ignore
+        data_digest="d",
+        scratch=tmp_path / "scratch",
+        rank=0,
+        publish=publish,
+        on_failure=lambda step, message: failures.append(message),
+    )
+    return engine, saver, published, failures
+
+
+def test_the_state_saved_is_that_of_its_step(make, tmp_path, monkeypatch):
+    """The next step changes the weights while the files are written."""
+    engine, saver, published, _ = make
+    goes_on = threading.Event()
+    real = saver_module.write_snapshot
+    monkeypatch.setattr(saver_module, "write_snapshot", lambda *a, **k: (goes_on.wait(10), real(*a, **k))[1])
+    engine.value = 1.0
+    saver.begin(5)
+    engine.value = 2.0
+    saver.poll()
+    assert published == [], "not written yet: the training goes on"
+    goes_on.set()
+    saver.finish(last=True)
+    assert published == [5]
+    assert verify_directory(tmp_path / "step-5").metadata["step"] == 5
+    assert ShardedState(tmp_path / "step-5").whole(MASTER, "w").tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_a_full_disk_costs_one_checkpoint_and_not_the_run(make, tmp_path, monkeypatch):
+    _, saver, published, failures = make
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saver_module, "write_snapshot", full)
+        saver.begin(5)
+        saver.finish(last=False)
+    assert published == []
+    assert "the checkpoint of step 5 could not be written by rank 0" in failures[0]
+    assert "No space left" in failures[0]
+    saver.begin(10)
+    saver.finish(last=True)
+    assert published == [10]
+    monkeypatch.setattr(saver_module, "write_snapshot", full)
+    saver.begin(15)
+    with pytest.raises(FtrayError, match=r"step 15 .*make room"):
+        saver.finish(last=True)
+
+
+def test_shards_of_two_ranks_are_read_in_any_range(tmp_path):
+    whole = torch.arange(10.0)
+    write_shard(tmp_path, Shard({"master.w": whole[:6]}, {"w": 0}, {"w": [5, 2]}), rank=0)
+    write_shard(tmp_path, Shard({"master.w": whole[6:]}, {"w": 6}, {"w": [5, 2]}), rank=1)
+    state = ShardedState(tmp_path)
+    assert torch.equal(state.whole(MASTER, "w"), whole.view(5, 2))
+    assert torch.equal(state.read(MASTER, "w", 4, 8), whole[4:8])
+    (tmp_path / "state" / "rank-00001.safetensors").unlink()
+    with pytest.raises(FtrayError, match=r"holds 2 of 4 elements of master\.w"):
+        ShardedState(tmp_path).read(MASTER, "w", 4, 8)
+    with pytest.raises(FtrayError, match="has no parameter v"):
+        state.whole(MASTER, "v")
+
+
+def test_the_guard_knows_a_bad_loss():
+    from ftray.config.run import GuardConfig
+
+    guard = LossGuard(GuardConfig(spike_factor=2.0))
+    assert guard.problem(float("nan")) == "the loss is nan"
+    assert guard.problem(float("inf")) == "the loss is inf"
+    assert all(guard.problem(1.0 + 0.01 * step) is None for step in range(20))
+    assert "over guard.spike_factor (2)" in str(guard.problem(2.5))
+    assert guard.problem(1.9) is None
+    assert LossGuard(GuardConfig()).problem(1e9) is None, "only NaN and infinity without a factor"
+
+
+def test_the_rows_behind_a_bad_loss_are_named():
+    nan = float("nan")
+    assert suspects([(1.0, [4, 5]), (nan, [9, 2]), (nan, [7])]) == [2, 7, 9]
+    assert suspects([(1.0, [4]), (6.0, [8, 1])]) == [1, 8]
+    assert suspects([]) == []
+    assert name_rows(list(range(1, 13))) == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more"
