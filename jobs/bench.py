@@ -1,4 +1,4 @@
-"""`python jobs/bench.py train | serve`: our side against others, in turns, in one run; JSON in docs/benchmarks/.
+"""`python jobs/bench.py train | tokens | serve`: our side against others, in turns, in one run; JSON is kept.
 
 Every side is a program of its own (jobs/bench_sides/), started anew for every turn, that prints one line of JSON.
 Ratios of medians are what counts: the machine's speed drifts, and it drifts for both.
@@ -19,6 +19,7 @@ SIDES = Path(__file__).parent / "bench_sides"
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks"
 BENCHES = {
     "train": ["train_ftray", "train_trl"],
+    "tokens": ["tokens_ftray"],
     "serve": ["serve_ftray_base", "serve_ftray_adapters", "serve_transformers", "serve_peft"],
 }
 PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "ray")

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from ftray.data.dataset import TokenizedDataset
 from ftray.data.plan import MicroBatch
-from ftray.data.tokens import TokenizedDataset
 from ftray.model.packed import PackedRow
 from ftray.model.packed_attention import packed_layout
 

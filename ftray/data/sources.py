@@ -1,6 +1,7 @@
 """Reading rows: a file, a saved directory, or a hub id, all through Hugging Face `datasets`."""
 
 import difflib
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
     if len(rows) == 0:
         raise DataError(f"{key}: {source}: has no rows")
     return rows
+
+
+def source_digest(source: str, rows: Any) -> str:
+    """Of its content: the bytes of a file; for a directory or hub id, the fingerprint that `datasets` keeps."""
+    path = Path(source)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return rows._fingerprint
 
 
 def root_cause(error: BaseException) -> str:

@@ -1,144 +1,213 @@
-"""Rows to tokens, with every row accounted for: trained, truncated or dropped by rule."""
+"""Rows to tokens, with every row accounted for: trained, truncated or dropped by rule.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+The result is kept under a name made from everything it depends on (content of the source, tokenizer, template, columns,
+limits), so the second run on the same data reads it, and a changed file or template is noticed. Large sources are
+tokenised by several processes, each a part of the rows.
+"""
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from filelock import FileLock
 
 from ftray.config.run import DataConfig
-from ftray.data.encode import ENCODERS, Example, RowEncoder
-from ftray.data.sources import load_rows
-from ftray.errors import DataError
+from ftray.data.dataset import DatasetWriter, TokenizedDataset, open_dataset
+from ftray.data.encode import ENCODERS, RowEncoder
+from ftray.data.sources import load_rows, source_digest
+from ftray.errors import DataError, FtrayError
 from ftray.model.chat import ChatRenderer, Rendered
+from ftray.storage import verify_directory
 
 MAX_LISTED = 5
+# Fewer rows than this a process are not worth its start.
+ROWS_PER_PROCESS = 20_000
+FORMAT = 1  # of the kept files: another number makes them anew
+
+
+@dataclass
+class Tally:
+    """What became of the rows of one part; problems as (row, text)."""
+
+    num_rows: int = 0
+    num_truncated: int = 0
+    num_dropped: int = 0
+    num_examples: int = 0
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    overlong: list[tuple[int, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class TokenizedDataset:
-    """All sequences end to end: sequence j is `[offsets[j]:offsets[j + 1]]` of the flat arrays; example i has the
-    sequences from `i * sequences_per_example` on."""
+class Source:
+    """Raw rows and how they become tokens. It can be sent to another process."""
 
-    ids: np.ndarray  # int32
-    trained: np.ndarray  # bool
-    offsets: np.ndarray  # int64, one longer than the number of sequences
-    rows: np.ndarray  # int64: the source row of each example, 1 for the first
-    sequences_per_example: int
-    num_rows: int  # in the source
-    num_truncated: int  # examples
-    num_dropped: int
+    key: str  # of the config, for messages
+    location: str
+    data: DataConfig
+    tokenizer: Any
+    objective: str
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __str__(self) -> str:
+        return f"{self.key}: {self.location}"
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of every example."""
-        return np.diff(self.offsets[:: self.sequences_per_example])
+    def rows(self) -> Any:
+        return load_rows(self.key, self.location, revision=self.data.revision)
 
-    @cached_property
-    def trained_lengths(self) -> np.ndarray:
-        """Trained tokens of every example. A sequence's first token has nothing before it to be predicted from."""
-        trained = self.trained.copy()
-        trained[self.offsets[:-1]] = False
-        sums = np.concatenate([[0], np.cumsum(trained)])
-        return np.diff(sums[self.offsets[:: self.sequences_per_example]])
+    def encoder(self, rows: Any) -> RowEncoder:
+        return ENCODERS[self.objective](self.data, rows.column_names, ChatRenderer(self.tokenizer), key=str(self))
 
-    def sequences(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, trained) of each sequence of an example."""
-        first = index * self.sequences_per_example
-        parts = [slice(self.offsets[j], self.offsets[j + 1]) for j in range(first, first + self.sequences_per_example)]
-        return [(self.ids[part], self.trained[part]) for part in parts]
-
-    def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where an example is one sequence."""
-        (only,) = self.sequences(index)
-        return only
-
-    def num_trained_tokens(self, indices: Sequence[int]) -> int:
-        return int(self.trained_lengths[indices].sum())
-
-    def counts(self) -> dict[str, int]:
-        return {
-            "rows": self.num_rows,
-            "examples": len(self),
-            "truncated": self.num_truncated,
-            "dropped": self.num_dropped,
-            "tokens": len(self.ids),
-            "trained_tokens": int(self.trained_lengths.sum()),
-            "longest": int(self.lengths.max()),
+    def digest(self, rows: Any) -> str:
+        """Of all that the tokens depend on."""
+        depends = {
+            "format": FORMAT,
+            "source": source_digest(self.location, rows),
+            "data": self.data.model_dump(mode="json", include={"columns", "max_example_tokens", "overlong"}),
+            "objective": self.objective,
+            "tokenizer": hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "template": self.tokenizer.chat_template,
+            "special": [self.tokenizer.eos_token, self.tokenizer.bos_token],
         }
+        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def tokenize_source(
-    key: str, source: str, data: DataConfig, renderer: ChatRenderer, *, objective: str = "sft"
+    key: str,
+    location: str,
+    data: DataConfig,
+    renderer: ChatRenderer,
+    *,
+    objective: str = "sft",
+    kept_in: Path | None = None,
+    processes: int | None = None,
 ) -> TokenizedDataset:
-    """Reads and tokenises a whole source. Raises one `DataError` that lists the rows that cannot be used."""
-    rows = load_rows(key, source, revision=data.revision)
-    where = f"{key}: {source}"
-    return tokenize_rows(rows, ENCODERS[objective](data, rows.column_names, renderer, key=where), data, where=where)
+    """Reads and tokenises a whole source, or finds it in `kept_in` (None: nothing is kept).
+
+    Raises one `DataError` that lists the rows that cannot be used.
+    """
+    source = Source(key, location, data, renderer.tokenizer, objective)
+    rows = source.rows()
+    if kept_in is None:
+        with tempfile.TemporaryDirectory(prefix="ftray-tokens-") as scratch:
+            tokenize(source, rows, Path(scratch) / "tokens", processes=processes)
+            return open_dataset(Path(scratch) / "tokens")  # a mapped file outlives its name
+    name = source.digest(rows)
+    directory = kept_in / name
+    kept_in.mkdir(parents=True, exist_ok=True)
+    with FileLock(kept_in / f"{name}.lock"):
+        try:
+            verify_directory(directory)
+        except FtrayError:
+            staging = kept_in / f"{name}.new"
+            shutil.rmtree(staging, ignore_errors=True)
+            tokenize(source, rows, staging, processes=processes)
+            shutil.rmtree(directory, ignore_errors=True)
+            os.replace(staging, directory)
+    return open_dataset(directory)
 
 
-def tokenize_rows(rows: Any, encode: RowEncoder, data: DataConfig, *, where: str) -> TokenizedDataset:
-    examples: list[Example] = []
-    source_rows: list[int] = []
-    bad: list[str] = []
-    overlong: list[str] = []
-    num_truncated = num_dropped = 0
+def tokenize(source: Source, rows: Any, directory: Path, *, processes: int | None) -> None:
+    """Writes the dataset's directory, or, when a row cannot be used, nothing."""
+    encode = source.encoder(rows)  # says what is wrong with the columns
+    count = min(processes or os.cpu_count() or 1, len(rows) // ROWS_PER_PROCESS)
+    writer = DatasetWriter(directory)
+    try:
+        if count <= 1:
+            tally = encode_rows(rows, encode, source.data, writer)
+        else:
+            tally = encode_in_processes(source, len(rows), count, directory, writer)
+        refuse_problems(tally, source)
+        writer.finish(num_rows=tally.num_rows, num_truncated=tally.num_truncated, num_dropped=tally.num_dropped)
+    except BaseException:
+        writer.close()
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def encode_in_processes(source: Source, num_rows: int, count: int, directory: Path, writer: DatasetWriter) -> Tally:
+    """Each process a part, joined in the order of the rows. Started anew, not forked: the driver has threads."""
+    bounds = [num_rows * i // count for i in range(count + 1)]
+    parts = [(source, start, stop, directory / f"part-{start}") for start, stop in itertools.pairwise(bounds)]
+    total = Tally()
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for (_, start, _, place), tally in zip(parts, pool.map(encode_part, parts), strict=True):
+            writer.extend(place, row_offset=start)
+            shutil.rmtree(place)
+            add(total, tally, row_offset=start)
+    return total
+
+
+def encode_part(part: tuple[Source, int, int, Path]) -> Tally:
+    source, start, stop, directory = part
+    rows = source.rows()
+    writer = DatasetWriter(directory)
+    tally = encode_rows(rows.select(range(start, stop)), source.encoder(rows), source.data, writer)
+    writer.close()
+    return tally
+
+
+def encode_rows(rows: Any, encode: RowEncoder, data: DataConfig, writer: DatasetWriter) -> Tally:
+    tally = Tally(num_rows=len(rows))
     for number, row in enumerate(rows, start=1):
         try:
-            encoded = encode(row)
+            examples = encode(row)
         except DataError as error:
-            bad.append(f"row {number}: {error}")
+            tally.bad.append((number, str(error)))
             continue
-        for example in encoded:
+        for example in examples:
             longest = max(len(sequence.ids) for sequence in example)
             if longest > data.max_example_tokens:
                 if data.overlong != "truncate":
-                    num_dropped += 1
+                    tally.num_dropped += 1
                     if data.overlong != "drop":
-                        overlong.append(f"row {number}: {longest} tokens")
+                        tally.overlong.append((number, f"{longest} tokens"))
                     continue
                 example = [truncate(sequence, data.max_example_tokens) for sequence in example]
                 if not all(sequence.trained[1:].any() for sequence in example):
-                    num_dropped += 1
+                    tally.num_dropped += 1
                     continue
-                num_truncated += 1
-            examples.append(example)
-            source_rows.append(number)
-    raise_listed(bad, f"{where}: {len(bad)} of {len(rows)} rows cannot be trained", fix="mend or remove them")
-    raise_listed(
-        overlong,
-        f"{where}: {len(overlong)} of {len(rows)} rows are longer than data.max_example_tokens"
-        f" ({data.max_example_tokens})",
-        fix="raise it (with batch.tokens_per_micro_batch), or set data.overlong to truncate, drop or, for documents, "
-        "split",
-    )
-    if not examples:
-        raise DataError(f"{where}: no row is left: all {num_dropped} are over data.max_example_tokens")
-    sequences = [sequence for example in examples for sequence in example]
-    offsets = np.zeros(len(sequences) + 1, np.int64)
-    np.cumsum([len(sequence.ids) for sequence in sequences], out=offsets[1:])
-    return TokenizedDataset(
-        ids=np.concatenate([sequence.ids for sequence in sequences]),
-        trained=np.concatenate([sequence.trained for sequence in sequences]),
-        offsets=offsets,
-        rows=np.asarray(source_rows, np.int64),
-        sequences_per_example=len(examples[0]),
-        num_rows=len(rows),
-        num_truncated=num_truncated,
-        num_dropped=num_dropped,
-    )
+                tally.num_truncated += 1
+            writer.append([(sequence.ids, sequence.trained) for sequence in example], row=number)
+            tally.num_examples += 1
+    return tally
+
+
+def add(total: Tally, part: Tally, *, row_offset: int) -> None:
+    total.num_rows += part.num_rows
+    total.num_truncated += part.num_truncated
+    total.num_dropped += part.num_dropped
+    total.num_examples += part.num_examples
+    total.bad += [(number + row_offset, text) for number, text in part.bad]
+    total.overlong += [(number + row_offset, text) for number, text in part.overlong]
 
 
 def truncate(sequence: Rendered, size: int) -> Rendered:
     return Rendered(sequence.ids[:size], sequence.trained[:size])
 
 
-def raise_listed(problems: list[str], what: str, *, fix: str) -> None:
+def refuse_problems(tally: Tally, source: Source) -> None:
+    limit = source.data.max_example_tokens
+    share = f"of {tally.num_rows} rows"
+    raise_listed(tally.bad, f"{source}: {len(tally.bad)} {share} cannot be trained", fix="mend or remove them")
+    raise_listed(
+        tally.overlong,
+        f"{source}: {len(tally.overlong)} {share} are longer than data.max_example_tokens ({limit})",
+        fix="raise it (with batch.tokens_per_micro_batch), or set data.overlong to truncate, drop or, for documents, "
+        "split",
+    )
+    if tally.num_examples == 0:
+        raise DataError(f"{source}: no row is left: all {tally.num_dropped} are over data.max_example_tokens")
+
+
+def raise_listed(problems: list[tuple[int, str]], what: str, *, fix: str) -> None:
     if problems:
-        shown = "\n".join(f"  - {problem}" for problem in problems[:MAX_LISTED])
+        shown = "\n".join(f"  - row {number}: {text}" for number, text in problems[:MAX_LISTED])
         more = f"\n  - and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise DataError(f"{what}:\n{shown}{more}\n  {fix}")

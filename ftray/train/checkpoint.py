@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ftray.config import RunConfig
-from ftray.data.tokens import TokenizedDataset
+from ftray.data.dataset import TokenizedDataset
 from ftray.errors import FtrayError
 from ftray.model.base import BaseModel
 from ftray.model.lora import write_adapter
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # importing it loads deepspeed
 
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
+DIGEST_ELEMENTS = 1 << 22  # read at a time
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def newest_whole_checkpoint(run_directory: Path, *, verify: Callable[[Path], Any
 
 def data_digest(dataset: TokenizedDataset) -> str:
     digest = hashlib.sha256()
-    for array in (dataset.ids, dataset.trained, dataset.offsets):
-        digest.update(array.tobytes())
+    for array in (dataset.ids, dataset.trained, dataset.sequence_lengths):
+        for start in range(0, len(array), DIGEST_ELEMENTS):
+            digest.update(array[start : start + DIGEST_ELEMENTS].tobytes())
     return digest.hexdigest()
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config import RunConfig
+from ftray.data.dataset import TokenizedDataset
 from ftray.data.plan import plan_steps
-from ftray.data.tokens import TokenizedDataset
 from ftray.errors import FtrayError
 from ftray.model.base import BaseModel
 from ftray.storage import verify_directory, write_json

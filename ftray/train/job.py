@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ftray.config import RunConfig
 
@@ -14,15 +13,15 @@ SCRATCH = "scratch"
 
 @dataclass(frozen=True)
 class TrainJob:
-    """The datasets are in Ray's object store; workers read them in place."""
+    """The datasets are files on the storage that all nodes share; workers map them into memory."""
 
     config: RunConfig
     run_directory: Path
     base_name: str
     init_from: Path | None  # a PEFT directory
     data_digest: str
-    train_data: Any  # ObjectRef[TokenizedDataset]
-    eval_data: Any  # ObjectRef[TokenizedDataset] | None
+    train_data: Path  # directory of a TokenizedDataset
+    eval_data: Path | None
 
 
 def run_in_worker(settings: dict[str, TrainJob]) -> None:

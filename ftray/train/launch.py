@@ -16,8 +16,9 @@ from typing import Any
 import ray
 
 from ftray.config import RunConfig
+from ftray.data.dataset import TokenizedDataset
 from ftray.data.sources import check_source
-from ftray.data.tokens import TokenizedDataset, tokenize_source
+from ftray.data.tokens import tokenize_source
 from ftray.errors import FtrayError, InterruptedRunError, TerminatedRunError, UserError
 from ftray.model.base import BaseModel, check_base_name, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
@@ -27,11 +28,13 @@ from ftray.tracking.metrics import MetricsFollower
 from ftray.train.checkpoint import CHECKPOINTS, data_digest, read_state
 from ftray.train.finish import PreparedData, describe_interruption, finish, is_complete, num_steps, ray_logs
 from ftray.train.job import HARDWARE, STOP_REQUEST, WORKER_ERROR, TrainJob, run_in_worker
-from ftray.train.preflight import check_resources
+from ftray.train.preflight import check_nodes, check_resources
 from ftray.train.run_directory import RESULT, RunDirectory, check_same_data, open_run_directory
 from ftray.train.watchdog import clear_hangs, read_hang
 
 POLL_S = 0.2
+RETRY_S = 10.0
+TOKENS = ".tokens"  # beside the run directories: all nodes share it
 # Passed from the driver's environment to the workers.
 WORKER_ENVIRONMENT = (
     "HF_HOME",
@@ -83,10 +86,11 @@ def launch(
     (directory.path / STOP_REQUEST).unlink(missing_ok=True)
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:
-            preparing = pool.submit(prepare_data, config, watcher.say)
+            preparing = pool.submit(prepare_data, config, watcher.say, kept_in=directory.path.parent / TOKENS)
             if own_session:
                 start_ray()
             check_resources(config.workers, say=watcher.say)
+            check_nodes(directory.path, config.workers)
             base, data = preparing.result()
         if directory.resume_from is not None:
             check_same_data(directory.resume_from, data.digest)
@@ -143,15 +147,20 @@ def start_ray(*, join: bool = True) -> bool:
     return address is not None
 
 
-def prepare_data(config: RunConfig, say: Callable[[str], None]) -> tuple[BaseModel, PreparedData]:
+def prepare_data(
+    config: RunConfig, say: Callable[[str], None], *, kept_in: Path | None = None
+) -> tuple[BaseModel, PreparedData]:
+    """`kept_in`: where tokens are kept, for the workers and for the next run on the same data; None: nowhere."""
     base = prepare_base(config.base_model, say=say)
     check_length(base, config.data.max_example_tokens, key="data.max_example_tokens")
     renderer = ChatRenderer(load_tokenizer(base))
-    objective = config.objective.type
-    train = tokenize_source("data.train", config.data.train, config.data, renderer, objective=objective)
-    evaluation = None
-    if config.data.eval is not None:
-        evaluation = tokenize_source("data.eval", config.data.eval, config.data, renderer, objective=objective)
+
+    def tokens(key: str, source: str) -> TokenizedDataset:
+        objective = config.objective.type
+        return tokenize_source(key, source, config.data, renderer, objective=objective, kept_in=kept_in)
+
+    train = tokens("data.train", config.data.train)
+    evaluation = tokens("data.eval", config.data.eval) if config.data.eval is not None else None
     say(f"base model: {base}")
     say(f"training data: {describe_counts(train)}")
     if evaluation is not None:
@@ -177,26 +186,46 @@ def train_on_ray(
     *,
     init_from: Path | None,
 ) -> None:
+    """Ray Train replaces workers that fail; when its own controller fails (a full disk under its notes), it is started
+    again here, and the workers go on from the last checkpoint."""
+    from ray.train import ControllerError
+
+    (directory.path / WORKER_ERROR).unlink(missing_ok=True)
+    assert data.train.directory is not None, "the launch keeps its tokens"
+    job = TrainJob(
+        config=config,
+        run_directory=directory.path,
+        base_name=str(base.directory) if Path(config.base_model).exists() else config.base_model,
+        init_from=init_from,
+        data_digest=data.digest,
+        train_data=data.train.directory,
+        eval_data=data.eval.directory if data.eval is not None else None,
+    )
+    start = read_state(directory.resume_from).step if directory.resume_from is not None else 0
+    watcher.on_start(start, num_steps(config, data.train))
+    for tries_left in reversed(range(config.workers.max_failures + 1)):
+        clear_ray_notes(directory.path / CHECKPOINTS)
+        failure = fit_and_follow(make_trainer(job), directory.path, watcher, world_size=config.workers.count)
+        if failure is None:
+            return
+        if tries_left == 0 or not isinstance(failure, ControllerError):
+            message = f"training failed: {last_line(failure)}; the workers' logs are in {ray_logs()}"
+            raise FtrayError(message) from failure
+        watcher.say(f"Ray Train stopped ({last_line(failure)}); tries again in {RETRY_S:.0f} s")
+        time.sleep(RETRY_S)
+        with contextlib.suppress(OSError):
+            record_event(directory.path, "controller_failed", message=last_line(failure))
+
+
+def make_trainer(job: TrainJob) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    (directory.path / WORKER_ERROR).unlink(missing_ok=True)
-    shutil.rmtree(directory.path / CHECKPOINTS / ".validate_storage_marker", ignore_errors=True)
-    base_name = str(base.directory) if Path(config.base_model).exists() else config.base_model
-    job = TrainJob(
-        config=config,
-        run_directory=directory.path,
-        base_name=base_name,
-        init_from=init_from,
-        data_digest=data.digest,
-        train_data=ray.put(data.train),
-        eval_data=ray.put(data.eval) if data.eval is not None else None,
-    )
-    workers = config.workers
-    skips = config.guard.max_skips if config.guard.on_bad_loss == "skip" else 0  # each is a restart
+    workers, guard = job.config.workers, job.config.guard
+    skips = guard.max_skips if guard.on_bad_loss == "skip" else 0  # each is a restart
     bundle = {"CPU": float(workers.cpus_each)} | ({"GPU": float(workers.gpus_each)} if workers.gpus_each else {})
-    trainer = TorchTrainer(
+    return TorchTrainer(
         run_in_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if workers.gpus_each else "gloo"),
@@ -205,15 +234,23 @@ def train_on_ray(
         ),
         run_config=RayRunConfig(
             name=CHECKPOINTS,  # so that a checkpoint lies at runs/NAME/checkpoints/step-N
-            storage_path=str(directory.path),
+            storage_path=str(job.run_directory),
             failure_config=FailureConfig(max_failures=workers.max_failures + skips),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.config.checkpoint.keep),
             worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},
         ),
     )
-    start = read_state(directory.resume_from).step if directory.resume_from is not None else 0
-    watcher.on_start(start, num_steps(config, data.train))
-    fit_and_follow(trainer, directory.path, watcher, world_size=workers.count)
+
+
+def clear_ray_notes(checkpoints: Path) -> None:
+    """What an earlier part of the run left there and Ray would stumble over."""
+    shutil.rmtree(checkpoints / ".validate_storage_marker", ignore_errors=True)
+    notes = checkpoints / "checkpoint_manager_snapshot.json"
+    try:
+        if notes.is_file():
+            read_json(notes)
+    except ValueError:  # cut short; which checkpoints there are, their manifests say
+        notes.unlink()
 
 
 def worker_environment(gpus_each: int) -> dict[str, str]:
@@ -225,8 +262,11 @@ def worker_environment(gpus_each: int) -> dict[str, str]:
     return fixed | passed
 
 
-def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher, *, world_size: int) -> None:
-    """`fit` runs in a thread (in the main one it would take over Ctrl-C); here the metrics are followed meanwhile."""
+def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher, *, world_size: int) -> BaseException | None:
+    """Returns Ray's failure, if there is one; raises what the workers themselves said.
+
+    `fit` runs in a thread (in the main one it would take over Ctrl-C); here the metrics are followed meanwhile.
+    """
     outcome: list[BaseException] = []
 
     def fit() -> None:
@@ -256,10 +296,7 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher, *, world
     if (run_directory / WORKER_ERROR).is_file():
         failure = read_json(run_directory / WORKER_ERROR)
         raise (UserError if failure["exit_code"] == 2 else FtrayError)(failure["message"])
-    if outcome:
-        raise FtrayError(
-            f"training failed: {last_line(outcome[0])}; the workers' logs are in {ray_logs()}"
-        ) from outcome[0]
+    return outcome[0] if outcome else None
 
 
 def last_line(error: BaseException) -> str:

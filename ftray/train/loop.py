@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
 from ftray.data.plan import MicroBatch, StepPlan, divide
-from ftray.data.tokens import TokenizedDataset
 from ftray.model.packed import PackedRow
 from ftray.train.guard import LossGuard, suspects
 

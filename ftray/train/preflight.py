@@ -1,12 +1,23 @@
-"""Before any worker starts: does the cluster have what the run asks for? Ray itself would wait for ever."""
+"""Before any worker starts: does the cluster have what the run asks for (Ray itself would wait for ever), and do its
+nodes agree on files, packages and time?"""
 
+import time
+import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray.config.run import WorkersConfig
 from ftray.errors import UserError
+from ftray.tracking.environment import describe_environment
+
+PROBE_TIMEOUT_S = 120.0  # a node may still be unpacking the job's working directory
+MAX_CLOCK_DIFFERENCE_S = 30.0
 
 
 def check_resources(workers: WorkersConfig, *, say: Callable[[str], None]) -> None:
@@ -40,3 +51,77 @@ def describe(resources: dict[str, float]) -> str:
         if amount or name == "CPU"
     ]
     return " and ".join(parts)
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What one node sees."""
+
+    address: str
+    probe: str | None  # content of the probe file, None where it is not to be seen
+    packages: dict[str, str | None]
+    clock: float
+
+
+def check_nodes(run_directory: Path, workers: WorkersConfig) -> None:
+    """Asks every node that may get a worker; raises `UserError` naming the one that differs. One node needs none."""
+    need = {"CPU": float(workers.cpus_each), "GPU": float(workers.gpus_each)}
+    nodes = [n for n in ray.nodes() if n["Alive"] and workers_that_fit(n["Resources"], need) > 0]
+    here = ray.get_runtime_context().get_node_id()
+    if all(node["NodeID"] == here for node in nodes):
+        return
+    probe, token = run_directory / "scratch" / "probe", uuid.uuid4().hex
+    probe.write_text(token)
+    try:
+        asked = time.time()
+        reports = ask_nodes(nodes, probe)
+        answered = time.time()
+    finally:
+        probe.unlink(missing_ok=True)
+    compare_nodes(reports, token, run_directory, asked=asked, answered=answered)
+
+
+def ask_nodes(nodes: list[dict[str, Any]], probe: Path) -> list[NodeReport]:
+    look = ray.remote(num_cpus=0, max_retries=0)(report_node)
+    tasks = {}
+    for node in nodes:
+        affinity = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        tasks[look.options(scheduling_strategy=affinity).remote(node["NodeManagerAddress"], probe)] = node
+    _, missing = ray.wait(list(tasks), num_returns=len(tasks), timeout=PROBE_TIMEOUT_S)
+    if missing:
+        address = tasks[missing[0]]["NodeManagerAddress"]
+        raise UserError(f"node {address} does not answer within {PROBE_TIMEOUT_S:.0f} s; look at it with `ray status`")
+    reports = []
+    for task, node in tasks.items():
+        try:
+            reports.append(ray.get(task))
+        except RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(f"node {node['NodeManagerAddress']}: ftray does not run there: {reason}") from None
+    return reports
+
+
+def report_node(address: str, probe: Path) -> NodeReport:
+    content = probe.read_text() if probe.is_file() else None
+    return NodeReport(address, content, describe_environment()["packages"], time.time())
+
+
+def compare_nodes(reports: list[NodeReport], token: str, run_directory: Path, *, asked: float, answered: float) -> None:
+    """`asked`, `answered`: this machine's clock before and after, between which every node looked at its own."""
+    packages = describe_environment()["packages"]
+    for report in reports:
+        if report.probe != token:
+            raise UserError(
+                f"runs_dir: {run_directory} is not on storage that all nodes share: node {report.address} does not see "
+                "a file that was just written there; give a shared path with runs_dir=PATH"
+            )
+        for name, version in packages.items():
+            if report.packages[name] != version:
+                raise UserError(
+                    f"node {report.address} has {name} {report.packages[name]}, this machine {version}; install the "
+                    "same versions everywhere (cluster/constraints.txt)"
+                )
+        if not asked - MAX_CLOCK_DIFFERENCE_S < report.clock < answered + MAX_CLOCK_DIFFERENCE_S:
+            raise UserError(
+                f"node {report.address}: its clock differs by {report.clock - answered:.0f} s; synchronise it (NTP)"
+            )

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
 import torch
 
 from ftray.config import RunConfig
+from ftray.data.dataset import open_dataset
 from ftray.data.plan import plan_steps
-from ftray.data.tokens import TokenizedDataset
 from ftray.errors import FtrayError, UserError
 from ftray.model.base import BaseModel, load_weights, prepare_base
 from ftray.model.hardware import Hardware, choose_hardware, make_deterministic
@@ -66,8 +65,8 @@ def run_job(job: TrainJob) -> None:
         write_json(job.run_directory / HARDWARE, {"hardware": str(hardware), "world_size": engine.world_size})
         record_event(job.run_directory, WORKERS_STARTED, after_step=start_step, workers=engine.world_size)
 
-    dataset: TokenizedDataset = ray.get(job.train_data)
-    eval_dataset: TokenizedDataset | None = ray.get(job.eval_data) if job.eval_data is not None else None
+    dataset = open_dataset(job.train_data)
+    eval_dataset = open_dataset(job.eval_data) if job.eval_data is not None else None
     plan = plan_steps(config, dataset.lengths)
     num_steps = plan.num_steps(epochs=config.epochs, max_steps=config.max_steps)
     schedule = Schedule(

@@ -21,7 +21,17 @@ PORT = 6379
 
 
 def can_make_hosts() -> bool:
-    return os.geteuid() == 0 and shutil.which("ip") is not None
+    """Tries: root in a container may have neither the right to make namespaces nor to mount."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return False
+    name = f"ft{secrets.token_hex(2)}try"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False)
+    if made.returncode != 0:
+        return False
+    inside = ["ip", "netns", "exec", name, "unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    mounts = subprocess.run(inside, capture_output=True, check=False)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+    return mounts.returncode == 0
 
 
 def ip(*arguments: str) -> None:
@@ -44,10 +54,19 @@ class Cluster:
     hosts: list[Host] = field(default_factory=list)
 
     @property
+    def small_disk(self) -> Path:
+        """60 MB that all hosts share."""
+        return self.directory / "disk"
+
+    @property
     def head(self) -> Host:
         return self.hosts[0]
 
     def start(self, *, num_workers: int) -> None:
+        Path("/tmp/ray").mkdir(exist_ok=True)
+        self.small_disk.mkdir()
+        # Before the hosts: each has a mount table of its own.
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(self.small_disk)], check=True)
         bridge = f"ft{self.tag}"
         ip("link", "add", bridge, "type", "bridge")
         ip("link", "set", bridge, "up")
@@ -71,11 +90,9 @@ class Cluster:
         command = [str(BIN / "ray"), "start", "--block", f"--node-ip-address={host.address}", *where]
         command += [f"--num-cpus={0 if host is self.head else 1}", "--disable-usage-stats"]
         command.append("--object-store-memory=100000000")
-        if host is self.head:
-            command.append(f"--temp-dir={self.directory / host.name}")
         log = (self.directory / f"{host.name}.log").open("ab")
         host.process = subprocess.Popen(
-            ["ip", "netns", "exec", host.name, *command],
+            self.on(host, *command),
             stdout=log,
             stderr=subprocess.STDOUT,
             env=self.environment(),
@@ -96,9 +113,27 @@ class Cluster:
     def run(self, *command: str, **options) -> subprocess.Popen:
         """A program on the head host, told where the cluster is."""
         environment = self.environment() | {"RAY_ADDRESS": f"{self.head.address}:{PORT}", "HF_HUB_OFFLINE": "1"}
-        return subprocess.Popen(
-            ["ip", "netns", "exec", self.head.name, *command], env=environment, start_new_session=True, **options
-        )
+        return subprocess.Popen(self.on(self.head, *command), env=environment, start_new_session=True, **options)
+
+    def on(self, host: Host, *command: str) -> list[str]:
+        """In the host's network, and with a /tmp/ray of its own: two nodes of one directory get in each other's way."""
+        own = self.directory / host.name
+        own.mkdir(exist_ok=True)
+        shell = 'mount --bind "$0" /tmp/ray && exec "$@"'
+        return [
+            "ip",
+            "netns",
+            "exec",
+            host.name,
+            "unshare",
+            "--mount",
+            "--propagation=slave",
+            "sh",
+            "-c",
+            shell,
+            str(own),
+            *command,
+        ]
 
     def wait_for_nodes(self, count: int, *, timeout_s: float = 90) -> None:
         code = (
@@ -118,7 +153,8 @@ class Cluster:
             if process.returncode == 0 and int(out.strip().splitlines()[-1]) >= count:
                 return
             time.sleep(1)
-        raise AssertionError(f"the cluster has no {count} nodes after {timeout_s:.0f} s: {found}")
+        logs = "".join(path.read_text()[-800:] for path in sorted(self.directory.glob("*.log")))
+        raise AssertionError(f"the cluster has no {count} nodes after {timeout_s:.0f} s: {found}\n{logs}")
 
     def processes_on(self, host: Host) -> list[int]:
         done = subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, text=True, check=True)
@@ -157,3 +193,4 @@ class Cluster:
             self.stop_node(host)
             ip("netns", "del", host.name)
         ip("link", "del", f"ft{self.tag}")
+        subprocess.run(["umount", "-l", str(self.small_disk)], check=True)

@@ -5,8 +5,8 @@ import torch
 from tiny import write_tiny_model
 
 from ftray.config.run import AdapterConfig, MemoryConfig
+from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
-from ftray.data.tokens import TokenizedDataset
 from ftray.errors import AdapterError
 from ftray.model.base import load_weights, prepare_base
 from ftray.model.hardware import choose_hardware
@@ -170,9 +170,17 @@ def tiny_dataset() -> TokenizedDataset:
     import numpy as np
 
     ids = np.arange(40, dtype=np.int32) % 37 + 3
-    offsets = np.array([0, 13, 40])
-    trained = np.ones(40, bool)
-    return TokenizedDataset(ids, trained, offsets, np.array([1, 2]), 1, num_rows=2, num_truncated=0, num_dropped=0)
+    return TokenizedDataset(
+        ids,
+        np.ones(40, bool),
+        sequence_lengths=np.array([13, 27]),
+        rows=np.array([1, 2]),
+        trained_lengths=np.array([12, 26]),
+        sequences_per_example=1,
+        num_rows=2,
+        num_truncated=0,
+        num_dropped=0,
+    )
 
 
 @pytest.mark.parametrize("way", ["activation_checkpointing", "compile"])
