@@ -7,4 +7,5 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the uploaded working direc
 
 from ftray.cli.main import main
 
-main(["train", *sys.argv[1:]])
+if __name__ == "__main__":  # processes that tokenise import this file again
+    main(["train", *sys.argv[1:]])

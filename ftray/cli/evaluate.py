@@ -7,6 +7,7 @@ import typer
 
 from ftray.cli.arguments import ConfigFile, Overrides
 from ftray.config import RunConfig, load_config
+from ftray.errors import UserError
 
 MAX_LISTED = 20
 
@@ -25,6 +26,11 @@ def evaluate(
 ) -> None:
     """Exact match and loss on the held-out rows (data.eval) of a run's config."""
     run: RunConfig = load_config(config, overrides or (), kind="run")
+    if run.objective.type != "sft":
+        raise UserError(
+            f"objective.type: {run.objective.type}; `ftray eval` asks questions and compares answers, which needs the "
+            "conversations of objective sft in data.eval (objective={type: sft} data.eval=FILE)"
+        )
     from ftray.data.sources import check_source
     from ftray.evaluate.task import load_questions
     from ftray.model.base import check_base_name

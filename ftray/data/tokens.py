@@ -66,14 +66,16 @@ class Source:
 
     def digest(self, rows: Any) -> str:
         """Of all that the tokens depend on."""
+        tokenizer = self.tokenizer
+        vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
         depends = {
             "format": FORMAT,
             "source": source_digest(self.location, rows),
             "data": self.data.model_dump(mode="json", include={"columns", "max_example_tokens", "overlong"}),
             "objective": self.objective,
-            "tokenizer": hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-            "template": self.tokenizer.chat_template,
-            "special": [self.tokenizer.eos_token, self.tokenizer.bos_token],
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "template": tokenizer.chat_template,
+            "special": [tokenizer.eos_token, tokenizer.bos_token],
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 

@@ -140,6 +140,8 @@ def test_eval_lists_the_losing_examples(run, config, adapters, tmp_path):
     base_loss = json.loads(out_file.read_text())["loss"]
     run("eval", config, "--output", out_file)
     assert json.loads(out_file.read_text())["loss"] != base_loss
+    code, _, err = run("eval", config, "objective={type: domain}")
+    assert (code, "`ftray eval` asks questions and compares answers" in err) == (2, True)
     code, _, err = run("eval", config, "data.eval=null")
     assert (code, "data.eval: not given" in err) == (2, True)
     code, _, err = run("eval", config, "--endpoint", "http://127.0.0.1:9")
@@ -215,3 +217,36 @@ def test_quickstart_outside_a_clone_says_where_to_go(run, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     code, _, err = run("quickstart")
     assert (code, "at the root of a clone" in err) == (2, True)
+
+
+def test_runs_are_listed_compared_and_stopped(run, tmp_path):
+    def make(name: str, rate: float, *, finished: bool) -> None:
+        directory = tmp_path / "runs" / name
+        directory.mkdir(parents=True)
+        config = {"name": name, "base_model": "tiny", "optimizer": {"learning_rate": rate, "betas": [0.9, 0.99]}}
+        (directory / "config.json").write_text(json.dumps(config))
+        steps = [{"step": s, "loss": 2.0 - rate * s, "num_tokens": 10, "seconds": 0.5} for s in (1, 2, 3)]
+        lines = [*steps, {"step": 3, "eval_loss": 1.5}]
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if finished:
+            (directory / "result.json").write_text("{}")
+
+    flag = ("--runs-dir", tmp_path / "runs")
+    assert "has no runs" in run("runs", "list", *flag)[1]
+    make("slow", 0.1, finished=True)
+    make("fast", 0.2, finished=False)
+    listed = run("runs", "list", *flag)[1].splitlines()
+    assert [line.split()[:5] for line in listed[1:]] in (
+        [["fast", "unfinished", "3", "1.4000", "1.5000"], ["slow", "finished", "3", "1.7000", "1.5000"]],
+        [["slow", "finished", "3", "1.7000", "1.5000"], ["fast", "unfinished", "3", "1.4000", "1.5000"]],
+    )
+    out = run("runs", "compare", "slow", "fast", "--output", tmp_path / "c.html", *flag)[1]
+    assert "optimizer.learning_rate                   0.1                   0.2" in out
+    assert "betas" not in out
+    assert (tmp_path / "c.html").read_text().count("<svg") == 2
+    assert json.loads(run("runs", "show", "fast", *flag)[1])["status"] == "unfinished"
+    assert "asked to save and stop" in run("runs", "stop", "fast", *flag)[1]
+    assert (tmp_path / "runs" / "fast" / "stop_request").is_file()
+    assert run("runs", "stop", "slow", *flag)[::2] == (2, "error: slow: is finished; there is nothing to stop\n")
+    code, _, err = run("runs", "show", "fsat", *flag)
+    assert (code, "no such run" in err, "fast, slow" in err) == (2, True, True)
