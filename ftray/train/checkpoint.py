@@ -109,16 +109,25 @@ def read_state(directory: Path) -> TrainerState:
     return TrainerState(**read_json(directory / "trainer.json"))
 
 
-def newest_whole_checkpoint(run_directory: Path, *, verify: Callable[[Path], Any] = verify_directory) -> Path | None:
-    """The latest checkpoint whose manifest proves it; damaged ones are passed over."""
+def list_checkpoints(run_directory: Path) -> list[Path]:
+    """Newest first, whole or not."""
     found = [path for path in (run_directory / CHECKPOINTS).glob("step-*") if path.name[5:].isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name[5:]), reverse=True):
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def first_whole(checkpoints: list[Path], *, verify: Callable[[Path], Any] = verify_directory) -> Path | None:
+    """The first whose manifest proves it; damaged ones are passed over."""
+    for path in checkpoints:
         try:
             verify(path)
         except FtrayError:
             continue
         return path
     return None
+
+
+def newest_whole_checkpoint(run_directory: Path) -> Path | None:
+    return first_whole(list_checkpoints(run_directory))
 
 
 def data_digest(dataset: TokenizedDataset) -> str:

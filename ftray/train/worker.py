@@ -25,9 +25,9 @@ from ftray.storage.manifest import MANIFEST
 from ftray.tracking.events import read_events, record_event
 from ftray.tracking.metrics import MetricsLog, read_metrics
 from ftray.tracking.wandb import Wandb
-from ftray.train.checkpoint import CHECKPOINTS, newest_whole_checkpoint, read_state, restore
+from ftray.train.checkpoint import CHECKPOINTS, first_whole, list_checkpoints, read_state, restore
 from ftray.train.engine import TrainEngine
-from ftray.train.guard import GoBack, LossGuard, name_rows
+from ftray.train.guard import WINDOW_STEPS, GoBack, LossGuard, name_rows
 from ftray.train.job import HARDWARE, SCRATCH, STOP_REQUEST, WORKER_ERROR, TrainJob
 from ftray.train.loop import Schedule, StepRecord, evaluation_rows, train
 from ftray.train.saver import Saver
@@ -75,7 +75,7 @@ def run_job(job: TrainJob) -> None:
         end_position=None if config.epochs is None else config.epochs * len(dataset),
         evaluate_every=config.evaluation.every,
         save_every=config.checkpoint.every,
-        skipped=skipped_steps(job.run_directory),
+        skipped=engine.gather(skipped_steps(job.run_directory))[0],
     )
     evaluate = None
     if eval_dataset is not None:
@@ -83,7 +83,7 @@ def run_job(job: TrainJob) -> None:
         rows = evaluation_rows(eval_dataset, token_budget=budget, world_size=engine.world_size, rank=rank)
         evaluate = lambda: engine.evaluate(rows())  # noqa: E731
     losses = [r["loss"] for r in read_metrics(job.run_directory) if "loss" in r and r["step"] <= start_step]
-    guard = LossGuard(config.guard, earlier_losses=losses)
+    guard = LossGuard(config.guard, earlier_losses=engine.gather(losses[-WINDOW_STEPS:])[0])
     with recorder(job, start_step=start_step, rank=rank) as record:
         callbacks = WorkerCallbacks(job, engine, base, record, rank=rank)
         train(
@@ -113,7 +113,8 @@ def resume(engine: TrainEngine, job: TrainJob, *, rank: int) -> int:
         if problems := [found for found in engine.gather(problem) if found is not None]:
             raise FtrayError(problems[0])
 
-    checkpoint = newest_whole_checkpoint(job.run_directory, verify=verify)
+    listed = engine.gather(list_checkpoints(job.run_directory))[0]  # a shared disk may show another rank another list
+    checkpoint = first_whole(listed, verify=verify)
     if checkpoint is None:
         return 0
     restore(checkpoint, engine)
@@ -146,7 +147,7 @@ class WorkerCallbacks:
         self._saver.finish(last=False)  # what was saved before stands
         guard = self._job.config.guard
         described = f"step {step}: {problem}; the rows {name_rows(rows)} of data.train were in the micro-batch"
-        skipped = skipped_steps(self._job.run_directory)
+        skipped = self._engine.gather(skipped_steps(self._job.run_directory))[0]
         if guard.on_bad_loss == "stop":
             raise FtrayError(
                 f"{described}. Look at them, lower optimizer.learning_rate, or set guard.on_bad_loss=skip; "
@@ -154,7 +155,6 @@ class WorkerCallbacks:
             )
         if len(skipped) >= guard.max_skips:
             raise FtrayError(f"{described}, after {len(skipped)} skipped steps (guard.max_skips)")
-        self._engine.all_ranks(True)  # every rank has read the events before one more is written
         if self._rank == 0:
             record_event(self._job.run_directory, SKIPPED, step=step, problem=problem, rows=rows)
         raise GoBack(described)
