@@ -22,7 +22,7 @@ class ColumnsConfig(Strict):
     def one_shape(self):
         if (self.chosen is None) != (self.rejected is None):
             raise ValueError("`chosen` and `rejected` go together")
-        if self.text is not None and len(self.model_fields_set) > 1:
+        if self.text is not None and any(value is not None for key, value in self if key != "text"):
             raise ValueError("`text` stands alone")
         if self.messages is not None and (self.prompt is not None or self.system is not None):
             raise ValueError("`prompt` and `system` do not go with `messages`, which hold their own turns")
