@@ -40,7 +40,7 @@ class DataConfig(Strict):
     eval: Text | None = None
     revision: Text | None = None  # of a hub id
     columns: ColumnsConfig | None = None  # None: `messages`, or `prompt` and `completion`, as the file has them
-    max_example_tokens: PositiveInt = 2048
+    max_example_tokens: int = Field(default=2048, ge=2)
     overlong: Literal["error", "truncate", "drop", "split"] = "error"  # split: documents (objective domain) only
     shuffle: bool = True
 

@@ -163,6 +163,9 @@ def encode_rows(rows: Any, encode: RowEncoder, data: DataConfig, writer: Dataset
         except DataError as error:
             tally.bad.append((number, str(error)))
             continue
+        if not all(sequence.trained[1:].any() for example in examples for sequence in example):
+            tally.bad.append((number, "no trained token has one before it to be predicted from"))
+            continue
         for example in examples:
             longest = max(len(sequence.ids) for sequence in example)
             if longest > data.max_example_tokens:

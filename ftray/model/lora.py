@@ -110,8 +110,15 @@ def adapter_key(parameter_name: str) -> str:
 def load_weights_from(directory: Path, model: nn.Module, config: AdapterConfig, *, label: str) -> None:
     """Goes on from an earlier adapter: its weights become the start. Raises `AdapterError` when it does not fit."""
     earlier = read_adapter_config(directory, label=label)
-    for key, value in {"r": config.rank, "use_dora": config.variant == "dora", "lora_alpha": config.alpha}.items():
-        if earlier.get(key, False) != value:
+    wanted = {
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "alpha_pattern": dict(config.alpha_pattern),
+        "use_dora": config.variant == "dora",
+        "use_rslora": config.variant == "rslora",
+    }
+    for key, value in wanted.items():
+        if (earlier.get(key) or type(value)()) != value:
             raise AdapterError(
                 f"adapter.init_from: {label} has {key}={earlier.get(key)!r}, this run {value!r}; they must be the same"
             )

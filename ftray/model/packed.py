@@ -41,9 +41,12 @@ class PackedRow:
 class PackedCausalLM(nn.Module):
     """Wraps a transformers causal LM (PEFT-injected or not) loaded with the packed attention."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, *, logits_in_chunks: bool = True):
+        """`logits_in_chunks=False`: one call of the output head a row. ZeRO-3 communicates in every call, and ranks
+        whose rows have other numbers of chunks would wait for each other for ever."""
         super().__init__()
         self.model = model
+        self.logits_in_chunks = logits_in_chunks
 
     def forward(self, row: PackedRow) -> Tensor:
         """Log-probabilities [N] of the targets, float32. Logits exist at trained positions only, a chunk at a time."""
@@ -52,7 +55,7 @@ class PackedCausalLM(nn.Module):
             input_ids=row.ids_T[None], position_ids=row.positions_T[None], use_cache=False, layout=row.layout
         ).last_hidden_state[0]
         hidden_NE = hidden_TE.index_select(0, row.rows_N)
-        if len(hidden_NE) <= LOGIT_ROWS:
+        if len(hidden_NE) <= LOGIT_ROWS or not self.logits_in_chunks:
             return self._log_probs(hidden_NE, row.targets_N)
         chunks = zip(hidden_NE.split(LOGIT_ROWS), row.targets_N.split(LOGIT_ROWS), strict=True)
         return torch.cat([checkpoint(self._log_probs, h, t, use_reentrant=False) for h, t in chunks])  # pyright: ignore

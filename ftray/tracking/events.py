@@ -1,6 +1,8 @@
 """events.jsonl: what happened to a run besides its steps: starts, restarts, skipped steps, failed saves, stops."""
 
+import contextlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,20 @@ EVENTS = "events.jsonl"
 def record_event(run_directory: Path, kind: str, **fields: Any) -> None:
     """Appends one line. Short enough to be written whole, whoever else appends."""
     line = json.dumps({"time": time.time(), "event": kind, **fields}) + "\n"
-    with (run_directory / EVENTS).open("a", encoding="utf-8") as file:
-        file.write(line)
+    with (run_directory / EVENTS).open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a full disk or a crash cut the last line short
+                line = "\n" + line
+        file.write(line.encode())
 
 
 def read_events(run_directory: Path) -> list[dict[str, Any]]:
     path = run_directory / EVENTS
     if not path.is_file():
         return []
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # cut short
+            events.append(json.loads(line))
+    return events

@@ -34,6 +34,7 @@ from ftray.train.watchdog import clear_hangs, read_hang
 
 POLL_S = 0.2
 RETRY_S = 10.0
+ERROR_GRACE_S = 20.0
 TOKENS = ".tokens"  # beside the run directories: all nodes share it
 # Passed from the driver's environment to the workers.
 WORKER_ENVIRONMENT = (
@@ -288,6 +289,9 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher, *, world
             told_hardware = True
             watcher.say(f"workers run on {read_json(run_directory / HARDWARE)['hardware']}")
         watcher.on_metrics(follower.poll())
+        if (run_directory / WORKER_ERROR).is_file():
+            thread.join(ERROR_GRACE_S)  # other workers may wait for the one that has given up
+            break
         if hang := read_hang(run_directory, world_size=world_size):
             clear_hangs(run_directory)
             record_event(run_directory, "hang", message=hang)

@@ -1,5 +1,6 @@
 """The algorithm. No ray and no deepspeed: an engine, a plan, a schedule and callbacks come from outside."""
 
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -81,46 +82,64 @@ def train(
     evaluate: Callable[[], float] | None,
 ) -> int:
     """Returns the number of steps done: fewer than all when it was asked to stop, after a save."""
+    has_state = schedule.start_step > 0  # AdamW's moments exist from the first update on
     for step in range(schedule.start_step, schedule.num_steps):
-        if step in schedule.skipped:
-            continue
-        began = time.perf_counter()
-        examples = plan.examples(step, end=schedule.end_position)
-        num_trained = dataset.num_trained_tokens(examples)  # every rank knows the whole step
-        denominator = num_trained if engine.objective.unit == "token" else len(examples)
-        num_tokens = int(dataset.lengths[examples].sum())
-        seed_step(seed, step=step, rank=rank)
-        micro_batches = plan.divide(examples, engine.world_size)[rank]
-        step_loss = engine.forward_backward(packed_rows(dataset, micro_batches), denominator=denominator)
-        if problem := guard.problem(step_loss.loss):
-            callbacks.on_bad_loss(step + 1, problem, suspect_rows(engine, dataset, micro_batches))
-        lr = learning_rate(step)
-        grad_norm = engine.optim_step(lr=lr)
-        seconds = time.perf_counter() - began
-        callbacks.on_step_end(
-            StepRecord(
-                step=step + 1,
-                loss=step_loss.loss,
-                learning_rate=lr,
-                grad_norm=grad_norm,
-                num_tokens=num_tokens,
-                num_trained_tokens=num_trained,
-                tokens_per_s=num_tokens / seconds,
-                seconds=seconds,
-                mfu=step_flops(engine, dataset, examples) / seconds / engine.gemm_rate,
-                memory_gib=peak_memory_gib(),
-                metrics=step_loss.metrics,
+        if step not in schedule.skipped:
+            examples = plan.examples(step, end=schedule.end_position)
+            micro_batches = plan.divide(examples, engine.world_size)[rank]
+            seed_step(seed, step=step, rank=rank)
+            record = train_step(
+                engine, dataset, examples, micro_batches, guard, callbacks, step=step, lr=learning_rate(step)
             )
-        )
+            callbacks.on_step_end(record)
+            has_state = True
         last = step + 1 == schedule.num_steps
         if evaluate is not None and (last or (step + 1) % schedule.evaluate_every == 0):
             callbacks.on_evaluated(step + 1, evaluate())
         stop = not last and callbacks.should_stop()
-        if last or stop or (step + 1) % schedule.save_every == 0:
+        if has_state and (last or stop or (step + 1) % schedule.save_every == 0):
             callbacks.save(step + 1)
         if stop:
             return step + 1
     return schedule.num_steps
+
+
+def train_step(
+    engine: "TrainEngine",
+    dataset: TokenizedDataset,
+    examples: list[int],  # of the step, over all ranks: every rank knows them
+    micro_batches: list[MicroBatch],  # this rank's share
+    guard: LossGuard,
+    callbacks: Callbacks,
+    *,
+    step: int,
+    lr: float,
+) -> StepRecord:
+    began = time.perf_counter()
+    num_trained = dataset.num_trained_tokens(examples)
+    num_tokens = int(dataset.lengths[examples].sum())
+    denominator = num_trained if engine.objective.unit == "token" else len(examples)
+    step_loss = engine.forward_backward(packed_rows(dataset, micro_batches), denominator=denominator)
+    if problem := guard.problem(step_loss.loss):
+        callbacks.on_bad_loss(step + 1, problem, suspect_rows(engine, dataset, micro_batches))
+    grad_norm = engine.optim_step(lr=lr)
+    if not math.isfinite(grad_norm):  # the loss was finite, the update is not
+        problem = f"the gradient norm is {grad_norm}"
+        callbacks.on_bad_loss(step + 1, problem, suspect_rows(engine, dataset, micro_batches))
+    seconds = time.perf_counter() - began
+    return StepRecord(
+        step=step + 1,
+        loss=step_loss.loss,
+        learning_rate=lr,
+        grad_norm=grad_norm,
+        num_tokens=num_tokens,
+        num_trained_tokens=num_trained,
+        tokens_per_s=num_tokens / seconds,
+        seconds=seconds,
+        mfu=step_flops(engine, dataset, examples) / seconds / engine.gemm_rate,
+        memory_gib=peak_memory_gib(),
+        metrics=step_loss.metrics,
+    )
 
 
 def step_flops(engine: "TrainEngine", dataset: TokenizedDataset, examples: list[int]) -> float:

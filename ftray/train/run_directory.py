@@ -66,8 +66,9 @@ def open_run_directory(config: RunConfig, *, fresh: bool) -> RunDirectory:
         changes = [text for _, text in changed]
     checkpoint = newest_whole_checkpoint(path)
     finished = read_json(path / RESULT) if (path / RESULT).is_file() else None
-    write_json(earlier_file, resolved)
-    write_json(path / "environment.json", describe_environment())
+    if finished is None:  # what a finished run was made with stays
+        write_json(earlier_file, resolved)
+        write_json(path / "environment.json", describe_environment())
     return RunDirectory(path, checkpoint, finished, changes)
 
 

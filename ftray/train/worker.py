@@ -234,11 +234,12 @@ def make_engine(
         if init_from is not None:
             load_weights_from(init_from, model, config.adapter, label=str(config.adapter.init_from))
     objective = OBJECTIVES[config.objective.type](**config.objective.model_dump(exclude={"type"}))
+    in_chunks = config.zero.stage < 3
     reference = None
     if objective.needs_reference and config.adapter is None:
-        reference = PackedCausalLM(load_weights(base, hardware, attention=attention))
+        reference = PackedCausalLM(load_weights(base, hardware, attention=attention), logits_in_chunks=in_chunks)
     return TrainEngine(
-        PackedCausalLM(prepare_layers(model, config.memory)),
+        PackedCausalLM(prepare_layers(model, config.memory), logits_in_chunks=in_chunks),
         objective,
         hardware,
         config,
