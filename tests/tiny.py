@@ -69,6 +69,15 @@ def write_peft_adapter(directory: Path, base: Path, *, rank: int, seed: int, tar
     return directory
 
 
+def lora_value(name: str, shape):
+    """Reproducible LoRA weights by name, the same in two programs that are compared."""
+    import zlib
+
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) * 0.1
+
+
 def chat_rows(count: int, *, seed: int = 0) -> list[dict]:
     import random
 

@@ -92,12 +92,12 @@ def stop(name: str, runs_dir: RunsDir = "runs") -> None:
     """Ask a running run to save at its next step and end. The same `ftray train` goes on from there."""
     from ftray.errors import UserError
     from ftray.tracking.runs import read_run
-    from ftray.train.job import STOP_REQUEST
+    from ftray.train.job import request_stop
 
     run = read_run(Path(runs_dir) / name)
     if run.status == "finished":
         raise UserError(f"{name}: is finished; there is nothing to stop")
-    (run.path / STOP_REQUEST).touch()
+    request_stop(run.path)
     print(f"{name}: asked to save and stop at the end of the step it is in")
 
 

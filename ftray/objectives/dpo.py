@@ -29,7 +29,7 @@ def make_dpo(*, beta: float) -> Objective:
             metrics={name: (value * weights_P).sum().detach() for name, value in metrics.items()},
         )
 
-    return Objective(dpo_loss, unit="example", needs_reference=True, sequences_per_example=2)
+    return Objective(dpo_loss, unit="example", needs_reference=True)
 
 
 def answer_sums(values_N: Tensor, row: Row) -> Tensor:

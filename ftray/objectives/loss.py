@@ -45,4 +45,3 @@ class Objective:
     loss: Callable[[LogProbs, Row], Loss]
     unit: Literal["token", "example"] = "token"  # what the step's loss is a mean over
     needs_reference: bool = False
-    sequences_per_example: int = 1

@@ -9,7 +9,6 @@ Nothing in it depends on the world size or ZeRO stage, so any resumes any other.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +135,3 @@ def data_digest(dataset: TokenizedDataset) -> str:
         for start in range(0, len(array), DIGEST_ELEMENTS):
             digest.update(array[start : start + DIGEST_ELEMENTS].tobytes())
     return digest.hexdigest()
-
-
-def config_digest(config: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,9 +12,8 @@ from ftray.data.plan import plan_steps
 from ftray.errors import FtrayError
 from ftray.model.base import BaseModel
 from ftray.storage import verify_directory, write_json
-from ftray.tracking.events import read_events
-from ftray.tracking.metrics import read_metrics
 from ftray.tracking.report import write_report
+from ftray.tracking.runs import read_run
 from ftray.train.checkpoint import ADAPTER, newest_whole_checkpoint, read_state
 from ftray.train.export import export_model
 from ftray.train.job import SCRATCH
@@ -32,8 +31,7 @@ def num_steps(config: RunConfig, dataset: TokenizedDataset) -> int:
     return plan_steps(config, dataset.lengths).num_steps(epochs=config.epochs, max_steps=config.max_steps)
 
 
-def is_complete(config: RunConfig, path: Path, data: PreparedData) -> bool:
-    checkpoint = newest_whole_checkpoint(path)
+def is_complete(checkpoint: Path | None, config: RunConfig, data: PreparedData) -> bool:
     return checkpoint is None or read_state(checkpoint).step == num_steps(config, data.train)
 
 
@@ -47,9 +45,10 @@ def describe_interruption(config: RunConfig, path: Path) -> str:
     return f"{config.name}: stopped; {saved}"
 
 
-def finish(config: RunConfig, path: Path, base: BaseModel, data: PreparedData, *, seconds: float) -> dict[str, Any]:
+def finish(
+    config: RunConfig, path: Path, checkpoint: Path | None, base: BaseModel, data: PreparedData, *, seconds: float
+) -> dict[str, Any]:
     """Puts the last checkpoint's adapter (or model) at the top of the run directory and writes result.json last."""
-    checkpoint = newest_whole_checkpoint(path)
     if checkpoint is None:
         raise FtrayError(f"{path}: the run ended without a checkpoint; the workers' logs are in {ray_logs()}")
     product = ADAPTER if config.adapter is not None else "model"
@@ -63,22 +62,20 @@ def finish(config: RunConfig, path: Path, base: BaseModel, data: PreparedData, *
     shutil.rmtree(path / product, ignore_errors=True)
     os.replace(staging, path / product)
     shutil.rmtree(path / SCRATCH)
-    metrics = read_metrics(path)
-    steps = [record for record in metrics if "loss" in record]
-    evaluations = [record for record in metrics if "eval_loss" in record]
+    run = read_run(path)
     result = {
         "status": "finished",
         "name": config.name,
         "steps": read_state(checkpoint).step,
-        "final_loss": steps[-1]["loss"] if steps else None,
-        "final_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
-        "tokens_per_s": sum(s["num_tokens"] for s in steps) / max(1e-9, sum(s["seconds"] for s in steps)),
+        "final_loss": run.final_loss,
+        "final_eval_loss": run.final_eval_loss,
+        "tokens_per_s": run.tokens_per_s,
         "seconds": seconds,
         "data": {"train": data.train.counts()} | ({"eval": data.eval.counts()} if data.eval is not None else {}),
         "base_model": base.name,
         "base_fingerprint": base.fingerprint,
         "output": str(path / product),
-        "events": read_events(path),
+        "events": run.events,
     }
     write_json(path / RESULT, result)
     write_report(path)

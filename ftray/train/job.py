@@ -24,6 +24,10 @@ class TrainJob:
     eval_data: Path | None
 
 
+def request_stop(run_directory: Path) -> None:
+    (run_directory / STOP_REQUEST).touch()
+
+
 def run_in_worker(settings: dict[str, TrainJob]) -> None:
     """Ray Train's train function. The driver pickles it by name, so torch and deepspeed load only in the workers."""
     from ftray.train.worker import train_worker

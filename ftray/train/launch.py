@@ -25,9 +25,9 @@ from ftray.model.chat import ChatRenderer
 from ftray.storage import read_json
 from ftray.tracking.events import record_event
 from ftray.tracking.metrics import MetricsFollower
-from ftray.train.checkpoint import CHECKPOINTS, data_digest, read_state
+from ftray.train.checkpoint import CHECKPOINTS, data_digest, newest_whole_checkpoint, read_state
 from ftray.train.finish import PreparedData, describe_interruption, finish, is_complete, num_steps, ray_logs
-from ftray.train.job import HARDWARE, STOP_REQUEST, WORKER_ERROR, TrainJob, run_in_worker
+from ftray.train.job import HARDWARE, STOP_REQUEST, WORKER_ERROR, TrainJob, request_stop, run_in_worker
 from ftray.train.preflight import check_nodes, check_resources
 from ftray.train.run_directory import RESULT, RunDirectory, check_same_data, open_run_directory
 from ftray.train.watchdog import clear_hangs, read_hang
@@ -98,7 +98,8 @@ def launch(
             watcher.say(f"resumes from {directory.resume_from}")
         with stop_on_sigterm(directory.path) as terminated:
             train_on_ray(config, directory, base, data, watcher, init_from=init_from)
-        if not is_complete(config, directory.path, data):
+        checkpoint = newest_whole_checkpoint(directory.path)
+        if not is_complete(checkpoint, config, data):
             record_event(directory.path, "stopped", by="SIGTERM" if terminated.is_set() else "ftray runs stop")
             stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
             raise stopped(describe_interruption(config, directory.path))
@@ -107,7 +108,7 @@ def launch(
     finally:
         if own_session:
             ray.shutdown()
-    return finish(config, directory.path, base, data, seconds=time.time() - began)
+    return finish(config, directory.path, checkpoint, base, data, seconds=time.time() - began)
 
 
 @contextlib.contextmanager
@@ -127,10 +128,6 @@ def stop_on_sigterm(run_directory: Path) -> Iterator[threading.Event]:
         yield terminated
     finally:
         signal.signal(signal.SIGTERM, earlier)
-
-
-def request_stop(run_directory: Path) -> None:
-    (run_directory / STOP_REQUEST).touch()
 
 
 def start_ray(*, join: bool = True) -> bool:

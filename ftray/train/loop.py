@@ -136,17 +136,20 @@ def train_step(
         num_trained_tokens=num_trained,
         tokens_per_s=num_tokens / seconds,
         seconds=seconds,
-        mfu=step_flops(engine, dataset, examples) / seconds / engine.gemm_rate,
+        mfu=step_flops(engine, dataset, examples, num_tokens, num_trained) / seconds / engine.gemm_rate,
         memory_gib=peak_memory_gib(),
         metrics=step_loss.metrics,
     )
 
 
-def step_flops(engine: "TrainEngine", dataset: TokenizedDataset, examples: list[int]) -> float:
+def step_flops(
+    engine: "TrainEngine", dataset: TokenizedDataset, examples: list[int], num_tokens: int, num_trained: int
+) -> float:
+    lengths = dataset.sequence_lengths.reshape(len(dataset), -1)[examples]
     return engine.flops.step(
-        num_tokens=int(dataset.lengths[examples].sum()),
-        num_trained=dataset.num_trained_tokens(examples),
-        sum_squared_lengths=int(sum(len(ids) ** 2 for i in examples for ids, _ in dataset.sequences(i))),
+        num_tokens=num_tokens,
+        num_trained=num_trained,
+        sum_squared_lengths=int((lengths**2).sum()),
         trains_base=engine.trains_base,
         reference=engine.objective.needs_reference,
     )

@@ -33,10 +33,6 @@ class Shard:
     starts: dict[str, int]  # NAME -> first element of the range
     shapes: dict[str, list[int]]  # NAME -> shape of the whole parameter
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
 
 def write_shard(directory: Path, shard: Shard, *, rank: int) -> None:
     (directory / STATE).mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import SHARED_DATA, write_jsonl
+from tiny import SHARED_DATA, lora_value, write_jsonl
 from torch import nn
 
 from ftray.config.run import AdapterConfig, DataConfig
@@ -41,13 +41,6 @@ PAIRS = [
     {"prompt": [user("pin")], "chosen": [assistant("in the app")], "rejected": [assistant("I do not know at all")]},
 ]  # fmt: skip
 DOCUMENTS = [{"text": "the card was lost"}, {"text": "a transfer takes two days, sometimes three"}, {"text": "ok"}]
-
-
-def lora_value(name: str, shape: torch.Size) -> torch.Tensor:
-    """Reproducible LoRA weights by name, the same in both programs."""
-    import zlib
-
-    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) * 0.1
 
 
 def set_lora(model: nn.Module, *, prefix: str = "") -> None:

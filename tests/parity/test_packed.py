@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import SHARED_DATA, chat_rows, write_jsonl
+from tiny import SHARED_DATA, chat_rows, lora_value, write_jsonl
 
 from ftray.config.run import DataConfig
 from ftray.data.pack import dummy_row, pack
@@ -139,13 +139,6 @@ def trl_loss(tiny_base, rows, tmp_path):
     loss.backward()
     gradients = {n.removeprefix("base_model.model."): p.grad for n, p in trained.named_parameters() if "lora_" in n}
     return loss.item(), gradients
-
-
-def lora_value(name: str, shape: torch.Size) -> torch.Tensor:
-    """Reproducible LoRA weights by name, the same in both programs."""
-    import zlib
-
-    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) * 0.1
 
 
 @pytest.mark.parametrize("source", ["made", "alpaca"])
