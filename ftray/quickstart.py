@@ -22,7 +22,8 @@ from ftray.pipeline import publish_once
 from ftray.registry import AdapterVersion, Registry
 from ftray.serve.app import check_port, start_endpoint, stop_endpoint
 from ftray.tracking.report import AnswerTable, write_report
-from ftray.train.launch import Watcher, launch, start_ray
+from ftray.train.launch import launch, start_ray
+from ftray.train.ray_trainer import Watcher
 
 RUN_FILE = "configs/quickstart/run.yaml"
 SERVE_FILE = "configs/quickstart/serve.yaml"

@@ -34,5 +34,5 @@ def advice(run: RunConfig) -> Iterator[str]:
             f"optimizer.learning_rate: {rate:g} is a rate for full fine-tuning; LoRA wants about 10 times more "
             "(Schulman et al. 2025, LoRA Without Regret)"
         )
-    if adapter.dropout > 0 and run.workers.count > 1:
+    if adapter.dropout > 0 and run.workers.max_count > 1:
         yield "adapter.dropout: its noise depends on the number of workers; losses agree across worker counts only at 0"

@@ -131,6 +131,7 @@ class ZeroConfig(Strict):
 class MemoryConfig(Strict):
     activation_checkpointing: bool = False  # keeps one activation a layer and computes the rest again in the backward
     compile: bool = False  # torch.compile of the decoder layers: faster once warm, after a minute or more of compiling
+    sequence_parallel: PositiveInt = 1  # workers that share each row of tokens (Ulysses): for long examples
 
 
 class CheckpointConfig(Strict):
@@ -143,10 +144,24 @@ class EvaluationConfig(Strict):
 
 
 class WorkersConfig(Strict):
-    count: PositiveInt = 1
+    count: PositiveInt | list[PositiveInt] = 1  # or [min, max]: as many as the cluster has, more when hosts come back
     gpus_each: Literal[0, 1] = 0
     cpus_each: PositiveInt = 1
     max_failures: NonNegativeInt = 3  # restarts of the worker group before the run is given up
+
+    @model_validator(mode="after")
+    def agree(self):
+        if isinstance(self.count, list) and (len(self.count) != 2 or self.count[0] > self.count[1]):
+            raise ValueError(f"count: {self.count}: give one number, or [min, max]")
+        return self
+
+    @property
+    def min_count(self) -> int:
+        return self.count if isinstance(self.count, int) else self.count[0]
+
+    @property
+    def max_count(self) -> int:
+        return self.count if isinstance(self.count, int) else self.count[1]
 
 
 class GuardConfig(Strict):
@@ -197,14 +212,25 @@ class RunConfig(Strict):
             for key, value in (("initialization", "pissa"), ("variant", "dora"), ("quantize_base", "nf4")):
                 if getattr(self.adapter, key) == value:
                     raise ValueError(f"adapter.{key}: {value} needs whole base weights on every GPU; use zero.stage 2")
+            if self.adapter.init_from is not None and self.adapter.modules_to_save:
+                raise ValueError("adapter.init_from: with modules_to_save it needs zero.stage 2 or lower")
         if self.adapter is not None and self.adapter.init_from is not None and self.objective.type == "dpo":
             raise ValueError(
                 "adapter.init_from: with objective dpo the reference is the base with the adapter off, which is not "
                 "where this run would start; train a full model first, or start a new adapter"
             )
-        if self.data.max_example_tokens > self.batch.tokens_per_micro_batch:
+        longest = self.data.max_example_tokens * (2 if self.objective.type == "dpo" else 1)
+        if longest > self.batch.tokens_per_micro_batch:
+            what = (
+                "twice data.max_example_tokens (a pair)" if self.objective.type == "dpo" else "data.max_example_tokens"
+            )
             raise ValueError(
-                f"data.max_example_tokens ({self.data.max_example_tokens}) must be at most "
-                f"batch.tokens_per_micro_batch ({self.batch.tokens_per_micro_batch}): an example is never split"
+                f"{what} is {longest} and must be at most batch.tokens_per_micro_batch "
+                f"({self.batch.tokens_per_micro_batch}): an example is never split"
+            )
+        ranks = self.memory.sequence_parallel
+        if ranks > 1 and (isinstance(self.workers.count, list) or self.workers.count % ranks):
+            raise ValueError(
+                f"memory.sequence_parallel: {ranks} must divide workers.count ({self.workers.count}), a fixed number"
             )
         return self

@@ -12,7 +12,8 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+import threading
+from concurrent.futures import CancelledError, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ftray.storage import verify_directory
 MAX_LISTED = 5
 # Fewer rows than this a process are not worth its start.
 ROWS_PER_PROCESS = 20_000
+CANCEL_POLL_S = 0.5
 FORMAT = 1  # of the kept files: another number makes them anew
 
 
@@ -89,16 +91,18 @@ def tokenize_source(
     objective: str = "sft",
     kept_in: Path | None = None,
     processes: int | None = None,
+    cancelled: threading.Event | None = None,
 ) -> TokenizedDataset:
     """Reads and tokenises a whole source, or finds it in `kept_in` (None: nothing is kept).
 
-    Raises one `DataError` that lists the rows that cannot be used.
+    Raises one `DataError` that lists the rows that cannot be used; `CancelledError` soon after `cancelled` is set.
     """
+    cancelled = cancelled or threading.Event()
     source = Source(key, location, data, renderer.tokenizer, objective)
     rows = source.rows()
     if kept_in is None:
         with tempfile.TemporaryDirectory(prefix="ftray-tokens-") as scratch:
-            tokenize(source, rows, Path(scratch) / "tokens", processes=processes)
+            tokenize(source, rows, Path(scratch) / "tokens", processes=processes, cancelled=cancelled)
             return open_dataset(Path(scratch) / "tokens")  # a mapped file outlives its name
     name = source.digest(rows)
     directory = kept_in / name
@@ -109,13 +113,13 @@ def tokenize_source(
         except FtrayError:
             staging = kept_in / f"{name}.new"
             shutil.rmtree(staging, ignore_errors=True)
-            tokenize(source, rows, staging, processes=processes)
+            tokenize(source, rows, staging, processes=processes, cancelled=cancelled)
             shutil.rmtree(directory, ignore_errors=True)
             os.replace(staging, directory)
     return open_dataset(directory)
 
 
-def tokenize(source: Source, rows: Any, directory: Path, *, processes: int | None) -> None:
+def tokenize(source: Source, rows: Any, directory: Path, *, processes: int | None, cancelled: threading.Event) -> None:
     """Writes the dataset's directory, or, when a row cannot be used, nothing."""
     encode = source.encoder(rows)  # says what is wrong with the columns
     count = min(processes or os.cpu_count() or 1, len(rows) // ROWS_PER_PROCESS)
@@ -124,7 +128,7 @@ def tokenize(source: Source, rows: Any, directory: Path, *, processes: int | Non
         if count <= 1:
             tally = encode_rows(rows, encode, source.data, writer)
         else:
-            tally = encode_in_processes(source, len(rows), count, directory, writer)
+            tally = encode_in_processes(source, len(rows), count, directory, writer, cancelled)
         refuse_problems(tally, source)
         writer.finish(num_rows=tally.num_rows, num_truncated=tally.num_truncated, num_dropped=tally.num_dropped)
     except BaseException:
@@ -133,13 +137,20 @@ def tokenize(source: Source, rows: Any, directory: Path, *, processes: int | Non
         raise
 
 
-def encode_in_processes(source: Source, num_rows: int, count: int, directory: Path, writer: DatasetWriter) -> Tally:
-    """Each process a part, joined in the order of the rows. Started anew, not forked: the driver has threads."""
-    bounds = [num_rows * i // count for i in range(count + 1)]
+def encode_in_processes(
+    source: Source, num_rows: int, count: int, directory: Path, writer: DatasetWriter, cancelled: threading.Event
+) -> Tally:
+    """Parts of the rows, joined in their order. Processes are started anew, not forked: the driver has threads."""
+    bounds = [*range(0, num_rows, ROWS_PER_PROCESS), num_rows]
     parts = [(source, start, stop, directory / f"part-{start}") for start, stop in itertools.pairwise(bounds)]
     total = Tally()
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for (_, start, _, place), tally in zip(parts, pool.map(encode_part, parts), strict=True):
+        for (_, start, _, place), future in [(part, pool.submit(encode_part, part)) for part in parts]:
+            while not wait([future], timeout=CANCEL_POLL_S).done:
+                if cancelled.is_set():
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise CancelledError
+            tally = future.result()
             writer.extend(place, row_offset=start)
             shutil.rmtree(place)
             add(total, tally, row_offset=start)

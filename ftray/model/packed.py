@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ftray.config.run import MemoryConfig
-from ftray.model.packed_attention import PACKED, PackedLayout, attention_forward, register_attention
+from ftray.model.packed_attention import (
+    PACKED,
+    Attend,
+    PackedLayout,
+    attention_forward,
+    packed_causal_attention,
+    register_attention,
+)
+from ftray.model.sequence_parallel import SequenceRanks, share_row
 
 # Rows of logits that exist at one time: 1,024 rows of a 150k vocabulary in float32 are 600 MB.
 LOGIT_ROWS = 1024
@@ -41,28 +49,57 @@ class PackedRow:
 class PackedCausalLM(nn.Module):
     """Wraps a transformers causal LM (PEFT-injected or not) loaded with the packed attention."""
 
-    def __init__(self, model: Any, *, logits_in_chunks: bool = True):
-        """`logits_in_chunks=False`: one call of the output head a row. ZeRO-3 communicates in every call, and ranks
-        whose rows have other numbers of chunks would wait for each other for ever."""
+    def __init__(self, model: Any, *, num_logit_chunks: int | None = None, ranks: SequenceRanks | None = None):
+        """`num_logit_chunks`: the output head is called that often for every row; None: once for each `LOGIT_ROWS`.
+        ZeRO-3 communicates in every call, and ranks that call it another number of times would wait for ever.
+        `ranks`: which share every row."""
         super().__init__()
         self.model = model
-        self.logits_in_chunks = logits_in_chunks
+        self.num_logit_chunks = num_logit_chunks
+        self.ranks = ranks
 
     def forward(self, row: PackedRow) -> Tensor:
         """Log-probabilities [N] of the targets, float32. Logits exist at trained positions only, a chunk at a time."""
-        # use_cache stays off: with a cache transformers would treat the row as one sequence.
-        hidden_TE = decoder_of(self.model)(
-            input_ids=row.ids_T[None], position_ids=row.positions_T[None], use_cache=False, layout=row.layout
-        ).last_hidden_state[0]
-        hidden_NE = hidden_TE.index_select(0, row.rows_N)
-        if len(hidden_NE) <= LOGIT_ROWS or not self.logits_in_chunks:
-            return self._log_probs(hidden_NE, row.targets_N)
-        chunks = zip(hidden_NE.split(LOGIT_ROWS), row.targets_N.split(LOGIT_ROWS), strict=True)
-        return torch.cat([checkpoint(self._log_probs, h, t, use_reentrant=False) for h, t in chunks])  # pyright: ignore
+        if self.ranks is None:
+            hidden_TE = self._decode(row.ids_T, row.positions_T, row.layout, packed_causal_attention)
+            return self._target_log_probs(hidden_TE, row.rows_N, row.targets_N)
+        share = share_row(row.ids_T, row.positions_T, row.rows_N, row.layout, self.ranks)
+        hidden_tE = self._decode(share.ids_t, share.positions_t, share.layout, self.ranks.attention)
+        mine = share.mine_N
+        own = self._target_log_probs(hidden_tE, row.rows_N[mine] - share.first, row.targets_N[mine])
+        return self.ranks.sum(own.new_zeros(len(row.rows_N)).index_add(0, mine, own))
+
+    def _decode(self, ids: Tensor, positions: Tensor, layout: PackedLayout, attend: Attend) -> Tensor:
+        """Hidden states [tokens, E]. use_cache stays off: with a cache transformers would see one sequence."""
+        decoder = decoder_of(self.model)
+        output = decoder(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout, attend=attend
+        )
+        return output.last_hidden_state[0]
+
+    def _target_log_probs(self, hidden_TE: Tensor, rows_N: Tensor, targets_N: Tensor) -> Tensor:
+        """[N]. The rows are filled up to equal chunks, at least one row each, with copies that no gradient reaches."""
+        count = len(rows_N)
+        chunks = self.num_logit_chunks or -(-count // LOGIT_ROWS) or 1
+        size = max(1, -(-count // chunks))
+        missing = chunks * size - count
+        if missing:
+            rows_N, targets_N = (torch.nn.functional.pad(x, (0, missing)) for x in (rows_N, targets_N))
+        hidden_NE = hidden_TE.index_select(0, rows_N)
+        if chunks == 1:
+            return self._log_probs(hidden_NE, targets_N)[:count]
+        pairs = zip(hidden_NE.split(size), targets_N.split(size), strict=True)
+        parts = [checkpoint(self._log_probs, hidden, targets, use_reentrant=False) for hidden, targets in pairs]
+        return torch.cat(parts)[:count]  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def _log_probs(self, hidden_NE: Tensor, targets_N: Tensor) -> Tensor:
         logits_NV = self.model.get_output_embeddings()(hidden_NE).float()
         return -torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+
+
+def logit_chunks(tokens_per_micro_batch: int, ranks: SequenceRanks | None) -> int:
+    """Enough for any row."""
+    return -(-tokens_per_micro_batch // (LOGIT_ROWS * (ranks.size if ranks is not None else 1)))
 
 
 def decoder_of(model: Any) -> Any:

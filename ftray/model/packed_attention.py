@@ -7,7 +7,7 @@ of squared lengths, not the square of the sum, on CPU and GPU alike.
 Shapes: T tokens in the row, H query heads, K key/value heads, D head dimension, n sequences of padded length L.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,9 @@ def packed_causal_attention(
     return joined.index_select(0, layout.scatter_T)
 
 
+Attend = Callable[..., Tensor]  # what `packed_causal_attention` takes and returns
+
+
 def attention_forward(
     module: Any,
     query: Tensor,
@@ -97,10 +100,11 @@ def attention_forward(
     *,
     scaling: float,
     layout: PackedLayout,
+    attend: Attend = packed_causal_attention,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D] -> ([1, T, H, D], no weights)."""
-    return packed_causal_attention(query[0], key[0], value[0], layout, scaling=scaling).unsqueeze(0), None
+    return attend(query[0], key[0], value[0], layout, scaling=scaling).unsqueeze(0), None
 
 
 def register_attention(name: str, forward: Any) -> None:

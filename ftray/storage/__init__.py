@@ -7,6 +7,7 @@ from ftray.storage.manifest import (
     build_manifest,
     list_files,
     read_manifest,
+    remove_unlisted,
     verify_directory,
     write_manifest,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "list_files",
     "read_json",
     "read_manifest",
+    "remove_unlisted",
     "verify_directory",
     "write_bytes",
     "write_json",

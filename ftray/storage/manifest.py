@@ -83,3 +83,11 @@ def verify_directory(directory: Path, *, share: tuple[int, int] = (0, 1)) -> Man
         if sha256_of(path) != entry.sha256:
             raise FtrayError(f"{path}: content differs from {MANIFEST}; the file is damaged")
     return manifest
+
+
+def remove_unlisted(directory: Path) -> None:
+    """Files that the manifest does not name."""
+    listed = {entry.path for entry in read_manifest(directory).files}
+    for path in [path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST]:
+        if path.relative_to(directory).as_posix() not in listed:
+            path.unlink(missing_ok=True)

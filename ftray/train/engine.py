@@ -57,6 +57,7 @@ class TrainEngine:
         self.stage = config.zero.stage
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.initial_adapter = initial_adapter
+        self.sequence_parallel = model.ranks.size if model.ranks is not None else 1
         self.trainable = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(self.trainable, config.optimizer)
         num_trainable = sum(getattr(p, "ds_numel", p.numel()) for p in self.trainable.values())
@@ -78,9 +79,19 @@ class TrainEngine:
     def world_size(self) -> int:
         return dist.get_world_size()
 
+    @property
+    def num_shares(self) -> int:
+        """A step's examples are divided into that many; the ranks that share every row have one share."""
+        return self.world_size // self.sequence_parallel
+
+    @property
+    def share(self) -> int:
+        return dist.get_rank() // self.sequence_parallel
+
     def forward_backward(self, rows: Iterable[PackedRow], *, denominator: int) -> StepLoss:
-        """Accumulates the gradient of (sum of losses over all ranks) / denominator; returns that loss."""
+        """Accumulates the gradient of (sum of losses over all shares) / denominator; returns that loss."""
         self._engine.train()
+        denominator *= self.sequence_parallel  # each rank of a share counts its loss
         sums: list[Tensor] = []  # (sum, count, metrics) each: read once at the end, so that a GPU is not waited for
         names: list[str] = []
         for row in rows:

@@ -86,7 +86,7 @@ def train(
     for step in range(schedule.start_step, schedule.num_steps):
         if step not in schedule.skipped:
             examples = plan.examples(step, end=schedule.end_position)
-            micro_batches = plan.divide(examples, engine.world_size)[rank]
+            micro_batches = plan.divide(examples, engine.num_shares)[engine.share]
             seed_step(seed, step=step, rank=rank)
             record = train_step(
                 engine, dataset, examples, micro_batches, guard, callbacks, step=step, lr=learning_rate(step)
@@ -172,10 +172,10 @@ def suspect_rows(engine: "TrainEngine", dataset: TokenizedDataset, micro_batches
 
 
 def evaluation_rows(
-    dataset: TokenizedDataset, *, token_budget: int, world_size: int, rank: int
+    dataset: TokenizedDataset, engine: "TrainEngine", *, token_budget: int
 ) -> Callable[[], Iterator[PackedRow]]:
-    shares = divide(range(len(dataset)), dataset.lengths, world_size=world_size, token_budget=token_budget)
-    return lambda: packed_rows(dataset, shares[rank])
+    shares = divide(range(len(dataset)), dataset.lengths, world_size=engine.num_shares, token_budget=token_budget)
+    return lambda: packed_rows(dataset, shares[engine.share])
 
 
 def packed_rows(dataset: TokenizedDataset, micro_batches: list[MicroBatch]) -> Iterator[PackedRow]:

@@ -25,16 +25,16 @@ def check_resources(workers: WorkersConfig, *, say: Callable[[str], None]) -> No
     need = {"CPU": float(workers.cpus_each), "GPU": float(workers.gpus_each)}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fitting = sum(workers_that_fit(node, need) for node in nodes)
-    if fitting >= workers.count:
+    if fitting >= workers.min_count:
         free = ray.available_resources()
-        if any(free.get(name, 0) < amount * workers.count for name, amount in need.items()):
+        if any(free.get(name, 0) < amount * workers.min_count for name, amount in need.items()):
             say(
                 f"the cluster is busy ({describe({name: free.get(name, 0) for name in need})} free): waits for its turn"
             )
         return
     have = {name: sum(float(node.get(name, 0)) for node in nodes) for name in need}
     raise UserError(
-        f"workers.count: {workers.count} workers of {describe(need)} do not fit: the cluster has {len(nodes)} "
+        f"workers.count: {workers.min_count} workers of {describe(need)} do not fit: the cluster has {len(nodes)} "
         f"node{'s' if len(nodes) != 1 else ''} with {describe(have)} in all, room for {fitting}; "
         "lower workers.count (or cpus_each, gpus_each), or add nodes"
     )

@@ -1,11 +1,15 @@
 """`runs/NAME/`: claimed before any work, so that a name never mixes two configs."""
 
+import contextlib
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ftray.config import RunConfig
 from ftray.errors import UserError
@@ -15,6 +19,7 @@ from ftray.tracking.runs import differences
 from ftray.train.checkpoint import newest_whole_checkpoint, read_state
 
 RESULT = "result.json"
+LOCKS = ".locks"
 # What may change between the parts of one run: where and how it runs, not what it computes.
 MAY_CHANGE = (
     "workers",
@@ -37,21 +42,32 @@ class RunDirectory:
     changes: list[str]  # differences to the earlier part that are allowed, for the user to see
 
 
+@contextlib.contextmanager
+def only_driver(config: RunConfig) -> Iterator[None]:
+    """Two drivers of one run would write over each other. The lock ends with the process that holds it."""
+    path = Path(config.runs_dir).absolute() / LOCKS / config.name
+    refuse_unwritable(path.parent)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{config.name} is running already, by another process; stop it with `ftray runs stop {config.name}`, "
+            "or choose another name (name=...)"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def open_run_directory(config: RunConfig, *, fresh: bool) -> RunDirectory:
     """Makes or reopens `runs_dir/name`. Raises `UserError` when the name belongs to another config."""
     path = (Path(config.runs_dir) / config.name).absolute()
-    refuse_vanishing_directory(config)
     resolved = config.model_dump(mode="json")
     if path.exists() and fresh:
         set_aside(path)
-    try:
-        (path / "scratch").mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise UserError(
-            f"runs_dir: {path} cannot be written: {error.strerror}; choose another with runs_dir=PATH"
-        ) from None
+    refuse_unwritable(path / "scratch")
     changes: list[str] = []
     earlier_file = path / "config.json"
     if earlier_file.is_file():
@@ -78,6 +94,18 @@ def check_same_data(checkpoint: Path, digest: str) -> None:
             f"data.train: the data differ from those that {checkpoint} was trained on (rows, template or tokenizer); "
             "put the old file back, choose another name, or start over with --fresh"
         )
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Makes the directory, or says that it cannot."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UserError(
+            f"runs_dir: {path} cannot be written: {error.strerror}; choose another with runs_dir=PATH"
+        ) from None
 
 
 def refuse_vanishing_directory(config: RunConfig) -> None:

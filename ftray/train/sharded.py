@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ftray.errors import FtrayError
+from ftray.storage import read_manifest
 
 STATE = "state"
 MASTER = "master"
@@ -41,14 +42,18 @@ def write_shard(directory: Path, shard: Shard, *, rank: int) -> None:
 
 
 class ShardedState:
-    """Reads ranges from the files of all ranks, without loading more than is asked for."""
+    """Reads ranges from the files of all ranks, without loading more than is asked for.
+
+    Only files of the manifest count: a step saved again by fewer ranks may lie beside files of the earlier save.
+    """
 
     def __init__(self, checkpoint: Path):
         self._directory = checkpoint / STATE
         self._pieces: dict[str, list[tuple[int, Any]]] = {}  # NAME -> [(start, open file)]
         self.shapes: dict[str, list[int]] = {}
-        for path in sorted(self._directory.glob("rank-*.safetensors")):
-            file: Any = safe_open(path, framework="pt")
+        listed = [entry.path for entry in read_manifest(checkpoint).files if entry.path.startswith(f"{STATE}/rank-")]
+        for path in sorted(listed):
+            file: Any = safe_open(checkpoint / path, framework="pt")
             header = file.metadata()
             self.shapes |= json.loads(header["shapes"])
             for name, start in json.loads(header["starts"]).items():

@@ -8,9 +8,12 @@ or that wrote nothing at all.
 
 import faulthandler
 import re
+import time
 from pathlib import Path
 
 HANGS = "hangs"
+# The ranks' timers do not end at once: a rank is silent only if it has written nothing this long after the first.
+SILENT_AFTER_S = 5.0
 # Where a rank stands that waits for the others.
 COLLECTIVES = re.compile(r"/torch/distributed/|/deepspeed/comm/|in all_reduce|in barrier|/ray/train/")
 FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.MULTILINE)
@@ -37,12 +40,14 @@ def hang_file(run_directory: Path, rank: int) -> Path:
 
 
 def read_hang(run_directory: Path, *, world_size: int) -> str | None:
-    """What the ranks wrote, in one line, or None when none wrote anything."""
-    stacks = {}
+    """What the ranks wrote, in one line, or None when none wrote anything, or not all that will have."""
+    stacks, written = {}, []
     for rank in range(world_size):
         path = hang_file(run_directory, rank)
         stacks[rank] = path.read_text() if path.is_file() else ""
-    if not any(stacks.values()):
+        if stacks[rank]:
+            written.append(path.stat().st_mtime)
+    if not written or (len(written) < world_size and time.time() - min(written) < SILENT_AFTER_S):
         return None
     silent = [rank for rank, stack in stacks.items() if not stack]
     working = [rank for rank, stack in stacks.items() if stack and not COLLECTIVES.search(main_thread(stack))]

@@ -18,9 +18,10 @@ from ftray.errors import FtrayError, UserError
 from ftray.model.base import BaseModel, load_weights, prepare_base
 from ftray.model.hardware import Hardware, choose_hardware, make_deterministic
 from ftray.model.lora import inject_lora, load_weights_from
-from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
+from ftray.model.packed import PackedCausalLM, logit_chunks, prepare_layers, register_packed_attention
+from ftray.model.sequence_parallel import make_sequence_ranks
 from ftray.objectives import OBJECTIVES
-from ftray.storage import verify_directory, write_json
+from ftray.storage import remove_unlisted, verify_directory, write_json
 from ftray.storage.manifest import MANIFEST
 from ftray.tracking.events import read_events, record_event
 from ftray.tracking.metrics import MetricsLog, read_metrics
@@ -80,7 +81,7 @@ def run_job(job: TrainJob) -> None:
     evaluate = None
     if eval_dataset is not None:
         budget = config.batch.tokens_per_micro_batch
-        rows = evaluation_rows(eval_dataset, token_budget=budget, world_size=engine.world_size, rank=rank)
+        rows = evaluation_rows(eval_dataset, engine, token_budget=budget)
         evaluate = lambda: engine.evaluate(rows())  # noqa: E731
     losses = [r["loss"] for r in read_metrics(job.run_directory) if "loss" in r and r["step"] <= start_step]
     guard = LossGuard(config.guard, earlier_losses=engine.gather(losses[-WINDOW_STEPS:])[0])
@@ -197,6 +198,8 @@ class WorkerCallbacks:
                 place = target / path.relative_to(directory)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, place)
+            if self._rank == 0:
+                remove_unlisted(target)  # of an earlier save of this step, by more ranks
             return ray.train.Checkpoint(str(target))
 
         ray.train.report(
@@ -234,12 +237,15 @@ def make_engine(
         if init_from is not None:
             load_weights_from(init_from, model, config.adapter, label=str(config.adapter.init_from))
     objective = OBJECTIVES[config.objective.type](**config.objective.model_dump(exclude={"type"}))
-    in_chunks = config.zero.stage < 3
+    num_heads = model.config.get_text_config().num_attention_heads
+    ranks = make_sequence_ranks(config.memory.sequence_parallel, num_heads=num_heads)
+    chunks = logit_chunks(config.batch.tokens_per_micro_batch, ranks) if config.zero.stage == 3 else None
     reference = None
     if objective.needs_reference and config.adapter is None:
-        reference = PackedCausalLM(load_weights(base, hardware, attention=attention), logits_in_chunks=in_chunks)
+        frozen = load_weights(base, hardware, attention=attention)
+        reference = PackedCausalLM(frozen, num_logit_chunks=chunks, ranks=ranks)
     return TrainEngine(
-        PackedCausalLM(prepare_layers(model, config.memory), logits_in_chunks=in_chunks),
+        PackedCausalLM(prepare_layers(model, config.memory), num_logit_chunks=chunks, ranks=ranks),
         objective,
         hardware,
         config,

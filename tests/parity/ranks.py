@@ -103,12 +103,14 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     from ftray.train.worker import make_engine
 
     text = f"kind: run\nname: parity\nbase_model: {base_directory}\ndata: {{train: {train_file}}}\n"
+    sequences = 2 if "objective" in record.settings else 1
     settings = {
         "max_steps": record.steps,
         "batch.examples_per_step": 8,
         "batch.tokens_per_micro_batch": record.tokens_per_micro_batch,
-        "data.max_example_tokens": min(2048, record.tokens_per_micro_batch),
+        "data.max_example_tokens": min(2048, record.tokens_per_micro_batch) // sequences,
         "zero.stage": record.stage,
+        "workers.count": record.world_size,
         "optimizer.learning_rate": 1e-2,
         "optimizer.warmup_steps": 1,
         "optimizer.weight_decay": 0.1,
@@ -129,7 +131,7 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     if record.resume_from is not None:
         restore(Path(record.resume_from), engine)
         start_step = read_state(Path(record.resume_from)).step
-    rows = evaluation_rows(dataset, token_budget=1024, world_size=engine.world_size, rank=rank)
+    rows = evaluation_rows(dataset, engine, token_budget=1024)
     seen = Seen()
 
     def publish(directory: Path, step: int) -> None:
@@ -221,12 +223,13 @@ def forget_world_size(engine: Any) -> None:
 
 def neighbours_leak(engine: Any) -> None:
     """The row is one sequence to the attention: examples see those before them."""
-    import ftray.model.packed_attention as packed
+    import ftray.model.packed as packed
+    from ftray.model.packed_attention import packed_layout
 
     real = packed.packed_causal_attention
 
     def leaky(query, key, value, layout, *, scaling):
-        return real(query, key, value, packed.packed_layout([sum(layout.lengths)]), scaling=scaling)
+        return real(query, key, value, packed_layout([sum(layout.lengths)]), scaling=scaling)
 
     packed.packed_causal_attention = leaky
 
@@ -239,4 +242,20 @@ def forget_moments(engine: Any) -> None:
     ShardedState.read = lambda self, kind, *where: real(self, kind, *where) * (kind == MASTER)
 
 
-BREAKS = {f.__name__: f for f in (normalise_per_micro_batch, forget_world_size, neighbours_leak, forget_moments)}
+def restart_positions(engine: Any) -> None:
+    """Each rank that shares a row counts its tokens from 0."""
+    import ftray.model.packed as packed
+
+    real = packed.share_row
+
+    def broken(*args):
+        share = real(*args)
+        return dataclasses.replace(share, positions_t=torch.arange(len(share.ids_t)))
+
+    packed.share_row = broken
+
+
+BREAKS = {
+    f.__name__: f
+    for f in (normalise_per_micro_batch, forget_world_size, neighbours_leak, forget_moments, restart_positions)
+}

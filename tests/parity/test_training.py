@@ -14,6 +14,7 @@ LOSS_RTOL = 1e-5
 WEIGHT_NORM = 1e-4
 
 DPO = {"objective": "{type: dpo, beta: 0.2}", "data.train": "PAIRS"}  # the file is made by the fixture
+SHARED = {"memory.sequence_parallel": 2}
 PISSA = {"adapter.initialization": "pissa", "optimizer.lora_plus_ratio": 4}
 SAME = [
     Record("z0-one-by-one", stage=0, tokens_per_micro_batch=96),
@@ -28,6 +29,11 @@ SAME = [
     Record("offload-z2", stage=2, settings={"zero.offload": "cpu"}),
     Record("2-ranks-offload-z3", world_size=2, stage=3, settings={"zero.offload": "cpu"}),
     Record("2-ranks-checkpointed-z3", world_size=2, stage=3, settings={"memory.activation_checkpointing": "true"}),
+    Record("shared-rows-z0", world_size=2, stage=0, settings=SHARED),
+    Record("shared-rows-z2", world_size=2, stage=2, tokens_per_micro_batch=128, settings=SHARED),
+    Record("shared-rows-z3", world_size=2, stage=3, settings=SHARED | {"memory.activation_checkpointing": "true"}),
+    Record("4-ranks-shared-rows-z2", world_size=4, stage=2, settings=SHARED),
+    Record("4-ranks-share-every-row", world_size=4, stage=2, settings={"memory.sequence_parallel": 4}),
     Record("4-ranks-z2", world_size=4, stage=2),
     Record("4-ranks-z3", world_size=4, stage=3, tokens_per_micro_batch=128),
 ]
@@ -40,6 +46,7 @@ SAME_FULL = [
 SAME_DPO = [
     Record("dpo-2-ranks-z2", world_size=2, stage=2, tokens_per_micro_batch=200, settings=DPO),
     Record("dpo-2-ranks-z3", world_size=2, stage=3, settings=DPO),
+    Record("dpo-shared-rows-z3", world_size=2, stage=3, settings=DPO | SHARED),
 ]
 SAME_FULL_DPO = [
     Record("full-dpo-2-ranks-z2", world_size=2, stage=2, full=True, settings=DPO),
@@ -48,6 +55,7 @@ SAME_FULL_DPO = [
 BROKEN = [
     Record("broken-normaliser", stage=0, tokens_per_micro_batch=96, break_it="normalise_per_micro_batch"),
     Record("broken-world-size", world_size=2, stage=0, break_it="forget_world_size"),
+    Record("broken-positions", world_size=2, stage=0, settings=SHARED, break_it="restart_positions"),
     Record("broken-attention", stage=0, break_it="neighbours_leak"),
 ]
 PARTS = [

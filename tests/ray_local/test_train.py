@@ -15,7 +15,8 @@ from ftray.errors import FtrayError, UserError
 from ftray.storage import read_json, verify_directory
 from ftray.tracking.metrics import read_metrics
 from ftray.train.checkpoint import newest_whole_checkpoint
-from ftray.train.launch import Watcher, launch
+from ftray.train.launch import launch
+from ftray.train.ray_trainer import Watcher
 
 
 class Recorder:

@@ -31,6 +31,7 @@ AT_HOME = {
     "train/zero.py": {"deepspeed"},
     "train/worker.py": {"ray"},
     "train/launch.py": {"ray"},
+    "train/ray_trainer.py": {"ray"},
     "train/preflight.py": {"ray"},
     "serve/app.py": {"ray"},
 }

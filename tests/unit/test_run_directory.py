@@ -13,7 +13,7 @@ from ftray.tracking.metrics import MetricsFollower, MetricsLog, read_metrics
 from ftray.tracking.report import AnswerTable, write_report
 from ftray.tracking.wandb import choose_mode
 from ftray.train.checkpoint import newest_whole_checkpoint
-from ftray.train.run_directory import open_run_directory
+from ftray.train.run_directory import only_driver, open_run_directory, refuse_vanishing_directory
 from ftray.train.schedule import make_schedule
 
 
@@ -62,8 +62,17 @@ def test_a_jobs_temporary_directory_is_no_place_for_a_run(tmp_path, monkeypatch)
     monkeypatch.chdir(place)
     config = parse_config("kind: run\nname: demo\nbase_model: m\nepochs: 1\ndata: {train: x}\n", kind="run", source="x")
     with pytest.raises(UserError, match="runs_dir=/path/on/all/nodes"):
-        open_run_directory(config, fresh=False)
-    open_run_directory(make_config(tmp_path), fresh=False)
+        refuse_vanishing_directory(config)
+    refuse_vanishing_directory(make_config(tmp_path))
+
+
+def test_a_run_has_one_driver(tmp_path):
+    config = make_config(tmp_path)
+    with only_driver(config):
+        with pytest.raises(UserError, match="is running already, by another process"), only_driver(config):
+            pass
+    with only_driver(config):
+        pass
 
 
 def test_a_resumed_run_forgets_the_steps_after_its_checkpoint(tmp_path):

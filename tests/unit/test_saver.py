@@ -7,7 +7,7 @@ import torch
 
 from ftray.config import parse_config
 from ftray.errors import FtrayError
-from ftray.storage import verify_directory
+from ftray.storage import remove_unlisted, verify_directory, write_manifest
 from ftray.train import saver as saver_module
 from ftray.train.guard import LossGuard, name_rows, suspects
 from ftray.train.saver import Saver
@@ -108,10 +108,18 @@ def test_shards_of_two_ranks_are_read_in_any_range(tmp_path):
     whole = torch.arange(10.0)
     write_shard(tmp_path, Shard({"master.w": whole[:6]}, {"w": 0}, {"w": [5, 2]}), rank=0)
     write_shard(tmp_path, Shard({"master.w": whole[6:]}, {"w": 6}, {"w": [5, 2]}), rank=1)
+    write_manifest(tmp_path, metadata={})
+    # of an earlier save by more ranks: not in the manifest, so not read
+    write_shard(tmp_path, Shard({"master.w": -whole[6:]}, {"w": 6}, {"w": [5, 2]}), rank=2)
     state = ShardedState(tmp_path)
     assert torch.equal(state.whole(MASTER, "w"), whole.view(5, 2))
     assert torch.equal(state.read(MASTER, "w", 4, 8), whole[4:8])
+    remove_unlisted(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == [
+        "rank-00000.safetensors", "rank-00001.safetensors"
+    ]  # fmt: skip
     (tmp_path / "state" / "rank-00001.safetensors").unlink()
+    write_manifest(tmp_path, metadata={})
     with pytest.raises(FtrayError, match=r"holds 2 of 4 elements of master\.w"):
         ShardedState(tmp_path).read(MASTER, "w", 4, 8)
     with pytest.raises(FtrayError, match="has no parameter v"):

@@ -1,0 +1,187 @@
+"""Ray Train from the driver's side: starts the workers, follows what they write, and starts again what can be."""
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.config import RunConfig
+from ftray.errors import FtrayError, UserError
+from ftray.model.base import BaseModel
+from ftray.storage import read_json
+from ftray.tracking.events import record_event
+from ftray.tracking.metrics import MetricsFollower
+from ftray.train.checkpoint import CHECKPOINTS, read_state
+from ftray.train.finish import PreparedData, num_steps, ray_logs
+from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, run_in_worker
+from ftray.train.run_directory import RunDirectory
+from ftray.train.watchdog import clear_hangs, read_hang
+
+POLL_S = 0.2
+RETRY_S = 10.0
+ERROR_GRACE_S = 20.0
+# Elastic workers: how often Ray looks for hosts that came; a larger group starts from the last checkpoint.
+RESIZE_CHECK_S = 30.0
+# Passed from the driver's environment to the workers.
+WORKER_ENVIRONMENT = (
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "NCCL_SOCKET_IFNAME",
+    "NCCL_DEBUG",
+    "WANDB_API_KEY",
+    "WANDB_BASE_URL",
+    "HF_TOKEN",
+    "HF_HUB_OFFLINE",
+    "GLOO_SOCKET_IFNAME",
+    "XDG_CACHE_HOME",
+)
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """How a run is shown; the CLI draws, tests collect."""
+
+    say: Callable[[str], None]
+    on_metrics: Callable[[list[dict[str, Any]]], None]
+    on_start: Callable[[int, int], None]  # (first step, number of steps)
+
+
+def train_on_ray(
+    config: RunConfig,
+    directory: RunDirectory,
+    base: BaseModel,
+    data: PreparedData,
+    watcher: Watcher,
+    *,
+    init_from: Path | None,
+) -> None:
+    """Ray Train replaces workers that fail; when its own controller fails (a full disk under its notes), it is started
+    again here, and the workers go on from the last checkpoint."""
+    from ray.train import ControllerError
+
+    (directory.path / WORKER_ERROR).unlink(missing_ok=True)
+    assert data.train.directory is not None, "the launch keeps its tokens"
+    job = TrainJob(
+        config=config,
+        run_directory=directory.path,
+        base_name=str(base.directory) if Path(config.base_model).exists() else config.base_model,
+        init_from=init_from,
+        data_digest=data.digest,
+        train_data=data.train.directory,
+        eval_data=data.eval.directory if data.eval is not None else None,
+    )
+    start = read_state(directory.resume_from).step if directory.resume_from is not None else 0
+    watcher.on_start(start, num_steps(config, data.train))
+    for tries_left in reversed(range(config.workers.max_failures + 1)):
+        clear_ray_notes(directory.path / CHECKPOINTS)
+        failure = fit_and_follow(make_trainer(job), directory.path, watcher)
+        if failure is None:
+            return
+        if tries_left == 0 or not isinstance(failure, ControllerError):
+            message = f"training failed: {last_line(failure)}; the workers' logs are in {ray_logs()}"
+            raise FtrayError(message) from failure
+        watcher.say(f"Ray Train stopped ({last_line(failure)}); tries again in {RETRY_S:.0f} s")
+        time.sleep(RETRY_S)
+        with contextlib.suppress(OSError):
+            record_event(directory.path, "controller_failed", message=last_line(failure))
+
+
+def make_trainer(job: TrainJob) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers, guard = job.config.workers, job.config.guard
+    skips = guard.max_skips if guard.on_bad_loss == "skip" else 0  # each is a restart
+    bundle = {"CPU": float(workers.cpus_each)} | ({"GPU": float(workers.gpus_each)} if workers.gpus_each else {})
+    return TorchTrainer(
+        run_in_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if workers.gpus_each else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count if isinstance(workers.count, int) else (workers.min_count, workers.max_count),
+            use_gpu=workers.gpus_each > 0,
+            resources_per_worker=bundle,
+            elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
+        ),
+        run_config=RayRunConfig(
+            name=CHECKPOINTS,  # so that a checkpoint lies at runs/NAME/checkpoints/step-N
+            storage_path=str(job.run_directory),
+            failure_config=FailureConfig(max_failures=workers.max_failures + skips),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.config.checkpoint.keep),
+            worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},
+        ),
+    )
+
+
+def clear_ray_notes(checkpoints: Path) -> None:
+    """What an earlier part of the run left there and Ray would stumble over."""
+    shutil.rmtree(checkpoints / ".validate_storage_marker", ignore_errors=True)
+    notes = checkpoints / "checkpoint_manager_snapshot.json"
+    try:
+        if notes.is_file():
+            read_json(notes)
+    except ValueError:  # cut short; which checkpoints there are, their manifests say
+        notes.unlink()
+
+
+def worker_environment(gpus_each: int) -> dict[str, str]:
+    passed = {name: os.environ[name] for name in WORKER_ENVIRONMENT if name in os.environ}
+    # Relative paths stay the driver's; Ray would move each worker into the checkpoint folder.
+    fixed = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TOKENIZERS_PARALLELISM": "false"}
+    if gpus_each == 0:
+        fixed["DS_ACCELERATOR"] = "cpu"
+    return fixed | passed
+
+
+def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> BaseException | None:
+    """Returns Ray's failure, if there is one; raises what the workers themselves said.
+
+    `fit` runs in a thread (in the main one it would take over Ctrl-C); here the metrics are followed meanwhile.
+    """
+    outcome: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001  carried over to the main thread
+            outcome.append(error)
+
+    (run_directory / HARDWARE).unlink(missing_ok=True)
+    clear_hangs(run_directory)
+    workers: dict[str, Any] | None = None  # as rank 0 described them at their last start
+    follower = MetricsFollower(run_directory)
+    follower.poll()  # what an earlier part wrote
+    thread = threading.Thread(target=fit, name="ray-train-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+        if (run_directory / HARDWARE).is_file() and (found := read_json(run_directory / HARDWARE)) != workers:
+            workers = found
+            watcher.say(f"{found['world_size']} workers run on {found['hardware']}")
+        watcher.on_metrics(follower.poll())
+        if (run_directory / WORKER_ERROR).is_file():
+            thread.join(ERROR_GRACE_S)  # other workers may wait for the one that has given up
+            break
+        if workers is not None and (hang := read_hang(run_directory, world_size=workers["world_size"])):
+            clear_hangs(run_directory)
+            record_event(run_directory, "hang", message=hang)
+            watcher.say(f"{hang}; the workers start again from the last checkpoint")
+    watcher.on_metrics(follower.poll())
+    if (run_directory / WORKER_ERROR).is_file():
+        failure = read_json(run_directory / WORKER_ERROR)
+        raise (UserError if failure["exit_code"] == 2 else FtrayError)(failure["message"])
+    return outcome[0] if outcome else None
+
+
+def last_line(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, cause = next(iter(failures.items()))
+        return f"worker {rank}: {(str(cause).strip().splitlines() or [type(cause).__name__])[-1]}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
