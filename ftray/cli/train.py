@@ -53,15 +53,20 @@ def resolve_start(run: RunConfig) -> tuple[RunConfig, Path | None]:
     reference = run.adapter.init_from if run.adapter is not None else None
     if run.adapter is None or reference is None:
         return run, None
-    if Path(reference).is_dir():
-        return run, Path(reference).absolute()
     from ftray.model.base import prepare_base
     from ftray.registry import Registry
     from ftray.serve.replica import check_base
+    from ftray.storage import verify_directory
+    from ftray.storage.manifest import MANIFEST
 
+    base = prepare_base(run.base_model, say=print)
+    if Path(reference).is_dir():
+        directory = Path(reference).absolute()
+        if (directory / MANIFEST).is_file():  # a foreign PEFT directory has none
+            check_base(reference, verify_directory(directory).metadata, base, here="this run's base is")
+        return run, directory
     registry = Registry(run.registry)
     version = registry.get(reference)
-    base = prepare_base(run.base_model, say=print)
     check_base(str(version), version.metadata, base, here="this run's base is")
     adapter = run.adapter.model_copy(update={"init_from": str(version)})
     return run.model_copy(update={"adapter": adapter}), registry.directory(version)

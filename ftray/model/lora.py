@@ -5,6 +5,7 @@ Variants: LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA (Kalajdzievski 2023, a
 """
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +26,10 @@ INITIALIZATIONS: dict[str, Any] = {"default": True, "pissa": "pissa_niter_16"}
 TIED = ("embed_tokens", "lm_head")
 
 
-def inject_lora(model: Any, config: AdapterConfig, *, seed: int) -> dict[str, Tensor] | None:
+def inject_lora(model: Any, config: AdapterConfig, *, seed: int, on_meta: bool = False) -> dict[str, Tensor] | None:
     """Freezes the base and adds trainable LoRA layers. Returns PiSSA's initial A and B, which it took out of the base
-    weights, by parameter name; else None."""
+    weights, by parameter name; else None. `on_meta`: the new layers have no values either."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; on a CPU it tells of a missing kernel
     from peft import LoraConfig, TaskType, inject_adapter_in_model
 
     for parameter in model.parameters():
@@ -49,7 +51,7 @@ def inject_lora(model: Any, config: AdapterConfig, *, seed: int) -> dict[str, Te
     )
     torch.manual_seed(seed)  # the same start on every rank and at every world size
     try:
-        inject_adapter_in_model(peft_config, model)
+        inject_adapter_in_model(peft_config, model, low_cpu_mem_usage=on_meta)
     except ValueError as error:
         raise AdapterError(f"adapter.targets: {config.targets!r}: {str(error).splitlines()[0]}") from None
     check_saved_modules(model, config)

@@ -70,10 +70,18 @@ class PackedCausalLM(nn.Module):
         return self.ranks.sum(own.new_zeros(len(row.rows_N)).index_add(0, mine, own))
 
     def _decode(self, ids: Tensor, positions: Tensor, layout: PackedLayout, attend: Attend) -> Tensor:
-        """Hidden states [tokens, E]. use_cache stays off: with a cache transformers would see one sequence."""
-        decoder = decoder_of(self.model)
-        output = decoder(
-            input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout, attend=attend
+        """Hidden states [tokens, E].
+
+        use_cache stays off: with a cache transformers would see one sequence. The mask says nothing; one of four
+        dimensions keeps transformers from looking for packed sequences, which would wait for the GPU.
+        """
+        output = decoder_of(self.model)(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=ids.new_ones(1, 1, 1, 1),
+            use_cache=False,
+            layout=layout,
+            attend=attend,
         )
         return output.last_hidden_state[0]
 

@@ -24,7 +24,7 @@ from ftray.tracking.events import record_event
 from ftray.train.checkpoint import data_digest, newest_whole_checkpoint
 from ftray.train.finish import PreparedData, describe_interruption, finish, is_complete
 from ftray.train.job import STOP_REQUEST, request_stop
-from ftray.train.preflight import check_nodes, check_resources
+from ftray.train.preflight import check_disk, check_nodes, check_resources
 from ftray.train.ray_trainer import Watcher, train_on_ray
 from ftray.train.run_directory import (
     RESULT,
@@ -80,6 +80,7 @@ def run_in(
             check_resources(config.workers, say=watcher.say)
             check_nodes(directory.path, config.workers)
             base, data = preparing.result()
+        check_disk(config, base, directory.path)
         if directory.resume_from is not None:
             check_same_data(directory.resume_from, data.digest)
             watcher.say(f"resumes from {directory.resume_from}")

@@ -1,6 +1,10 @@
 """Before any worker starts: does the cluster have what the run asks for (Ray itself would wait for ever), and do its
 nodes agree on files, packages and time?"""
 
+import json
+import math
+import shutil
+import struct
 import time
 import uuid
 from collections.abc import Callable
@@ -12,10 +16,12 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ftray.config.run import WorkersConfig
+from ftray.config.run import RunConfig, WorkersConfig
 from ftray.errors import UserError
+from ftray.model.base import BaseModel
 from ftray.tracking.environment import describe_environment
 
+STATE_BYTES = 12  # of a trained weight in a checkpoint: float32 master and two moments
 PROBE_TIMEOUT_S = 120.0  # a node may still be unpacking the job's working directory
 MAX_CLOCK_DIFFERENCE_S = 30.0
 
@@ -125,3 +131,45 @@ def compare_nodes(reports: list[NodeReport], token: str, run_directory: Path, *,
             raise UserError(
                 f"node {report.address}: its clock differs by {report.clock - answered:.0f} s; synchronise it (NTP)"
             )
+
+
+def check_disk(config: RunConfig, base: BaseModel, run_directory: Path) -> None:
+    """Room for the checkpoints that are kept, the one being written, and the result; raises `UserError`."""
+    state = checkpoint_bytes(config, base)
+    there = sum(1 for _ in (run_directory / "checkpoints").glob("step-*"))
+    product = (
+        sum(path.stat().st_size for path in base.directory.glob("*.safetensors")) if config.adapter is None else state
+    )
+    need = state * max(1, config.checkpoint.keep + 1 - there) + product
+    free = shutil.disk_usage(run_directory).free
+    if free < need:
+        raise UserError(
+            f"runs_dir: {run_directory} has {free / 2**30:.1f} GiB free; {config.checkpoint.keep} checkpoints of "
+            f"{state / 2**30:.1f} GiB, one more while it is written, and the result need {need / 2**30:.1f} GiB: make "
+            "room, lower checkpoint.keep, or choose another runs_dir"
+        )
+
+
+def checkpoint_bytes(config: RunConfig, base: BaseModel) -> int:
+    """Of one checkpoint, from the shapes in the base model's files; for LoRA as if every matrix got an adapter."""
+    shapes = weight_shapes(base.directory)
+    if config.adapter is None:
+        return STATE_BYTES * sum(math.prod(shape) for shape in shapes.values())
+    rank = max([config.adapter.rank, *config.adapter.rank_pattern.values()])
+    whole = [
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if any(f".{saved}." in f".{name}" for saved in config.adapter.modules_to_save)
+    ]
+    adapters = [rank * sum(shape) for shape in shapes.values() if len(shape) == 2]
+    return STATE_BYTES * (sum(whole) + sum(adapters))
+
+
+def weight_shapes(directory: Path) -> dict[str, list[int]]:
+    """From the headers of the safetensors files: a length in 8 bytes, then JSON."""
+    shapes = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shapes

@@ -27,6 +27,7 @@ from ftray.tracking.events import read_events, record_event
 from ftray.tracking.metrics import MetricsLog, read_metrics
 from ftray.tracking.wandb import Wandb
 from ftray.train.checkpoint import CHECKPOINTS, first_whole, list_checkpoints, read_state, restore
+from ftray.train.communication import describe_bandwidth, measure_all_reduce
 from ftray.train.engine import TrainEngine
 from ftray.train.guard import WINDOW_STEPS, GoBack, LossGuard, name_rows
 from ftray.train.job import HARDWARE, SCRATCH, STOP_REQUEST, WORKER_ERROR, TrainJob
@@ -59,11 +60,13 @@ def run_job(job: TrainJob) -> None:
         torch.cuda.set_device(ray.train.torch.get_device())  # the one of this local rank
     hardware = choose_hardware(use_gpu=use_gpu)
     make_deterministic(num_threads=config.workers.cpus_each)
+    bandwidth = measure_all_reduce(hardware)
     base = prepare_base(job.base_name)
     engine = make_engine(config, base, hardware, init_from=job.init_from)
     start_step = resume(engine, job, rank=rank)
     if rank == 0:
-        write_json(job.run_directory / HARDWARE, {"hardware": str(hardware), "world_size": engine.world_size})
+        described = f"{hardware}{describe_bandwidth(bandwidth)}"
+        write_json(job.run_directory / HARDWARE, {"hardware": described, "world_size": engine.world_size})
         record_event(job.run_directory, WORKERS_STARTED, after_step=start_step, workers=engine.world_size)
 
     dataset = open_dataset(job.train_data)

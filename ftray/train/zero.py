@@ -32,11 +32,15 @@ def skip_unused_builds() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def bucket_elements(num_trainable: int) -> int:
+    return max(1_000_000, min(MAX_BUCKET_ELEMENTS, num_trainable))
+
+
 def zero_settings(
     config: ZeroConfig, hardware: Hardware, *, max_grad_norm: float, num_trainable: int
 ) -> dict[str, Any]:
     stage = config.stage
-    bucket = max(1_000_000, min(MAX_BUCKET_ELEMENTS, num_trainable))
+    bucket = bucket_elements(num_trainable)
     on_gpu = hardware.device.type == "cuda"
     zero: dict[str, Any] = {
         "stage": stage,

@@ -1,6 +1,7 @@
 """A head and two training hosts, each a network namespace with its own Ray node, token auth on: what a cluster does to
 a run does not change its result. `make test-cluster`."""
 
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from ftray.tracking.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(not can_make_hosts(), reason="needs root and `ip` to make network namespaces")
 LORA = {"zero.stage": "3"}
+CONSTANT = {"zero.stage": "2", "optimizer.schedule": "constant"}
 FULL = {"adapter": "null", "zero.stage": "2", "optimizer.learning_rate": "1e-3"}
 
 
@@ -112,6 +114,44 @@ def test_lora_with_zero_3_over_two_hosts_survives_them(cluster, train):
     assert starts(calm) == 1
     assert starts(hurt) >= 3
     assert len(json.dumps(read_json(hurt / "result.json")["events"])) > 0
+
+
+def test_elastic_workers_lose_a_host_and_get_it_back(cluster, train):
+    """The same data in every step whatever the number of workers, so the same losses but for rounding."""
+    process, calm = train("steady", max_steps="80", **CONSTANT)
+    ended(process)
+    process, run = train("elastic", max_steps="100000", **CONSTANT, **{"workers.count": "[1, 2]"})
+    two = cluster.hosts[2]
+    wait_for_step(run, 15, process)
+    cluster.stop_node(two)
+    wait_for_workers(run, [2, 1], process)
+    cluster.start_node(two)
+    wait_for_workers(run, [2, 1, 2], process)
+    after = last_step(run)
+    wait_for_step(run, after + 10, process)
+    subprocess.run([BIN / "ftray", "runs", "stop", "elastic", "--runs-dir", run.parent], check=True)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, out
+    steps, steady = ([r for r in read_metrics(path) if "loss" in r] for path in (run, calm))
+    assert [r["step"] for r in steps] == list(range(1, len(steps) + 1))
+    assert [r["num_tokens"] for r in steps[:80]] == [r["num_tokens"] for r in steady]
+    assert [r["loss"] for r in steps[:80]] == pytest.approx([r["loss"] for r in steady], rel=1e-3)
+
+
+def wait_for_workers(run: Path, counts: list[int], process: subprocess.Popen, *, timeout_s: float = 150) -> None:
+    """Until the groups of workers that were started had these sizes, each at least once, in this order."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        started = [event["workers"] for event in read_events(run) if event["event"] == "workers_started"]
+        if [size for size, _ in itertools.groupby(started)] == counts:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    raise AssertionError(f"no group of {counts[-1]} workers: {read_events(run)}")
+
+
+def last_step(run: Path) -> int:
+    return max((record["step"] for record in read_metrics(run)), default=0)
 
 
 def test_full_fine_tuning_survives_a_full_disk_a_dead_driver_and_a_damaged_checkpoint(cluster, train):

@@ -1,0 +1,42 @@
+"""What the usual chips have, from their makers' data sheets: dense bfloat16 rates, memory, links."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ftray.errors import UserError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_gib: float
+    tflops: float  # dense bfloat16, without sparsity
+    link_gb_s: float  # to a neighbour on the same node, each way
+    network_gb_s: float  # to another node, each way, a GPU's share
+    dtype: torch.dtype = torch.bfloat16
+    context_gib: float = 1.2  # CUDA's context, NCCL's buffers and what the allocator cannot use
+
+
+CPU = Gpu("cpu", 16, 0.1, 5, 1, dtype=torch.float32, context_gib=0)
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h100-80gb", 80, 989, 450, 50),
+        Gpu("h200-141gb", 141, 989, 450, 50),
+        Gpu("b200-180gb", 180, 2250, 900, 50),
+        Gpu("a100-80gb", 80, 312, 300, 25),
+        Gpu("a100-40gb", 40, 312, 300, 25),
+        Gpu("l40s-48gb", 48, 362, 32, 12.5),
+        Gpu("a10g-24gb", 24, 70, 16, 3),
+        Gpu("l4-24gb", 24, 121, 16, 3),
+        Gpu("rtx4090-24gb", 24, 165, 16, 3),
+        Gpu("rtx3090-24gb", 24, 71, 16, 3),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    if name not in GPUS:
+        raise UserError(f"--gpu: {name!r} is not known; known are {', '.join(GPUS)}")
+    return GPUS[name]

@@ -1,0 +1,28 @@
+"""`ftray plan` against measured peaks of the same settings (all of them: tests/parity/memory.py; docs/plan.md)."""
+
+import pytest
+from memory import CASES, measure, planned, write_model
+
+WITHIN = 0.15
+MEASURED = ["full-z2", "full-z3-2-ranks", "lora-z2", "lora-z2-checkpointed"]
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory):
+    scratch = tmp_path_factory.mktemp("memory")
+    base = write_model(scratch / "model")
+    return base, {name: measure(*CASES[name], base, scratch / "out.pt") for name in MEASURED}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_planned_memory_is_what_a_worker_needs(peaks, name):
+    base, measured = peaks
+    assert planned(*CASES[name], base).total == pytest.approx(measured[name], rel=WITHIN)
+
+
+def test_a_plan_of_other_settings_is_found_out(peaks):
+    base, measured = peaks
+    world_size, settings = CASES["lora-z2-checkpointed"]
+    without = {key: value for key, value in settings.items() if key != "memory.activation_checkpointing"}
+    assert planned(world_size, without, base).total != pytest.approx(measured["lora-z2-checkpointed"], rel=WITHIN)
+    assert planned(*CASES["full-z2-2-ranks"], base).total != pytest.approx(measured["full-z2"], rel=WITHIN)

@@ -1,0 +1,108 @@
+"""`ftray plan` on the shipped configs, and against figures that others published (docs/plan.md)."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from ftray.cli.main import main
+from ftray.cluster.gpus import GPUS
+from ftray.cluster.plan import Work, cheapest, options, plan_memory
+from ftray.config import parse_config
+from ftray.model.meta import measure_model, read_model_config
+
+GIB = 2**30
+CLUSTER_CONFIGS = {  # GPUs each is written for
+    "qwen3_8b_lora": "h100-80gb",
+    "llama31_8b_full": "h100-80gb",
+    "llama31_70b_lora": "h100-80gb",
+    "qwen3_8b_long_context": "h100-80gb",
+    "qwen3_8b_qlora_24gb": "rtx4090-24gb",
+}
+L2_7B, L2_13B, L31_8B, L31_70B = (
+    f"meta-llama/{name}" for name in ("Llama-2-7b-hf", "Llama-2-13b-hf", "Llama-3.1-8B", "Llama-3.1-70B")
+)
+QV = {"adapter.targets": "[q_proj, v_proj]", "adapter.rank": 8}
+NF4 = {"adapter.quantize_base": "nf4"}
+SHARDED = {"adapter.targets": "[q_proj, k_proj, v_proj]", "zero.stage": 3, "memory.activation_checkpointing": "true"}
+# (base, GPUs, tokens of a micro-batch, settings, allocated bytes as published, ours may differ by)
+PUBLISHED = {
+    "litgpt: Llama 2 7B, LoRA, 1,304 tokens": (L2_7B, 1, 1304, QV, 21.30e9, 0.1),
+    "litgpt: Llama 2 7B, LoRA, 2,608 tokens": (L2_7B, 1, 2608, QV, 29.07e9, 0.1),
+    "litgpt: Llama 2 13B, LoRA, 1,304 tokens": (L2_13B, 1, 1304, QV, 38.12e9, 0.1),
+    "litgpt: Llama 3 8B, LoRA, 512 tokens": (L31_8B, 1, 512, QV | {"adapter.rank": 32}, 19.73e9, 0.1),
+    "litgpt: Llama 2 7B, QLoRA, 1,304 tokens": (L2_7B, 1, 1304, QV | NF4, 13.84e9, 0.2),
+    "torchtune: Llama 3.1 70B, LoRA, 8 GPUs": (L31_70B, 8, 4096, SHARDED, 27.6 * GIB, 0.1),
+}
+
+
+def make_config(base, gpus, tokens, settings):
+    values = settings | {
+        "batch.tokens_per_micro_batch": tokens,
+        "data.max_example_tokens": min(tokens, 2048),
+        "workers.count": gpus,
+    }
+    text = f"kind: run\nname: p\nbase_model: {base}\nmax_steps: 1\ndata: {{train: x}}\n"
+    return parse_config(text, [f"{key}={value}" for key, value in values.items()], kind="run", source="x")
+
+
+def run_plan(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *words])
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_figures(name):
+    base, gpus, tokens, settings, published, within = PUBLISHED[name]
+    config = make_config(base, gpus, tokens, settings)
+    size = measure_model(read_model_config(base), config.adapter, dtype=torch.bfloat16)
+    memory = plan_memory(config, size, GPUS["a100-80gb"], workers=gpus)
+    assert memory.total - memory.context == pytest.approx(published, rel=within)
+
+
+def test_the_states_of_the_zero_paper():
+    """Rajbhandari et al. 2020, figure 1: 7.5B parameters on 64 GPUs. ftray adds gradients up in 4 bytes, not 2."""
+    config = make_config(L2_7B, 64, 4096, {"adapter": "null"})
+    size = measure_model(read_model_config(L2_7B), None, dtype=torch.bfloat16)
+    longer_sums = 2 * 7.5 / 64
+    for stage, gigabytes in ((1, 31.4), (2, 16.6 + longer_sums), (3, 1.9 + longer_sums)):
+        at = config.model_copy(update={"zero": config.zero.model_copy(update={"stage": stage})})
+        memory = plan_memory(at, size, GPUS["h100-80gb"], workers=64)
+        states = (memory.weights + memory.gradients + memory.optimizer) * 7.5 / size.total
+        assert states == pytest.approx(gigabytes, rel=0.02)
+
+
+@pytest.mark.parametrize("name", CLUSTER_CONFIGS)
+def test_the_shipped_configs_fit_the_gpus_they_name(name, capsys):
+    path = f"configs/run/{name}.yaml"
+    assert run_plan(path, "--gpu", CLUSTER_CONFIGS[name], "--examples", "10000", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["asked"]["fits"], plan["asked"]
+    assert plan["asked"]["gpu_hours"] > 0
+    fitting = [option["step_s"] for option in plan["options"] if option["fits"]]
+    assert plan["cheapest"] is not None
+    assert min(fitting) <= plan["asked"]["step_s"] * 1.001
+
+
+def test_what_does_not_fit_is_said_and_more_memory_allows_more(capsys):
+    config = make_config(L31_8B, 8, 4096, {})
+    size = measure_model(read_model_config(L31_8B), config.adapter, dtype=torch.bfloat16)
+    work = Work(examples=64, tokens_per_example=2048)
+    found = [
+        options(config, size, GPUS[name], work, workers=8, per_node=8, mfu=0.4)
+        for name in ("a10g-24gb", "a100-40gb", "a100-80gb")
+    ]
+    for smaller, larger in itertools.pairwise(found):
+        for a, b in zip(smaller, larger, strict=True):
+            assert b.fits or not a.fits
+            assert a.config.batch.tokens_per_micro_batch <= b.config.batch.tokens_per_micro_batch
+    assert cheapest(found[-1]) is not None
+    larger = f"base_model={L31_70B}"
+    assert run_plan("configs/run/qwen3_8b_qlora_24gb.yaml", larger, "--gpu", "rtx4090-24gb") == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out
+    assert "nothing fits: take more or larger GPUs" in out
+    assert run_plan("configs/run/llama31_8b_full.yaml", "--gpu", "h100") == 2
+    assert "known are h100-80gb" in capsys.readouterr().err
