@@ -71,3 +71,37 @@ def promote(
 
     exact = Registry(registry).promote(reference, alias)
     print(f"{exact.name}@{alias} is {exact}")
+
+
+@app.command()
+def merge(
+    reference: Annotated[str, typer.Argument(metavar="NAME@N|DIR", help="A version, an alias, or a PEFT directory.")],
+    output: Annotated[str, typer.Option("--output", help="Where the merged model is written.")],
+    base_model: Annotated[
+        str | None, typer.Option("--base", help="The base; without it the one that the adapter names.")
+    ] = None,
+    registry: RegistryOption = "registry",
+) -> None:
+    """Add an adapter into its base for good: a model directory to train on or to serve."""
+    from ftray.model.adapter import read_adapter_config
+    from ftray.model.base import prepare_base
+    from ftray.model.merge import merge_adapter
+    from ftray.registry import Registry
+    from ftray.serve.replica import check_base
+    from ftray.storage import verify_directory
+    from ftray.storage.manifest import MANIFEST
+
+    if Path(reference).is_dir():
+        directory, label = Path(reference), reference
+        metadata = verify_directory(directory).metadata if (directory / MANIFEST).is_file() else {}
+    else:
+        store = Registry(registry)
+        version = store.get(reference)
+        directory, label, metadata = store.directory(version), str(version), version.metadata
+    named = base_model or metadata.get("base_model")
+    named = named or read_adapter_config(directory, label=label)["base_model_name_or_path"]
+    base = prepare_base(named, say=print)
+    check_base(label, metadata, base, here="--base is")
+    merge_adapter(directory, base, Path(output), label=label)
+    print(f"{label} is merged into {base.name}: {output}")
+    print(f"next: base_model={output} in a run or serve config")

@@ -18,6 +18,9 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Set an earlier run of this name aside and start over.")
     ] = False,
+    profile: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Trace N steps of rank 0, for https://ui.perfetto.dev.")
+    ] = 0,
 ) -> None:
     """Fine-tune a model. The same command again goes on from the last checkpoint."""
     run: RunConfig = load_config(config, overrides or (), kind="run")
@@ -34,13 +37,15 @@ def train(
         return
     try:
         with TrainProgress() as progress:
-            result = launch(run, progress.watcher(), fresh=fresh, init_from=init_from)
+            result = launch(run, progress.watcher(), fresh=fresh, init_from=init_from, profile_steps=profile)
     except InterruptedRunError as error:
         command = shlex.join(["ftray", "train", config, *(overrides or ())])
         raise type(error)(f"{error}\n  go on with: {command}") from None
     evaluation = "" if result["final_eval_loss"] is None else f", evaluation loss {result['final_eval_loss']:.4f}"
     print(f"{run.name}: {result['steps']} steps, loss {result['final_loss']:.4f}{evaluation}")
     print(f"  {result['output']}")
+    if profile:
+        print(f"  {Path(run.runs_dir) / run.name / 'profile'}: drop the file on https://ui.perfetto.dev")
     if run.adapter is not None:
         registry = "" if run.registry == "registry" else f" --registry {run.registry}"
         print(f"next: ftray adapters publish {result['output']} --name {run.name}{registry}")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from ftray.config.schema import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
 
@@ -131,6 +131,7 @@ class ZeroConfig(Strict):
 class MemoryConfig(Strict):
     activation_checkpointing: bool = False  # keeps one activation a layer and computes the rest again in the backward
     compile: bool = False  # torch.compile of the decoder layers: faster once warm, after a minute or more of compiling
+    liger_kernels: bool = False  # fused Triton kernels for norms, rotary embedding and MLP; GPUs only
     sequence_parallel: PositiveInt = 1  # workers that share each row of tokens (Ulysses): for long examples
 
 
@@ -141,19 +142,25 @@ class CheckpointConfig(Strict):
 
 class EvaluationConfig(Strict):
     every: PositiveInt = 100  # steps; also after the last one, where data.eval is given
+    samples: NonNegativeInt = 0  # so many evaluation prompts are answered each time, into samples.jsonl and the report
+    sample_tokens: PositiveInt = 48  # of an answer at most; each costs a forward pass over the prompts
+
+
+def check_count(value: Any) -> int | list[int]:
+    numbers = value if isinstance(value, list) else [value]
+    whole = all(isinstance(number, int) and not isinstance(number, bool) and number > 0 for number in numbers)
+    if not whole or (isinstance(value, list) and (len(value) != 2 or value[0] > value[1])):
+        raise ValueError("give one number from 1 on, or [min, max]")
+    return value
 
 
 class WorkersConfig(Strict):
-    count: PositiveInt | list[PositiveInt] = 1  # or [min, max]: as many as the cluster has, more when hosts come back
+    count: Annotated[int | list[int], PlainValidator(check_count)] = (
+        1  # or [min, max]: as many as the cluster has, more when hosts come back
+    )
     gpus_each: Literal[0, 1] = 0
     cpus_each: PositiveInt = 1
     max_failures: NonNegativeInt = 3  # restarts of the worker group before the run is given up
-
-    @model_validator(mode="after")
-    def agree(self):
-        if isinstance(self.count, list) and (len(self.count) != 2 or self.count[0] > self.count[1]):
-            raise ValueError(f"count: {self.count}: give one number, or [min, max]")
-        return self
 
     @property
     def min_count(self) -> int:
@@ -176,6 +183,7 @@ class GuardConfig(Strict):
 class TrackingConfig(Strict):
     wandb: Literal["off", "auto", "offline", "online"] = "off"  # auto: online with a key, else offline
     wandb_project: Text = "ftray"
+    tensorboard: bool = False  # event files in the run directory
 
 
 class RunConfig(Strict):
@@ -228,6 +236,10 @@ class RunConfig(Strict):
                 f"{what} is {longest} and must be at most batch.tokens_per_micro_batch "
                 f"({self.batch.tokens_per_micro_batch}): an example is never split"
             )
+        if self.evaluation.samples and self.data.eval is None:
+            raise ValueError("evaluation.samples: there is no data.eval whose prompts could be answered")
+        if self.memory.liger_kernels and self.workers.gpus_each == 0:
+            raise ValueError("memory.liger_kernels: they run on GPUs only; set workers.gpus_each: 1, or leave them off")
         ranks = self.memory.sequence_parallel
         if ranks > 1 and (isinstance(self.workers.count, list) or self.workers.count % ranks):
             raise ValueError(

@@ -34,6 +34,21 @@ def pack(dataset: TokenizedDataset, examples: MicroBatch) -> PackedRow:
     )
 
 
+def continuation_row(sequences: list[list[int]]) -> PackedRow:
+    """Each sequence's last token is the one row that is looked at."""
+    lengths = [len(ids) for ids in sequences]
+    count = len(sequences)
+    return PackedRow(
+        ids_T=torch.tensor([token for ids in sequences for token in ids]),
+        positions_T=torch.cat([torch.arange(length) for length in lengths]),
+        rows_N=torch.tensor(lengths).cumsum(0) - 1,
+        targets_N=torch.zeros(count, dtype=torch.long),
+        weights_N=torch.ones(count),
+        sequences_N=torch.arange(count),
+        layout=packed_layout(lengths),
+    )
+
+
 def dummy_row(num_sequences: int = 1) -> PackedRow:
     """One token a sequence."""
     zeros = torch.zeros(num_sequences, dtype=torch.long)

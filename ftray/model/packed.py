@@ -3,6 +3,8 @@
 Shapes: T tokens in the row, N trained positions, V vocabulary, E hidden size.
 """
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ftray.config.run import MemoryConfig
+from ftray.errors import UserError
 from ftray.model.packed_attention import (
     PACKED,
     Attend,
@@ -23,6 +26,7 @@ from ftray.model.sequence_parallel import SequenceRanks, share_row
 
 # Rows of logits that exist at one time: 1,024 rows of a 150k vocabulary in float32 are 600 MB.
 LOGIT_ROWS = 1024
+AtTargets = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,19 @@ class PackedCausalLM(nn.Module):
         self.num_logit_chunks = num_logit_chunks
         self.ranks = ranks
 
-    def forward(self, row: PackedRow) -> Tensor:
-        """Log-probabilities [N] of the targets, float32. Logits exist at trained positions only, a chunk at a time."""
+    def forward(self, row: PackedRow, *, predict: bool = False) -> Tensor:
+        """Log-probabilities [N] of the targets, float32, or with `predict` the likeliest tokens [N] instead.
+
+        Logits exist at trained positions only, a chunk at a time.
+        """
+        at_targets = self._likeliest if predict else self._log_probs
         if self.ranks is None:
             hidden_TE = self._decode(row.ids_T, row.positions_T, row.layout, packed_causal_attention)
-            return self._target_log_probs(hidden_TE, row.rows_N, row.targets_N)
+            return self._at_rows(at_targets, hidden_TE, row.rows_N, row.targets_N)
         share = share_row(row.ids_T, row.positions_T, row.rows_N, row.layout, self.ranks)
         hidden_tE = self._decode(share.ids_t, share.positions_t, share.layout, self.ranks.attention)
         mine = share.mine_N
-        own = self._target_log_probs(hidden_tE, row.rows_N[mine] - share.first, row.targets_N[mine])
+        own = self._at_rows(at_targets, hidden_tE, row.rows_N[mine] - share.first, row.targets_N[mine])
         return self.ranks.sum(own.new_zeros(len(row.rows_N)).index_add(0, mine, own))
 
     def _decode(self, ids: Tensor, positions: Tensor, layout: PackedLayout, attend: Attend) -> Tensor:
@@ -85,8 +93,11 @@ class PackedCausalLM(nn.Module):
         )
         return output.last_hidden_state[0]
 
-    def _target_log_probs(self, hidden_TE: Tensor, rows_N: Tensor, targets_N: Tensor) -> Tensor:
-        """[N]. The rows are filled up to equal chunks, at least one row each, with copies that no gradient reaches."""
+    def _at_rows(self, compute: AtTargets, hidden_TE: Tensor, rows_N: Tensor, targets_N: Tensor) -> Tensor:
+        """[N]: `compute` of (hidden states, targets), in chunks of equal size.
+
+        The rows are filled up to whole chunks, at least one row each, with copies that no gradient reaches.
+        """
         count = len(rows_N)
         chunks = self.num_logit_chunks or -(-count // LOGIT_ROWS) or 1
         size = max(1, -(-count // chunks))
@@ -95,14 +106,17 @@ class PackedCausalLM(nn.Module):
             rows_N, targets_N = (torch.nn.functional.pad(x, (0, missing)) for x in (rows_N, targets_N))
         hidden_NE = hidden_TE.index_select(0, rows_N)
         if chunks == 1:
-            return self._log_probs(hidden_NE, targets_N)[:count]
+            return compute(hidden_NE, targets_N)[:count]
         pairs = zip(hidden_NE.split(size), targets_N.split(size), strict=True)
-        parts = [checkpoint(self._log_probs, hidden, targets, use_reentrant=False) for hidden, targets in pairs]
+        parts = [checkpoint(compute, hidden, targets, use_reentrant=False) for hidden, targets in pairs]
         return torch.cat(parts)[:count]  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def _log_probs(self, hidden_NE: Tensor, targets_N: Tensor) -> Tensor:
         logits_NV = self.model.get_output_embeddings()(hidden_NE).float()
         return -torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+
+    def _likeliest(self, hidden_NE: Tensor, _: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden_NE).argmax(-1)
 
 
 def logit_chunks(tokens_per_micro_batch: int, ranks: SequenceRanks | None) -> int:
@@ -116,7 +130,9 @@ def decoder_of(model: Any) -> Any:
 
 
 def prepare_layers(model: Any, config: MemoryConfig) -> Any:
-    """Activation checkpointing and compiled decoder layers, where the config asks for them."""
+    """Fused kernels, activation checkpointing and compiled decoder layers, where the config asks for them."""
+    if config.liger_kernels:
+        apply_liger_kernels(model)
     if config.activation_checkpointing:
         # Not reentrant: with a frozen base no input of a layer asks for a gradient, and the reentrant kind needs one.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -124,6 +140,15 @@ def prepare_layers(model: Any, config: MemoryConfig) -> Any:
         for layer in decoder_of(model).layers:
             layer.compile(dynamic=True)
     return model
+
+
+def apply_liger_kernels(model: Any) -> None:
+    """Norms, rotary embedding and gated MLP (Hsu et al. 2024, arXiv 2410.10989). The loss stays ours: it has chunks."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise UserError("memory.liger_kernels needs liger-kernel: pip install 'ftray[liger]'")
+    from transformers.integrations.liger import apply_liger_kernel
+
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def register_packed_attention() -> str:

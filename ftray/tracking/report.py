@@ -15,6 +15,7 @@ from ftray.storage import read_json, write_bytes
 from ftray.tracking.events import read_events
 from ftray.tracking.metrics import read_metrics
 from ftray.tracking.runs import RunSummary
+from ftray.tracking.samples import read_samples
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "memory_gib", "reward_margin", "reward_accuracy")
@@ -52,10 +53,20 @@ def write_report(run_directory: Path, *, answers: AnswerTable | None = None) -> 
         plots=[draw(metrics, name) for name in SHOWN if any(name in record for record in metrics)],
         events=[described(event) for event in read_events(run_directory)],
         answers=answers,
+        samples=tabulate(read_samples(run_directory)),
     )
     path = run_directory / "report.html"
     write_bytes(path, page.encode())
     return path
+
+
+def tabulate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for every prompt: the expected answer, and the first and the last that was given."""
+    rows: dict[str, dict[str, Any]] = {}
+    for sample in samples:
+        row = rows.setdefault(sample["prompt"], {**sample, "first": sample["answer"], "first_step": sample["step"]})
+        row |= {"last": sample["answer"], "last_step": sample["step"]}
+    return list(rows.values())
 
 
 def described(event: dict[str, Any]) -> dict[str, str]:

@@ -128,6 +128,12 @@ class TrainEngine:
             count += loss.count.item()
         return self.sum_over_ranks(total) / self.sum_over_ranks(count)
 
+    @torch.no_grad()
+    def next_tokens(self, row: PackedRow) -> list[int]:
+        """The likeliest token after each of the row's rows. All ranks call it."""
+        self._engine.eval()
+        return self._engine(row.to(self.hardware.device), predict=True).tolist()
+
     def sum_over_ranks(self, value: float) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.hardware.device)
         dist.all_reduce(tensor)

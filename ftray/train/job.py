@@ -22,6 +22,7 @@ class TrainJob:
     data_digest: str
     train_data: Path  # directory of a TokenizedDataset
     eval_data: Path | None
+    profile_steps: int = 0
 
 
 def request_stop(run_directory: Path) -> None:

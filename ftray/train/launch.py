@@ -47,22 +47,28 @@ def check_before_anything(config: RunConfig) -> None:
 
 
 def launch(
-    config: RunConfig, watcher: Watcher, *, fresh: bool = False, init_from: Path | None = None
+    config: RunConfig, watcher: Watcher, *, fresh: bool = False, init_from: Path | None = None, profile_steps: int = 0
 ) -> dict[str, Any]:
     """Runs, or goes on with, `config.name` and returns what its result.json says.
 
-    `init_from`: the PEFT directory that `adapter.init_from` names.
+    `init_from`: the PEFT directory that `adapter.init_from` names. `profile_steps`: so many steps of rank 0 are traced.
     """
     began = time.time()
     check_before_anything(config)
     refuse_vanishing_directory(config)
     with only_driver(config):
         directory = open_run_directory(config, fresh=fresh)
-        return run_in(directory, config, watcher, init_from=init_from, began=began)
+        return run_in(directory, config, watcher, init_from=init_from, profile_steps=profile_steps, began=began)
 
 
 def run_in(
-    directory: RunDirectory, config: RunConfig, watcher: Watcher, *, init_from: Path | None, began: float
+    directory: RunDirectory,
+    config: RunConfig,
+    watcher: Watcher,
+    *,
+    init_from: Path | None,
+    profile_steps: int,
+    began: float,
 ) -> dict[str, Any]:
     if directory.finished is not None:
         watcher.say(f"{config.name} is finished already; its result stands ({directory.path / RESULT})")
@@ -85,7 +91,7 @@ def run_in(
             check_same_data(directory.resume_from, data.digest)
             watcher.say(f"resumes from {directory.resume_from}")
         with stop_on_sigterm(directory.path) as terminated:
-            train_on_ray(config, directory, base, data, watcher, init_from=init_from)
+            train_on_ray(config, directory, base, data, watcher, init_from=init_from, profile_steps=profile_steps)
         checkpoint = newest_whole_checkpoint(directory.path)
         if not is_complete(checkpoint, config, data):
             record_event(directory.path, "stopped", by="SIGTERM" if terminated.is_set() else "ftray runs stop")

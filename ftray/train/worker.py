@@ -3,7 +3,7 @@
 import contextlib
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,22 @@ from ftray.model.sequence_parallel import make_sequence_ranks
 from ftray.objectives import OBJECTIVES
 from ftray.storage import remove_unlisted, verify_directory, write_json
 from ftray.storage.manifest import MANIFEST
-from ftray.tracking.events import read_events, record_event
+from ftray.tracking.events import record_event
 from ftray.tracking.metrics import MetricsLog, read_metrics
+from ftray.tracking.tensorboard import TensorBoard
 from ftray.tracking.wandb import Wandb
+from ftray.train.callbacks import Record, WorkerCallbacks, skipped_steps
 from ftray.train.checkpoint import CHECKPOINTS, first_whole, list_checkpoints, read_state, restore
 from ftray.train.communication import describe_bandwidth, measure_all_reduce
 from ftray.train.engine import TrainEngine
-from ftray.train.guard import WINDOW_STEPS, GoBack, LossGuard, name_rows
-from ftray.train.job import HARDWARE, SCRATCH, STOP_REQUEST, WORKER_ERROR, TrainJob
-from ftray.train.loop import Schedule, StepRecord, evaluation_rows, train
-from ftray.train.saver import Saver
+from ftray.train.guard import WINDOW_STEPS, LossGuard
+from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob
+from ftray.train.loop import Schedule, evaluation_rows, train
+from ftray.train.sampling import Sampler
 from ftray.train.schedule import make_schedule
-from ftray.train.watchdog import Watchdog
 from ftray.train.zero import shard_while_loading
 
-Record = Callable[[dict[str, Any]], None]
-WORKERS_STARTED, SKIPPED, SAVE_FAILED = "workers_started", "step_skipped", "save_failed"  # in events.jsonl
+WORKERS_STARTED = "workers_started"  # in events.jsonl
 
 
 def train_worker(job: TrainJob) -> None:
@@ -89,7 +89,15 @@ def run_job(job: TrainJob) -> None:
     losses = [r["loss"] for r in read_metrics(job.run_directory) if "loss" in r and r["step"] <= start_step]
     guard = LossGuard(config.guard, earlier_losses=engine.gather(losses[-WINDOW_STEPS:])[0])
     with recorder(job, start_step=start_step, rank=rank) as record:
-        callbacks = WorkerCallbacks(job, engine, base, record, rank=rank)
+        callbacks = WorkerCallbacks(
+            job,
+            engine,
+            base,
+            rank=rank,
+            record=record,
+            sample=Sampler(job, engine, base, eval_dataset, rank=rank).sample,
+            publish=lambda directory, step: publish(job, directory, step, rank=rank),
+        )
         train(
             engine,
             dataset,
@@ -125,104 +133,26 @@ def resume(engine: TrainEngine, job: TrainJob, *, rank: int) -> int:
     return read_state(checkpoint).step
 
 
-class WorkerCallbacks:
-    """What the loop asks for, through Ray and the run directory."""
+def publish(job: TrainJob, directory: Path, step: int, *, rank: int) -> None:
+    """The one place that reports to Ray Train. The files move, since scratch and checkpoints share a disk."""
 
-    def __init__(self, job: TrainJob, engine: TrainEngine, base: BaseModel, record: Record, *, rank: int):
-        self._job = job
-        self._engine = engine
-        self._record = record
-        self._rank = rank
-        self._untold: list[dict[str, Any]] = []  # events
-        self._watchdog = Watchdog(job.run_directory, rank=rank, timeout_s=job.config.guard.hang_timeout_s)
-        self._watchdog.beat()
-        self._saver = Saver(
-            engine,
-            job.config,
-            base,
-            data_digest=job.data_digest,
-            scratch=job.run_directory / SCRATCH,
-            rank=rank,
-            publish=self._publish,
-            on_failure=self._on_failed_save,
-        )
+    def move(_: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        target = job.run_directory / CHECKPOINTS / name
+        manifest = directory / MANIFEST
+        for path in sorted((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p == manifest):
+            place = target / path.relative_to(directory)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+        if rank == 0:
+            remove_unlisted(target)  # of an earlier save of this step, by more ranks
+        return ray.train.Checkpoint(str(target))
 
-    def on_bad_loss(self, step: int, problem: str, rows: list[int]) -> None:
-        self._saver.finish(last=False)  # what was saved before stands
-        guard = self._job.config.guard
-        described = f"step {step}: {problem}; the rows {name_rows(rows)} of data.train were in the micro-batch"
-        skipped = self._engine.gather(skipped_steps(self._job.run_directory))[0]
-        if guard.on_bad_loss == "stop":
-            raise FtrayError(
-                f"{described}. Look at them, lower optimizer.learning_rate, or set guard.on_bad_loss=skip; "
-                "the last checkpoint stands"
-            )
-        if len(skipped) >= guard.max_skips:
-            raise FtrayError(f"{described}, after {len(skipped)} skipped steps (guard.max_skips)")
-        if self._rank == 0:
-            record_event(self._job.run_directory, SKIPPED, step=step, problem=problem, rows=rows)
-        raise GoBack(described)
-
-    def on_step_end(self, record: StepRecord) -> None:
-        self._watchdog.beat()
-        self._record(record.as_dict())
-        self._tell()
-        self._saver.poll()
-
-    def on_evaluated(self, step: int, loss: float) -> None:
-        self._watchdog.beat()
-        self._record({"step": step, "eval_loss": loss})
-
-    def save(self, step: int) -> None:
-        self._saver.begin(step)
-        self._watchdog.beat()
-
-    def should_stop(self) -> bool:
-        asked = self._rank == 0 and (self._job.run_directory / STOP_REQUEST).is_file()
-        return self._engine.sum_over_ranks(float(asked)) > 0
-
-    def close(self) -> None:
-        self._saver.finish(last=True)
-        self._saver.close()
-        self._tell()
-        self._watchdog.close()
-
-    def _on_failed_save(self, step: int, message: str) -> None:
-        if self._rank == 0:
-            self._untold.append({"kind": SAVE_FAILED, "step": step, "message": message})
-
-    def _publish(self, directory: Path, step: int) -> None:
-        """The one place that reports to Ray Train. The files move, since scratch and checkpoints share a disk."""
-
-        def move(_: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-            target = self._job.run_directory / CHECKPOINTS / name
-            manifest = directory / MANIFEST
-            for path in sorted((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p == manifest):
-                place = target / path.relative_to(directory)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, place)
-            if self._rank == 0:
-                remove_unlisted(target)  # of an earlier save of this step, by more ranks
-            return ray.train.Checkpoint(str(target))
-
-        ray.train.report(
-            {"step": step},
-            checkpoint=ray.train.Checkpoint.from_directory(directory),
-            checkpoint_dir_name=f"step-{step}",
-            checkpoint_upload_fn=move,
-        )
-
-    def _tell(self) -> None:
-        """Writes the events that wait; on a full disk they wait on."""
-        with contextlib.suppress(OSError):
-            while self._untold:
-                record_event(self._job.run_directory, **self._untold[0])
-                self._untold.pop(0)
-
-
-def skipped_steps(run_directory: Path) -> frozenset[int]:
-    """As the loop counts them: 0 for the first."""
-    return frozenset(event["step"] - 1 for event in read_events(run_directory) if event["event"] == SKIPPED)
+    ray.train.report(
+        {"step": step},
+        checkpoint=ray.train.Checkpoint.from_directory(directory),
+        checkpoint_dir_name=f"step-{step}",
+        checkpoint_upload_fn=move,
+    )
 
 
 def make_engine(
@@ -274,12 +204,16 @@ def recorder(job: TrainJob, *, start_step: int, rank: int) -> Iterator[Record]:
         say=print,
     )
 
+    tensorboard = TensorBoard(job.run_directory, enabled=config.tracking.tensorboard, resume_step=start_step)
+
     def record(entry: dict[str, Any]) -> None:
         metrics.append(entry)
         wandb.log(entry)
+        tensorboard.log(entry)
 
     try:
         yield record
     finally:
         metrics.close()
         wandb.finish()
+        tensorboard.close()

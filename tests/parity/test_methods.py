@@ -7,10 +7,11 @@ from tiny import write_tiny_model
 from ftray.config.run import AdapterConfig, MemoryConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
-from ftray.errors import AdapterError
+from ftray.errors import AdapterError, UserError
 from ftray.model.base import load_weights, prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.model.lora import inject_lora, load_weights_from, without_adapter, write_adapter
+from ftray.model.merge import merge_adapter
 from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -220,3 +221,22 @@ def test_lora_plus_groups_are_pefts(tiny_base):
     found = {id(p): 1e-3 * group["rate_factor"] for group in groups for p in group["params"]}
     assert found == pytest.approx(expected)
     assert len({*found.values()}) == 2
+
+
+@pytest.mark.parametrize("name", ["rslora", "dora", "embeddings"])
+def test_a_merged_base_computes_as_the_adapter_did_and_takes_another(tiny_base, tmp_path, name):
+    config = AdapterConfig(rank=4, alpha=8, **METHODS[name])
+    model, _ = trained_model(tiny_base, config)
+    directory = written(model, config, tiny_base, tmp_path / "a", None)
+    merged = prepare_base(str(merge_adapter(directory, tiny_base, tmp_path / "merged", label="a@1")))
+    assert merged.fingerprint != tiny_base.fingerprint
+    again = load_weights(merged, choose_hardware(), attention="sdpa")
+    plain = load_weights(tiny_base, choose_hardware(), attention="sdpa")
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, **CLOSE)
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, **CLOSE)
+        inject_lora(again, AdapterConfig(), seed=0)
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, **CLOSE)
+    with pytest.raises(UserError, match="exists already"):
+        merge_adapter(directory, tiny_base, tmp_path / "merged", label="a@1")

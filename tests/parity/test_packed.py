@@ -189,3 +189,27 @@ def alpaca_rows():
         }
         for r in short
     ]
+
+
+def test_sampled_answers_are_transformers_greedy_generation(model, dataset, tiny_base):
+    from transformers import AutoModelForCausalLM
+
+    from ftray.train.sampling import sample_answers, take_prompts
+
+    class OneRank:
+        share, num_shares = 0, 1
+        all_ranks = staticmethod(bool)
+        gather = staticmethod(lambda value: [value])
+        next_tokens = staticmethod(lambda row: model(row, predict=True).tolist())
+
+    prompts = take_prompts(dataset, 4)
+    stop = 2  # <|im_end|>
+    with torch.no_grad():
+        answers = sample_answers(OneRank(), prompts, max_tokens=8, stop_ids=frozenset([stop]))  # pyright: ignore
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base.directory)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt.ids])
+        out = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        expected = out[0, len(prompt.ids) :].tolist()
+        assert answer == (expected[: expected.index(stop)] if stop in expected else expected)
+    assert len({tuple(answer) for answer in answers}) > 1

@@ -1,5 +1,6 @@
 """Runs through Ray Train with two workers, as `ftray train` makes them."""
 
+import gzip
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from ftray.config import parse_config
 from ftray.errors import FtrayError, UserError
 from ftray.storage import read_json, verify_directory
 from ftray.tracking.metrics import read_metrics
+from ftray.tracking.samples import read_samples
 from ftray.train.checkpoint import newest_whole_checkpoint
 from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher
@@ -54,9 +56,9 @@ def config(tiny_model, train_file, eval_file, tmp_path):
 
 
 def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):
-    settings = {"tracking.wandb": "offline"}
+    settings = {"tracking.wandb": "offline", "tracking.tensorboard": "true", "evaluation.samples": 3}
     recorder = Recorder()
-    result = launch(config(**settings), recorder.watcher())
+    result = launch(config(**settings), recorder.watcher(), profile_steps=2)
     run = tmp_path / "runs" / "demo"
     assert {p.name for p in run.iterdir()} >= {
         "config.json", "environment.json", "metrics.jsonl", "checkpoints", "adapter", "result.json",
@@ -80,6 +82,16 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):
         "http://creativecommons.org", ""
     )
     assert 0 < steps[-1]["mfu"] < 1
+    samples = read_samples(run)
+    assert [(sample["step"]) for sample in samples] == [4, 4, 4, 8, 8, 8]
+    assert samples[0]["prompt"].endswith("<|im_start|>assistant\n")
+    assert samples[0]["prompt"] == samples[3]["prompt"]
+    assert samples[0]["expected"] not in ("", samples[0]["answer"])
+    assert "Sampled answers" in report
+    trace = json.loads(gzip.decompress((run / "profile" / "rank-0.trace.json.gz").read_bytes()))
+    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert any("2 workers run on cpu, float32" in line and "all-reduce at" in line for line in recorder.lines)
     assert [event["event"] for event in result["events"]] == ["workers_started"]
     assert any("40 examples" in line and "longest" in line for line in recorder.lines)
 

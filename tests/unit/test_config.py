@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,14 @@ def test_every_problem_is_in_one_report():
         ("name=Bad Name", "a name is lower-case"),
         ("max_steps=3", "give either `epochs` or `max_steps`"),
         ("data.max_example_tokens=9999", "must be at most batch.tokens_per_micro_batch"),
+        ("data.max_example_tokens=4096 objective.type=dpo", "twice data.max_example_tokens (a pair) is 8192"),
+        ("memory.sequence_parallel=2", "memory.sequence_parallel: 2 must divide workers.count (1), a fixed number"),
+        ("memory.sequence_parallel=2 workers.count=[2,4]", "a fixed number"),
+        ("workers.count=[4, 2]", "workers.count: [4, 2] is refused: give one number from 1 on, or [min, max]"),
+        ("workers.count=[2]", "workers.count: [2] is refused: give one number"),
+        ("workers.count=0", "workers.count: 0 is refused: give one number"),
+        ("memory.liger_kernels=true", "memory.liger_kernels: they run on GPUs only"),
+        ("evaluation.samples=3", "evaluation.samples: there is no data.eval"),
         ("data.overlong=trunc", "did you mean 'truncate'?"),
         ("adapter.rank='16'", "should be a valid integer"),
         ("optimizer.learning_rate=-1", "should be greater than 0"),
@@ -70,7 +79,7 @@ def test_every_problem_is_in_one_report():
     ],
 )
 def test_one_mistake_one_clear_problem(override, message):
-    assert any(message in problem for problem in problems(GOOD, [override]))
+    assert any(message in problem for problem in problems(GOOD, re.split(r" (?=[a-z]+\.)", override)))
 
 
 def test_yaml_1_2_and_overrides():

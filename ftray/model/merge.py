@@ -1,0 +1,40 @@
+"""An adapter added into its base for good: a Hugging Face directory that trains and serves like any base model.
+
+For adapters that cannot be hosted beside others (DoRA, modules_to_save), and to train a further adapter on top.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ftray.errors import UserError
+from ftray.model.base import BaseModel
+from ftray.storage import write_manifest
+
+
+def merge_adapter(adapter: Path, base: BaseModel, directory: Path, *, label: str) -> Path:
+    """W + s B A in every adapted module, in the base's dtype, with its tokenizer and a manifest that names both.
+
+    Raises `UserError` when `directory` exists, or when the sum has a value that is not finite.
+    """
+    if directory.exists():
+        raise UserError(f"{directory}: exists already; choose another directory")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    plain: Any = AutoModelForCausalLM.from_pretrained(base.directory, dtype="auto")
+    adapted: Any = PeftModel.from_pretrained(plain, adapter)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # of a weight that is not finite
+        raise UserError(f"{label}: {str(error).splitlines()[0]}") from None
+    staging = directory.with_name(directory.name + ".new")
+    shutil.rmtree(staging, ignore_errors=True)
+    merged.save_pretrained(staging)
+    AutoTokenizer.from_pretrained(base.directory).save_pretrained(staging)
+    origin = {"merged_adapter": label, "base_model": base.name, "base_fingerprint": base.fingerprint}
+    write_manifest(staging, metadata=origin)
+    staging.rename(directory)
+    return directory
