@@ -1,4 +1,4 @@
-"""`python jobs/bench.py train | tokens | serve`: our side against others, in turns, in one run; JSON is kept.
+"""`python jobs/bench.py NAME`: our side against others, in turns, in one run; JSON is kept. Names: `BENCHES`.
 
 Every side is a program of its own (jobs/bench_sides/), started anew for every turn, that prints one line of JSON.
 Ratios of medians are what counts: the machine's speed drifts, and it drifts for both.
@@ -19,6 +19,9 @@ SIDES = Path(__file__).parent / "bench_sides"
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks"
 BENCHES = {
     "train": ["train_ftray", "train_trl"],
+    "compile": ["train_ftray", "train_ftray_compiled"],
+    "overhead": ["overhead_bare", "overhead_ray", "overhead_ray_saving", "overhead_full", "overhead_full_saving"],
+    "long": ["long_ftray", "long_peft"],
     "tokens": ["tokens_ftray"],
     "serve": ["serve_ftray_base", "serve_ftray_adapters", "serve_transformers", "serve_peft"],
 }
@@ -71,7 +74,7 @@ def medians(results: list[dict]) -> dict:
 def ratios(turns: dict[str, list[dict]]) -> dict[str, float]:
     """Of the first side, our base case, to every other, by the medians."""
     rate = {side: statistics.median(r["tokens_per_s"] for r in results) for side, results in turns.items()}
-    ours = [side for side in rate if "ftray" in side]
+    ours = [side for side in rate if "ftray" in side or side.startswith("overhead")]
     return {f"{a} / {b}": round(rate[a] / rate[b], 2) for a in ours for b in rate if a != b}
 
 

@@ -54,7 +54,8 @@ def plan_memory(config: RunConfig, size: ModelSize, gpu: Gpu, *, workers: int) -
     sharded = workers if stage > 0 else 1
     weights = (frozen_bytes(size, bytes_per_weight=width) + size.trained * width) / shards
     gradients = size.trained * {0: width, 1: width, 2: 4 / workers, 3: 4 / workers}[stage]
-    optimizer = size.trained * (8 + (4 if stage > 0 else 0)) / sharded
+    moments = 8 if config.optimizer.type == "adamw" else 2 + 8 / 256
+    optimizer = size.trained * (moments + (4 if stage > 0 else 0)) / sharded
     bucket = bucket_elements(size.trained) * width
     buffers = size.widest_bytes_per_token * tokens * 3  # gradients of a layer's inner activations
     if stage in (1, 2):

@@ -97,6 +97,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Strict):
+    type: Literal["adamw", "adamw_8bit"] = "adamw"  # 8bit: both moments in 8 bits, for full fine-tuning
     learning_rate: PositiveFloat = 2e-4
     lora_plus_ratio: float = Field(default=1.0, ge=1)  # rate of B over rate of A (LoRA+, Hayou et al. 2024)
     schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
@@ -130,7 +131,8 @@ class ZeroConfig(Strict):
 
 class MemoryConfig(Strict):
     activation_checkpointing: bool = False  # keeps one activation a layer and computes the rest again in the backward
-    compile: bool = False  # torch.compile of the decoder layers: faster once warm, after a minute or more of compiling
+    # torch.compile of the decoder layers: faster once warm, after a minute of compiling. auto: in long runs, up to stage 2
+    compile: bool | Literal["auto"] = "auto"
     liger_kernels: bool = False  # fused Triton kernels for norms, rotary embedding and MLP; GPUs only
     sequence_parallel: PositiveInt = 1  # workers that share each row of tokens (Ulysses): for long examples
 
@@ -155,9 +157,8 @@ def check_count(value: Any) -> int | list[int]:
 
 
 class WorkersConfig(Strict):
-    count: Annotated[int | list[int], PlainValidator(check_count)] = (
-        1  # or [min, max]: as many as the cluster has, more when hosts come back
-    )
+    # [min, max]: as many as the cluster has, fewer when hosts go, more when they come back
+    count: Annotated[int | list[int], PlainValidator(check_count)] = 1
     gpus_each: Literal[0, 1] = 0
     cpus_each: PositiveInt = 1
     max_failures: NonNegativeInt = 3  # restarts of the worker group before the run is given up

@@ -4,6 +4,7 @@ Shapes: T tokens in the row, N trained positions, V vocabulary, E hidden size.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ftray.config.run import MemoryConfig
 from ftray.errors import UserError
+from ftray.model.base import cache_directory
 from ftray.model.packed_attention import (
     PACKED,
     Attend,
@@ -136,10 +138,16 @@ def prepare_layers(model: Any, config: MemoryConfig) -> Any:
     if config.activation_checkpointing:
         # Not reentrant: with a frozen base no input of a layer asks for a gradient, and the reentrant kind needs one.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.compile:
-        for layer in decoder_of(model).layers:
-            layer.compile(dynamic=True)
+    if config.compile is True:
+        compile_layers(model)
     return model
+
+
+def compile_layers(model: Any) -> None:
+    """The attention stays as it is. What was compiled is kept in the user's cache for the next start."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "compiled"))
+    for layer in decoder_of(model).layers:
+        layer.compile(dynamic=True)
 
 
 def apply_liger_kernels(model: Any) -> None:

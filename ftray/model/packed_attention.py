@@ -91,6 +91,7 @@ def packed_causal_attention(
 Attend = Callable[..., Tensor]  # what `packed_causal_attention` takes and returns
 
 
+@torch.compiler.disable  # every layout would be compiled anew; what is fused lies before and after the attention
 def attention_forward(
     module: Any,
     query: Tensor,

@@ -1,5 +1,6 @@
 """The DeepSpeed engine behind five verbs. The loop above it knows steps and rows, not ranks and stages."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from ftray.model.hardware import Hardware
 from ftray.model.lora import without_adapter
 from ftray.model.packed import PackedCausalLM, PackedRow
 from ftray.objectives import LogProbs, Loss, Objective
+from ftray.train.adamw_8bit import AdamW8bit
 from ftray.train.optimizer import make_optimizer
 from ftray.train.sharded import Shard, ShardedState
 from ftray.train.zero import (
@@ -146,20 +148,31 @@ class TrainEngine:
 
     def shard(self) -> Shard:
         """This rank's share of weights and moments, copied to the CPU. No communication."""
+        optimizer = self._engine.basic_optimizer
+        compressed = isinstance(optimizer, AdamW8bit)
+        shard = Shard({}, {}, {}, optimizer.blocks() if compressed else {}, self._layout)
+        with optimizer.float_moments() if compressed else contextlib.nullcontext():
+            link_moments(self._engine)
+            for name, parameter in self.trainable.items():
+                fragment = local_fragment(self._engine, parameter)
+                if fragment is not None:
+                    shard.starts[name] = fragment.start
+                    shard.shapes[name] = list(full_shape(parameter))
+                    for kind, value in fragment.tensors.items():
+                        shard.tensors[f"{kind}.{name}"] = value.detach().to("cpu", torch.float32, copy=True)
         link_moments(self._engine)
-        shard = Shard({}, {}, {})
-        for name, parameter in self.trainable.items():
-            fragment = local_fragment(self._engine, parameter)
-            if fragment is not None:
-                shard.starts[name] = fragment.start
-                shard.shapes[name] = list(full_shape(parameter))
-                for kind, value in fragment.tensors.items():
-                    shard.tensors[f"{kind}.{name}"] = value.detach().to("cpu", torch.float32, copy=True)
         return shard
+
+    @property
+    def _layout(self) -> str:
+        return f"{self.world_size} workers, stage {self.stage}, rank {dist.get_rank()}"
 
     def restore(self, saved: ShardedState, *, step: int) -> None:
         """Master weights and moments as the shards of any world size and stage hold them."""
         restore_state(self._engine, self.trainable, saved, step=step)
+        if isinstance(self._engine.basic_optimizer, AdamW8bit):
+            self._engine.basic_optimizer.quantize_moments(saved.blocks(self._layout))
+            link_moments(self._engine)
 
     def all_ranks(self, condition: bool) -> bool:
         return self.sum_over_ranks(float(condition)) == self.world_size

@@ -31,6 +31,7 @@ class StepRecord:
     num_trained_tokens: int
     tokens_per_s: float  # over all ranks, trained or not
     seconds: float
+    time: float  # of its end, since 1970
     mfu: float  # model FLOPs a second over the measured matmul rate of all workers
     memory_gib: float  # this worker's peak so far: of its GPU, or of its process
     metrics: dict[str, float]  # the objective's own, such as dpo's reward margin
@@ -136,6 +137,7 @@ def train_step(
         num_trained_tokens=num_trained,
         tokens_per_s=num_tokens / seconds,
         seconds=seconds,
+        time=time.time(),
         mfu=step_flops(engine, dataset, examples, num_tokens, num_trained) / seconds / engine.gemm_rate,
         memory_gib=peak_memory_gib(),
         metrics=step_loss.metrics,

@@ -6,10 +6,13 @@ import torch
 from torch import nn
 
 from ftray.config.run import OptimizerConfig
+from ftray.train.adamw_8bit import AdamW8bit
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit}
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
+def make_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    return OPTIMIZERS[config.type](
         parameter_groups(parameters, config),
         lr=config.learning_rate,
         betas=(config.betas[0], config.betas[1]),

@@ -8,7 +8,7 @@ ZeRO stages 0 to 3 cut parameters in different places, and each finds its ranges
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ftray.storage import read_manifest
 STATE = "state"
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BLOCKS = "blocks"
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,15 @@ class Shard:
     tensors: dict[str, Tensor]  # "KIND.NAME" -> [n] float32
     starts: dict[str, int]  # NAME -> first element of the range
     shapes: dict[str, list[int]]  # NAME -> shape of the whole parameter
+    blocks: dict[str, Tensor] = field(default_factory=dict)  # constants of 8-bit moments: of this layout alone
+    layout: str = ""  # world size, stage and rank
 
 
 def write_shard(directory: Path, shard: Shard, *, rank: int) -> None:
     (directory / STATE).mkdir(parents=True, exist_ok=True)
-    header = {"starts": json.dumps(shard.starts), "shapes": json.dumps(shard.shapes)}
-    save_file(shard.tensors, directory / STATE / f"rank-{rank:05}.safetensors", metadata=header)
+    header = {"starts": json.dumps(shard.starts), "shapes": json.dumps(shard.shapes), "layout": shard.layout}
+    tensors = shard.tensors | {f"{BLOCKS}.{name}": value for name, value in shard.blocks.items()}
+    save_file(tensors, directory / STATE / f"rank-{rank:05}.safetensors", metadata=header)
 
 
 class ShardedState:
@@ -50,14 +54,23 @@ class ShardedState:
     def __init__(self, checkpoint: Path):
         self._directory = checkpoint / STATE
         self._pieces: dict[str, list[tuple[int, Any]]] = {}  # NAME -> [(start, open file)]
+        self._blocks: dict[str, dict[str, Tensor]] = {}  # by layout
         self.shapes: dict[str, list[int]] = {}
         listed = [entry.path for entry in read_manifest(checkpoint).files if entry.path.startswith(f"{STATE}/rank-")]
         for path in sorted(listed):
             file: Any = safe_open(checkpoint / path, framework="pt")
             header = file.metadata()
             self.shapes |= json.loads(header["shapes"])
+            blocks = [key for key in file.keys() if key.startswith(f"{BLOCKS}.")]  # noqa: SIM118  a file, no dict
+            self._blocks[header.get("layout", "")] = {
+                key.removeprefix(f"{BLOCKS}."): file.get_tensor(key) for key in blocks
+            }
             for name, start in json.loads(header["starts"]).items():
                 self._pieces.setdefault(name, []).append((start, file))
+
+    def blocks(self, layout: str) -> dict[str, Tensor]:
+        """Constants of 8-bit moments as a rank of exactly this layout wrote them, else nothing."""
+        return self._blocks.get(layout, {})
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """[stop - start] float32. Raises `FtrayError` when the files do not cover the range."""

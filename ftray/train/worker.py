@@ -18,7 +18,7 @@ from ftray.errors import FtrayError, UserError
 from ftray.model.base import BaseModel, load_weights, prepare_base
 from ftray.model.hardware import Hardware, choose_hardware, make_deterministic
 from ftray.model.lora import inject_lora, load_weights_from
-from ftray.model.packed import PackedCausalLM, logit_chunks, prepare_layers, register_packed_attention
+from ftray.model.packed import PackedCausalLM, compile_layers, logit_chunks, prepare_layers, register_packed_attention
 from ftray.model.sequence_parallel import make_sequence_ranks
 from ftray.objectives import OBJECTIVES
 from ftray.storage import remove_unlisted, verify_directory, write_json
@@ -38,6 +38,8 @@ from ftray.train.sampling import Sampler
 from ftray.train.schedule import make_schedule
 from ftray.train.zero import shard_while_loading
 
+COMPILE_AFTER_S = 900.0  # of a worker's nominal work: compiling takes a minute
+NOMINAL_RATE = {"cpu": 5e10, "cuda": 4e14}  # FLOPs a second
 WORKERS_STARTED = "workers_started"  # in events.jsonl
 
 
@@ -73,6 +75,8 @@ def run_job(job: TrainJob) -> None:
     eval_dataset = open_dataset(job.eval_data) if job.eval_data is not None else None
     plan = plan_steps(config, dataset.lengths)
     num_steps = plan.num_steps(epochs=config.epochs, max_steps=config.max_steps)
+    if worth_compiling(config, engine, dataset, num_steps=num_steps):
+        compile_layers(engine.model.model)
     schedule = Schedule(
         start_step=start_step,
         num_steps=num_steps,
@@ -111,6 +115,23 @@ def run_job(job: TrainJob) -> None:
             evaluate=evaluate,
         )
         callbacks.close()
+
+
+def worth_compiling(config: RunConfig, engine: TrainEngine, dataset: TokenizedDataset, *, num_steps: int) -> bool:
+    """`memory.compile: auto`. It depends on the run and the number of workers alone, so that a resumed run computes as the
+    first part did. At ZeRO-3 each layer's hooks would cut what is compiled."""
+    if config.memory.compile != "auto" or config.zero.stage == 3:
+        return False
+    mean = len(dataset.ids) / len(dataset)
+    tokens = int(mean * config.batch.examples_per_step * num_steps)
+    flops = engine.flops.step(
+        num_tokens=tokens,
+        num_trained=int(tokens * dataset.trained_lengths.sum() / len(dataset.ids)),
+        sum_squared_lengths=int(tokens * mean),
+        trains_base=engine.trains_base,
+        reference=engine.objective.needs_reference,
+    )
+    return flops / engine.world_size > COMPILE_AFTER_S * NOMINAL_RATE[engine.hardware.device.type]
 
 
 def resume(engine: TrainEngine, job: TrainJob, *, rank: int) -> int:

@@ -13,6 +13,7 @@ from ftray.model.hardware import choose_hardware
 from ftray.model.lora import inject_lora, load_weights_from, without_adapter, write_adapter
 from ftray.model.merge import merge_adapter
 from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
+from ftray.train.adamw_8bit import AdamW8bit, dequantize, quantize
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 IDS = torch.tensor([[5, 9, 33, 60, 7, 100, 41]])
@@ -240,3 +241,37 @@ def test_a_merged_base_computes_as_the_adapter_did_and_takes_another(tiny_base, 
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits, **CLOSE)
     with pytest.raises(UserError, match="exists already"):
         merge_adapter(directory, tiny_base, tmp_path / "merged", label="a@1")
+
+
+@pytest.mark.parametrize("size", [1000, 4096])
+def test_8_bit_adamw_is_bitsandbytes(size):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    start, grads = torch.randn(size), [torch.randn(size) * 10.0**k for k in (-3, -1, -2, 0)]
+    ours, theirs, exact = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    settings = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8}
+    optimizers = [
+        AdamW8bit([{"params": [ours], "weight_decay": 0.1}], **settings),
+        bitsandbytes.optim.AdamW8bit([theirs], weight_decay=0.1, min_8bit_size=1, **settings),
+        torch.optim.AdamW([exact], weight_decay=0.1, **settings),
+    ]
+    for grad in grads:
+        for parameter, optimizer in zip((ours, theirs, exact), optimizers, strict=True):
+            parameter.grad = grad.clone()
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+    assert 0 < (ours - exact).norm() < 0.1 * (start - exact).norm()
+
+
+@pytest.mark.parametrize("size", [1000, 4096])
+def test_8_bit_moments_survive_a_checkpoint_exactly(size):
+    from bitsandbytes.functional import create_dynamic_map
+
+    torch.manual_seed(0)
+    for signed in (True, False):
+        code_map = create_dynamic_map(signed=signed)
+        values = torch.randn(size) if signed else torch.rand(size)
+        codes, blocks = quantize(values, code_map, None)
+        restored = dequantize(codes, blocks, code_map)
+        assert (restored - values).norm() < 0.02 * values.norm()
+        assert torch.equal(quantize(restored, code_map, blocks)[0], codes)

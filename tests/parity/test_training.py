@@ -14,6 +14,7 @@ LOSS_RTOL = 1e-5
 WEIGHT_NORM = 1e-4
 
 DPO = {"objective": "{type: dpo, beta: 0.2}", "data.train": "PAIRS"}  # the file is made by the fixture
+BITS = {"optimizer.type": "adamw_8bit"}
 SHARED = {"memory.sequence_parallel": 2}
 PISSA = {"adapter.initialization": "pissa", "optimizer.lora_plus_ratio": 4}
 SAME = [
@@ -63,6 +64,10 @@ PARTS = [
     Record("whole-z2", world_size=2, stage=2, steps=6, dropout=0.1),
     Record("part-full", world_size=2, stage=2, steps=6, stop_after=3, full=True),
     Record("whole-full", world_size=2, stage=2, steps=6, full=True),
+    Record("part-8bit", world_size=2, stage=2, steps=6, stop_after=3, full=True, settings=BITS),
+    Record("whole-8bit", world_size=2, stage=2, steps=6, full=True, settings=BITS),
+    Record("part-8bit-z3", world_size=2, stage=3, steps=6, stop_after=3, full=True, settings=BITS),
+    Record("whole-8bit-z3", world_size=2, stage=3, steps=6, full=True, settings=BITS),
     Record("part-pissa", world_size=2, stage=2, steps=6, stop_after=3, settings=PISSA),
     Record("whole-pissa", world_size=2, stage=2, steps=6, settings=PISSA),
     Record("part-full-z3", world_size=2, stage=3, steps=6, stop_after=3, full=True),
@@ -108,12 +113,15 @@ def trained(tmp_path_factory, tiny_model, train_file):
     two = [
         rest("rest-z2", "part-z2", world_size=2, stage=2, dropout=0.1),
         rest("rest-full", "part-full", world_size=2, stage=2, full=True),
+        rest("rest-8bit", "part-8bit", world_size=2, stage=2, full=True, settings=BITS),
+        rest("rest-8bit-z3", "part-8bit-z3", world_size=2, stage=3, full=True, settings=BITS),
         rest("rest-full-z3", "part-full-z3", world_size=2, stage=3, full=True),
         rest("rest-z3", "part-plain", world_size=2, stage=3),
         rest("rest-pissa", "part-pissa", world_size=2, stage=2, settings=PISSA),
     ]
     one = [
         rest("rest-1-rank", "part-plain", stage=0),
+        rest("rest-8bit-1-rank", "part-8bit", stage=0, full=True, settings=BITS),
         rest("rest-full-1-rank", "part-full", stage=1, full=True),
         rest("rest-broken", "part-plain", break_it="forget_moments"),  # last: the sabotage stays in the process
     ]
@@ -161,6 +169,8 @@ def agree(reference, other) -> None:
         ("whole-full", "part-full", "rest-full"),
         ("whole-full-z3", "part-full-z3", "rest-full-z3"),
         ("whole-pissa", "part-pissa", "rest-pissa"),
+        ("whole-8bit", "part-8bit", "rest-8bit"),
+        ("whole-8bit-z3", "part-8bit-z3", "rest-8bit-z3"),
     ],
 )
 def test_six_steps_are_three_and_three_bitwise(trained, whole, part, rest):
@@ -184,6 +194,15 @@ def test_resuming_at_another_world_size_or_stage_goes_on(trained, whole, part, r
     losses = trained[part].losses + trained[rest].losses
     assert losses == pytest.approx(trained[whole].losses, rel=LOSS_RTOL)
     assert trained[whole].change_from(trained[rest]) < WEIGHT_NORM
+
+
+def test_8_bit_moments_train_as_float32_ones_do_and_move_to_another_world_size(trained):
+    """Near, not equal: 8 bits have errors, and blocks lie elsewhere at another world size."""
+    whole, exact = trained["whole-8bit"], trained["whole-full"]
+    assert whole.losses != exact.losses
+    assert whole.losses == pytest.approx(exact.losses, rel=0.02)
+    losses = trained["part-8bit"].losses + trained["rest-8bit-1-rank"].losses
+    assert losses == pytest.approx(whole.losses, rel=0.02)
 
 
 def test_a_resume_without_moments_is_found(trained):

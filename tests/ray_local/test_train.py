@@ -68,7 +68,7 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):
     assert [record["step"] for record in steps] == list(range(1, 9))
     assert set(steps[0]) == {
         "step", "loss", "learning_rate", "grad_norm", "num_tokens", "num_trained_tokens", "tokens_per_s", "seconds",
-        "mfu", "memory_gib",
+        "time", "mfu", "memory_gib",
     }  # fmt: skip
     assert [set(r) for r in read_metrics(run) if "eval_loss" in r] == [{"step", "eval_loss"}] * 2
     assert steps[-1]["loss"] < steps[0]["loss"]
