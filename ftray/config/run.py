@@ -131,7 +131,8 @@ class ZeroConfig(Strict):
 
 class MemoryConfig(Strict):
     activation_checkpointing: bool = False  # keeps one activation a layer and computes the rest again in the backward
-    # torch.compile of the decoder layers: faster once warm, after a minute of compiling. auto: in long runs, up to stage 2
+    # torch.compile of the decoder layers: faster once warm, after a minute of compiling. auto: in long runs, not at
+    # ZeRO-3
     compile: bool | Literal["auto"] = "auto"
     liger_kernels: bool = False  # fused Triton kernels for norms, rotary embedding and MLP; GPUs only
     sequence_parallel: PositiveInt = 1  # workers that share each row of tokens (Ulysses): for long examples

@@ -12,7 +12,7 @@ import ray.train.torch
 import torch
 
 from ftray.config import RunConfig
-from ftray.data.dataset import open_dataset
+from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.plan import plan_steps
 from ftray.errors import FtrayError, UserError
 from ftray.model.base import BaseModel, load_weights, prepare_base
@@ -118,8 +118,9 @@ def run_job(job: TrainJob) -> None:
 
 
 def worth_compiling(config: RunConfig, engine: TrainEngine, dataset: TokenizedDataset, *, num_steps: int) -> bool:
-    """`memory.compile: auto`. It depends on the run and the number of workers alone, so that a resumed run computes as the
-    first part did. At ZeRO-3 each layer's hooks would cut what is compiled."""
+    """`memory.compile: auto`. It depends on the run and the number of workers alone, so that a resumed run computes as
+    its first part did. At ZeRO-3 each layer's hooks would cut what is compiled.
+    """
     if config.memory.compile != "auto" or config.zero.stage == 3:
         return False
     mean = len(dataset.ids) / len(dataset)
