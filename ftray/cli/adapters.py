@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ftray.cli.arguments import RegistryOption
+from ftray.errors import UserError
 
 app = typer.Typer(help="The registry of adapters: numbered versions that never change, and aliases that move.")
 
@@ -99,7 +100,9 @@ def merge(
         version = store.get(reference)
         directory, label, metadata = store.directory(version), str(version), version.metadata
     named = base_model or metadata.get("base_model")
-    named = named or read_adapter_config(directory, label=label)["base_model_name_or_path"]
+    named = named or read_adapter_config(directory, label=label).get("base_model_name_or_path")
+    if named is None:
+        raise UserError(f"{label} does not name its base; give it with --base")
     base = prepare_base(named, say=print)
     check_base(label, metadata, base, here="--base is")
     merge_adapter(directory, base, Path(output), label=label)

@@ -7,6 +7,7 @@ import typer
 
 from ftray.cli.arguments import ConfigFile, Overrides
 from ftray.config import RunConfig, load_config
+from ftray.errors import UserError
 
 GIB = 2**30
 
@@ -33,10 +34,11 @@ def plan(
     from ftray.model.meta import measure_model, read_model_config
 
     chip = find_gpu(gpu)
+    workers = count or run.workers.max_count
     check_base_name(run.base_model)
+    check_can_run(run, workers, chip)
     size = measure_model(read_model_config(run.base_model), run.adapter, dtype=chip.dtype)
     work, steps, source = find_work(run, examples, example_tokens)
-    workers = count or run.workers.max_count
     fixed = {"workers": workers, "per_node": per_node, "mfu": mfu}
     asked = plan_option(run, size, chip, work, **fixed)
     found = options(run, size, chip, work, **fixed)
@@ -60,6 +62,8 @@ def plan(
                 indent=2,
             )
         )
+        if best is None:
+            raise typer.Exit(1)
         return
     method = "full fine-tuning" if run.adapter is None else f"LoRA of rank {run.adapter.rank}"
     print(
@@ -80,16 +84,28 @@ def plan(
     print(f"cheapest that fits: {' '.join(best.settings)}")
 
 
+def check_can_run(run: RunConfig, workers: int, chip) -> None:
+    """What the workers would refuse."""
+    if workers % run.memory.sequence_parallel:
+        raise UserError(
+            f"--count: memory.sequence_parallel {run.memory.sequence_parallel} does not divide {workers} GPUs"
+        )
+    if run.zero.stage == 0 and chip.dtype.itemsize == 2:
+        raise UserError("zero.stage: 0 has no float32 master weights and diverges in bfloat16; use stage 1, 2 or 3")
+
+
 def find_work(run: RunConfig, examples: int | None, example_tokens: int | None):
     """(work of a step, number of steps or None, where the numbers are from)"""
     from pathlib import Path
 
     from ftray.cluster.plan import Work
+    from ftray.model.base import EMBEDDED
 
     sequences = 2 if run.objective.type == "dpo" else 1
     share = 1.0
     source = f"examples of {example_tokens} tokens"
-    if example_tokens is None and Path(run.data.train).is_file():
+    here = run.base_model in EMBEDDED or Path(run.base_model).exists()  # else its tokenizer comes with all its weights
+    if example_tokens is None and here and Path(run.data.train).is_file():
         from ftray.train.launch import prepare_data
 
         _, data = prepare_data(run, lambda text: None)
@@ -104,7 +120,7 @@ def find_work(run: RunConfig, examples: int | None, example_tokens: int | None):
     steps = run.max_steps
     if run.epochs is not None and examples is not None:
         steps = -(-run.epochs * examples // run.batch.examples_per_step)
-    return Work(run.batch.examples_per_step, float(example_tokens), share), steps, source
+    return Work(run.batch.examples_per_step, float(example_tokens), share, sequences), steps, source
 
 
 def show_table(rows, best, hours, price: float | None) -> None:
@@ -116,7 +132,7 @@ def show_table(rows, best, hours, price: float | None) -> None:
         table.add_column(name, justify="right" if name == "micro-batch" else "left")
     parts = list(rows[0][1].memory.parts)
     known = hours(rows[0][1]) is not None
-    ends = ["GiB each", "host", "s/step", *(["GPU-hours"] if known else []), *(["cost"] if known and price else [])]
+    ends = ["GiB each", "host", "s/step"] + ["GPU-hours"] * known + ["cost"] * (known and price is not None)
     for name in [*parts, *ends]:
         table.add_column(name, justify="right")
     for label, option in rows:
@@ -134,7 +150,7 @@ def show_table(rows, best, hours, price: float | None) -> None:
         ]
         if total is not None:
             cells.append(f"{total:,.1f}" if option.fits else "-")
-            if price:
+            if price is not None:
                 cells.append(f"{total * price:,.0f}" if option.fits else "-")
         table.add_row(*cells, style=None if option.fits else "dim")
     Console(width=170, soft_wrap=True).print(table)

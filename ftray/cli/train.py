@@ -45,7 +45,9 @@ def train(
     print(f"{run.name}: {result['steps']} steps, loss {result['final_loss']:.4f}{evaluation}")
     print(f"  {result['output']}")
     if profile:
-        print(f"  {Path(run.runs_dir) / run.name / 'profile'}: drop the file on https://ui.perfetto.dev")
+        traces = list((Path(run.runs_dir) / run.name / "profile").glob("*.json.gz"))
+        where = f"{traces[0]}: drop it on https://ui.perfetto.dev" if traces else "no trace: too few steps were left"
+        print(f"  {where}")
     if run.adapter is not None:
         registry = "" if run.registry == "registry" else f" --registry {run.registry}"
         print(f"next: ftray adapters publish {result['output']} --name {run.name}{registry}")

@@ -63,8 +63,7 @@ def plan_memory(config: RunConfig, size: ModelSize, gpu: Gpu, *, workers: int) -
     if stage == 3:
         live = min(size.total, max(LIVE_ELEMENTS, 2 * size.layer))
         buffers += bucket + live * width
-    if config.objective.type == "dpo" and config.adapter is None:
-        weights += size.total * width / shards  # the frozen reference
+    reference = config.objective.type == "dpo" and config.adapter is None  # a frozen copy, which is not offloaded
     host = 0.0
     if offload:
         host, optimizer = optimizer + size.trained * 4 / sharded, 0.0  # gradients go there too
@@ -75,7 +74,7 @@ def plan_memory(config: RunConfig, size: ModelSize, gpu: Gpu, *, workers: int) -
     if config.memory.activation_checkpointing:  # gone before the first layer is computed again
         logits = max(0.0, logits - one_layer_bytes(size, tokens))
     return Memory(
-        weights=weights,
+        weights=weights + (size.total * width / shards if reference else 0.0),
         gradients=gradients,
         optimizer=optimizer,
         activations=activation_bytes(config, size, width, tokens),
@@ -105,6 +104,7 @@ class Work:
     examples: int
     tokens_per_example: float
     trained_share: float = 1.0  # of the tokens
+    sequences_per_example: int = 1
 
     @property
     def tokens(self) -> float:
@@ -150,7 +150,7 @@ def step_seconds(
     counts = {
         "num_tokens": int(work.tokens),
         "num_trained": int(work.tokens * work.trained_share),
-        "sum_squared_lengths": int(work.tokens * work.tokens_per_example),
+        "sum_squared_lengths": int(work.tokens * work.tokens_per_example / work.sequences_per_example),
     }
     flops = size.flops.step(**counts, trains_base=config.adapter is None, reference=config.objective.type == "dpo")
     if config.memory.activation_checkpointing:

@@ -123,7 +123,12 @@ class ZeroConfig(Strict):
     def agree(self):
         if self.offload != "none" and self.stage == 0:
             raise ValueError("offload needs a stage of 1, 2 or 3")
-        ours = {"stage", "offload_optimizer", "offload_param", "contiguous_gradients", "overlap_comm"}
+        ours = {"stage", "contiguous_gradients", "overlap_comm"}
+        if self.offload != "none":  # with none, NVMe offload may be given there
+            ours |= {"offload_optimizer", "offload_param"}
+        nvme = any("nvme" in str(self.settings.get(key)) for key in ("offload_optimizer", "offload_param"))
+        if nvme and self.stage != 3:
+            raise ValueError("settings: offload to NVMe needs stage 3")
         if taken := sorted(self.settings.keys() & ours):
             raise ValueError(f"settings: {taken[0]} is set by ftray; see zero.stage and zero.offload")
         return self
@@ -216,6 +221,8 @@ class RunConfig(Strict):
             raise ValueError("give either `epochs` or `max_steps`")
         if self.data.overlong == "split" and self.objective.type != "domain":
             raise ValueError(f"data.overlong: split is for documents (objective domain), not {self.objective.type}")
+        if self.optimizer.type == "adamw_8bit" and "offload_optimizer" in self.zero.settings:
+            raise ValueError("optimizer.type: adamw_8bit does not go with offload_optimizer in zero.settings")
         if self.adapter is None and self.optimizer.lora_plus_ratio != 1:
             raise ValueError("optimizer.lora_plus_ratio needs an adapter")
         if self.adapter is not None and self.zero.stage == 3:

@@ -176,22 +176,23 @@ def check_length(base: BaseModel, tokens: int, *, key: str) -> None:
 def check_attention(base: BaseModel) -> None:
     """Our attention is plain causal attention and logits are the output head's; a model that needs more would be
     computed wrongly without a word."""
-    config = read_json(base.directory / "config.json")
+    check_attention_config(read_json(base.directory / "config.json"), name=base.name)
+
+
+def check_attention_config(config: dict[str, Any], *, name: str) -> None:
     config = config.get("text_config", config)
     layers = config.get("layer_types") or []
     sliding = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
-    found = {name.replace("_", " "): True for name in layers if name != "full_attention"} | {
+    found = {kind.replace("_", " "): True for kind in layers if kind != "full_attention"} | {
         "sliding-window attention": not layers and sliding,
         "attention logit soft-capping": config.get("attn_logit_softcapping") is not None,
         "final logit soft-capping": config.get("final_logit_softcapping") is not None,
         "scaled logits": any(config.get(key) not in (None, 1, 1.0) for key in ("logits_scaling", "logit_scale")),
         "attention sinks": config.get("model_type") == "gpt_oss",
     }
-    for name, present in found.items():
+    for what, present in found.items():
         if present:
-            raise UserError(
-                f"base_model: {base.name} uses {name}, which ftray does not compute yet; choose another base"
-            )
+            raise UserError(f"base_model: {name} uses {what}, which ftray does not compute yet; choose another base")
 
 
 def load_tokenizer(base: BaseModel) -> Any:

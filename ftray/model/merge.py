@@ -25,13 +25,17 @@ def merge_adapter(adapter: Path, base: BaseModel, directory: Path, *, label: str
 
     logging.disable_progress_bar()
     plain: Any = AutoModelForCausalLM.from_pretrained(base.directory, dtype="auto")
-    adapted: Any = PeftModel.from_pretrained(plain, adapter)
     try:
+        adapted: Any = PeftModel.from_pretrained(plain, adapter)
         merged = adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # of a weight that is not finite
-        raise UserError(f"{label}: {str(error).splitlines()[0]}") from None
+    except (ValueError, RuntimeError) as error:  # a weight that is not finite; shapes of another base
+        raise UserError(f"{label}: {str(error).strip().splitlines()[0]}; does it belong to {base.name}?") from None
     staging = directory.with_name(directory.name + ".new")
     shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror}; choose another directory") from None
     merged.save_pretrained(staging)
     AutoTokenizer.from_pretrained(base.directory).save_pretrained(staging)
     origin = {"merged_adapter": label, "base_model": base.name, "base_fingerprint": base.fingerprint}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ftray.config.run import AdapterConfig
 from ftray.errors import UserError
-from ftray.model.base import EMBEDDED, is_hub_id, prepare_base
+from ftray.model.base import EMBEDDED, check_attention_config, is_hub_id, prepare_base
 from ftray.model.flops import ModelFlops, count_flops
 from ftray.model.lora import inject_lora
 from ftray.model.packed import register_packed_attention
@@ -71,6 +71,16 @@ def read_model_config(name: str) -> Any:
 
 def measure_model(config: Any, adapter: AdapterConfig | None, *, dtype: torch.dtype) -> ModelSize:
     """`config`: what `read_model_config` returned. Weights and activations are taken to be of `dtype`."""
+    check_attention_config(config.to_dict(), name=config.model_type)
+    try:
+        return count_model(config, adapter, dtype=dtype)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        kind = config.model_type
+        raise UserError(f"base_model: a {kind} model cannot be counted without its weights: {reason}") from None
+
+
+def count_model(config: Any, adapter: AdapterConfig | None, *, dtype: torch.dtype) -> ModelSize:
     whole = make_meta_model(config, adapter, dtype=dtype)
     layers = config.get_text_config().num_hidden_layers
     one, two = (make_meta_model(config, adapter, dtype=dtype, num_layers=n) for n in (1, 2))
@@ -111,14 +121,15 @@ def make_meta_model(
     if num_layers is not None:
         text.num_hidden_layers = num_layers
         if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:num_layers]
+            text.layer_types = (text.layer_types * num_layers)[:num_layers]
     with torch.device("meta"):
         attention = register_packed_attention()
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if adapter is not None:
-        start = {"init_from": None, "initialization": "default"}  # as large whatever its start
-        if num_layers is not None and not isinstance(adapter.targets, str):
-            start["targets"] = "all-linear"  # patterns of single layers may match none of these
+        start: dict[str, Any] = {"init_from": None, "initialization": "default"}  # as large whatever its start
+        if num_layers is not None:  # patterns of single layers may match none of these
+            start |= {"targets": "all-linear"} if not isinstance(adapter.targets, str) else {}
+            start["modules_to_save"] = [name for name in adapter.modules_to_save if "layers." not in name]
         inject_lora(model, adapter.model_copy(update=start), seed=0, on_meta=True)
     return model.train().to(dtype)
 

@@ -143,9 +143,15 @@ def prepare_layers(model: Any, config: MemoryConfig) -> Any:
     return model
 
 
+def can_compile(model: Any) -> bool:
+    return isinstance(getattr(decoder_of(model), "layers", None), nn.ModuleList)
+
+
 def compile_layers(model: Any) -> None:
     """The attention stays as it is. What was compiled is kept in the user's cache for the next start."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "compiled"))
+    if not can_compile(model):
+        raise UserError("memory.compile: the layers of this base are not where they are expected; leave it off")
     for layer in decoder_of(model).layers:
         layer.compile(dynamic=True)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftray.errors import UserError
+from ftray.errors import FtrayError, UserError
 
 BLOCK = 256
 MOMENTS = ("exp_avg", "exp_avg_sq")  # signed, unsigned
@@ -86,6 +86,10 @@ class AdamW8bit(torch.optim.Optimizer):
         for place, (flat, state) in enumerate(self.state.items()):
             for key in MOMENTS:
                 given = blocks.get(f"{place}.{key}")
+                if given is not None and len(given) != -(-flat.numel() // BLOCK):
+                    raise FtrayError(
+                        f"the checkpoint has {len(given)} blocks of 8-bit moments for {flat.numel()} weights"
+                    )
                 codes, constants = quantize(state[key], self._maps[key], given)
                 state |= {key: codes.to(flat.device), f"{key}.blocks": constants.to(flat.device)}
 

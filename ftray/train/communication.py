@@ -1,16 +1,17 @@
 """Before a model is loaded: do the workers reach each other, and how fast?"""
 
+import threading
 import time
 
 import torch
 import torch.distributed as dist
 
 from ftray.errors import UserError
+from ftray.model.flops import synchronize
 from ftray.model.hardware import Hardware
 
 ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # float32: 4 MiB between CPUs, 256 MiB between GPUs
 TIMEOUT_S = 120.0
-POLL_S = 0.05
 
 
 def measure_all_reduce(hardware: Hardware, *, timeout_s: float = TIMEOUT_S) -> float | None:
@@ -21,15 +22,10 @@ def measure_all_reduce(hardware: Hardware, *, timeout_s: float = TIMEOUT_S) -> f
     if size == 1:
         return None
     buffer = torch.ones(ELEMENTS[hardware.device.type], device=hardware.device)
-    try:
-        finish_all_reduce(buffer, timeout_s)  # connects
-        began = time.perf_counter()
-        finish_all_reduce(buffer, timeout_s)
-        if hardware.device.type == "cuda":
-            torch.cuda.synchronize(hardware.device)
-        seconds = time.perf_counter() - began
-    except RuntimeError as error:  # of gloo and NCCL, connections that break included
-        raise unreachable(hardware, str(error).strip().splitlines()[0]) from None
+    all_reduce_in_time(buffer, hardware, timeout_s)  # connects
+    began = time.perf_counter()
+    all_reduce_in_time(buffer, hardware, timeout_s)
+    seconds = time.perf_counter() - began
     if buffer[0].item() != size * size:
         raise UserError(
             f"the workers' all-reduce gave {buffer[0].item():g} instead of {size * size}; look at the network"
@@ -37,15 +33,26 @@ def measure_all_reduce(hardware: Hardware, *, timeout_s: float = TIMEOUT_S) -> f
     return 2 * (size - 1) / size * buffer.numel() * buffer.element_size() / seconds
 
 
-def finish_all_reduce(buffer: torch.Tensor, timeout_s: float) -> None:
-    work = dist.all_reduce(buffer, async_op=True)
-    assert work is not None
-    deadline = time.monotonic() + timeout_s
-    while not work.is_completed():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"nothing arrived within {timeout_s:.0f} s")
-        time.sleep(POLL_S if timeout_s - (deadline - time.monotonic()) > 1 else 0.0)
-    work.wait()
+def all_reduce_in_time(buffer: torch.Tensor, hardware: Hardware, timeout_s: float) -> None:
+    """In a thread of its own: NCCL connects inside the first call, and does not come back from that."""
+    failure: list[str] = []
+
+    def reduce() -> None:
+        try:
+            if hardware.device.type == "cuda":
+                torch.cuda.set_device(hardware.device)
+            dist.all_reduce(buffer)
+            synchronize(hardware)
+        except RuntimeError as error:  # of gloo and NCCL, connections that break included
+            failure.append(str(error).strip().splitlines()[0])
+
+    thread = threading.Thread(target=reduce, name="all-reduce", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        failure.append(f"nothing arrived within {timeout_s:.0f} s")
+    if failure:
+        raise unreachable(hardware, failure[0])
 
 
 def unreachable(hardware: Hardware, reason: str) -> UserError:

@@ -57,6 +57,7 @@ class TrainEngine:
         self.objective = objective
         self.hardware = hardware
         self.stage = config.zero.stage
+        self._zero_settings = config.zero.settings
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.initial_adapter = initial_adapter
         self.sequence_parallel = model.ranks.size if model.ranks is not None else 1
@@ -150,7 +151,7 @@ class TrainEngine:
         """This rank's share of weights and moments, copied to the CPU. No communication."""
         optimizer = self._engine.basic_optimizer
         compressed = isinstance(optimizer, AdamW8bit)
-        shard = Shard({}, {}, {}, optimizer.blocks() if compressed else {}, self._layout)
+        shard = Shard({}, {}, {}, optimizer.blocks() if compressed else {}, self._layout if compressed else "")
         with optimizer.float_moments() if compressed else contextlib.nullcontext():
             link_moments(self._engine)
             for name, parameter in self.trainable.items():
@@ -165,7 +166,10 @@ class TrainEngine:
 
     @property
     def _layout(self) -> str:
-        return f"{self.world_size} workers, stage {self.stage}, rank {dist.get_rank()}"
+        """What decides which elements lie in which block of this rank's 8-bit moments."""
+        sizes = [flat.numel() for flat in self._engine.basic_optimizer.state]
+        where = f"{self.world_size} workers, stage {self.stage}, rank {dist.get_rank()}"
+        return f"{where}, {self._zero_settings}, {sizes}"
 
     def restore(self, saved: ShardedState, *, step: int) -> None:
         """Master weights and moments as the shards of any world size and stage hold them."""

@@ -43,7 +43,7 @@ def suspects(micro_batches: Sequence[tuple[float, list[int]]]) -> list[int]:
     broken = [rows for loss, rows in micro_batches if not math.isfinite(loss)]
     if not broken:
         broken = [max(micro_batches)[1]] if micro_batches else []
-    return sorted(row for rows in broken for row in rows)
+    return sorted({row for rows in broken for row in rows})  # ranks that share a row each name it
 
 
 def name_rows(rows: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.job_config import JobConfig
 
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
@@ -82,11 +83,12 @@ def run_in(
             kept_in = directory.path.parent / TOKENS
             preparing = pool.submit(prepare_data, config, watcher.say, kept_in=kept_in, cancelled=cancelled)
             if own_session:
-                start_ray()
+                start_ray(run=config.name)
             check_resources(config.workers, say=watcher.say)
             check_nodes(directory.path, config.workers)
             base, data = preparing.result()
-        check_disk(config, base, directory.path)
+        if directory.resume_from is None or not is_complete(directory.resume_from, config, data):
+            check_disk(config, base, directory.path)
         if directory.resume_from is not None:
             check_same_data(directory.resume_from, data.digest)
             watcher.say(f"resumes from {directory.resume_from}")
@@ -134,16 +136,18 @@ def stop_on_sigterm(run_directory: Path) -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, earlier)
 
 
-def start_ray(*, join: bool = True) -> bool:
+def start_ray(*, join: bool = True, run: str | None = None) -> bool:
     """Joins the cluster of RAY_ADDRESS (True; `ray job submit` sets it), else starts a session of our own (False).
 
+    `run`: its name, as Ray's dashboard and `ray list jobs` show it among the driver's metadata.
     A session that another program runs on this machine is left alone: it would end under us when that program does.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs sees none
     address = os.environ.get("RAY_ADDRESS") if join else None
     try:
-        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False)
+        described = JobConfig(metadata={"ftray_run": run} if run is not None else None)
+        ray.init(address=address or "local", job_config=described, logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError as error:
         raise UserError(f"RAY_ADDRESS: {address}: no Ray cluster answers there ({error}); unset or mend it") from None
     return address is not None

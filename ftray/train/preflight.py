@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ftray.config.run import RunConfig, WorkersConfig
 from ftray.errors import UserError
 from ftray.model.base import BaseModel
+from ftray.storage import read_json
 from ftray.tracking.environment import describe_environment
 
 STATE_BYTES = 12  # of a trained weight in a checkpoint: float32 master and two moments
@@ -137,9 +138,7 @@ def check_disk(config: RunConfig, base: BaseModel, run_directory: Path) -> None:
     """Room for the checkpoints that are kept, the one being written, and the result; raises `UserError`."""
     state = checkpoint_bytes(config, base)
     there = sum(1 for _ in (run_directory / "checkpoints").glob("step-*"))
-    product = (
-        sum(path.stat().st_size for path in base.directory.glob("*.safetensors")) if config.adapter is None else state
-    )
+    product = sum(path.stat().st_size for path in weight_files(base.directory)) if config.adapter is None else state
     need = state * max(1, config.checkpoint.keep + 1 - there) + product
     free = shutil.disk_usage(run_directory).free
     if free < need:
@@ -165,11 +164,23 @@ def checkpoint_bytes(config: RunConfig, base: BaseModel) -> int:
     return STATE_BYTES * (sum(whole) + sum(adapters))
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """Those that transformers reads: a directory may hold the same weights in another form too."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    whole = directory / "model.safetensors"
+    return [whole] if whole.is_file() else sorted(directory.glob("*.safetensors"))
+
+
 def weight_shapes(directory: Path) -> dict[str, list[int]]:
     """From the headers of the safetensors files: a length in 8 bytes, then JSON."""
     shapes = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    for path in weight_files(directory):
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        except (OSError, struct.error, ValueError):
+            raise UserError(f"base_model: {path} is no whole safetensors file; fetch it again") from None
         shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     return shapes

@@ -13,14 +13,14 @@ from typing import Any
 from ftray.config import RunConfig
 from ftray.errors import FtrayError, UserError
 from ftray.model.base import BaseModel
-from ftray.storage import read_json
+from ftray.storage import check_sizes, read_json
 from ftray.tracking.events import record_event
 from ftray.tracking.metrics import MetricsFollower
 from ftray.train.checkpoint import CHECKPOINTS, read_state
 from ftray.train.finish import PreparedData, num_steps, ray_logs
 from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, run_in_worker
 from ftray.train.run_directory import RunDirectory
-from ftray.train.watchdog import clear_hangs, read_hang
+from ftray.train.watchdog import HangReader, clear_hangs
 
 POLL_S = 0.2
 RETRY_S = 10.0
@@ -122,13 +122,18 @@ def make_trainer(job: TrainJob) -> Any:
 
 
 def clear_ray_notes(checkpoints: Path) -> None:
-    """What an earlier part of the run left there and Ray would stumble over."""
+    """What an earlier part of the run left there and Ray would stumble over.
+
+    A checkpoint that is damaged is made again, under its old name; Ray, which had it on its list, would later delete
+    the new one for the old one. So its list goes; which checkpoints there are, their manifests say.
+    """
     shutil.rmtree(checkpoints / ".validate_storage_marker", ignore_errors=True)
     notes = checkpoints / "checkpoint_manager_snapshot.json"
     try:
         if notes.is_file():
-            read_json(notes)
-    except ValueError:  # cut short; which checkpoints there are, their manifests say
+            for result in read_json(notes)["checkpoint_results"]:
+                check_sizes(checkpoints / result["checkpoint_dir_name"])
+    except (ValueError, KeyError, FtrayError):  # the list is cut short, or a checkpoint is
         notes.unlink()
 
 
@@ -157,7 +162,7 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> BaseE
     (run_directory / HARDWARE).unlink(missing_ok=True)
     clear_hangs(run_directory)
     workers: dict[str, Any] | None = None  # as rank 0 described them at their last start
-    follower = MetricsFollower(run_directory)
+    follower, hangs = MetricsFollower(run_directory), HangReader(run_directory)
     follower.poll()  # what an earlier part wrote
     thread = threading.Thread(target=fit, name="ray-train-fit", daemon=True)
     thread.start()
@@ -170,8 +175,7 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> BaseE
         if (run_directory / WORKER_ERROR).is_file():
             thread.join(ERROR_GRACE_S)  # other workers may wait for the one that has given up
             break
-        if workers is not None and (hang := read_hang(run_directory, world_size=workers["world_size"])):
-            clear_hangs(run_directory)
+        if workers is not None and (hang := hangs.poll(world_size=workers["world_size"])):
             record_event(run_directory, "hang", message=hang)
             watcher.say(f"{hang}; the workers start again from the last checkpoint")
     watcher.on_metrics(follower.poll())

@@ -50,6 +50,8 @@ def only_driver(config: RunConfig) -> Iterator[None]:
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
+    except PermissionError:
+        raise UserError(f"{path}: another user's; choose another name (name=...) or runs_dir") from None
     except Timeout:
         raise UserError(
             f"{config.name} is running already, by another process; stop it with `ftray runs stop {config.name}`, "

@@ -11,7 +11,7 @@ import numpy as np
 
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import continuation_row
-from ftray.model.base import BaseModel, load_tokenizer
+from ftray.model.base import BaseModel, context_limit, load_tokenizer
 from ftray.model.chat import ChatRenderer
 from ftray.tracking.samples import write_samples
 from ftray.train.job import TrainJob
@@ -28,13 +28,13 @@ class Prompt:
     expected: list[int]
 
 
-def take_prompts(dataset: TokenizedDataset, count: int) -> list[Prompt]:
-    """Of the first examples: what comes before the first trained token, and what came after it."""
+def take_prompts(dataset: TokenizedDataset, count: int, *, max_tokens: int = 1 << 30) -> list[Prompt]:
+    """Of the first examples: what comes before the first trained token, cut to its last `max_tokens`, and the rest."""
     prompts = []
     for index in range(min(count, len(dataset))):
         ids, trained = next(iter(dataset.sequences(index)))
         start = int(np.flatnonzero(trained)[0]) or DOCUMENT_PROMPT
-        prompts.append(Prompt(ids[:start].tolist(), ids[start:].tolist()))
+        prompts.append(Prompt(ids[max(0, start - max_tokens) : start].tolist(), ids[start:].tolist()))
     return prompts
 
 
@@ -72,7 +72,12 @@ class Sampler:
         self._run_directory = job.run_directory
         self._rank = rank
         self._max_tokens = evaluation.sample_tokens
-        self._prompts = take_prompts(dataset, evaluation.samples) if dataset is not None else []
+        self._prompts: list[Prompt] = []
+        if dataset is not None and evaluation.samples:
+            together = -(-evaluation.samples // engine.num_shares)  # in one row, which stays within a micro-batch
+            room = job.config.batch.tokens_per_micro_batch // together - self._max_tokens
+            longest = min(room, (context_limit(base) or room) - self._max_tokens)
+            self._prompts = take_prompts(dataset, evaluation.samples, max_tokens=max(1, longest))
         if self._prompts:
             self._renderer = ChatRenderer(load_tokenizer(base))
 

@@ -54,23 +54,24 @@ class ShardedState:
     def __init__(self, checkpoint: Path):
         self._directory = checkpoint / STATE
         self._pieces: dict[str, list[tuple[int, Any]]] = {}  # NAME -> [(start, open file)]
-        self._blocks: dict[str, dict[str, Tensor]] = {}  # by layout
+        self._by_layout: dict[str, Any] = {}  # open files
         self.shapes: dict[str, list[int]] = {}
         listed = [entry.path for entry in read_manifest(checkpoint).files if entry.path.startswith(f"{STATE}/rank-")]
         for path in sorted(listed):
             file: Any = safe_open(checkpoint / path, framework="pt")
             header = file.metadata()
             self.shapes |= json.loads(header["shapes"])
-            blocks = [key for key in file.keys() if key.startswith(f"{BLOCKS}.")]  # noqa: SIM118  a file, no dict
-            self._blocks[header.get("layout", "")] = {
-                key.removeprefix(f"{BLOCKS}."): file.get_tensor(key) for key in blocks
-            }
+            self._by_layout[header.get("layout", "")] = file
             for name, start in json.loads(header["starts"]).items():
                 self._pieces.setdefault(name, []).append((start, file))
 
     def blocks(self, layout: str) -> dict[str, Tensor]:
         """Constants of 8-bit moments as a rank of exactly this layout wrote them, else nothing."""
-        return self._blocks.get(layout, {})
+        file = self._by_layout.get(layout)
+        if file is None:
+            return {}
+        names = [name for name in file.keys() if name.startswith(f"{BLOCKS}.")]  # noqa: SIM118  a file, no dict
+        return {name.removeprefix(f"{BLOCKS}."): file.get_tensor(name) for name in names}
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """[stop - start] float32. Raises `FtrayError` when the files do not cover the range."""

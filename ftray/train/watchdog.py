@@ -39,16 +39,31 @@ def hang_file(run_directory: Path, rank: int) -> Path:
     return run_directory / HANGS / f"rank-{rank}.txt"
 
 
-def read_hang(run_directory: Path, *, world_size: int) -> str | None:
-    """What the ranks wrote, in one line, or None when none wrote anything, or not all that will have."""
-    stacks, written = {}, []
-    for rank in range(world_size):
-        path = hang_file(run_directory, rank)
-        stacks[rank] = path.read_text() if path.is_file() else ""
-        if stacks[rank]:
-            written.append(path.stat().st_mtime)
-    if not written or (len(written) < world_size and time.time() - min(written) < SILENT_AFTER_S):
-        return None
+class HangReader:
+    """What the ranks wrote, as the driver finds it."""
+
+    def __init__(self, run_directory: Path):
+        self._run_directory = run_directory
+        self._first_seen: float | None = None
+
+    def poll(self, *, world_size: int) -> str | None:
+        """A hang in one line, once all ranks have written, or some are silent; else None."""
+        stacks = {}
+        for rank in range(world_size):
+            path = hang_file(self._run_directory, rank)
+            stacks[rank] = path.read_text() if path.is_file() else ""
+        if not any(stacks.values()):
+            self._first_seen = None
+            return None
+        self._first_seen = self._first_seen or time.monotonic()
+        if not all(stacks.values()) and time.monotonic() - self._first_seen < SILENT_AFTER_S:
+            return None
+        clear_hangs(self._run_directory)
+        self._first_seen = None
+        return describe_hang(stacks)
+
+
+def describe_hang(stacks: dict[int, str]) -> str:
     silent = [rank for rank, stack in stacks.items() if not stack]
     working = [rank for rank, stack in stacks.items() if stack and not COLLECTIVES.search(main_thread(stack))]
     if silent:

@@ -10,6 +10,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.metrics import Gauge
 
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
@@ -18,7 +19,14 @@ from ftray.errors import FtrayError, UserError
 from ftray.model.base import BaseModel, load_weights, prepare_base
 from ftray.model.hardware import Hardware, choose_hardware, make_deterministic
 from ftray.model.lora import inject_lora, load_weights_from
-from ftray.model.packed import PackedCausalLM, compile_layers, logit_chunks, prepare_layers, register_packed_attention
+from ftray.model.packed import (
+    PackedCausalLM,
+    can_compile,
+    compile_layers,
+    logit_chunks,
+    prepare_layers,
+    register_packed_attention,
+)
 from ftray.model.sequence_parallel import make_sequence_ranks
 from ftray.objectives import OBJECTIVES
 from ftray.storage import remove_unlisted, verify_directory, write_json
@@ -121,7 +129,7 @@ def worth_compiling(config: RunConfig, engine: TrainEngine, dataset: TokenizedDa
     """`memory.compile: auto`. It depends on the run and the number of workers alone, so that a resumed run computes as
     its first part did. At ZeRO-3 each layer's hooks would cut what is compiled.
     """
-    if config.memory.compile != "auto" or config.zero.stage == 3:
+    if config.memory.compile != "auto" or config.zero.stage == 3 or not can_compile(engine.model.model):
         return False
     mean = len(dataset.ids) / len(dataset)
     tokens = int(mean * config.batch.examples_per_step * num_steps)
@@ -210,6 +218,21 @@ def make_engine(
     )
 
 
+class Gauges:
+    """`ftray_step`, `ftray_loss`, ... by run, for the metrics of Ray's dashboard and Prometheus."""
+
+    SHOWN = ("step", "loss", "eval_loss", "tokens_per_s", "mfu")
+
+    def __init__(self, run: str):
+        self._tags = {"run": run}
+        self._gauges = {name: Gauge(f"ftray_{name}", tag_keys=("run",)) for name in self.SHOWN}
+
+    def set(self, record: dict[str, Any]) -> None:
+        for name, gauge in self._gauges.items():
+            if name in record:
+                gauge.set(record[name], self._tags)
+
+
 @contextlib.contextmanager
 def recorder(job: TrainJob, *, start_step: int, rank: int) -> Iterator[Record]:
     """Rank 0 writes metrics.jsonl and wandb; the others nothing."""
@@ -226,12 +249,14 @@ def recorder(job: TrainJob, *, start_step: int, rank: int) -> Iterator[Record]:
         say=print,
     )
 
+    gauges = Gauges(config.name)
     tensorboard = TensorBoard(job.run_directory, enabled=config.tracking.tensorboard, resume_step=start_step)
 
     def record(entry: dict[str, Any]) -> None:
         metrics.append(entry)
         wandb.log(entry)
         tensorboard.log(entry)
+        gauges.set(entry)
 
     try:
         yield record

@@ -1,7 +1,10 @@
 """The embedded SmolLM2-135M: converted from GGUF, rendered by its own template, packed and served like transformers."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from ranks import Record, train_on_ranks
 
 from ftray.config.run import DataConfig
 from ftray.config.serve import EngineConfig
@@ -15,6 +18,7 @@ from ftray.model.hardware import choose_hardware
 
 pytestmark = pytest.mark.real_model
 TRAIN = "configs/quickstart/data/train.jsonl"
+# Measured first: losses of 3 steps differed by WORST_LOSS, weights by WORST_WEIGHTS. The tests allow four times that.
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +67,21 @@ def test_greedy_answers_are_transformers_generate(engine, reference):
     out = reference.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=stop)
     assert served == engine.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
     assert "Paris" in served
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("real")
+    rows = out / "train.jsonl"
+    rows.write_text("".join(Path(TRAIN).read_text().splitlines(keepends=True)[:24]))
+    settings = {"optimizer.learning_rate": 1e-3}
+    one = Record("one-by-one", steps=3, tokens_per_micro_batch=96, settings=settings)
+    two = Record("2-ranks-z3", world_size=2, stage=3, steps=3, settings=settings)
+    fixed = {"base_directory": str(base.directory), "train_file": str(rows)}
+    return {r.name: train_on_ranks(r.world_size, [r], out, **fixed)[r.name] for r in (one, two)}
+
+
+def test_a_step_is_a_set_of_examples_on_the_real_model_too(trained):
+    one, two = trained["one-by-one"], trained["2-ranks-z3"]
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert one.change_from(two) < 1e-3

@@ -10,6 +10,7 @@ from ftray.cli.main import main
 from ftray.cluster.gpus import GPUS
 from ftray.cluster.plan import Work, cheapest, options, plan_memory
 from ftray.config import parse_config
+from ftray.errors import UserError
 from ftray.model.meta import measure_model, read_model_config
 
 GIB = 2**30
@@ -106,3 +107,33 @@ def test_what_does_not_fit_is_said_and_more_memory_allows_more(capsys):
     assert "nothing fits: take more or larger GPUs" in out
     assert run_plan("configs/run/llama31_8b_full.yaml", "--gpu", "h100") == 2
     assert "known are h100-80gb" in capsys.readouterr().err
+
+
+def test_what_cannot_run_is_refused_as_the_workers_would(capsys):
+    config = "configs/run/qwen3_8b_long_context.yaml"
+    assert run_plan(config, "--count", "6") == 2
+    assert "--count: memory.sequence_parallel 4 does not divide 6 GPUs" in capsys.readouterr().err
+    assert run_plan("configs/run/qwen3_8b_lora.yaml", "zero.stage=0") == 2
+    assert "zero.stage: 0 has no float32 master weights" in capsys.readouterr().err
+    assert run_plan("configs/run/qwen3_8b_qlora_24gb.yaml", f"base_model={L31_70B}", "--gpu", "l4-24gb", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["cheapest"] is None
+
+
+def test_models_that_are_not_computed_are_not_planned():
+    from transformers import GPT2Config, MistralConfig
+
+    for config, message in (
+        (MistralConfig(sliding_window=128, num_hidden_layers=1), "uses sliding-window attention"),
+        (GPT2Config(n_layer=1), "a gpt2 model cannot be counted"),
+    ):
+        with pytest.raises(UserError, match=message):
+            measure_model(config, None, dtype=torch.bfloat16)
+
+
+def test_modules_and_patterns_of_single_layers_are_counted():
+    plain = make_config(L2_7B, 1, 1024, {})
+    more = make_config(L2_7B, 1, 1024, {"adapter.modules_to_save": '["layers.30.mlp.down_proj"]',
+                                        "adapter.targets": '["layers.30.self_attn.q_proj"]'})  # fmt: skip
+    sizes = [measure_model(read_model_config(L2_7B), c.adapter, dtype=torch.bfloat16) for c in (plain, more)]
+    assert sizes[1].trained == 11008 * 4096 + 16 * (4096 + 4096)
+    assert sizes[0].total - sizes[0].trained == sizes[1].total - sizes[1].trained
