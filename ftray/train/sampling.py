@@ -87,12 +87,11 @@ class Sampler:
         stop_ids = frozenset(self._renderer.stop_ids)
         answers = sample_answers(self._engine, self._prompts, max_tokens=self._max_tokens, stop_ids=stop_ids)
         if self._rank == 0:
-            decode = self._renderer.tokenizer.decode
-            write_samples(
-                self._run_directory,
-                step,
-                [
-                    {"prompt": decode(prompt.ids), "answer": decode(answer), "expected": decode(prompt.expected)}
-                    for prompt, answer in zip(self._prompts, answers, strict=True)
-                ],
-            )
+            rows = [
+                {"prompt": self._text(p.ids, whole=True), "answer": self._text(a), "expected": self._text(p.expected)}
+                for p, a in zip(self._prompts, answers, strict=True)
+            ]
+            write_samples(self._run_directory, step, rows)
+
+    def _text(self, ids: list[int], *, whole: bool = False) -> str:
+        return self._renderer.tokenizer.decode(ids, skip_special_tokens=not whole).strip()

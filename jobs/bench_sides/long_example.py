@@ -10,7 +10,7 @@ from shared import ALPHA, BASE, LEARNING_RATE, RANK, peak_gib
 from ftray.config import parse_config
 from ftray.model.base import load_tokenizer
 
-TOKENS, STEPS = 8192, 2
+TOKENS, STEPS = 8192, 1
 WORDS = [
     "the",
     "sea",

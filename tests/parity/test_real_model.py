@@ -18,7 +18,8 @@ from ftray.model.hardware import choose_hardware
 
 pytestmark = pytest.mark.real_model
 TRAIN = "configs/quickstart/data/train.jsonl"
-# Measured first: losses of 3 steps differed by WORST_LOSS, weights by WORST_WEIGHTS. The tests allow four times that.
+# Measured first, over 3 steps: losses differed by 5e-7 of themselves, weights by 8e-5 of the norm of their change.
+LOSS_BOUND, WEIGHT_BOUND = 1e-5, 3e-4
 
 
 @pytest.fixture(scope="module")
@@ -83,5 +84,5 @@ def trained(base, tmp_path_factory):
 
 def test_a_step_is_a_set_of_examples_on_the_real_model_too(trained):
     one, two = trained["one-by-one"], trained["2-ranks-z3"]
-    assert two.losses == pytest.approx(one.losses, rel=1e-5)
-    assert one.change_from(two) < 1e-3
+    assert two.losses == pytest.approx(one.losses, rel=LOSS_BOUND)
+    assert one.change_from(two) < WEIGHT_BOUND

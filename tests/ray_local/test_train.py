@@ -84,7 +84,8 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):
     assert 0 < steps[-1]["mfu"] < 1
     samples = read_samples(run)
     assert [(sample["step"]) for sample in samples] == [4, 4, 4, 8, 8, 8]
-    assert samples[0]["prompt"].endswith("<|im_start|>assistant\n")
+    assert samples[0]["prompt"].endswith("<|im_start|>assistant")
+    assert samples[0]["expected"] == samples[0]["prompt"].split("user\n")[1].split()[0]  # the rows' rule
     assert samples[0]["prompt"] == samples[3]["prompt"]
     assert samples[0]["expected"] not in ("", samples[0]["answer"])
     assert "Sampled answers" in report
