@@ -146,7 +146,7 @@ def start_ray(*, join: bool = True, run: str | None = None) -> bool:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs sees none
     address = os.environ.get("RAY_ADDRESS") if join else None
     try:
-        described = JobConfig(metadata={"ftray_run": run} if run is not None else None)
+        described = JobConfig(metadata={"job_name": run} if run is not None else None)
         ray.init(address=address or "local", job_config=described, logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError as error:
         raise UserError(f"RAY_ADDRESS: {address}: no Ray cluster answers there ({error}); unset or mend it") from None

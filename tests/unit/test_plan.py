@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tiny import write_jsonl
 
 from ftray.cli.main import main
 from ftray.cluster.gpus import GPUS
@@ -137,3 +138,19 @@ def test_modules_and_patterns_of_single_layers_are_counted():
     sizes = [measure_model(read_model_config(L2_7B), c.adapter, dtype=torch.bfloat16) for c in (plain, more)]
     assert sizes[1].trained == 11008 * 4096 + 16 * (4096 + 4096)
     assert sizes[0].total - sizes[0].trained == sizes[1].total - sizes[1].trained
+
+
+@pytest.mark.parametrize("name", CLUSTER_CONFIGS)
+def test_the_shipped_configs_are_dry_run(name, tiny_model, train_file, tmp_path, capsys):
+    """With a tiny base in the place of the large one, and its context."""
+    documents = write_jsonl(tmp_path / "documents.jsonl", [{"text": "the sea was calm and grey " * 40}] * 5)
+    data = documents if "long_context" in name else train_file
+    changes = [f"base_model={tiny_model}", f"data.train={data}", f"runs_dir={tmp_path}"]
+    changes += ["data.max_example_tokens=512"] if "long_context" in name else [f"data.eval={train_file}"]
+    with pytest.raises(SystemExit) as ended:
+        main(["train", f"configs/run/{name}.yaml", *changes, "--dry-run"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "# would run: " in out
+    assert " examples, " in out
+    assert not (tmp_path / "checkpoints").exists()
