@@ -1,8 +1,8 @@
 """`ftray plan`: what a run needs of each GPU, how long a step takes, and what fits, before a GPU is touched.
 
 Memory is counted part by part from the real modules (`model/meta.py`) and from how ftray's engine uses DeepSpeed;
-tests/parity/test_memory.py compares it with measured peaks. Time is FLOPs over a share of the chip's rate and bytes over
-its links: good for comparing settings, not for promises.
+tests/parity/test_memory.py compares it with measured peaks. Time is FLOPs over a share of the chip's rate and bytes
+over its links: good for comparing settings, not for promises.
 """
 
 import itertools
