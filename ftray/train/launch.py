@@ -100,6 +100,7 @@ def run_in(
             stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
             raise stopped(describe_interruption(config, directory.path))
     except KeyboardInterrupt:
+        own_session = False  # a thread still waits for Ray, which would end the process before its message is printed
         raise InterruptedRunError(describe_interruption(config, directory.path)) from None
     finally:
         if own_session:
