@@ -26,20 +26,24 @@ def make_tokenizer():
     return wrapped
 
 
-def write_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True, intermediate: int = 96) -> Path:
+def write_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True, **sizes: int) -> Path:
+    """`sizes`: other values of the config's own keys."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
+    small = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+    }
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=intermediate,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
+        **(small | sizes),  # pyright: ignore[reportArgumentType]
         initializer_range=0.15,  # wide enough that the most likely token is never a near tie
         tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,

@@ -86,12 +86,13 @@ def plan(
 
 def check_can_run(run: RunConfig, workers: int, chip) -> None:
     """What the workers would refuse."""
+    from ftray.model.hardware import check_stage
+
     if workers % run.memory.sequence_parallel:
         raise UserError(
             f"--count: memory.sequence_parallel {run.memory.sequence_parallel} does not divide {workers} GPUs"
         )
-    if run.zero.stage == 0 and chip.dtype.itemsize == 2:
-        raise UserError("zero.stage: 0 has no float32 master weights and diverges in bfloat16; use stage 1, 2 or 3")
+    check_stage(run.zero.stage, chip.dtype)
 
 
 def find_work(run: RunConfig, examples: int | None, example_tokens: int | None):
@@ -101,7 +102,6 @@ def find_work(run: RunConfig, examples: int | None, example_tokens: int | None):
     from ftray.cluster.plan import Work
     from ftray.model.base import EMBEDDED
 
-    sequences = 2 if run.objective.type == "dpo" else 1
     share = 1.0
     source = f"examples of {example_tokens} tokens"
     here = run.base_model in EMBEDDED or Path(run.base_model).exists()  # else its tokenizer comes with all its weights
@@ -115,12 +115,12 @@ def find_work(run: RunConfig, examples: int | None, example_tokens: int | None):
         share = counts["trained_tokens"] / counts["tokens"]
         source = f"{counts['examples']:,} examples of {example_tokens} tokens on average, as data.train has them"
     elif example_tokens is None:
-        example_tokens = run.data.max_example_tokens * sequences // 2
+        example_tokens = run.longest_example // 2
         source = f"examples of {example_tokens} tokens assumed (--example-tokens)"
     steps = run.max_steps
     if run.epochs is not None and examples is not None:
         steps = -(-run.epochs * examples // run.batch.examples_per_step)
-    return Work(run.batch.examples_per_step, float(example_tokens), share, sequences), steps, source
+    return Work(run.batch.examples_per_step, float(example_tokens), share, run.sequences_per_example), steps, source
 
 
 def show_table(rows, best, hours, price: float | None) -> None:

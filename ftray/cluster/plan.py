@@ -45,6 +45,9 @@ class Memory:
     def total(self) -> float:
         return sum(self.parts.values())
 
+    def fits(self, gpu: Gpu) -> bool:
+        return self.total <= USABLE * gpu.memory_gib * 2**30
+
 
 def plan_memory(config: RunConfig, size: ModelSize, gpu: Gpu, *, workers: int) -> Memory:
     stage, offload = config.zero.stage, config.zero.offload == "cpu"
@@ -136,7 +139,7 @@ def plan_option(
 ) -> Option:
     memory = plan_memory(config, size, gpu, workers=workers)
     seconds = step_seconds(config, size, gpu, work, workers=workers, per_node=per_node, mfu=mfu)
-    return Option(config, memory, memory.total <= USABLE * gpu.memory_gib * 2**30, seconds)
+    return Option(config, memory, memory.fits(gpu), seconds)
 
 
 def step_seconds(
@@ -181,7 +184,7 @@ def options(
         changed = changed_config(config, stage=stage, offload=offload, checkpointing=checkpointing)
         if changed is not None:
             tokens = largest_micro_batch(changed, size, gpu, work, workers=workers)
-            changed = with_micro_batch(changed, tokens or smallest_micro_batch(config))
+            changed = with_micro_batch(changed, tokens or config.longest_example)
             found.append(plan_option(changed, size, gpu, work, workers=workers, per_node=per_node, mfu=mfu))
     return found
 
@@ -205,19 +208,13 @@ def with_micro_batch(config: RunConfig, tokens: int) -> RunConfig:
     return config.model_copy(update={"batch": config.batch.model_copy(update={"tokens_per_micro_batch": tokens})})
 
 
-def smallest_micro_batch(config: RunConfig) -> int:
-    return config.data.max_example_tokens * (2 if config.objective.type == "dpo" else 1)
-
-
 def largest_micro_batch(config: RunConfig, size: ModelSize, gpu: Gpu, work: Work, *, workers: int) -> int | None:
     """No larger than a worker's share of a step; None where not even one example fits."""
 
     def fits(tokens: int) -> bool:
-        return plan_memory(with_micro_batch(config, tokens), size, gpu, workers=workers).total <= (
-            USABLE * gpu.memory_gib * 2**30
-        )
+        return plan_memory(with_micro_batch(config, tokens), size, gpu, workers=workers).fits(gpu)
 
-    low = smallest_micro_batch(config)
+    low = config.longest_example
     if not fits(low):
         return None
     share = work.tokens * config.memory.sequence_parallel / workers

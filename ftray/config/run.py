@@ -236,13 +236,11 @@ class RunConfig(Strict):
                 "adapter.init_from: with objective dpo the reference is the base with the adapter off, which is not "
                 "where this run would start; train a full model first, or start a new adapter"
             )
-        longest = self.data.max_example_tokens * (2 if self.objective.type == "dpo" else 1)
-        if longest > self.batch.tokens_per_micro_batch:
-            what = (
-                "twice data.max_example_tokens (a pair)" if self.objective.type == "dpo" else "data.max_example_tokens"
-            )
+        if self.longest_example > self.batch.tokens_per_micro_batch:
+            pair = self.sequences_per_example == 2
+            what = "twice data.max_example_tokens (a pair)" if pair else "data.max_example_tokens"
             raise ValueError(
-                f"{what} is {longest} and must be at most batch.tokens_per_micro_batch "
+                f"{what} is {self.longest_example} and must be at most batch.tokens_per_micro_batch "
                 f"({self.batch.tokens_per_micro_batch}): an example is never split"
             )
         if self.evaluation.samples and self.data.eval is None:
@@ -255,3 +253,12 @@ class RunConfig(Strict):
                 f"memory.sequence_parallel: {ranks} must divide workers.count ({self.workers.count}), a fixed number"
             )
         return self
+
+    @property
+    def sequences_per_example(self) -> int:
+        return 2 if self.objective.type == "dpo" else 1
+
+    @property
+    def longest_example(self) -> int:
+        """Tokens that an example may have, over all its sequences: what a micro-batch must hold."""
+        return self.data.max_example_tokens * self.sequences_per_example

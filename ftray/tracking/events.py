@@ -22,11 +22,13 @@ def record_event(run_directory: Path, kind: str, **fields: Any) -> None:
 
 
 def read_events(run_directory: Path) -> list[dict[str, Any]]:
-    path = run_directory / EVENTS
-    if not path.is_file():
-        return []
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # cut short
-            events.append(json.loads(line))
-    return events
+    return read_whole_lines(run_directory / EVENTS)
+
+
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, without those that a crash or a full disk cut short; none without a file."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found

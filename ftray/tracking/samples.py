@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ftray.tracking.events import read_whole_lines
+
 SAMPLES = "samples.jsonl"
 
 
@@ -17,12 +19,5 @@ def write_samples(run_directory: Path, step: int, rows: list[dict[str, str]]) ->
 
 def read_samples(run_directory: Path) -> list[dict[str, Any]]:
     """Those of a step that was trained twice: the later ones."""
-    path = run_directory / SAMPLES
-    if not path.is_file():
-        return []
-    found: dict[tuple[int, str], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # cut short
-            sample = json.loads(line)
-            found[sample["step"], sample["prompt"]] = sample
+    found = {(sample["step"], sample["prompt"]): sample for sample in read_whole_lines(run_directory / SAMPLES)}
     return sorted(found.values(), key=lambda sample: sample["step"])

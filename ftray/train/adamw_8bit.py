@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ftray.errors import FtrayError, UserError
+from ftray.train.sharded import MOMENTS
 
 BLOCK = 256
-MOMENTS = ("exp_avg", "exp_avg_sq")  # signed, unsigned
 
 
 class AdamW8bit(torch.optim.Optimizer):

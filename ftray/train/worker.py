@@ -15,9 +15,9 @@ from ray.util.metrics import Gauge
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.plan import plan_steps
-from ftray.errors import FtrayError, UserError
+from ftray.errors import FtrayError
 from ftray.model.base import BaseModel, load_weights, prepare_base
-from ftray.model.hardware import Hardware, choose_hardware, make_deterministic
+from ftray.model.hardware import Hardware, check_stage, choose_hardware, make_deterministic
 from ftray.model.lora import inject_lora, load_weights_from
 from ftray.model.packed import (
     PackedCausalLM,
@@ -188,8 +188,7 @@ def publish(job: TrainJob, directory: Path, step: int, *, rank: int) -> None:
 def make_engine(
     config: RunConfig, base: BaseModel, hardware: Hardware, *, init_from: Path | None = None
 ) -> TrainEngine:
-    if config.zero.stage == 0 and hardware.dtype == torch.bfloat16:
-        raise UserError("zero.stage: 0 has no float32 master weights and diverges in bfloat16; use stage 1, 2 or 3")
+    check_stage(config.zero.stage, hardware.dtype)
     sharding = shard_while_loading(config.zero, hardware)
     attention = register_packed_attention()
     quantize = config.adapter.quantize_base if config.adapter is not None else None

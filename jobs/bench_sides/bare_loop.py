@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from shared import ALPACA, ALPHA, BASE, BATCH, LEARNING_RATE, MAX_TOKENS, RANK, STEPS, alpaca_messages, peak_gib
+from shared import ALPACA, ALPHA, BASE, BATCH, LEARNING_RATE, MAX_TOKENS, RANK, STEPS, peak_gib, write_alpaca_rows
 
 from ftray.config import RunConfig, parse_config
 from ftray.data.plan import plan_steps
@@ -72,8 +72,7 @@ def train_bare(config: RunConfig, *, num_threads: int | None = None) -> list[Ste
 
 def run(*overrides: str) -> None:
     """The training of mixed-length chat rows that others are compared with."""
-    rows = Path(tempfile.mkdtemp()) / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in alpaca_messages()))
+    rows = write_alpaca_rows(Path(tempfile.mkdtemp()))
     text = f"""
 kind: run
 name: bench

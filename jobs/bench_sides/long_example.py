@@ -11,34 +11,13 @@ from ftray.config import parse_config
 from ftray.model.base import load_tokenizer
 
 TOKENS, STEPS = 8192, 1
-WORDS = [
-    "the",
-    "sea",
-    "was",
-    "calm",
-    "and",
-    "grey",
-    "that",
-    "morning",
-    "while",
-    "they",
-    "walked",
-    "along",
-    "the",
-    "shore",
-    "and",
-    "spoke",
-    "of",
-    "nothing",
-    "at",
-    "all",
-]
+WORDS = "the sea was calm and grey that morning while they walked along the shore and spoke of nothing at all"
 
 
 def write_document() -> Path:
     rng = random.Random(0)
     tokenizer = load_tokenizer(BASE)
-    text = " ".join(rng.choices(WORDS, k=2 * TOKENS))
+    text = " ".join(rng.choices(WORDS.split(), k=2 * TOKENS))
     ids = tokenizer(text)["input_ids"][: TOKENS - 8]  # the end token and some slack for words that split otherwise
     path = Path(tempfile.mkdtemp(prefix="ftray-bench-")) / "document.jsonl"
     path.write_text(json.dumps({"text": tokenizer.decode(ids)}) + "\n")

@@ -33,6 +33,13 @@ def alpaca_messages() -> list[list[dict]]:
     ]
 
 
+def write_alpaca_rows(directory: Path) -> Path:
+    """As a file that ftray trains on."""
+    path = directory / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in alpaca_messages()))
+    return path
+
+
 def peak_gib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 

@@ -5,7 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from shared import ALPACA, LEARNING_RATE, alpaca_messages
+from shared import ALPACA, LEARNING_RATE, write_alpaca_rows
 
 from ftray.config import parse_config
 from ftray.tracking.metrics import read_metrics
@@ -17,8 +17,7 @@ EXAMPLES_PER_STEP = 2
 
 
 def write_config(directory: Path, overrides: tuple[str, ...]):
-    rows = directory / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in alpaca_messages()))
+    rows = write_alpaca_rows(directory)
     text = f"""
 kind: run
 name: bench
@@ -33,7 +32,7 @@ runs_dir: {directory}/runs
     return parse_config(text, overrides, kind="run", source=str(ALPACA))
 
 
-def report(steps: list[dict], **more: float) -> None:
+def report(steps: list[dict]) -> None:
     """From the end of the first step to the end of the last but one: the last one's save is not beside any training."""
     timed = steps[1:-1]
     elapsed = timed[-1]["time"] - steps[0]["time"]
@@ -42,7 +41,7 @@ def report(steps: list[dict], **more: float) -> None:
         "s_per_step": round(elapsed / len(timed), 3),
         "s_in_steps": round(sum(step["seconds"] for step in timed) / len(timed), 3),
     }
-    print(json.dumps(result | more))
+    print(json.dumps(result))
 
 
 def run(*overrides: str) -> None:

@@ -20,11 +20,11 @@ MIB = 2**20
 
 def write_model(directory: Path) -> Path:
     """Large enough that weights, gradients, moments and activations stand out, small enough for a test."""
-    from tiny import make_tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny import write_tiny_model
 
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
+    return write_tiny_model(
+        directory,
+        tied=False,
         vocab_size=8192,
         hidden_size=512,
         intermediate_size=1408,
@@ -32,14 +32,7 @@ def write_model(directory: Path) -> Path:
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=8192,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def measure(world_size: int, settings: dict[str, Any], base: Path, out: Path) -> float:

@@ -143,7 +143,7 @@ def test_targets_and_modules_that_match_nothing_are_refused(tiny_base):
 def test_qlora_trains_over_a_base_in_4_bits(tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     attention = register_packed_attention()
-    tiny_base = prepare_base(str(write_tiny_model(tmp_path, intermediate=128)))
+    tiny_base = prepare_base(str(write_tiny_model(tmp_path, intermediate_size=128)))
     model = load_weights(tiny_base, choose_hardware(), attention=attention, quantize="nf4")
     linear = model.model.layers[0].mlp.down_proj
     assert isinstance(linear, bitsandbytes.nn.Linear4bit)
