@@ -14,7 +14,7 @@ from ftray.errors import UserError
 from ftray.evaluate.endpoint import evaluate_endpoint
 from ftray.evaluate.offline import evaluate_offline
 from ftray.evaluate.task import Evaluation, answer_tokens, load_questions
-from ftray.infer.torch_engine import TorchEngine
+from ftray.infer.torch_engine import TorchEngine, load_adapter
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
@@ -82,7 +82,7 @@ def run_quickstart(run: RunConfig, serve: ServeConfig, watcher: Watcher, announc
             base = prepare_base(run.base_model, say=watcher.say)
             questions = load_questions(run.data)
             hardware = choose_hardware(use_gpu=serve.replicas.gpus_each > 0)  # as the endpoint will
-            engine = TorchEngine(base, hardware, serve.engine, max_rank=serve.adapters.max_rank)
+            engine = TorchEngine(base, hardware, serve.engine, serve.adapters)
             watcher.say(f"runs on {engine.hardware}")
         with watch.stage("measure_base", f"Measuring the untuned model on {len(questions)} held-out questions"):
             before = evaluate_offline(engine, questions, run.data, adapter=None, model=run.base_model)
@@ -95,7 +95,7 @@ def run_quickstart(run: RunConfig, serve: ServeConfig, watcher: Watcher, announc
             adapter = publish_once(Registry(run.registry), run.name, run_directory / "adapter", alias="prod")
             watcher.say(f"{adapter} in {run.registry}, and {run.name}@prod points at it")
         with watch.stage("measure_tuned", "Measuring the tuned model"):
-            engine.load_adapter(str(adapter), run_directory / "adapter")
+            load_adapter(engine, str(adapter), run_directory / "adapter")
             after = evaluate_offline(engine, questions, run.data, adapter=str(adapter), model=str(adapter))
             watcher.say(f"exact match {after.accuracy:.1%}, loss {after.loss:.3f}")
             max_tokens = answer_tokens(questions, ChatRenderer(engine.tokenizer))

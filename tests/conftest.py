@@ -33,10 +33,12 @@ def renderer(tiny_base):
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory, tiny_model) -> dict[str, Path]:
-    """Four peft adapters of mixed rank, one of them on two kinds of module only."""
+    """Six peft adapters of mixed rank, three of them alike, one on two kinds of module only."""
     root = tmp_path_factory.mktemp("adapters")
     made = {f"r{rank}": write_peft_adapter(root / f"r{rank}", tiny_model, rank=rank, seed=rank) for rank in (4, 8, 16)}
     made["qv"] = write_peft_adapter(root / "qv", tiny_model, rank=8, seed=99, targets=["q_proj", "v_proj"])
+    for seed, name in enumerate(("r4b", "r4c"), start=50):
+        made[name] = write_peft_adapter(root / name, tiny_model, rank=4, seed=seed)
     return made
 
 

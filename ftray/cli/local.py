@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
-from ftray.infer.torch_engine import TorchEngine
+from ftray.infer.torch_engine import TorchEngine, load_adapter
 from ftray.model.base import context_limit, prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
@@ -29,7 +29,7 @@ def load_engine(
         check_base(key, metadata, base)
     context = min(context_tokens, context_limit(base) or context_tokens)
     settings = EngineConfig(context_tokens=context, kv_cache_tokens=max(16384, context))
-    engine = TorchEngine(base, choose_hardware(), settings, max_rank=AdaptersConfig().max_rank)
+    engine = TorchEngine(base, choose_hardware(), settings, AdaptersConfig())
     if key is not None and directory is not None:
-        engine.load_adapter(key, directory)
+        load_adapter(engine, key, directory)
     return engine, key

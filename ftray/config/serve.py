@@ -12,7 +12,7 @@ class EngineConfig(Strict):
     max_sequences: PositiveInt = 16
     context_tokens: PositiveInt = 2048
     kv_cache_tokens: PositiveInt = 16384
-    max_prefill_tokens: PositiveInt = 2048  # prompt tokens that may join one forward pass beside the decoding ones
+    max_prefill_tokens: PositiveInt = 512  # prompt tokens that may join one forward pass beside the decoding ones
     max_waiting: PositiveInt = 1024  # requests queued in a replica before new ones are told to come back (429)
 
     @model_validator(mode="after")
@@ -28,7 +28,8 @@ class EngineConfig(Strict):
 class AdaptersConfig(Strict):
     registry: Text = "registry"
     preload: list[Text] = Field(default_factory=list)
-    host_budget: ByteSize = Field(default=2 * 2**30)
+    host_budget: ByteSize = Field(default=2 * 2**30)  # adapters in memory
+    device_budget: ByteSize = Field(default=2**30)  # of them, adapters that take part in forward passes
     max_rank: PositiveInt = 256
 
 

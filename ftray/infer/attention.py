@@ -1,9 +1,11 @@
-"""Attention of one engine step: decoding tokens read the paged cache, prompts attend within themselves.
+"""Attention of one engine step: queries read the paged cache, whole prompts attend within themselves.
 
-The row holds first one token of each decoding sequence, then whole prompts end to end.
-Shapes: T tokens in the row, n decoding sequences, L their longest context, H query heads, K key/value heads.
+A row holds first one token of each decoding sequence, then pieces of prompts end to end: whole ones, of which nothing
+is in the cache yet, then those whose beginning is.
+Shapes: T tokens in the row, n decoding sequences, P pages of the longest, H query heads, K key/value heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ftray.infer.kv_cache import KVCache
+from ftray.infer.kv_cache import PAGE_TOKENS, KVCache, pages_for
 from ftray.model.packed_attention import PackedLayout, packed_causal_attention, register_attention
 
 PAGED = "ftray_paged"
@@ -19,25 +21,41 @@ PAGED = "ftray_paged"
 
 @dataclass(frozen=True)
 class DecodeContext:
-    slots_nL: Tensor  # where each sequence's keys and values lie, the new token's included; padded with slot 0
-    mask_nL: Tensor  # False at padding
+    pages_nP: Tensor  # pages of each sequence, the new token's included; padded with page 0
+    mask_nL: Tensor  # L = P * PAGE_TOKENS; False behind the new token
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A piece of a prompt whose beginning is in the cache."""
+
+    num_tokens: int
+    pages: Tensor
+    mask_TL: Tensor  # query t sees the cached tokens and the piece's own up to t
 
 
 @dataclass(frozen=True)
 class AttentionStep:
     cache: KVCache | None  # None: scoring, nothing is kept
-    write_slots_T: Tensor | None
+    write_slots_T: Tensor | None  # page * PAGE_TOKENS + place in the page
     decode: DecodeContext | None
-    prompts: PackedLayout | None
+    whole: PackedLayout | None
+    continued: tuple[Continuation, ...] = ()
 
 
-def decode_context(slots: list[Tensor], lengths: list[int], device: torch.device) -> DecodeContext:
-    longest = max(lengths)
-    slots_nL = torch.zeros(len(slots), longest, dtype=torch.long)
-    for row, (own, length) in enumerate(zip(slots, lengths, strict=True)):
-        slots_nL[row, :length] = own[:length]
-    mask_nL = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
-    return DecodeContext(slots_nL.to(device), mask_nL.to(device))
+def decode_context(pages: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device) -> DecodeContext:
+    """`lengths`: tokens of each sequence in the cache, the new one included."""
+    most = pages_for(max(lengths))
+    padded = [[*own[:most], *[0] * (most - len(own))] for own in pages]
+    mask_nL = torch.arange(most * PAGE_TOKENS)[None, :] < torch.tensor(lengths)[:, None]
+    return DecodeContext(torch.tensor(padded).to(device), mask_nL.to(device))
+
+
+def continuation(pages: Sequence[int], *, cached: int, num_tokens: int, device: torch.device) -> Continuation:
+    used = pages_for(cached + num_tokens)
+    last_T = torch.arange(cached, cached + num_tokens)
+    mask_TL = torch.arange(used * PAGE_TOKENS)[None, :] <= last_T[:, None]
+    return Continuation(num_tokens, torch.tensor(pages[:used]).to(device), mask_TL.to(device))
 
 
 def attention_forward(
@@ -52,36 +70,48 @@ def attention_forward(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D] -> ([1, T, H, D], no weights)."""
+    layer = None
     if step.cache is not None:
-        assert step.write_slots_T is not None
-        step.cache.keys[module.layer_idx].index_copy_(0, step.write_slots_T, key[0].transpose(0, 1))
-        step.cache.values[module.layer_idx].index_copy_(0, step.write_slots_T, value[0].transpose(0, 1))
-    parts = []
-    num_decode = 0
+        layer = step.cache.layers[module.layer_idx]
+        new_T2KD = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
+        layer.flatten(0, 1).index_copy_(0, step.write_slots_T, new_T2KD)
+    parts: list[Tensor] = []
+    at = 0
     if step.decode is not None:
-        assert step.cache is not None
-        num_decode = len(step.decode.slots_nL)
-        query_nHD = query[0, :, :num_decode].transpose(0, 1)
-        parts.append(decode_attention(query_nHD, step.cache, module.layer_idx, step.decode, scaling=scaling))
-    if step.prompts is not None:
-        prompt_q, prompt_k, prompt_v = (x[0, :, num_decode:] for x in (query, key, value))
-        parts.append(packed_causal_attention(prompt_q, prompt_k, prompt_v, step.prompts, scaling=scaling))
+        assert layer is not None
+        at = len(step.decode.pages_nP)
+        parts.append(decode_attention(query[0, :, :at].transpose(0, 1), layer, step.decode, scaling=scaling))
+    if step.whole is not None:
+        rows = slice(at, at + sum(step.whole.lengths))
+        at = rows.stop
+        prompt_q, prompt_k, prompt_v = (x[0, :, rows] for x in (query, key, value))
+        parts.append(packed_causal_attention(prompt_q, prompt_k, prompt_v, step.whole, scaling=scaling))
+    for piece in step.continued:
+        assert layer is not None
+        rows = slice(at, at + piece.num_tokens)
+        at = rows.stop
+        parts.append(continued_attention(query[0, :, rows], layer, piece, scaling=scaling))
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).unsqueeze(0), None
 
 
-def decode_attention(
-    query_nHD: Tensor, cache: KVCache, layer: int, context: DecodeContext, *, scaling: float
-) -> Tensor:
+def decode_attention(query_nHD: Tensor, layer: Tensor, context: DecodeContext, *, scaling: float) -> Tensor:
     """[n, H, D]. The query heads that share a key head become rows of one small attention: no key is repeated."""
-    n, longest = context.slots_nL.shape
-    flat = context.slots_nL.flatten()
-    key, value = (
-        pool[layer].index_select(0, flat).unflatten(0, (n, longest)).transpose(1, 2)
-        for pool in (cache.keys, cache.values)
-    )
+    n = len(context.pages_nP)
+    kept = layer.index_select(0, context.pages_nP.flatten()).view(n, -1, *layer.shape[2:])  # [n, L, 2, K, D]
+    key, value = kept[:, :, 0].transpose(1, 2), kept[:, :, 1].transpose(1, 2)
     grouped = query_nHD.unflatten(1, (key.shape[1], -1))  # [n, K, H / K, D]
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=context.mask_nL[:, None, None, :], scale=scaling)
     return out.flatten(1, 2)
+
+
+def continued_attention(query_HTD: Tensor, layer: Tensor, piece: Continuation, *, scaling: float) -> Tensor:
+    """[T, H, D]."""
+    kept = layer.index_select(0, piece.pages).flatten(0, 1)  # [L, 2, K, D]
+    key, value = kept[:, 0].transpose(0, 1)[None], kept[:, 1].transpose(0, 1)[None]
+    out = scaled_dot_product_attention(
+        query_HTD[None], key, value, attn_mask=piece.mask_TL, scale=scaling, enable_gqa=len(query_HTD) != key.shape[1]
+    )
+    return out[0].transpose(0, 1)
 
 
 def register_paged_attention() -> str:

@@ -1,20 +1,41 @@
 """What a caller knows of an engine: requests in, tokens out, adapters loaded and unloaded by key."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class Structure:
+    """What the answer must be: text of a JSON schema or a regular expression."""
+
+    kind: Literal["json_schema", "regex"]
+    text: str
+
+
+@dataclass(frozen=True)
 class Sampling:
+    """Penalties are OpenAI's (frequency, presence: subtracted for answer tokens) and CTRL's (repetition: logits of
+    prompt and answer tokens divided, Keskar et al. 2019, arXiv 1909.05858)."""
+
     temperature: float = 1.0  # 0: the most likely token
     top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0  # tokens less likely than this share of the most likely one are left out
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
+    n: int = 1  # answers to the one prompt
     max_tokens: int | None = None  # None: to the end of the context
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False  # go on to max_tokens
+    logprobs: int | None = None  # how many of the likeliest tokens are told beside the chosen one
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True)
@@ -23,6 +44,15 @@ class Request:
     prompt_ids: Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
     adapter: str | None = None  # the key it was loaded under; None: the base model
+    tenant: str = ""  # who asks: adapters and tenants share the engine fairly
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms under the model itself, before temperature, penalties and structure."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]  # (token, log-probability), likeliest first
 
 
 @dataclass(frozen=True)
@@ -33,23 +63,41 @@ class TokenEvent:
     token_id: int
     text: str
     num_completion_tokens: int
-    finish_reason: FinishReason | None  # set in the last event
+    finish_reason: FinishReason | None  # set in the answer's last event
+    index: int = 0  # which of the n answers
+    num_cached_prompt_tokens: int = 0  # taken from the cache instead of computed
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)
 class EngineStats:
     num_running: int
     num_waiting: int
+    num_preemptions: int
     kv_tokens_used: int
     kv_tokens_total: int
-    adapters: tuple[str, ...]
+    prompt_tokens: int  # of all requests since the start
+    prompt_tokens_cached: int
+    adapters: tuple[str, ...]  # in memory
+    adapters_on_device: tuple[str, ...]
+    device_adapter_bytes: int
+
+
+class PreparedAdapter(Protocol):
+    """A checked adapter in memory, not yet known to the engine."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int: ...
 
 
 class Engine(Protocol):
-    """Not thread-safe: one thread owns an engine and calls `step` while `has_work`."""
+    """Not thread-safe but for `prepare_adapter`: one thread owns an engine and calls `step` while `has_work`."""
 
     def add(self, request: Request) -> None:
-        """Queues a request. Raises `UserError` when it can never run: too long, unknown adapter."""
+        """Queues a request. Raises `UserError` when it can never run: too long, unknown adapter, bad structure."""
         ...
 
     def step(self) -> list[TokenEvent]:
@@ -61,10 +109,16 @@ class Engine(Protocol):
     @property
     def has_work(self) -> bool: ...
 
-    def load_adapter(self, key: str, directory: Path) -> int:
-        """Returns the bytes it takes. Raises `AdapterError`; other adapters are not touched."""
+    def prepare_adapter(self, key: str, directory: Path) -> PreparedAdapter:
+        """Reads and checks an adapter, in any thread while the engine steps. Raises `AdapterError`."""
         ...
 
-    def unload_adapter(self, key: str) -> None: ...
+    def load_adapter(self, prepared: Any) -> None:
+        """What `prepare_adapter` of the same engine returned. Under a key that is loaded already it replaces it."""
+        ...
+
+    def unload_adapter(self, key: str) -> None:
+        """No request that uses it may be in flight."""
+        ...
 
     def stats(self) -> EngineStats: ...

@@ -1,67 +1,198 @@
-"""Which sequences take part in the next step. First come, first served; a sequence runs until it ends."""
+"""Which sequences take part in the next step, with how many tokens.
 
-from collections import deque
+Everything that runs goes first: a decoding sequence with its newest token, a prompt with its next piece (chunked
+prefill, Agrawal et al. 2024, arXiv 2403.02310), so that a long prompt never stops the others. Then waiting ones come
+in, as `fair_queue.py` orders them. When the cache is full the newest sequence gives its pages back and waits at the
+front of its flow; its tokens are computed again later, or found in the cache.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from ftray.infer.kv_cache import KVCache
+from ftray.infer.fair_queue import FairQueue, FlowKey
+from ftray.infer.kv_cache import PAGE_TOKENS, PagePool, page_name, pages_for
 from ftray.infer.protocol import Request
+from ftray.infer.sampler import TokenSampler
 from ftray.infer.text import TextStream
 
+# While an adapter waits for a slot in use, others may go on for this many steps; then nobody new comes in before it.
+MAX_STEPS_PASSED_OVER = 64
 
-@dataclass
+
+@dataclass(eq=False)
 class Sequence:
+    """One answer. `tokens`: the prompt, then what was generated."""
+
     request: Request
+    index: int
     text: TextStream
-    generator: torch.Generator | None
+    sampler: TokenSampler
     max_tokens: int
-    slots: Tensor | None = None  # cache slots of prompt and answer, once admitted
-    tokens: list[int] = field(default_factory=list)  # generated
+    salt: bytes  # of the adapter version
+    tokens: list[int]
+    num_cached: int = 0  # tokens whose keys and values are in the cache
+    pages: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)  # of its full pages
+    num_found: int = 0  # prompt tokens found in the cache when it first ran
+    steps_passed_over: int = 0
+    siblings: list["Sequence"] = field(default_factory=list)  # wait until the prompt's pages are there to share
 
     @property
-    def num_cached(self) -> int:
-        """Tokens whose keys and values are in the cache before a decoding step: all but the newest."""
-        return len(self.request.prompt_ids) + len(self.tokens) - 1
+    def flow(self) -> FlowKey:
+        return self.request.tenant, self.request.adapter or ""
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.tokens) - self.num_cached
+
+
+@dataclass(frozen=True)
+class Piece:
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        """After it the sequence's next token can be drawn."""
+        return self.num_tokens == self.sequence.num_pending
 
 
 class Scheduler:
-    def __init__(self, cache: KVCache, *, max_sequences: int, max_prefill_tokens: int):
-        self._cache = cache
+    def __init__(
+        self,
+        num_pages: int,
+        *,
+        max_sequences: int,
+        max_prefill_tokens: int,
+        acquire: Callable[[str], bool],
+        release: Callable[[str], Any],
+    ):
+        self.pool = PagePool(num_pages)
+        self.running: list[Sequence] = []  # in the order they came in
+        self.waiting: FairQueue[Sequence] = FairQueue()
+        self.num_preemptions = 0
         self._max_sequences = max_sequences
         self._max_prefill_tokens = max_prefill_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self._acquire = acquire
+        self._release = release
 
-    def admit(self) -> list[Sequence]:
-        """Moves waiting sequences in while there is a place, cache, and room for their prompts in one step.
+    def add(self, sequence: Sequence, *, front: bool = False) -> None:
+        self.waiting.push(sequence.flow, sequence, front=front)
 
-        A prompt over `max_prefill_tokens` goes alone rather than never. Returns the new ones, in order.
-        """
-        admitted: list[Sequence] = []
+    def plan(self) -> list[Piece]:
+        pieces: list[Piece] = []
         room = self._max_prefill_tokens
-        while self.waiting and len(self.running) + len(admitted) < self._max_sequences:
-            sequence = self.waiting[0]
-            num_prompt = len(sequence.request.prompt_ids)
-            if admitted and num_prompt > room:
-                break
-            slots = self._cache.reserve(num_prompt + sequence.max_tokens)
-            if slots is None:
-                break
-            sequence.slots = slots
-            room -= num_prompt
-            admitted.append(self.waiting.popleft())
-        return admitted
+        preemptions = self.num_preemptions
+        for sequence in list(self.running):
+            is_prompt = sequence.num_pending > 1
+            count = min(sequence.num_pending, room) if is_prompt else 1
+            if count and sequence in self.running and self._make_room(sequence, count):
+                pieces.append(Piece(sequence, count))
+                room -= count if is_prompt else 0
+        if self.num_preemptions == preemptions:
+            self._admit(pieces, room)
+        return pieces
+
+    def computed(self, piece: Piece) -> None:
+        """The piece's keys and values are in the cache now: its full pages get their names."""
+        sequence = piece.sequence
+        sequence.num_cached += piece.num_tokens
+        self.waiting.charge(sequence.flow, piece.num_tokens)
+        while (len(sequence.names) + 1) * PAGE_TOKENS <= sequence.num_cached:
+            self._name_next(sequence)
+            number = len(sequence.names) - 1
+            self.pool.name(sequence.pages[number], sequence.names[number])
 
     def remove(self, sequence: Sequence) -> None:
+        """It has ended or was cancelled."""
         if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        if sequence.slots is not None:
-            self._cache.release(sequence.slots)
-            sequence.slots = None
+            self._stop(sequence)
+            self.waiting.stop(sequence.flow)
+        elif any(other is sequence for other in self.waiting):
+            self.waiting.remove(sequence.flow, sequence)
 
-    def find(self, request_id: str) -> Sequence | None:
-        return next((s for s in [*self.running, *self.waiting] if s.request.id == request_id), None)
+    def _admit(self, pieces: list[Piece], room: int) -> None:
+        while room > 0 and len(self.running) < self._max_sequences:
+            sequence = self._next()
+            if sequence is None:
+                return
+            count = min(sequence.num_pending, room)
+            assert self._make_room(sequence, count), "the pages were counted before it was let in"
+            pieces.append(Piece(sequence, count))
+            room -= count
+
+    def _next(self) -> Sequence | None:
+        """Lets one waiting sequence in: the first whose pages and adapter can be had."""
+        for flow, sequence in self.waiting.in_order():
+            found = self._find_prefix(sequence)
+            kept = sum(1 for page in found if not self.pool.is_used(page))
+            if self.pool.num_available - kept < pages_for(len(sequence.tokens) + 1) - len(found):
+                return None  # whoever is next must not be passed over by smaller ones for ever
+            adapter = sequence.request.adapter
+            if adapter is None or self._acquire(adapter):
+                for page in found:
+                    self.pool.share(page)
+                sequence.pages = found
+                sequence.names = sequence.names[: len(found)]
+                sequence.num_cached = len(found) * PAGE_TOKENS
+                if not sequence.num_generated:
+                    sequence.num_found = sequence.num_cached
+                self.running.append(self.waiting.start(flow))
+                return sequence
+            sequence.steps_passed_over += 1
+            if sequence.steps_passed_over > MAX_STEPS_PASSED_OVER:
+                return None
+        return None
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Pages in the cache that hold the sequence's beginning. At least its last token is computed anew: its logits
+        are wanted."""
+        found: list[int] = []
+        while (len(found) + 1) * PAGE_TOKENS < len(sequence.tokens):
+            if len(sequence.names) == len(found):
+                self._name_next(sequence)
+            page = self.pool.find(sequence.names[len(found)])
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def _name_next(self, sequence: Sequence) -> None:
+        start = len(sequence.names) * PAGE_TOKENS
+        parent = sequence.names[-1] if sequence.names else sequence.salt
+        sequence.names.append(page_name(parent, sequence.tokens[start : start + PAGE_TOKENS]))
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Pages for `count` more tokens, if need be the newest sequences'. False: it was the newest itself."""
+        while len(sequence.pages) < pages_for(sequence.num_cached + count):
+            page = self.pool.allocate()
+            if page is not None:
+                sequence.pages.append(page)
+                continue
+            newest = self.running[-1]
+            self._preempt(newest)
+            if newest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self._stop(sequence)
+        self.add(sequence, front=True)
+        self.waiting.stop(sequence.flow)
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.num_cached = [], 0
+        if sequence.request.adapter is not None:
+            self._release(sequence.request.adapter)

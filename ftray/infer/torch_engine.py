@@ -1,26 +1,33 @@
 """The embedded engine: torch and transformers, on CPU or GPU, with many adapters in one forward pass.
 
-Every step runs one packed row through the model: a token of each running sequence, then the prompts of newly
-admitted ones. New sequences join and finished ones leave between steps (Orca, Yu et al. 2022).
+Every step runs one packed row through the model: a token of each decoding sequence, then pieces of prompts. New
+sequences join and finished ones leave between steps (Orca, Yu et al. 2022).
 """
 
+import contextlib
+import itertools
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ftray.config.serve import EngineConfig
-from ftray.errors import UserError
-from ftray.infer.attention import AttentionStep, decode_context, register_paged_attention
-from ftray.infer.kv_cache import KVCache
-from ftray.infer.protocol import EngineStats, FinishReason, Request, TokenEvent
-from ftray.infer.sampler import make_generator, sample
-from ftray.infer.scheduler import Scheduler, Sequence
+from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.errors import AdapterError, UserError
+from ftray.infer.attention import AttentionStep, continuation, decode_context, register_paged_attention
+from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
+from ftray.infer.protocol import EngineStats, FinishReason, Request, TokenEvent, TokenLogprobs
+from ftray.infer.sampler import TokenSampler, sample
+from ftray.infer.scheduler import Piece, Scheduler, Sequence
+from ftray.infer.structure import Grammars
 from ftray.infer.text import TextStream
 from ftray.model.adapter import read_adapter
+from ftray.model.adapter_slots import HostAdapter
 from ftray.model.base import BaseModel, check_length, load_tokenizer, load_weights
 from ftray.model.chat import stop_token_ids
+from ftray.model.frozen_linear import FrozenLinear
 from ftray.model.hardware import Hardware
 from ftray.model.multi_lora import LoraBank
 from ftray.model.packed import PackedRow, decoder_of
@@ -28,18 +35,20 @@ from ftray.model.packed_attention import packed_layout
 
 
 class TorchEngine:
-    def __init__(self, base: BaseModel, hardware: Hardware, config: EngineConfig, *, max_rank: int):
+    def __init__(self, base: BaseModel, hardware: Hardware, config: EngineConfig, adapters: AdaptersConfig):
         check_length(base, config.context_tokens, key="engine.context_tokens")
         self.base = base
         self.hardware = hardware
         self.config = config
-        self.max_rank = max_rank
+        self.max_rank = adapters.max_rank
         self.tokenizer = load_tokenizer(base)
         self.model = load_weights(base, hardware, attention=register_paged_attention()).eval().requires_grad_(False)
         self.stop_ids = stop_token_ids(self.tokenizer) | generation_stop_ids(self.model)
-        self._bank = LoraBank(self.model)
-        self._adapter_bytes: dict[str, int] = {}
         shape = self.model.config.get_text_config()
+        self.vocab_size: int = shape.vocab_size
+        self._bank = LoraBank(self.model, device_budget=adapters.device_budget)
+        self._head = FrozenLinear([self.model.get_output_embeddings()])
+        self._grammars = Grammars(self.tokenizer, vocab_size=self.vocab_size, stop_ids=self.stop_ids)
         self._cache = KVCache(
             num_layers=shape.num_hidden_layers,
             num_kv_heads=shape.num_key_value_heads,
@@ -47,15 +56,24 @@ class TorchEngine:
             num_tokens=config.kv_cache_tokens,
             like=next(self.model.parameters()),
         )
+        slots = self._bank.slots
         self._scheduler = Scheduler(
-            self._cache, max_sequences=config.max_sequences, max_prefill_tokens=config.max_prefill_tokens
+            self._cache.num_pages,
+            max_sequences=config.max_sequences,
+            max_prefill_tokens=config.max_prefill_tokens,
+            acquire=lambda key: slots.acquire(self._bank.host[key]),
+            release=slots.release,
         )
+        self._sequences: dict[str, list[Sequence]] = {}  # the unfinished answers of each request
+        self._loads = itertools.count()
+        self._salts: dict[str | None, bytes] = {None: b"base"}
+        self._prompt_tokens = self._prompt_tokens_cached = 0
 
     # -- requests ------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        num_prompt, context = len(request.prompt_ids), self.config.context_tokens
-        wanted = request.sampling.max_tokens
+        num_prompt, context, sampling = len(request.prompt_ids), self.config.context_tokens, request.sampling
+        wanted = sampling.max_tokens
         if num_prompt == 0:
             raise UserError("the prompt is empty")
         if num_prompt + (wanted or 1) > context:
@@ -65,61 +83,96 @@ class TorchEngine:
             )
         if request.adapter is not None and request.adapter not in self._bank:
             raise UserError(f"{request.adapter}: not loaded in this engine")
-        sequence = Sequence(
+        unknown = next((token for token in sampling.logit_bias if not 0 <= token < self.vocab_size), None)
+        if unknown is not None:
+            raise UserError(f"logit_bias: {unknown} is no token id of this model (0 to {self.vocab_size - 1})")
+        max_tokens = wanted if wanted is not None else context - num_prompt
+        first, *others = [self._sequence(request, index, max_tokens) for index in range(sampling.n)]
+        first.siblings = others
+        self._sequences[request.id] = [first, *others]
+        self._scheduler.add(first)
+
+    def _sequence(self, request: Request, index: int, max_tokens: int) -> Sequence:
+        structure = request.sampling.structure
+        return Sequence(
             request=request,
+            index=index,
             text=TextStream(self.tokenizer, request.sampling.stop),
-            generator=make_generator(request.sampling),
-            max_tokens=wanted if wanted is not None else context - num_prompt,
+            sampler=TokenSampler(
+                request.sampling,
+                index=index,
+                matcher=self._grammars.matcher(structure) if structure is not None else None,
+            ),
+            max_tokens=max_tokens,
+            salt=self._salts[request.adapter],
+            tokens=list(request.prompt_ids),
         )
-        self._scheduler.waiting.append(sequence)
 
     def cancel(self, request_id: str) -> None:
-        sequence = self._scheduler.find(request_id)
-        if sequence is not None:
+        for sequence in self._sequences.pop(request_id, []):
             self._scheduler.remove(sequence)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        return bool(self._sequences)
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        # Sequences of one adapter side by side: the multi-adapter layer then sees few segments.
-        decoding = sorted(self._scheduler.running, key=adapter_order)
-        admitted = sorted(self._scheduler.admit(), key=adapter_order)
-        self._scheduler.running += admitted
-        if not decoding and not admitted:
+        # Sequences of neighbouring slots side by side: the multi-adapter layer then has few matmuls to do.
+        pieces = sorted(self._scheduler.plan(), key=self._row_order)
+        if not pieces:
             return []
-        logits_nV = self._forward(decoding, admitted)
-        sequences = [*decoding, *admitted]
-        tokens = sample(logits_nV, [s.request.sampling for s in sequences], [s.generator for s in sequences])
-        return [self._advance(sequence, token) for sequence, token in zip(sequences, tokens, strict=True)]
+        self._cache.clear(self._scheduler.pool.take_unclean())
+        logits_nV = self._forward(pieces)
+        drawn = [piece.sequence for piece in pieces if piece.is_last]
+        for piece in pieces:
+            self._scheduler.computed(piece)
+        contexts = [(s.request.prompt_ids, s.tokens[s.num_prompt :]) for s in drawn]
+        picked = sample(logits_nV, [s.sampler for s in drawn], contexts)
+        return [self._advance(sequence, *choice) for sequence, choice in zip(drawn, picked, strict=True)]
 
-    def _forward(self, decoding: list[Sequence], admitted: list[Sequence]) -> Tensor:
-        """Logits [n, V] after the newest token of every sequence."""
+    def _row_order(self, piece: Piece) -> tuple[int, tuple[int, int]]:
+        """Single tokens, whole prompts, the rest of prompts: as `AttentionStep` wants them."""
+        kind = 0 if piece.num_tokens == 1 else 1 if piece.sequence.num_cached == 0 else 2
+        return kind, self._bank.order(piece.sequence.request.adapter)
+
+    def _forward(self, pieces: list[Piece]) -> Tensor:
+        """Logits [n, V] after the newest token of every sequence whose last token is in the step."""
         device = self.hardware.device
-        ids = [s.tokens[-1] for s in decoding] + [i for s in admitted for i in s.request.prompt_ids]
-        prompt_lengths = [len(s.request.prompt_ids) for s in admitted]
-        positions = [torch.tensor([s.num_cached for s in decoding], dtype=torch.long)]
-        positions += [torch.arange(length) for length in prompt_lengths]
-        slots = [slots_of(s)[s.num_cached : s.num_cached + 1] for s in decoding]
-        slots += [slots_of(s)[:length] for s, length in zip(admitted, prompt_lengths, strict=True)]
+        single = [p for p in pieces if p.num_tokens == 1]
+        longer = pieces[len(single) :]
+        whole = [p for p in longer if p.sequence.num_cached == 0]
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for piece in pieces:
+            sequence, start = piece.sequence, piece.sequence.num_cached
+            places = range(start, start + piece.num_tokens)
+            ids += sequence.tokens[start : places.stop]
+            positions += places
+            slots += [sequence.pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in places]
         step = AttentionStep(
             cache=self._cache,
-            write_slots_T=torch.cat(slots).to(device),
-            decode=decode_context([slots_of(s) for s in decoding], [s.num_cached + 1 for s in decoding], device)
-            if decoding
+            write_slots_T=torch.tensor(slots).to(device),
+            decode=decode_context(
+                [p.sequence.pages for p in single], [p.sequence.num_cached + 1 for p in single], device
+            )
+            if single
             else None,
-            prompts=packed_layout(prompt_lengths).to(device) if admitted else None,
+            whole=packed_layout([p.num_tokens for p in whole]).to(device) if whole else None,
+            continued=tuple(
+                continuation(p.sequence.pages, cached=p.sequence.num_cached, num_tokens=p.num_tokens, device=device)
+                for p in longer[len(whole) :]
+            ),
         )
-        counts = [(s.request.adapter, 1) for s in decoding]
-        counts += [(s.request.adapter, length) for s, length in zip(admitted, prompt_lengths, strict=True)]
-        ends = torch.tensor([1] * len(decoding) + prompt_lengths).cumsum(0) - 1
-        hidden_TE = self._hidden(torch.tensor(ids), torch.cat(positions), counts, step)
-        return self.model.get_output_embeddings()(hidden_TE.index_select(0, ends.to(device)))
+        counts = [(p.sequence.request.adapter, p.num_tokens) for p in pieces]
+        hidden_TE = self._hidden(torch.tensor(ids), torch.tensor(positions), counts, step)
+        ends = itertools.accumulate(p.num_tokens for p in pieces)
+        last = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.is_last]
+        return self._head(hidden_TE.index_select(0, torch.tensor(last, dtype=torch.long).to(device)))
 
     def _hidden(
-        self, ids_T: Tensor, positions_T: Tensor, counts: list[tuple[str | None, int]], step: AttentionStep
+        self, ids_T: Tensor, positions_T: Tensor, counts: Many[tuple[str | None, int]], step: AttentionStep
     ) -> Tensor:
         device = self.hardware.device
         with self._bank.apply(counts):
@@ -127,38 +180,63 @@ class TorchEngine:
                 input_ids=ids_T[None].to(device), position_ids=positions_T[None].to(device), use_cache=False, step=step
             ).last_hidden_state[0]
 
-    def _advance(self, sequence: Sequence, token: int) -> TokenEvent:
+    def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenEvent:
+        is_first = sequence.num_generated == 0
         sequence.tokens.append(token)
+        if is_first:
+            self._prompt_tokens += sequence.num_prompt
+            self._prompt_tokens_cached += sequence.num_found
+            for sibling in reversed(sequence.siblings):
+                self._scheduler.add(sibling, front=True)
         reason: FinishReason | None = None
         text = ""
-        if token in self.stop_ids:
+        if token in self.stop_ids and not sequence.request.sampling.ignore_eos:
             reason = "stop"
         else:
             text = sequence.text.push(token)
             if sequence.text.stopped:
                 reason = "stop"
-            elif len(sequence.tokens) >= sequence.max_tokens:
+            elif sequence.num_generated >= sequence.max_tokens:
                 reason = "length"
         if reason is not None:
             text += sequence.text.finish()
-            self._scheduler.remove(sequence)
-        return TokenEvent(sequence.request.id, token, text, len(sequence.tokens), reason)
+            self._finish(sequence)
+        return TokenEvent(
+            sequence.request.id,
+            token,
+            text,
+            sequence.num_generated,
+            reason,
+            index=sequence.index,
+            num_cached_prompt_tokens=sequence.num_found,
+            logprobs=logprobs,
+        )
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        unfinished = self._sequences[sequence.request.id]
+        unfinished.remove(sequence)
+        if not unfinished:
+            del self._sequences[sequence.request.id]
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
-    def load_adapter(self, key: str, directory: Path) -> int:
+    def prepare_adapter(self, key: str, directory: Path) -> HostAdapter:
         adapter = read_adapter(directory, label=key)
         if adapter.max_rank > self.max_rank:
-            raise UserError(
+            raise AdapterError(
                 f"{key}: rank {adapter.max_rank} is over this endpoint's adapters.max_rank ({self.max_rank})"
             )
-        self._bank.load(key, adapter)
-        self._adapter_bytes[key] = adapter.num_bytes
-        return adapter.num_bytes
+        return self._bank.prepare(key, adapter)
+
+    def load_adapter(self, prepared: HostAdapter) -> None:
+        self._bank.load(prepared)
+        # Another load under the same name gets another salt: what the cache knows of the old weights is not found.
+        self._salts[prepared.key] = f"{next(self._loads)} {prepared.key}".encode()
 
     def unload_adapter(self, key: str) -> None:
         self._bank.unload(key)
-        del self._adapter_bytes[key]
+        del self._salts[key]
 
     # -- looking -------------------------------------------------------------------------------------------------
 
@@ -166,19 +244,40 @@ class TorchEngine:
     def score(self, row: PackedRow, adapter: str | None) -> Tensor:
         """Log-probabilities [N] of a packed row's targets, through the very layers that serve."""
         row = row.to(self.hardware.device)
-        step = AttentionStep(cache=None, write_slots_T=None, decode=None, prompts=row.layout)
-        hidden_TE = self._hidden(row.ids_T, row.positions_T, [(adapter, len(row.ids_T))], step)
-        logits_NV = self.model.get_output_embeddings()(hidden_TE.index_select(0, row.rows_N)).float()
+        step = AttentionStep(cache=None, write_slots_T=None, decode=None, whole=row.layout)
+        with self.pinned(adapter):
+            hidden_TE = self._hidden(row.ids_T, row.positions_T, [(adapter, len(row.ids_T))], step)
+        logits_NV = self._head(hidden_TE.index_select(0, row.rows_N)).float()
         return -torch.nn.functional.cross_entropy(logits_NV, row.targets_N, reduction="none")
 
+    @contextlib.contextmanager
+    def pinned(self, *adapters: str | None) -> Iterator[None]:
+        """The adapters have slots on the device while it is open."""
+        held: list[str] = []
+        try:
+            for key in adapters:
+                if key is not None:
+                    if not self._bank.slots.acquire(self._bank.host[key]):
+                        raise UserError(f"{key}: adapters.device_budget is taken by adapters in use")
+                    held.append(key)
+            yield
+        finally:
+            for key in held:
+                self._bank.slots.release(key)
+
     def stats(self) -> EngineStats:
-        total = self._cache.num_tokens
+        pool, slots = self._scheduler.pool, self._bank.slots
         return EngineStats(
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
-            kv_tokens_used=total - self._cache.num_free_tokens,
-            kv_tokens_total=total,
-            adapters=tuple(self._adapter_bytes),
+            num_waiting=sum(len(answers) for answers in self._sequences.values()) - len(self._scheduler.running),
+            num_preemptions=self._scheduler.num_preemptions,
+            kv_tokens_used=pool.num_used * PAGE_TOKENS,
+            kv_tokens_total=pool.num_pages * PAGE_TOKENS,
+            prompt_tokens=self._prompt_tokens,
+            prompt_tokens_cached=self._prompt_tokens_cached,
+            adapters=tuple(self._bank.host),
+            adapters_on_device=slots.keys,
+            device_adapter_bytes=slots.used_bytes,
         )
 
 
@@ -188,21 +287,18 @@ def generation_stop_ids(model: Any) -> set[int]:
     return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
-def adapter_order(sequence: Sequence) -> str:
-    return sequence.request.adapter or ""
-
-
-def slots_of(sequence: Sequence) -> Tensor:
-    assert sequence.slots is not None, "a running sequence has its cache slots"
-    return sequence.slots
+def load_adapter(engine: Any, key: str, directory: Path) -> None:
+    """Reads, checks and loads in this thread."""
+    engine.load_adapter(engine.prepare_adapter(key, directory))
 
 
 def generate(engine: Any, requests: list[Request]) -> dict[str, str]:
-    """Runs requests to their end, in this thread; returns {request id: text}."""
+    """Runs requests to their end, in this thread; returns {request id: text} (of the first answer)."""
     for request in requests:
         engine.add(request)
     texts = {request.id: "" for request in requests}
     while engine.has_work:
         for event in engine.step():
-            texts[event.request_id] += event.text
+            if event.index == 0:
+                texts[event.request_id] += event.text
     return texts

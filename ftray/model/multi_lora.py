@@ -2,189 +2,173 @@
 
     y_t = W x_t + scale_a B_a A_a x_t        where a is the adapter of token t, or none
 
-Tokens of one adapter lie in segments. Two ways to the same result, chosen by the size of the step:
+Adapters in neighbouring slots, each with its tokens, are one batched matmul (a run, `adapter_slots.py`): reading the
+factors is what decoding costs, and each is read once, in place. A long prompt is a run of its own. (Punica, Chen et al.
+2023, arXiv 2310.18547, and S-LoRA, Sheng et al. 2023, arXiv 2311.03285, have kernels for it.)
 
-- grouped: one pair of matmuls per segment. Right for prefill, where segments are long.
-- stacked: the A of all adapters in the step as one matrix [R, in] with R the sum of ranks, a 0/1 mask [T, R] that
-  keeps each token's own columns, and the stacked B [R, out]. Two matmuls whatever the number of adapters and however
-  their ranks differ: right for decoding, where reading the weights is what costs. (Punica, Chen et al. 2023,
-  arXiv 2310.18547, and S-LoRA, Sheng et al. 2023, arXiv 2311.03285, gather per token instead.)
-
-Shapes: T tokens, R summed ranks. `bt` is B transposed with the scale folded in: [rank, out].
+Shapes: T tokens, G adapters with n tokens each, R summed ranks of a group's layers.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ftray.errors import AdapterError
 from ftray.model.adapter import Adapter
-
-# From this many tokens a step is compute-bound, and multiplying by other adapters' columns would cost.
-MAX_STACKED_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Segment:
-    start: int
-    end: int
-    adapter: str
-
-
-@dataclass(frozen=True)
-class Factors:
-    a: Tensor  # [rank, in]
-    bt: Tensor  # [rank, out]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One module's adapters on top of each other. `owners[i]` is the adapter of row i, as an index into the step's."""
-
-    a: Tensor  # [R, in]
-    bt: Tensor  # [R, out]
-    owners: tuple[int, ...]
-
-
-class LoraBatch:
-    """Which adapter each token of one forward pass uses."""
-
-    def __init__(self, segments: Sequence[Segment], num_tokens: int, stacks: dict[str, Stack] | None):
-        self.segments = segments
-        self.num_tokens = num_tokens
-        self.stacks = stacks  # None: grouped
-        self._adapters = sorted({segment.adapter for segment in segments})
-        self._masks: dict[tuple[int, ...], Tensor] = {}
-
-    def mask_TR(self, stack: Stack) -> Tensor:
-        """Modules that the same adapters target with the same ranks share one mask."""
-        mask = self._masks.get(stack.owners)
-        if mask is None:
-            owner_T = torch.full((self.num_tokens,), -1)
-            for segment in self.segments:
-                owner_T[segment.start : segment.end] = self._adapters.index(segment.adapter)
-            owner_R = torch.tensor(stack.owners)
-            mask = (owner_T[:, None] == owner_R[None, :]).to(stack.a)
-            self._masks[stack.owners] = mask
-        return mask
+from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Run, Stretch, runs_of
+from ftray.model.frozen_linear import FrozenLinear, Projection, sibling_groups
 
 
 class LoraBank:
-    """The resident adapters of a model, and the batch that its layers apply right now."""
+    """The adapters of a model, in memory and in slots, and the batch that its layers apply right now."""
 
-    def __init__(self, model: Any):
-        self.layers: dict[str, MultiLoraLinear] = {}
-        self.batch: LoraBatch | None = None
-        self._adapters: dict[str, dict[str, Factors]] = {}
-        self._stacked_for: tuple[str, ...] = ()
-        self._stacks: dict[str, Stack] = {}
-        head = model.get_output_embeddings()
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and module is not head:
-                layer = MultiLoraLinear(module, name, self)
+    def __init__(self, model: Any, *, device_budget: int):
+        self.runs: list[Run] = []
+        self._groups: dict[str, LinearGroup] = {}
+        self._group_of: dict[str, tuple[LinearGroup, int]] = {}
+        for names in sibling_groups(model):
+            group = LinearGroup(names[0], [model.get_submodule(name) for name in names], self)
+            self._groups[group.name] = group
+            for index, name in enumerate(names):
+                self._group_of[name] = group, index
                 parent, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(parent), attribute, layer)
-                self.layers[name] = layer
+                setattr(model.get_submodule(parent), attribute, Projection(group, index))
+        any_weight = next(model.parameters())
+        self._device, self._dtype = any_weight.device, any_weight.dtype
+        self.slots = AdapterSlots(budget_bytes=device_budget, device=self._device)
+        self.host: dict[str, HostAdapter] = {}
 
     def __contains__(self, adapter: str) -> bool:
-        return adapter in self._adapters
+        return adapter in self.host
 
-    def load(self, key: str, adapter: Adapter) -> None:
-        """Raises `AdapterError` when a module is not in the model or its shape differs; then nothing has changed."""
-        factors: dict[str, Factors] = {}
+    def prepare(self, key: str, adapter: Adapter) -> HostAdapter:
+        """What `load` takes, made in any thread. Raises `AdapterError` when a module is not in the model or its shape
+        differs, or when it could never have a slot."""
+        by_group: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
         for name, module in adapter.modules.items():
-            layer = self.layers.get(name)
-            if layer is None:
+            if name not in self._group_of:
                 raise AdapterError(
                     f"{key}: targets {name}, which the base model does not have; publish it for this base"
                 )
-            base = layer.base.weight
-            want, have = (base.shape[1], base.shape[0]), (module.a.shape[1], module.b.shape[0])
+            group, index = self._group_of[name]
+            want = (group.base.in_features, group.base.out_features[index])
+            have = (module.a.shape[1], module.b.shape[0])
             if want != have:
                 raise AdapterError(
                     f"{key}: {name} maps {have[0]} to {have[1]}, the base model's maps {want[0]} to {want[1]}"
                 )
-            a = module.a.to(base.device, base.dtype).contiguous()
-            bt = (module.b * module.scale).t().to(base.device, base.dtype).contiguous()
-            factors[name] = Factors(a, bt)
-        self._adapters[key] = factors
+            by_group.setdefault(group.name, {})[index] = module.a, (module.b * module.scale).t()
+        factors = {name: self._factors(self._groups[name], found) for name, found in by_group.items()}
+        prepared = HostAdapter(key, factors)
+        self.slots.check(prepared)
+        return prepared
+
+    def load(self, adapter: HostAdapter) -> None:
+        self.host[adapter.key] = adapter
 
     def unload(self, key: str) -> None:
-        del self._adapters[key]
-        if key in self._stacked_for:
-            self._stacked_for, self._stacks = (), {}
+        del self.host[key]
+        self.slots.drop(key)
+
+    def order(self, key: str | None) -> tuple[int, int]:
+        """Tokens in this order make the fewest runs."""
+        return (0, 0) if key is None else self.slots.place(key).order
 
     @contextlib.contextmanager
     def apply(self, tokens: Sequence[tuple[str | None, int]]) -> Iterator[None]:
-        """While it is open, the model's layers add adapters: `tokens` is [(adapter or None, number of tokens)]."""
-        segments: list[Segment] = []
+        """While it is open, the model's layers add adapters: `tokens` is [(adapter or None, number of tokens)]. Every
+        adapter must hold a slot (`slots.acquire`)."""
+        stretches: list[Stretch] = []
         start = 0
-        for adapter, count in tokens:
-            if adapter is not None and segments and segments[-1].end == start and segments[-1].adapter == adapter:
-                segments[-1] = Segment(segments[-1].start, start + count, adapter)
-            elif adapter is not None:
-                segments.append(Segment(start, start + count, adapter))
+        for key, count in tokens:
+            if key is not None:
+                place = self.slots.place(key)
+                last = stretches[-1] if stretches else None
+                if last is not None and last[0] is place and last[1] + last[2] == start:
+                    stretches[-1] = place, last[1], last[2] + count
+                else:
+                    stretches.append((place, start, count))
             start += count
-        if segments:
-            adapters = tuple(sorted({segment.adapter for segment in segments}))
-            stacked = start <= MAX_STACKED_TOKENS and len(segments) > 1
-            self.batch = LoraBatch(segments, start, self._stacks_of(adapters) if stacked else None)
+        self.runs = runs_of(stretches, self._device)
         try:
             yield
         finally:
-            self.batch = None
+            self.runs = []
 
-    def factors(self, adapter: str, layer: str) -> Factors | None:
-        return self._adapters[adapter].get(layer)
+    def _factors(self, group: "LinearGroup", found: dict[int, tuple[Tensor, Tensor]]) -> Factors:
+        def own(tensor: Tensor) -> Tensor:
+            tensor = tensor.to(self._dtype).contiguous()
+            return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
-    def _stacks_of(self, adapters: tuple[str, ...]) -> dict[str, Stack]:
-        """Kept until another set of adapters decodes: the set changes when a request comes or goes, not every step."""
-        if adapters != self._stacked_for:
-            self._stacks = {}
-            for name in self.layers:
-                found = [(i, f) for i, adapter in enumerate(adapters) if (f := self.factors(adapter, name)) is not None]
-                if found:
-                    owners = tuple(i for i, f in found for _ in range(f.a.shape[0]))
-                    a, bt = torch.cat([f.a for _, f in found]), torch.cat([f.bt for _, f in found])
-                    self._stacks[name] = Stack(a, bt, owners)
-            self._stacked_for = adapters
-        return self._stacks
+        a, bt = [], []
+        for index, out in enumerate(group.base.out_features):
+            if index in found:
+                a.append(found[index][0])
+                bt.append(own(found[index][1]))
+            else:
+                bt.append(own(torch.empty(0, out)))
+        return Factors(own(torch.cat(a)), tuple(bt))
 
 
-class MultiLoraLinear(nn.Module):
-    """A frozen linear layer that adds the update of each token's own adapter."""
+class LinearGroup:
+    """Frozen linear layers of one input, with the update of each token's own adapter added."""
 
-    def __init__(self, base: nn.Linear, name: str, bank: LoraBank):
-        super().__init__()
-        self.base = base
+    def __init__(self, name: str, layers: Sequence[nn.Linear], bank: LoraBank):
         self.name = name
-        self._bank = [bank]  # in a list, so that torch does not take it for a submodule to walk
+        self.base = FrozenLinear(layers)
+        self._bank = bank
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)
-        batch = self._bank[0].batch
-        if batch is None:
-            return out
-        x_TI, out_TO = x.view(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-        if batch.stacks is None:
-            self._add_grouped(x_TI, out_TO, batch)
-        else:
-            self._add_stacked(x_TI, out_TO, batch, batch.stacks)
+    def output(self, x: Tensor, index: int) -> Tensor:
+        """Of layer `index`. The model asks for one after the other with the same tensor: computed at the first."""
+        if x is not self._input:
+            self._input, self._outputs = x, self._project(x)
+        out = self._outputs[index]
+        if index == len(self._outputs) - 1:
+            self._input, self._outputs = None, ()
         return out
 
-    def _add_grouped(self, x_TI: Tensor, out_TO: Tensor, batch: LoraBatch) -> None:
-        for segment in batch.segments:
-            factors = self._bank[0].factors(segment.adapter, self.name)
-            if factors is not None:
-                part = slice(segment.start, segment.end)
-                out_TO[part].addmm_(linear(x_TI[part], factors.a), factors.bt)
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        out = self.base(x)
+        if self._bank.runs:
+            x_TI, out_TO = x.view(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+            for run in self._bank.runs:
+                factors = run.factors(self.name)
+                if factors is not None:
+                    self._add(x_TI, out_TO, run, factors)
+        return out.split(self.base.out_features, dim=-1)
 
-    def _add_stacked(self, x_TI: Tensor, out_TO: Tensor, batch: LoraBatch, stacks: dict[str, Stack]) -> None:
-        stack = stacks.get(self.name)
-        if stack is not None:
-            out_TO.addmm_(linear(x_TI, stack.a).mul_(batch.mask_TR(stack)), stack.bt)
+    def _add(self, x_TI: Tensor, out_TO: Tensor, run: Run, factors: Factors) -> None:
+        if run.num_adapters == 1 and run.real is None:
+            self._add_one(x_TI, out_TO, run, factors)
+            return
+        num_rows = len(run.rows)
+        rows = slice(run.start, run.start + num_rows)
+        x_GnI = x_TI[rows] if run.real is None else x_TI.index_select(0, run.rows)
+        x_GnI = x_GnI.view(run.num_adapters, -1, x_TI.shape[1])
+        reduced_GnR = torch.bmm(factors.a, x_GnI.transpose(1, 2)).transpose(1, 2)
+        if run.real is None and len(factors.bt) == 1:
+            out_TO[rows].view(run.num_adapters, -1, out_TO.shape[1]).baddbmm_(reduced_GnR, factors.bt[0])
+            return
+        updates = [
+            torch.bmm(part, bt)
+            for part, bt in zip(reduced_GnR.split([b.shape[1] for b in factors.bt], dim=2), factors.bt, strict=True)
+        ]
+        update = (torch.cat(updates, dim=2) if len(updates) > 1 else updates[0]).view(num_rows, -1)
+        if run.real is None:
+            out_TO[rows].add_(update)
+        else:
+            out_TO.index_add_(0, run.rows.index_select(0, run.real), update.index_select(0, run.real))
+
+    def _add_one(self, x_TI: Tensor, out_TO: Tensor, run: Run, factors: Factors) -> None:
+        rows = slice(run.start, run.start + len(run.rows))
+        reduced_TR = torch.mm(x_TI[rows], factors.a[0].t())
+        outs = out_TO[rows].split(self.base.out_features, dim=1)
+        parts = reduced_TR.split([bt.shape[1] for bt in factors.bt], dim=1)
+        for out, part, bt in zip(outs, parts, factors.bt, strict=True):
+            if bt.shape[1]:
+                out.addmm_(part, bt[0])

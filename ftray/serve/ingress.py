@@ -31,30 +31,56 @@ class ChatShape:
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     @staticmethod
-    def choice(text: str, reason: str | None) -> dict:
-        return {
-            "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "logprobs": None,
-            "finish_reason": reason,
-        }
+    def choice(index: int, answer: Event) -> dict:
+        message = {"role": "assistant", "content": answer["text"]}
+        return ChatShape._around(index, answer, {"message": message})
 
     @staticmethod
-    def delta(text: str, reason: str | None, *, first: bool) -> dict:
+    def delta(index: int, answer: Event, *, first: bool) -> dict:
         role = {"role": "assistant"} if first else {}
-        return {"index": 0, "delta": role | {"content": text}, "logprobs": None, "finish_reason": reason}
+        return ChatShape._around(index, answer, {"delta": role | {"content": answer["text"]}})
+
+    @staticmethod
+    def _around(index: int, answer: Event, body: dict) -> dict:
+        told = [
+            token_body(entry) | {"top_logprobs": [token_body(top) for top in entry["top"]]}
+            for entry in answer["logprobs"]
+        ]
+        logprobs = {"content": told} if told else None
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": answer["finish_reason"]}
 
 
 class CompletionShape:
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
     @staticmethod
-    def choice(text: str, reason: str | None) -> dict:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+    def choice(index: int, answer: Event) -> dict:
+        told = answer["logprobs"]
+        logprobs = {
+            "tokens": [entry["token"] for entry in told],
+            "token_logprobs": [entry["logprob"] for entry in told],
+            "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top"]} for entry in told],
+        }
+        return {
+            "index": index,
+            "text": answer["text"],
+            "logprobs": logprobs if told else None,
+            "finish_reason": answer["finish_reason"],
+        }
 
     @staticmethod
-    def delta(text: str, reason: str | None, *, first: bool) -> dict:
-        return CompletionShape.choice(text, reason)
+    def delta(index: int, answer: Event, *, first: bool) -> dict:
+        return CompletionShape.choice(index, answer)
+
+
+def token_body(entry: Event) -> dict:
+    """`bytes` is null for a token that holds only part of a character."""
+    text = entry["token"]
+    return {
+        "token": text,
+        "logprob": entry["logprob"],
+        "bytes": None if "\ufffd" in text else list(text.encode()),
+    }
 
 
 Shape = type[ChatShape] | type[CompletionShape]
@@ -90,15 +116,12 @@ class Ingress:
 
     async def chat(self, request: ChatRequest) -> Any:
         model = await self._resolve(request.model)
-        sampling = request.sampling(request.max_new_tokens)
-        return await self._answer(
-            request, model, GenerateJob(request.messages, True, sampling, model.adapter), ChatShape
-        )
+        job = GenerateJob(request.messages, True, request.sampling(), model.adapter, request.user or "")
+        return await self._answer(request, model, job, ChatShape)
 
     async def completion(self, request: CompletionRequest) -> Any:
         model = await self._resolve(request.model)
-        sampling = request.sampling(request.max_new_tokens)
-        job = GenerateJob(request.prompt, False, sampling, model.adapter)
+        job = GenerateJob(request.prompt, False, request.sampling(), model.adapter, request.user or "")
         return await self._answer(request, model, job, CompletionShape)
 
     async def models(self) -> dict:
@@ -119,8 +142,8 @@ class Ingress:
             raise_if_error(event)
             return head | {
                 "object": shape.whole,
-                "choices": [shape.choice(event["text"], event["finish_reason"])],
-                "usage": usage_body(event["prompt_tokens"], event["completion_tokens"]),
+                "choices": [shape.choice(index, answer) for index, answer in enumerate(event["answers"])],
+                "usage": usage_body(event["prompt_tokens"], event["completion_tokens"], event["cached_tokens"]),
             }
         events = self.backend.stream(job)
         first = await anext(events)
@@ -134,18 +157,22 @@ async def stream_chunks(
 ) -> AsyncIterator[str]:
     head = head | {"object": shape.chunk}
     no_usage = {"usage": None} if include_usage else {}
-    completion_tokens, opening = 0, True
+    completion_tokens, cached_tokens = 0, 0
+    opened: set[int] = set()
     async for event in events:
         if "error" in event:
             yield server_event(error_body(event["error"], status=event["status"]))
             return
-        completion_tokens = event["completion_tokens"]
-        if event["text"] or event["finish_reason"] or opening:
-            delta = shape.delta(event["text"], event["finish_reason"], first=opening)
+        completion_tokens += 1
+        cached_tokens = max(cached_tokens, event["cached_tokens"])
+        index = event["index"]
+        if event["text"] or event["finish_reason"] or event["logprobs"] or index not in opened:
+            delta = shape.delta(index, event, first=index not in opened)
             yield server_event(head | {"choices": [delta]} | no_usage)
-            opening = False
+            opened.add(index)
     if include_usage:
-        yield server_event(head | {"choices": [], "usage": usage_body(first["prompt_tokens"], completion_tokens)})
+        usage = usage_body(first["prompt_tokens"], completion_tokens, cached_tokens)
+        yield server_event(head | {"choices": [], "usage": usage})
     yield "data: [DONE]\n\n"
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ftray.config import ServeConfig
 from ftray.errors import AdapterError, FtrayError, UserError
-from ftray.infer.protocol import Request, Sampling
+from ftray.infer.protocol import PreparedAdapter, Request, Sampling, TokenEvent, TokenLogprobs
 from ftray.infer.torch_engine import TorchEngine
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
@@ -31,6 +31,7 @@ class GenerateJob:
     is_chat: bool
     sampling: Sampling
     adapter: str | None  # NAME@N
+    tenant: str = ""  # replicas share their time fairly among tenants and adapters
 
 
 class EngineReplica:
@@ -39,12 +40,15 @@ class EngineReplica:
         self.config = config
         self.base = prepare_base(config.base_model)
         hardware = choose_hardware(use_gpu=config.replicas.gpus_each > 0)
-        engine = TorchEngine(self.base, hardware, config.engine, max_rank=config.adapters.max_rank)
+        engine = TorchEngine(self.base, hardware, config.engine, config.adapters)
         self.engine = engine
         self.renderer = ChatRenderer(engine.tokenizer)
         self.runner = EngineRunner(engine)
+        self._num_in_flight = 0  # running, waiting, or waiting for their adapter
         self.registry = Registry(config.adapters.registry)
-        self.residency = AdapterResidency(self._load, self._unload, budget_bytes=config.adapters.host_budget)
+        self.residency = AdapterResidency(
+            self._prepare, self._load, self._unload, budget_bytes=config.adapters.host_budget
+        )
 
     async def preload(self) -> None:
         for reference in self.config.adapters.preload:
@@ -53,11 +57,12 @@ class EngineReplica:
                 pass
 
     async def generate(self, job: GenerateJob) -> AsyncGenerator[Event]:
-        """First {"prompt_tokens": n}, then {"text", "finish_reason", "completion_tokens"} events; or one {"error"}."""
+        """First {"prompt_tokens": n}, then `_token_event` for every token of every answer; or one {"error"}."""
+        if self._num_in_flight >= self.config.engine.max_sequences + self.config.engine.max_waiting:
+            yield {"error": "too many requests wait for this endpoint; try again", "status": 429}
+            return
+        self._num_in_flight += 1
         try:
-            if self.engine.stats().num_waiting >= self.config.engine.max_waiting:
-                yield {"error": "too many requests wait for this endpoint; try again", "status": 429}
-                return
             prompt_ids = self._prompt_ids(job)
             pin = self.residency.pinned(job.adapter) if job.adapter is not None else contextlib.nullcontext()
             # Closed in order when a client leaves: the engine lets go of the sequence before the adapter is unpinned.
@@ -68,17 +73,27 @@ class EngineReplica:
             yield {"error": str(error), "status": 400}
         except FtrayError as error:
             yield {"error": str(error), "status": 503}
+        finally:
+            self._num_in_flight -= 1
 
     async def complete(self, job: GenerateJob) -> Event:
-        """The whole answer at once."""
-        texts: list[str] = []
-        last: Event = {}
+        """The whole answers at once: {"prompt_tokens", "cached_tokens", "completion_tokens", "answers": [{"text",
+        "finish_reason", "logprobs"}]}."""
+        answers: list[Event] = [{"text": "", "finish_reason": None, "logprobs": []} for _ in range(job.sampling.n)]
+        whole: Event = {"completion_tokens": 0, "cached_tokens": 0}
         async for event in self.generate(job):
             if "error" in event:
                 return event
-            texts.append(event.get("text", ""))
-            last |= event
-        return last | {"text": "".join(texts)}
+            if "prompt_tokens" in event:
+                whole |= event
+                continue
+            answer = answers[event["index"]]
+            answer["text"] += event["text"]
+            answer["finish_reason"] = event["finish_reason"]
+            answer["logprobs"] += event["logprobs"]
+            whole["completion_tokens"] += 1
+            whole["cached_tokens"] = max(whole["cached_tokens"], event["cached_tokens"])
+        return whole | {"answers": answers}
 
     def check_health(self) -> None:
         if not self.runner.is_alive:
@@ -97,24 +112,39 @@ class EngineReplica:
         return list(job.prompt)  # pyright: ignore[reportReturnType]
 
     async def _tokens(self, job: GenerateJob, prompt_ids: list[int]) -> AsyncGenerator[Event]:
-        request = Request(uuid.uuid4().hex, prompt_ids, job.sampling, job.adapter)
+        request = Request(uuid.uuid4().hex, prompt_ids, job.sampling, job.adapter, job.tenant)
         yield {"prompt_tokens": len(prompt_ids)}
         async with contextlib.aclosing(self.runner.generate(request)) as events:
             async for event in events:
-                yield {
-                    "text": event.text,
-                    "finish_reason": event.finish_reason,
-                    "completion_tokens": event.num_completion_tokens,
-                }
+                yield self._token_event(event)
 
-    async def _load(self, key: str) -> int:
-        def fetch():
+    def _token_event(self, event: TokenEvent) -> Event:
+        return {
+            "index": event.index,
+            "text": event.text,
+            "finish_reason": event.finish_reason,
+            "cached_tokens": event.num_cached_prompt_tokens,
+            "logprobs": [] if event.logprobs is None else [self._told(event.token_id, event.logprobs)],
+        }
+
+    def _told(self, token_id: int, logprobs: TokenLogprobs) -> Event:
+        def entry(token: int, logprob: float) -> Event:
+            return {"token": self.engine.tokenizer.decode([token]), "logprob": logprob}
+
+        return entry(token_id, logprobs.chosen) | {"top": [entry(*pair) for pair in logprobs.top]}
+
+    async def _prepare(self, key: str) -> PreparedAdapter:
+        """In a thread: decoding goes on while an adapter is fetched, read and checked."""
+
+        def prepare() -> PreparedAdapter:
             version = self.registry.get(key)
             check_base(key, version.metadata, self.base)
-            return self.registry.directory(version)
+            return self.engine.prepare_adapter(key, self.registry.directory(version))
 
-        directory = await asyncio.to_thread(fetch)
-        return await self.runner.call(lambda: self.engine.load_adapter(key, directory))
+        return await asyncio.to_thread(prepare)
+
+    async def _load(self, prepared: Any) -> None:
+        await self.runner.call(lambda: self.engine.load_adapter(prepared))
 
     async def _unload(self, key: str) -> None:
         await self.runner.call(lambda: self.engine.unload_adapter(key))

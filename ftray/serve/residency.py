@@ -6,57 +6,101 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-Load = Callable[[str], Coroutine[None, None, int]]  # key -> bytes
+from ftray.errors import AdapterError
+
+# Adapters read and checked at the same time, beside the budget.
+MAX_LOADS = 2
+
+
+class Sized(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
+
+
+Prepare = Callable[[str], Coroutine[None, None, Any]]  # key -> a checked adapter with its `num_bytes`
+Load = Callable[[Any], Coroutine[None, None, None]]
 Unload = Callable[[str], Coroutine[None, None, None]]
 
 
 @dataclass
 class Resident:
-    loading: asyncio.Task[int]
+    loading: asyncio.Task[None]
     num_bytes: int = 0
     pins: int = 0
 
 
 class AdapterResidency:
-    def __init__(self, load: Load, unload: Unload, *, budget_bytes: int):
+    def __init__(self, prepare: Prepare, load: Load, unload: Unload, *, budget_bytes: int):
+        self._prepare = prepare
         self._load = load
         self._unload = unload
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self._may_load = asyncio.Semaphore(MAX_LOADS)
+        self._may_place = asyncio.Lock()  # first come, first served
+        self._unpinned = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def pinned(self, key: str) -> AsyncIterator[None]:
         """Loads the adapter if it is not here; while the context is open it stays."""
         resident = self._residents.get(key)
         if resident is None:
-            resident = Resident(asyncio.ensure_future(self._load(key)))
+            resident = Resident(asyncio.ensure_future(self._bring(key)))
             self._residents[key] = resident
         self._residents.move_to_end(key)
         resident.pins += 1
         try:
             try:
                 # shielded: one caller that gives up must not cancel the load that others wait for
-                resident.num_bytes = await asyncio.shield(resident.loading)
+                await asyncio.shield(resident.loading)
             except asyncio.CancelledError:
                 raise
             except BaseException:
                 if self._residents.get(key) is resident:
                     del self._residents[key]  # a later request tries again
                 raise
-            await self._evict()
             yield
         finally:
             resident.pins -= 1
+            if resident.pins == 0:
+                self._unpinned.set()
+
+    async def prefetch(self, key: str) -> None:
+        """Brings an adapter in before anybody asks for it. Whatever fails will be told to the first who asks."""
+        with contextlib.suppress(Exception):
+            async with self.pinned(key):
+                pass
 
     @property
     def resident_keys(self) -> list[str]:
         return list(self._residents)
 
-    async def _evict(self) -> None:
-        while sum(r.num_bytes for r in self._residents.values()) > self._budget_bytes:
-            victim = next((key for key, r in self._residents.items() if r.pins == 0 and r.loading.done()), None)
+    @property
+    def resident_bytes(self) -> int:
+        return sum(resident.num_bytes for resident in self._residents.values())
+
+    async def _bring(self, key: str) -> None:
+        async with self._may_load:
+            adapter: Sized = await self._prepare(key)
+            if adapter.num_bytes > self.budget_bytes:
+                raise AdapterError(
+                    f"{key}: takes {adapter.num_bytes:,} bytes, over this endpoint's adapters.host_budget "
+                    f"({self.budget_bytes:,}); raise it or publish a smaller rank"
+                )
+            async with self._may_place:
+                await self._make_room(adapter.num_bytes)
+                await self._load(adapter)
+                self._residents[key].num_bytes = adapter.num_bytes
+
+    async def _make_room(self, num_bytes: int) -> None:
+        """Waits while everything that could go is in use: running requests end, and the budget holds."""
+        while self.resident_bytes + num_bytes > self.budget_bytes:
+            victim = next((k for k, r in self._residents.items() if r.pins == 0 and r.loading.done()), None)
             if victim is None:
-                return  # all in use: over the budget for a while rather than a failed request
-            del self._residents[victim]
-            await asyncio.shield(self._unload(victim))
+                self._unpinned.clear()
+                await self._unpinned.wait()
+            else:
+                del self._residents[victim]
+                await self._unload(victim)

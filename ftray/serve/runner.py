@@ -35,19 +35,19 @@ class EngineRunner:
         """The request's tokens as they come. Leaving early frees its place at once."""
         events: asyncio.Queue[TokenEvent | BaseException] = asyncio.Queue()
         self._streams[request.id] = (asyncio.get_running_loop(), events)
-        finished = False
+        unfinished = request.sampling.n
         try:
             await self.call(lambda: self.engine.add(request))
-            while not finished:
+            while unfinished:
                 event = await events.get()
                 if isinstance(event, BaseException):
-                    finished = True
+                    unfinished = 0
                     raise FtrayError(f"the engine has stopped: {event}")
-                finished = event.finish_reason is not None
+                unfinished -= event.finish_reason is not None
                 yield event
         finally:
             self._streams.pop(request.id, None)
-            if not finished:
+            if unfinished:
                 self._commands.put((lambda: self.engine.cancel(request.id), Future()))
 
     @property

@@ -4,13 +4,16 @@ A parameter it does not have is refused by name, never ignored: an answer that s
 wrong.
 """
 
+import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ftray.infer.protocol import Sampling
+from ftray.infer.protocol import Sampling, Structure
 
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as OpenAI's
+MAX_LOGPROBS = 20
+MAX_ANSWERS = 128
 
 
 class ApiRequest(BaseModel):
@@ -24,20 +27,46 @@ class ApiRequest(BaseModel):
     stream: bool | None = None
     stream_options: "StreamOptions | None" = None
     user: str | None = None
-    # Accepted at their neutral values, which many clients send.
-    n: Literal[1] | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+    n: int | None = Field(default=None, ge=1, le=MAX_ANSWERS)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[int, float] | None = Field(default=None, max_length=1024)
+    response_format: "ResponseFormat | None" = None
+    # Beyond OpenAI's, under the names that vLLM uses.
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    ignore_eos: bool | None = None
 
-    def sampling(self, max_tokens: int | None) -> Sampling:
+    @property
+    def max_new_tokens(self) -> int | None:
+        raise NotImplementedError
+
+    @property
+    def num_logprobs(self) -> int | None:
+        raise NotImplementedError
+
+    def sampling(self) -> Sampling:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.logit_bias,
+            "n": self.n,
+            "ignore_eos": self.ignore_eos,
+        }
         return Sampling(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
-            max_tokens=max_tokens,
+            max_tokens=self.max_new_tokens,
             stop=tuple(text for text in stop if text),
+            logprobs=self.num_logprobs,
+            structure=self.response_format.structure if self.response_format is not None else None,
+            **{name: value for name, value in given.items() if value is not None},
         )
 
     @property
@@ -55,18 +84,57 @@ class ChatRequest(ApiRequest):
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    logprobs: Literal[False] | None = None
-    response_format: "TextFormat | None" = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def logprobs_asked_for(self):
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
 
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
-class TextFormat(BaseModel):
+
+class JsonSchema(BaseModel):
+    """OpenAI's wrapper around a schema."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    name: str
+    description: str | None = None
+    body: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema", "regex"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+
+    @model_validator(mode="after")
+    def complete(self):
+        for kind in ("json_schema", "regex"):
+            if (self.type == kind) != (getattr(self, kind) is not None):
+                raise ValueError(f"type {self.type!r} and the field {kind!r} do not go together")
+        return self
+
+    @property
+    def structure(self) -> Structure | None:
+        if self.type == "text":
+            return None
+        if self.regex is not None:
+            return Structure("regex", self.regex)
+        schema = {"type": "object"} if self.json_schema is None else self.json_schema.body
+        return Structure("json_schema", json.dumps(schema))
 
 
 class CompletionRequest(ApiRequest):
@@ -74,11 +142,15 @@ class CompletionRequest(ApiRequest):
     max_tokens: int | None = Field(default=None, ge=1)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
-    logprobs: None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     @property
     def max_new_tokens(self) -> int:
         return self.max_tokens or DEFAULT_COMPLETION_TOKENS
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 def error_body(message: str, *, status: int, param: str | None = None) -> dict[str, Any]:
@@ -88,9 +160,10 @@ def error_body(message: str, *, status: int, param: str | None = None) -> dict[s
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def usage_body(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage_body(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }

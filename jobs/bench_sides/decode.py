@@ -6,24 +6,23 @@ from pathlib import Path
 
 from shared import BASE, NEW_TOKENS, PROMPT, SEQUENCES, peak_gib
 
-from ftray.config.serve import EngineConfig
+from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.torch_engine import TorchEngine
+from ftray.infer.torch_engine import TorchEngine, load_adapter
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
 
 
 def decode(adapters: list[Path]) -> None:
     config = EngineConfig(max_sequences=SEQUENCES, context_tokens=1024, kv_cache_tokens=16384)
-    engine = TorchEngine(BASE, choose_hardware(), config, max_rank=64)
+    engine = TorchEngine(BASE, choose_hardware(), config, AdaptersConfig())
     keys = [str(path) for path in adapters]
     for key in keys:
-        engine.load_adapter(key, Path(key))
-    engine.stop_ids = set()  # every sequence runs to its limit, as on the other sides
+        load_adapter(engine, key, Path(key))
     prompt = ChatRenderer(engine.tokenizer).prompt_ids([{"role": "user", "content": PROMPT}])
 
     def run(new_tokens: int) -> float:
-        sampling = Sampling(temperature=0, max_tokens=new_tokens)
+        sampling = Sampling(temperature=0, max_tokens=new_tokens, ignore_eos=True)
         for i in range(SEQUENCES):
             engine.add(Request(str(i), prompt, sampling, keys[i % len(keys)] if keys else None))
         began = time.perf_counter()

@@ -5,11 +5,11 @@ import torch
 from tiny import chat_rows, write_jsonl
 
 from ftray.config.run import DataConfig
-from ftray.config.serve import EngineConfig
+from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.torch_engine import TorchEngine, generate
+from ftray.infer.torch_engine import TorchEngine, generate, load_adapter
 from ftray.model.base import load_weights
 from ftray.model.hardware import choose_hardware
 from ftray.model.packed import PackedCausalLM, register_packed_attention
@@ -32,9 +32,9 @@ def test_packed_equals_one_by_one(tiny_base, renderer, tmp_path):
 
 def test_mixed_adapters_generate(tiny_base, adapters, renderer):
     config = EngineConfig(context_tokens=256, kv_cache_tokens=4096)
-    engine = TorchEngine(tiny_base, choose_hardware(), config, max_rank=64)
+    engine = TorchEngine(tiny_base, choose_hardware(), config, AdaptersConfig(max_rank=64))
     for name, directory in adapters.items():
-        engine.load_adapter(name, directory)
+        load_adapter(engine, name, directory)
     names = list(adapters)
     prompts = [renderer.prompt_ids(row["messages"][:1]) for row in chat_rows(8, seed=4)]
     wanted = [Request(str(i), p, Sampling(temperature=0, max_tokens=8), names[i % 4]) for i, p in enumerate(prompts)]

@@ -6,12 +6,12 @@ import torch
 from tiny import chat_rows, write_jsonl
 
 from ftray.config.run import AdapterConfig, DataConfig
-from ftray.config.serve import EngineConfig
+from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.torch_engine import TorchEngine, generate
-from ftray.model import multi_lora
+from ftray.infer.torch_engine import TorchEngine, generate, load_adapter
+from ftray.model import adapter_slots
 from ftray.model.base import load_weights
 from ftray.model.hardware import choose_hardware
 from ftray.model.lora import inject_lora, load_weights_from
@@ -25,9 +25,9 @@ NEAR_TIE = 1e-4
 
 def make_engine(tiny_base, adapters, **settings) -> TorchEngine:
     config = EngineConfig(**({"context_tokens": 256, "kv_cache_tokens": 8192, "max_sequences": 32} | settings))
-    engine = TorchEngine(tiny_base, choose_hardware(), config, max_rank=64)
+    engine = TorchEngine(tiny_base, choose_hardware(), config, AdaptersConfig(max_rank=64))
     for name, directory in adapters.items():
-        engine.load_adapter(name, directory)
+        load_adapter(engine, name, directory)
     return engine
 
 
@@ -47,8 +47,17 @@ def peft_log_probs(tiny_base, directory, ids):
         return model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
 
-PROMPTS = [[5, 9, 33, 60, 7], [40, 41, 42], [100, 7, 100, 9, 20, 31, 77], [12, 13], [8] * 9, [90, 17, 3]]
-MIX = ["r4", "r8", "r16", "qv", None, "r4"]
+PROMPTS = [
+    [5, 9, 33, 60, 7],
+    [40, 41, 42],
+    [100, 7, 100, 9, 20, 31, 77],
+    [12, 13],
+    [8] * 9,
+    [90, 17, 3],
+    [6, 7, 8, 9],
+    [55] * 3,
+]
+MIX = ["r4", "r8", "r16", "qv", None, "r4", "r4b", "r4c"]
 
 
 def mixed_log_probs(engine) -> list[torch.Tensor]:
@@ -58,25 +67,34 @@ def mixed_log_probs(engine) -> list[torch.Tensor]:
     positions = torch.cat([torch.arange(length) for length in lengths])
     from ftray.infer.attention import AttentionStep
 
-    step = AttentionStep(cache=None, write_slots_T=None, decode=None, prompts=packed_layout(lengths))
-    with torch.inference_mode():
+    step = AttentionStep(cache=None, write_slots_T=None, decode=None, whole=packed_layout(lengths))
+    with torch.inference_mode(), engine.pinned(*MIX):
         hidden = engine._hidden(ids, positions, list(zip(MIX, lengths, strict=True)), step)
-        return list(engine.model.get_output_embeddings()(hidden).log_softmax(-1).split(lengths))
+        return list(engine._head(hidden).log_softmax(-1).split(lengths))
 
 
-@pytest.mark.parametrize("way", ["stacked", "grouped"])
-def test_mixed_ranks_equal_peft(engine, tiny_base, adapters, monkeypatch, way):
-    monkeypatch.setattr(multi_lora, "MAX_STACKED_TOKENS", 10_000 if way == "stacked" else 0)
+@pytest.mark.parametrize("few", [0, 1000], ids=["an adapter at a time", "neighbours together"])
+def test_mixed_ranks_equal_peft(engine, tiny_base, adapters, monkeypatch, few):
+    monkeypatch.setattr(adapter_slots, "FEW_TOKENS", few)
     for log_probs, prompt, name in zip(mixed_log_probs(engine), PROMPTS, MIX, strict=True):
         torch.testing.assert_close(log_probs, peft_log_probs(tiny_base, adapters.get(name), prompt), **CLOSE)
 
 
-def test_a_missing_mask_is_found(engine, tiny_base, adapters, monkeypatch):
-    monkeypatch.setattr(multi_lora, "MAX_STACKED_TOKENS", 10_000)
-    monkeypatch.setattr(multi_lora.LoraBatch, "mask_TR", lambda self, stack: torch.tensor(1.0))
+def test_rows_of_the_wrong_adapter_are_found(engine, tiny_base, adapters, monkeypatch):
+    """The twin: each adapter is applied to the row before its own."""
+    make_run = adapter_slots.make_run
+
+    def shifted(group, device):
+        run = make_run(group, device)
+        run.rows = run.rows.roll(1)
+        run.real = torch.arange(len(run.rows))
+        return run
+
+    monkeypatch.setattr(adapter_slots, "FEW_TOKENS", 1000)
+    monkeypatch.setattr(adapter_slots, "make_run", shifted)
     wrong = mixed_log_probs(engine)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(wrong[0], peft_log_probs(tiny_base, adapters["r4"], PROMPTS[0]), **CLOSE)
+        torch.testing.assert_close(wrong[6], peft_log_probs(tiny_base, adapters["r4b"], PROMPTS[6]), **CLOSE)
 
 
 def test_a_swapped_adapter_is_found(engine, tiny_base, adapters):
@@ -150,7 +168,7 @@ def test_a_cache_that_forgets_is_found(tiny_base, adapters, renderer, monkeypatc
     wanted = requests(renderer, 8)
     right = tokens_of(broken, wanted)
     real = torch_engine.decode_context
-    rolled = lambda slots, lengths, device: real([own.roll(1) for own in slots], lengths, device)  # noqa: E731
+    rolled = lambda pages, lengths, device: real([own[::-1] for own in pages], lengths, device)  # noqa: E731
     monkeypatch.setattr(torch_engine, "decode_context", rolled)
     assert tokens_of(broken, wanted) != right
 

@@ -7,7 +7,7 @@ import torch
 from ranks import Record, train_on_ranks
 
 from ftray.config.run import DataConfig
-from ftray.config.serve import EngineConfig
+from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.protocol import Request, Sampling
@@ -29,7 +29,9 @@ def base():
 
 @pytest.fixture(scope="module")
 def engine(base):
-    return TorchEngine(base, choose_hardware(), EngineConfig(context_tokens=256, kv_cache_tokens=1024), max_rank=16)
+    return TorchEngine(
+        base, choose_hardware(), EngineConfig(context_tokens=256, kv_cache_tokens=1024), AdaptersConfig(max_rank=16)
+    )
 
 
 @pytest.fixture(scope="module")

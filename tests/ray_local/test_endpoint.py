@@ -75,7 +75,8 @@ def test_streaming_gives_the_same_text_and_usage(client):
     whole = ask(client, "r8", "where is my card")
     chunks = list(ask(client, "r8", "where is my card", stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0  # the prompt was computed for the first answer
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
 
 
@@ -128,18 +129,18 @@ def test_a_new_version_is_served_without_a_restart(client, registry, adapters):
 
 def test_served_accuracy_equals_offline_accuracy(client, url, tiny_base, adapters, tmp_path):
     from ftray.config.run import DataConfig
-    from ftray.config.serve import EngineConfig
+    from ftray.config.serve import AdaptersConfig, EngineConfig
     from ftray.evaluate.endpoint import evaluate_endpoint
     from ftray.evaluate.offline import evaluate_offline
     from ftray.evaluate.task import answer_tokens, load_questions
-    from ftray.infer.torch_engine import TorchEngine
+    from ftray.infer.torch_engine import TorchEngine, load_adapter
     from ftray.model.chat import ChatRenderer
     from ftray.model.hardware import choose_hardware
 
     data = DataConfig(train="-", eval=str(write_jsonl(tmp_path / "e.jsonl", chat_rows(12, seed=6))))
     questions = load_questions(data)
-    engine = TorchEngine(tiny_base, choose_hardware(), EngineConfig(), max_rank=64)
-    engine.load_adapter("r8@1", adapters["r8"])
+    engine = TorchEngine(tiny_base, choose_hardware(), EngineConfig(), AdaptersConfig(max_rank=64))
+    load_adapter(engine, "r8@1", adapters["r8"])
     offline = evaluate_offline(engine, questions, data, adapter="r8@1", model="r8@1")
     tokens = answer_tokens(questions, ChatRenderer(engine.tokenizer))
     served = evaluate_endpoint(url, questions, model="r8@prod", max_tokens=tokens)

@@ -171,7 +171,7 @@ def test_a_bad_step_is_passed_over_or_ends_the_run(ray_session, config, tmp_path
 def test_full_fine_tuning_with_zero_3_gives_a_model_that_serves(ray_session, config, tmp_path, renderer):
     from transformers import AutoModelForCausalLM
 
-    from ftray.config.serve import EngineConfig
+    from ftray.config.serve import AdaptersConfig, EngineConfig
     from ftray.infer.protocol import Request, Sampling
     from ftray.infer.torch_engine import TorchEngine, generate
     from ftray.model.base import prepare_base
@@ -182,7 +182,7 @@ def test_full_fine_tuning_with_zero_3_gives_a_model_that_serves(ray_session, con
     assert not report["missing_keys"]
     prompt = renderer.prompt_ids(chat_rows(1)[0]["messages"][:1])
     settings = EngineConfig(context_tokens=128, kv_cache_tokens=256)
-    engine = TorchEngine(prepare_base(result["output"]), choose_hardware(), settings, max_rank=8)
+    engine = TorchEngine(prepare_base(result["output"]), choose_hardware(), settings, AdaptersConfig(max_rank=8))
     served = generate(engine, [Request("a", prompt, Sampling(temperature=0, max_tokens=6))])["a"]
     stop = list(engine.stop_ids)
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=stop)

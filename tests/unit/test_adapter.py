@@ -75,10 +75,10 @@ def test_an_adapter_of_another_shape_is_refused_and_harms_nobody(tmp_path, tiny_
     LlamaForCausalLM(config).save_pretrained(other)
     foreign = write_peft_adapter(tmp_path / "foreign", other, rank=4, seed=0)
     model = load_weights(tiny_base, choose_hardware(), attention="sdpa")
-    bank = LoraBank(model)
-    bank.load("good@1", read_adapter(adapters["r4"], label="good@1"))
+    bank = LoraBank(model, device_budget=2**30)
+    bank.load(bank.prepare("good@1", read_adapter(adapters["r4"], label="good@1")))
     with pytest.raises(AdapterError, match=r"foreign@1: .* maps 48 to 32, the base model's maps 96 to 64"):
-        bank.load("foreign@1", read_adapter(foreign, label="foreign@1"))
+        bank.prepare("foreign@1", read_adapter(foreign, label="foreign@1"))
     assert "good@1" in bank
     assert "foreign@1" not in bank
 

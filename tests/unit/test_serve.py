@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import pytest
 from fastapi.testclient import TestClient
@@ -18,6 +19,13 @@ from ftray.serve.runner import EngineRunner
 from ftray.serve.schemas import ChatRequest, CompletionRequest
 
 
+def answer(text: str, reason: str | None) -> dict:
+    told = [
+        {"token": "I", "logprob": -0.5, "top": [{"token": "I", "logprob": -0.5}, {"token": "\ufffd", "logprob": -1.0}]}
+    ]
+    return {"text": text, "finish_reason": reason, "logprobs": told}
+
+
 class EchoBackend:
     """Answers with the model it was asked for; remembers the jobs."""
 
@@ -29,9 +37,9 @@ class EchoBackend:
         self.jobs.append(job)
         return self.error or {
             "prompt_tokens": 3,
+            "cached_tokens": 0,
             "completion_tokens": 2,
-            "text": f"I am {job.adapter}",
-            "finish_reason": "stop",
+            "answers": [answer(f"I am {job.adapter}", "stop") for _ in range(job.sampling.n)],
         }
 
     async def stream(self, job: GenerateJob) -> AsyncIterator[dict]:
@@ -40,8 +48,9 @@ class EchoBackend:
             yield self.error
             return
         yield {"prompt_tokens": 3}
-        yield {"text": "I am ", "finish_reason": None, "completion_tokens": 1}
-        yield {"text": str(job.adapter), "finish_reason": "stop", "completion_tokens": 2}
+        for index in range(job.sampling.n):
+            yield {"index": index, "cached_tokens": 0, **answer("I am ", None)}
+            yield {"index": index, "cached_tokens": 0, **answer(str(job.adapter), "stop")}
 
 
 @pytest.fixture
@@ -93,7 +102,12 @@ def test_the_name_chooses_base_version_or_alias(client, backend, name, answered_
     answer = ask(client, name).json()
     assert answer["model"] == answered_by
     assert backend.jobs[0].adapter == (None if name == "base-model" else answered_by)
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert answer["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_all_names_are_listed(client):
@@ -117,10 +131,15 @@ def test_an_unknown_model_is_404_with_the_near_names(client):
         ({"temperature": 3}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"n": 2}, "n: "),
+        ({"n": 0}, "n: "),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema"),
+        ({"response_format": {"type": "regex", "json_schema": {"name": "x", "schema": {}}}}, "do not go together"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"tools": []}, "tools: this endpoint has no such parameter"),
         ({"messages": []}, "messages"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 7}, "logprobs"),
     ],
 )
 def test_what_the_endpoint_cannot_do_is_refused_by_name(client, change, message):
@@ -153,6 +172,40 @@ def test_streaming_chunks(client):
     assert chunks[-1]["usage"]["total_tokens"] == 5
 
 
+def test_several_answers_and_their_logprobs(client):
+    whole = ask(client, "support", n=2, logprobs=True, top_logprobs=2).json()
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1]
+    told = whole["choices"][1]["logprobs"]["content"][0]
+    assert told["token"] == "I"
+    assert told["bytes"] == [73]
+    assert [top["bytes"] for top in told["top_logprobs"]] == [[73], None]  # half a character has no text
+    response = ask(client, "support", n=2, stream=True)
+    chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    assert [c["choices"][0]["index"] for c in chunks] == [0, 0, 1, 1]
+    assert [("role" in c["choices"][0]["delta"]) for c in chunks] == [True, False, True, False]
+    body = {"model": "support", "prompt": "hi", "logprobs": 2}
+    choice = client.post("/v1/completions", json=body).json()["choices"][0]
+    assert choice["logprobs"]["top_logprobs"] == [{"I": -0.5, "\ufffd": -1.0}]
+
+
+def test_what_a_request_asks_of_the_sampler(client, backend):
+    ask(
+        client,
+        "base-model",
+        top_k=3,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        logit_bias={"7": -100},
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}},
+        user="team-a",
+    )
+    sampling = backend.jobs[0].sampling
+    assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (3, 0.1, 1.1)
+    assert sampling.logit_bias == {7: -100}
+    assert sampling.structure.text == '{"type": "integer"}'
+    assert backend.jobs[0].tenant == "team-a"
+
+
 def test_an_adapter_of_another_base_is_refused_naming_both(tiny_base):
     check_base("a@1", {"base_fingerprint": tiny_base.fingerprint}, tiny_base)
     check_base("a@1", {}, tiny_base)  # a foreign PEFT directory carries none; its shapes are checked at load
@@ -163,21 +216,31 @@ def test_an_adapter_of_another_base_is_refused_naming_both(tiny_base):
 # -- residency -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Prepared:
+    key: str
+    num_bytes: int
+
+
 class Loader:
+    """Where adapters of a fixed size go; counts the loads."""
+
     def __init__(self, num_bytes: int = 40):
         self.num_bytes = num_bytes
         self.loads: list[str] = []
         self.resident: set[str] = set()
         self.fail_next = False
 
-    async def load(self, key: str) -> int:
+    async def prepare(self, key: str) -> Prepared:
         self.loads.append(key)
         await asyncio.sleep(0.01)
         if self.fail_next:
             self.fail_next = False
             raise UserError("broken file")
-        self.resident.add(key)
-        return self.num_bytes
+        return Prepared(key, self.num_bytes)
+
+    async def load(self, prepared: Prepared) -> None:
+        self.resident.add(prepared.key)
 
     async def unload(self, key: str) -> None:
         self.resident.remove(key)
@@ -186,7 +249,7 @@ class Loader:
 def test_one_load_in_flight_per_version():
     async def scenario():
         loader = Loader()
-        residency = AdapterResidency(loader.load, loader.unload, budget_bytes=100)
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=100)
 
         async def use():
             async with residency.pinned("a@1"):
@@ -201,7 +264,7 @@ def test_one_load_in_flight_per_version():
 def test_least_recently_used_goes_first_and_never_a_pinned_one():
     async def scenario():
         loader = Loader()
-        residency = AdapterResidency(loader.load, loader.unload, budget_bytes=100)
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=100)
 
         async def touch(key):
             async with residency.pinned(key):
@@ -215,8 +278,39 @@ def test_least_recently_used_goes_first_and_never_a_pinned_one():
             assert loader.resident == {"a@1", "d@1"}
         await touch("e@1")
         assert loader.resident == {"d@1", "e@1"}
-        async with residency.pinned("x@1"), residency.pinned("y@1"), residency.pinned("z@1"):
-            assert loader.resident == {"x@1", "y@1", "z@1"}  # over the budget rather than a failed request
+        assert residency.resident_bytes == 80
+
+    asyncio.run(scenario())
+
+
+def test_the_budget_holds_while_all_are_in_use():
+    """Forty requests for forty adapters: they come in as others leave, and memory never holds more than two."""
+
+    async def scenario():
+        loader = Loader()
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=100)
+        most = 0
+
+        async def use(key):
+            nonlocal most
+            async with residency.pinned(key):
+                await asyncio.sleep(0.001)
+                most = max(most, len(loader.resident))
+
+        await asyncio.gather(*(use(f"a{i}@1") for i in range(40)))
+        assert most == 2
+        assert len(loader.loads) == 40
+
+    asyncio.run(scenario())
+
+
+def test_an_adapter_over_the_whole_budget_is_refused():
+    async def scenario():
+        loader = Loader(num_bytes=101)
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=100)
+        with pytest.raises(AdapterError, match=r"a@1: takes 101 bytes, over this endpoint's adapters\.host_budget"):
+            async with residency.pinned("a@1"):
+                pass
 
     asyncio.run(scenario())
 
@@ -225,7 +319,7 @@ def test_a_failed_load_is_told_to_all_and_tried_again():
     async def scenario():
         loader = Loader()
         loader.fail_next = True
-        residency = AdapterResidency(loader.load, loader.unload, budget_bytes=100)
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=100)
 
         async def use():
             async with residency.pinned("a@1"):
@@ -277,13 +371,15 @@ class CountingEngine:
     def has_work(self) -> bool:
         return bool(self.left)
 
-    def load_adapter(self, key, directory) -> int:
-        return 0
+    def prepare_adapter(self, key, directory) -> Prepared:
+        return Prepared(key, 0)
+
+    def load_adapter(self, prepared) -> None: ...
 
     def unload_adapter(self, key) -> None: ...
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 0, ())
+        return EngineStats(0, 0, 0, 0, 0, 0, 0, (), (), 0)
 
 
 def run_scenario(scenario):

@@ -1,0 +1,62 @@
+"""Answers that must match a JSON schema or a regular expression (llguidance: which tokens may come next)."""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ftray.errors import UserError
+from ftray.infer.protocol import Structure
+
+
+class Grammars:
+    """Of one tokenizer. The first structured request pays for making its table, about a second."""
+
+    def __init__(self, tokenizer: Any, *, vocab_size: int, stop_ids: set[int]):
+        self._hf_tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._stop_ids = sorted(stop_ids)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        import llguidance.hf
+
+        try:
+            return llguidance.hf.from_tokenizer(
+                self._hf_tokenizer, n_vocab=self._vocab_size, eos_token=self._stop_ids or None
+            )
+        except ValueError as error:
+            raise UserError(f"response_format: this model's tokenizer cannot guide answers ({error})") from None
+
+    def matcher(self, structure: Structure) -> "GrammarMatcher":
+        """Raises `UserError` when the schema or expression is not one."""
+        from llguidance import LLMatcher
+
+        make = {"json_schema": LLMatcher.grammar_from_json_schema, "regex": LLMatcher.grammar_from_regex}
+        try:
+            matcher = LLMatcher(self._tokenizer, make[structure.kind](structure.text))
+            problem = matcher.get_error()
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise UserError(f"response_format: {structure.kind}: {problem.strip().splitlines()[0]}")
+        return GrammarMatcher(matcher)
+
+
+class GrammarMatcher:
+    def __init__(self, matcher: Any):
+        self._matcher = matcher
+
+    def mask(self, logits_V: Tensor) -> None:
+        """Makes every token that may not come next impossible, in place."""
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        allowed = torch.from_numpy(bits.astype(bool))
+        size = min(len(allowed), len(logits_V))
+        logits_V[:size].masked_fill_(~allowed[:size], float("-inf"))
+        logits_V[size:] = float("-inf")
+
+    def accept(self, token: int) -> None:
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token)

@@ -1,0 +1,80 @@
+"""Linear layers whose weight never changes: on a CPU the weight is laid out once for its matrix kernels, and
+projections of one input (q, k and v; gate and up) become one multiplication.
+
+Decoding is bound by reading weights: at 16 tokens the packed layout takes about half the time of the plain one.
+
+Shapes: T tokens, O summed output features.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+# Projections that a decoder layer applies to the same tensor, in the order it calls them.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# The number of tokens that the layout is chosen for. Others use it too: 1 to 512 were all faster than unpacked.
+PACKED_FOR_TOKENS = 16
+
+
+def can_pack(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+class FrozenLinear:
+    """The outputs of several linear layers side by side, [..., O]. For inference: no gradient."""
+
+    def __init__(self, layers: Sequence[nn.Linear]):
+        weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
+        self.in_features = weight.shape[1]
+        self.out_features = tuple(layer.weight.shape[0] for layer in layers)
+        self.device, self.dtype = weight.device, weight.dtype
+        self._bias = joined_bias(layers)
+        self._packed = can_pack(weight)
+        reorder: Any = torch.ops.mkldnn._reorder_linear_weight  # what torch's own freezing pass uses
+        self._weight = reorder(weight.detach(), PACKED_FOR_TOKENS) if self._packed else weight.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self._packed:
+            return linear(x, self._weight, self._bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+
+
+def joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    return torch.cat(biases).detach()
+
+
+def sibling_groups(model: Any) -> list[list[str]]:
+    """Names of all linear layers but the output head, those of one input together."""
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    present = set(names)
+    groups: list[list[str]] = []
+    taken: set[str] = set()
+    for name in names:
+        if name in taken:
+            continue
+        parent, _, own = name.rpartition(".")
+        family = next((f for f in SIBLINGS if f[0] == own), (own,))
+        group = [f"{parent}.{member}" if parent else member for member in family]
+        group = group if present.issuperset(group) else [name]
+        groups.append(group)
+        taken.update(group)
+    return groups
+
+
+class Projection(nn.Module):
+    """One of a group's layers, where the model expects it."""
+
+    def __init__(self, group: Any, index: int):
+        super().__init__()
+        self._group = [group]  # in a list, so that torch does not take it for a submodule to walk
+        self._index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._group[0].output(x, self._index)

@@ -1,0 +1,170 @@
+"""The torch engine: the contract, and what it promises beyond it."""
+
+import pytest
+import torch
+from engine_contract import EngineContract, greedy, run, tokens
+from safetensors.torch import load_file, save_file
+
+from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.infer.kv_cache import KVCache
+from ftray.infer.protocol import Request
+from ftray.infer.torch_engine import TorchEngine, load_adapter
+from ftray.model.hardware import choose_hardware
+
+
+def make_engine(tiny_base, adapters=None, *, device_budget=2**30, **settings) -> TorchEngine:
+    config = EngineConfig(**{"context_tokens": 256, "kv_cache_tokens": 4096} | settings)
+    limits = AdaptersConfig(max_rank=64, device_budget=f"{device_budget}B")
+    engine = TorchEngine(tiny_base, choose_hardware(), config, limits)
+    for name, directory in (adapters or {}).items():
+        load_adapter(engine, name, directory)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return [[5, 9, 33, 60, 7], [40, 41, 42], [100, 7, 100, 9, 20, 31, 77], [12, 13], [8] * 9, list(range(20, 60))]
+
+
+class TestContract(EngineContract):
+    @pytest.fixture(scope="class")
+    def engine(self, tiny_base):
+        return make_engine(tiny_base)
+
+    @pytest.fixture(scope="class")
+    def base_directory(self, tiny_base):
+        return tiny_base.directory
+
+
+def long_prompts(count: int, length: int) -> list[list[int]]:
+    """With no common beginning."""
+    return [[(7 * i + 3 * j) % 90 + 5 for j in range(length)] for i in range(count)]
+
+
+def answers(engine, requests) -> dict[str, list[int]]:
+    return {name: tokens(events) for (name, _), events in run(engine, requests).items()}
+
+
+def test_prompts_in_pieces_equal_whole_prompts(tiny_base, adapters):
+    requests = [Request(f"{i}", p, greedy(), "r8" if i % 2 else None) for i, p in enumerate(long_prompts(6, 100))]
+    whole = answers(make_engine(tiny_base, adapters, max_prefill_tokens=4096), requests)
+    assert answers(make_engine(tiny_base, adapters, max_prefill_tokens=24), requests) == whole
+    assert answers(make_engine(tiny_base, adapters, max_prefill_tokens=1), requests[:2]) == {
+        name: whole[name] for name in ("0", "1")
+    }
+
+
+def test_a_piece_that_sees_too_little_is_found(tiny_base, adapters, monkeypatch):
+    """The twin: the pieces after the first forget what came before."""
+    from ftray.infer import torch_engine
+
+    real = torch_engine.continuation
+
+    def forgetful(pages, *, cached, num_tokens, device):
+        piece = real(pages, cached=cached, num_tokens=num_tokens, device=device)
+        piece.mask_TL[:, :cached] = False
+        return piece
+
+    requests = [Request("0", long_prompts(1, 100)[0], greedy())]
+    whole = answers(make_engine(tiny_base), requests)
+    monkeypatch.setattr(torch_engine, "continuation", forgetful)
+    assert answers(make_engine(tiny_base, max_prefill_tokens=24), requests) != whole
+
+
+def test_a_full_cache_pushes_the_newest_back_and_every_answer_stays_the_same(tiny_base, adapters):
+    requests = [Request(f"{i}", p, greedy(max_tokens=60), "r4") for i, p in enumerate(long_prompts(8, 40))]
+    roomy = make_engine(tiny_base, adapters)
+    tight = make_engine(tiny_base, adapters, kv_cache_tokens=256)
+    assert answers(tight, requests) == answers(roomy, requests)
+    assert tight.stats().num_preemptions > 0
+    assert roomy.stats().num_preemptions == 0
+    assert tight.stats().kv_tokens_used == 0
+
+
+def test_a_common_beginning_is_computed_once_for_each_adapter(tiny_base, adapters):
+    engine = make_engine(tiny_base, adapters)
+    start = list(range(10, 74))
+    first = Request("a", [*start, 7], greedy(), "r4")
+    run(engine, [first])
+    for adapter, name, found in (("r4", "b", 64), ("r8", "c", 0), (None, "d", 0), ("r8", "e", 64)):
+        events = run(engine, [Request(name, [*start, 9], greedy(), adapter)])[(name, 0)]
+        assert events[0].num_cached_prompt_tokens == found
+        fresh = make_engine(tiny_base, adapters)
+        assert tokens(events) == answers(fresh, [Request(name, [*start, 9], greedy(), adapter)])[name]
+    events = run(engine, [first])[("a", 0)]
+    assert events[0].num_cached_prompt_tokens == 64  # of 65: the last token's logits are wanted
+    assert engine.stats().prompt_tokens_cached == 3 * 64
+
+
+def test_a_cache_that_is_not_salted_is_found(tiny_base, adapters, monkeypatch):
+    """The twin: one adapter's keys and values served to another."""
+    start = list(range(10, 74))
+    request = Request("b", [*start, 9], greedy(), "r8")
+    want = answers(make_engine(tiny_base, adapters), [request])
+    engine = make_engine(tiny_base, adapters)
+    monkeypatch.setattr(engine, "_salts", dict.fromkeys(engine._salts, b"same"))
+    run(engine, [Request("a", [*start, 7], greedy(), "r4")])
+    assert answers(engine, [request]) != want
+
+
+def test_the_n_answers_share_their_prompt(tiny_base):
+    engine = make_engine(tiny_base)
+    events = run(engine, [Request("a", long_prompts(1, 100)[0], greedy(n=4, temperature=1.0, seed=1))])
+    assert [events[("a", i)][0].num_cached_prompt_tokens for i in range(4)] == [0, 96, 96, 96]
+    assert len({tuple(tokens(e)) for e in events.values()}) == 4
+
+
+def huge_adapter(adapters, directory):
+    """Finite weights that make infinity and NaN of every hidden state."""
+    directory.mkdir()
+    for path in adapters["r4"].iterdir():
+        if path.suffix == ".json":
+            (directory / path.name).write_bytes(path.read_bytes())
+    weights = load_file(adapters["r4"] / "adapter_model.safetensors")
+    save_file({name: torch.full_like(w, 3e38) for name, w in weights.items()}, directory / "adapter_model.safetensors")
+    return directory
+
+
+def beside_a_broken_one(engine, directory, requests):
+    load_adapter(engine, "huge", directory)
+    broken = [Request(f"broken{i}", p, greedy(max_tokens=20), "huge") for i, p in enumerate(long_prompts(4, 30))]
+    beside = answers(engine, [*broken, *requests])
+    return {r.id: beside[r.id] for r in requests}, answers(engine, requests)
+
+
+def test_an_adapter_that_overflows_harms_nobody_not_even_through_pages_it_leaves(tiny_base, adapters, tmp_path):
+    requests = [Request(f"{i}", p, greedy(max_tokens=20), "r8") for i, p in enumerate(long_prompts(6, 20))]
+    want = answers(make_engine(tiny_base, adapters), requests)
+    directory = huge_adapter(adapters, tmp_path / "huge")
+    engine = make_engine(tiny_base, adapters, kv_cache_tokens=512)
+    assert beside_a_broken_one(engine, directory, requests) == (want, want)
+
+
+def test_pages_that_are_not_cleaned_are_found(tiny_base, adapters, tmp_path, monkeypatch):
+    """The twin: NaN left in a page comes through the mask."""
+    monkeypatch.setattr(KVCache, "clear", lambda self, pages: None)
+    requests = [Request(f"{i}", p, greedy(max_tokens=20), "r8") for i, p in enumerate(long_prompts(6, 20))]
+    want = answers(make_engine(tiny_base, adapters), requests)
+    engine = make_engine(tiny_base, adapters, kv_cache_tokens=512)
+    assert beside_a_broken_one(engine, huge_adapter(adapters, tmp_path / "huge"), requests) != (want, want)
+
+
+def test_more_adapters_than_the_device_holds_take_turns(tiny_base, adapters):
+    """Slots for about one adapter at a time: all are served, with the answers they have when all fit."""
+    requests = [
+        Request(f"{i}", p, greedy(), name)
+        for i, (p, name) in enumerate(zip(long_prompts(12, 12), list(adapters) * 2, strict=True))
+    ]
+    roomy = make_engine(tiny_base, adapters)
+    want = answers(roomy, requests)
+    sizes = [adapter.num_bytes for adapter in roomy._bank.host.values()]
+    tight = make_engine(tiny_base, adapters, device_budget=max(sizes))
+    for request in requests:
+        tight.add(request)
+    got: dict[str, list[int]] = {}
+    while tight.has_work:
+        for event in tight.step():
+            got.setdefault(event.request_id, []).append(event.token_id)
+        assert tight.stats().device_adapter_bytes <= max(sizes)
+    assert got == want
+    assert len(roomy.stats().adapters_on_device) == 6

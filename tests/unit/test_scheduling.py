@@ -1,0 +1,268 @@
+"""Who is computed next: pages, fair queues, adapter slots, and the scheduler over them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ftray.errors import AdapterError
+from ftray.infer.fair_queue import FairQueue
+from ftray.infer.kv_cache import PagePool, page_name
+from ftray.infer.protocol import Request, Sampling
+from ftray.infer.scheduler import MAX_STEPS_PASSED_OVER, Scheduler, Sequence
+from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, runs_of
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+def test_pages_are_shared_kept_and_given_up_least_recently_used_first():
+    pool = PagePool(4)  # page 0 is padding
+    first, second, third = (pool.allocate() for _ in range(3))
+    assert pool.allocate() is None
+    names = [page_name(b"base", range(16)), page_name(b"base", range(16, 32))]
+    pool.name(first, names[0])
+    pool.name(second, names[1])
+    pool.share(first)
+    pool.release([first, second])
+    assert pool.num_used == 2  # the first has another user, the third was never released
+    assert pool.find(names[1]) == second
+    pool.release([first, third])
+    assert pool.num_available == 3
+    assert pool.allocate() == third  # the one without a name
+    assert pool.allocate() == second  # kept for its name, unused the longest
+    assert pool.find(names[1]) is None
+    assert pool.find(names[0]) == first
+
+
+def test_page_names_depend_on_tokens_on_what_came_before_and_on_the_salt():
+    names = {page_name(salt, tokens) for salt in (b"base", b"1 a@1", b"2 a@1") for tokens in (range(16), range(1, 17))}
+    assert len(names) == 6
+    assert page_name(b"base", range(16)) == page_name(b"base", list(range(16)))
+
+
+# -- fair queues ---------------------------------------------------------------------------------------------------
+
+
+def serve(queue: FairQueue, costs: dict[tuple[str, str], int], rounds: int) -> list[tuple[str, str]]:
+    """One place: each item runs to its end before the next."""
+    served = []
+    for _ in range(rounds):
+        key, _ = next(queue.in_order())
+        queue.start(key)
+        queue.charge(key, costs[key])
+        queue.stop(key)
+        served.append(key)
+    return served
+
+
+def test_flows_share_tokens_not_requests():
+    queue: FairQueue[int] = FairQueue()
+    long, short = ("", "long@1"), ("", "short@1")
+    for i in range(400):
+        queue.push(long, i)
+        queue.push(short, i)
+    served = serve(queue, {long: 900, short: 100}, 300)
+    tokens = {long: served.count(long) * 900, short: served.count(short) * 100}
+    assert tokens[long] == pytest.approx(tokens[short], rel=0.1)
+
+
+def test_a_late_light_flow_goes_first_and_a_heavy_one_is_not_punished_for_having_been_alone():
+    queue: FairQueue[int] = FairQueue()
+    heavy, light = ("crawler", ""), ("person", "")
+    for i in range(100):
+        queue.push(heavy, i)
+    serve(queue, {heavy: 500}, 50)
+    queue.push(light, 0)
+    order = serve(queue, {heavy: 500, light: 500}, 4)
+    assert light in order[:2]
+    assert order.count(heavy) == 3
+
+
+def test_an_idle_flow_is_forgotten():
+    queue: FairQueue[int] = FairQueue()
+    queue.push(("a", ""), 1)
+    serve(queue, {("a", ""): 10**6}, 1)
+    assert len(queue) == 0
+    queue.push(("a", ""), 2)
+    assert next(queue.in_order())[1] == 2
+
+
+# -- adapter slots -------------------------------------------------------------------------------------------------
+
+
+def adapter(key: str, rank: int = 2, value: float = 1.0, groups: tuple[str, ...] = ("q", "o")) -> HostAdapter:
+    tensor = torch.full((rank, 8), float(value))
+    full = Factors(tensor, (tensor,))
+    return HostAdapter(key, dict.fromkeys(groups, full))
+
+
+SIZE = adapter("x").num_bytes  # 256
+
+
+def make_slots(num_adapters: int) -> AdapterSlots:
+    return AdapterSlots(budget_bytes=num_adapters * SIZE, device=torch.device("cpu"))
+
+
+def test_slots_hold_copies_and_the_least_recently_used_goes_first():
+    slots = make_slots(2)
+    for number, key in enumerate("ab"):
+        assert slots.acquire(adapter(key, value=number))
+        slots.release(key)
+    assert slots.acquire(adapter("a"))
+    assert slots.acquire(adapter("c", value=7))
+    assert slots.keys == ("a", "c")
+    place = slots.place("c")
+    assert (place.slab.factors["q"].a[place.slot] == 7).all()
+    assert not slots.acquire(adapter("d"))  # both are in use
+    slots.release("a")
+    assert slots.acquire(adapter("d"))
+    assert slots.keys == ("c", "d")
+    assert slots.used_bytes <= slots.budget_bytes
+
+
+def test_adapters_of_another_shape_get_the_room_of_unused_ones():
+    slots = make_slots(4)
+    for key in "abcd":
+        assert slots.acquire(adapter(key))
+    assert not slots.acquire(adapter("wide", rank=4))  # twice the size
+    for key in "ab":
+        slots.release(key)
+    assert slots.acquire(adapter("wide", rank=4))
+    assert slots.used_bytes == slots.budget_bytes
+    assert set(slots.keys) == {"c", "d", "wide"}
+
+
+def test_an_adapter_that_can_never_fit_is_refused():
+    with pytest.raises(AdapterError, match=r"huge@1: takes 1,024 bytes, over this endpoint's adapters\.device_budget"):
+        make_slots(2).check(adapter("huge@1", rank=8))
+
+
+def test_neighbours_with_few_tokens_are_one_run_and_the_padding_is_known():
+    slots = make_slots(64)
+    for key in "abc":
+        slots.acquire(adapter(key))
+    places = [slots.place(key) for key in "abc"]
+    even = runs_of([(places[0], 0, 2), (places[1], 2, 2), (places[2], 4, 2)], torch.device("cpu"))
+    assert [(run.first, run.end, run.real) for run in even] == [(0, 3, None)]
+    uneven = runs_of([(places[0], 0, 1), (places[1], 1, 3)], torch.device("cpu"))
+    assert uneven[0].rows.tolist() == [0, 0, 0, 1, 2, 3]
+    assert uneven[0].real.tolist() == [0, 3, 4, 5]
+    apart = runs_of([(places[0], 0, 1), (places[2], 1, 1), (places[1], 2, 40)], torch.device("cpu"))
+    assert [(run.first, run.end) for run in apart] == [(0, 1), (1, 2), (2, 3)]  # a long one alone
+
+
+# -- the scheduler ---------------------------------------------------------------------------------------------------
+
+
+class Slots:
+    """Room for some adapters; remembers who was let in."""
+
+    def __init__(self, room: int):
+        self.room = room
+        self.pins: dict[str, int] = {}
+
+    def acquire(self, key: str) -> bool:
+        if key not in self.pins and len(self.pins) == self.room:
+            return False
+        self.pins[key] = self.pins.get(key, 0) + 1
+        return True
+
+    def release(self, key: str) -> None:
+        self.pins[key] -= 1
+        if not self.pins[key]:
+            del self.pins[key]
+
+
+def make_scheduler(*, room: int = 100, places: int = 4, pages: int = 200) -> Scheduler:
+    slots = Slots(room)
+    return Scheduler(
+        pages + 1, max_sequences=places, max_prefill_tokens=64, acquire=slots.acquire, release=slots.release
+    )
+
+
+def sequence(
+    name: str, *, adapter: str | None = None, tenant: str = "", prompt: int = 10, answer: int = 20
+) -> Sequence:
+    unused: Any = SimpleNamespace()
+    request = Request(name, list(range(prompt)), Sampling(), adapter, tenant)
+    return Sequence(
+        request=request,
+        index=0,
+        text=unused,
+        sampler=unused,
+        max_tokens=answer,
+        salt=name.encode(),
+        tokens=list(request.prompt_ids),
+    )
+
+
+def steps(scheduler: Scheduler, *, more=lambda step: [], limit: int = 5000) -> dict[str, tuple[int, int]]:
+    """Runs to the end; {name: (step of its first token, of its last)}. `more(step)`: sequences that come in then."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for step in range(limit):
+        for new in more(step):
+            scheduler.add(new)
+        pieces = scheduler.plan()
+        if not pieces and not len(scheduler.waiting):
+            return {name: (first[name], last[name]) for name in last}
+        for piece in pieces:
+            ends = piece.is_last
+            scheduler.computed(piece)
+            if ends:
+                first.setdefault(piece.sequence.request.id, step)
+                piece.sequence.tokens.append(1)
+                if piece.sequence.num_generated == piece.sequence.max_tokens:
+                    last[piece.sequence.request.id] = step
+                    scheduler.remove(piece.sequence)
+    raise AssertionError("it did not end")
+
+
+def light_beside_heavy(*, same_flow: bool) -> dict[str, int]:
+    """A flood of 100 answers of 20 tokens at 4 places; a light tenant's request every 50 steps. Its waits, in steps."""
+    scheduler = make_scheduler()
+    for i in range(100):
+        scheduler.add(sequence(f"heavy{i}", adapter="heavy@1", tenant="crawler"))
+    tenant, own = ("crawler", "heavy@1") if same_flow else ("person", "light@1")
+    asked = {f"light{i}": 50 * i + 7 for i in range(4)}
+
+    def more(step):
+        return [sequence(name, adapter=own, tenant=tenant) for name, at in asked.items() if at == step]
+
+    done = steps(scheduler, more=more)
+    return {name: done[name][0] - at for name, at in asked.items()}
+
+
+def test_a_flood_does_not_keep_a_light_tenant_waiting():
+    """One answer takes 20 steps: a place becomes free within so many, and the light tenant gets it."""
+    assert max(light_beside_heavy(same_flow=False).values()) <= 21
+
+
+def test_without_flows_of_its_own_it_would_wait_for_the_whole_flood():
+    """The twin: the same requests in one queue."""
+    assert min(light_beside_heavy(same_flow=True).values()) > 200
+
+
+def test_adapters_that_wait_for_a_slot_are_passed_over_but_not_for_ever():
+    scheduler = make_scheduler(room=1, places=4)
+    busy = iter(range(10**6))
+
+    def more(step):
+        start = [sequence("other", adapter="b@1")] if step == 3 else []
+        return start + ([sequence(f"a{next(busy)}", adapter="a@1")] if step % 4 == 0 and step < 600 else [])
+
+    done = steps(scheduler, more=more)
+    assert done["other"][0] - 3 <= MAX_STEPS_PASSED_OVER + 30
+    assert any(first > 3 and first < done["other"][0] for name, (first, _) in done.items() if name != "other")
+
+
+def test_the_newest_gives_way_when_the_cache_is_full_and_all_end():
+    scheduler = make_scheduler(places=8, pages=8)
+    for i in range(6):
+        scheduler.add(sequence(f"{i}", prompt=10, answer=50))
+    done = steps(scheduler)
+    assert len(done) == 6
+    assert scheduler.num_preemptions > 0
+    assert scheduler.pool.num_used == 0
+    assert done["0"][1] < done["5"][1]
