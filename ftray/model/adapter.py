@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,23 @@ def read_adapter(directory: Path, *, label: str) -> Adapter:
         raise AdapterError(f"{label}: {WEIGHTS_FILE} holds {unknown}, which is no LoRA weight; merge it into its base")
     num_bytes = sum(4 * (m.a.numel() + m.b.numel()) for m in modules.values())
     return Adapter(modules, num_bytes)
+
+
+def check_rank(adapter: Adapter, limit: int, *, label: str) -> None:
+    if adapter.max_rank > limit:
+        raise AdapterError(f"{label}: rank {adapter.max_rank} is over this endpoint's adapters.max_rank ({limit})")
+
+
+def check_shapes(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], *, label: str) -> None:
+    """`shapes`: (in, out) of the base model's linear layers by name."""
+    for name, module in adapter.modules.items():
+        if name not in shapes:
+            raise AdapterError(f"{label}: targets {name}, which the base model does not have; publish it for this base")
+        want, have = shapes[name], (module.a.shape[1], module.b.shape[0])
+        if want != have:
+            raise AdapterError(
+                f"{label}: {name} maps {have[0]} to {have[1]}, the base model's maps {want[0]} to {want[1]}"
+            )
 
 
 def read_adapter_config(directory: Path, *, label: str) -> dict[str, Any]:

@@ -162,9 +162,20 @@ def sampled_bytes(path: Path) -> bytes:
     return digest.digest()
 
 
-def context_limit(base: BaseModel) -> int | None:
+def text_config(base: BaseModel) -> dict[str, Any]:
     config = read_json(base.directory / "config.json")
-    return config.get("text_config", config).get("max_position_embeddings")
+    return config.get("text_config", config)
+
+
+def context_limit(base: BaseModel) -> int | None:
+    return text_config(base).get("max_position_embeddings")
+
+
+def generation_stop_ids(base: BaseModel) -> set[int]:
+    """What the model's own generation_config.json, else its config.json, ends an answer with: one id, several, none."""
+    path = base.directory / "generation_config.json"
+    ids = (read_json(path) if path.is_file() else text_config(base)).get("eos_token_id")
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
 def check_length(base: BaseModel, tokens: int, *, key: str) -> None:

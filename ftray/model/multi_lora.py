@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftray.errors import AdapterError
-from ftray.model.adapter import Adapter
+from ftray.model.adapter import Adapter, check_shapes
 from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Run, Stretch, runs_of
 from ftray.model.frozen_linear import FrozenLinear, Projection, sibling_groups
 
@@ -29,11 +28,13 @@ class LoraBank:
         self.runs: list[Run] = []
         self._groups: dict[str, LinearGroup] = {}
         self._group_of: dict[str, tuple[LinearGroup, int]] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
         for names in sibling_groups(model):
             group = LinearGroup(names[0], [model.get_submodule(name) for name in names], self)
             self._groups[group.name] = group
             for index, name in enumerate(names):
                 self._group_of[name] = group, index
+                self._shapes[name] = group.base.in_features, group.base.out_features[index]
                 parent, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(parent), attribute, Projection(group, index))
         any_weight = next(model.parameters())
@@ -47,19 +48,10 @@ class LoraBank:
     def prepare(self, key: str, adapter: Adapter) -> HostAdapter:
         """What `load` takes, made in any thread. Raises `AdapterError` when a module is not in the model or its shape
         differs, or when it could never have a slot."""
+        check_shapes(adapter, self._shapes, label=key)
         by_group: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
         for name, module in adapter.modules.items():
-            if name not in self._group_of:
-                raise AdapterError(
-                    f"{key}: targets {name}, which the base model does not have; publish it for this base"
-                )
             group, index = self._group_of[name]
-            want = (group.base.in_features, group.base.out_features[index])
-            have = (module.a.shape[1], module.b.shape[0])
-            if want != have:
-                raise AdapterError(
-                    f"{key}: {name} maps {have[0]} to {have[1]}, the base model's maps {want[0]} to {want[1]}"
-                )
             by_group.setdefault(group.name, {})[index] = module.a, (module.b * module.scale).t()
         factors = {name: self._factors(self._groups[name], found) for name, found in by_group.items()}
         prepared = HostAdapter(key, factors)

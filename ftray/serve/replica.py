@@ -11,8 +11,8 @@ import torch
 
 from ftray.config import ServeConfig
 from ftray.errors import AdapterError, FtrayError, UserError
+from ftray.infer.engines import make_engine
 from ftray.infer.protocol import PreparedAdapter, Request, Sampling, TokenEvent, TokenLogprobs
-from ftray.infer.torch_engine import TorchEngine
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
@@ -40,7 +40,7 @@ class EngineReplica:
         self.config = config
         self.base = prepare_base(config.base_model)
         hardware = choose_hardware(use_gpu=config.replicas.gpus_each > 0)
-        engine = TorchEngine(self.base, hardware, config.engine, config.adapters)
+        engine = make_engine(self.base, hardware, config.engine, config.adapters)
         self.engine = engine
         self.renderer = ChatRenderer(engine.tokenizer)
         self.runner = EngineRunner(engine)
@@ -105,7 +105,7 @@ class EngineReplica:
             return self.renderer.prompt_ids(check_messages(job.prompt))
         if isinstance(job.prompt, str):
             return self.engine.tokenizer(job.prompt)["input_ids"]
-        size = self.engine.model.config.get_text_config().vocab_size
+        size = self.engine.vocab_size
         wrong = [i for i in job.prompt if not isinstance(i, int) or not 0 <= i < size]
         if wrong:
             raise UserError(f"prompt: {wrong[0]!r} is no token id of this model (0 to {size - 1})")
@@ -116,6 +116,9 @@ class EngineReplica:
         yield {"prompt_tokens": len(prompt_ids)}
         async with contextlib.aclosing(self.runner.generate(request)) as events:
             async for event in events:
+                if event.finish_reason == "error":
+                    yield {"error": "the engine could not finish this answer; try again", "status": 500}
+                    return
                 yield self._token_event(event)
 
     def _token_event(self, event: TokenEvent) -> Event:

@@ -1,7 +1,7 @@
 import pytest
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
-from ftray.errors import UserError
+from ftray.errors import AdapterError, UserError
 from ftray.infer.protocol import Request, Sampling
 from ftray.infer.text import TextStream
 from ftray.infer.torch_engine import TorchEngine, generate, load_adapter
@@ -79,7 +79,7 @@ def test_cancelling_frees_the_place_at_once(engine):
 
 
 def test_an_adapter_over_the_rank_limit_is_refused(engine, adapters):
-    with pytest.raises(UserError, match=r"rank 16 is over this endpoint's adapters\.max_rank"):
+    with pytest.raises(AdapterError, match=r"rank 16 is over this endpoint's adapters\.max_rank"):
         load_adapter(engine, "big@1", adapters["r16"])
     load_adapter(engine, "small@1", adapters["r4"])
     assert generate(engine, [Request("x", [5, 6], Sampling(temperature=0, max_tokens=2), "small@1")]).keys() == {"x"}

