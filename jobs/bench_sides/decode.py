@@ -4,12 +4,11 @@ import json
 import time
 from pathlib import Path
 
-from shared import BASE, NEW_TOKENS, PROMPT, SEQUENCES, peak_gib
+from shared import BASE, NEW_TOKENS, SEQUENCES, decoding_prompts, peak_gib
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.protocol import Request, Sampling
 from ftray.infer.torch_engine import TorchEngine, load_adapter
-from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
 
 
@@ -19,18 +18,17 @@ def decode(adapters: list[Path]) -> None:
     keys = [str(path) for path in adapters]
     for key in keys:
         load_adapter(engine, key, Path(key))
-    prompt = ChatRenderer(engine.tokenizer).prompt_ids([{"role": "user", "content": PROMPT}])
 
-    def run(new_tokens: int) -> float:
+    def run(prompts: list[list[int]], new_tokens: int) -> float:
         sampling = Sampling(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-        for i in range(SEQUENCES):
+        for i, prompt in enumerate(prompts):
             engine.add(Request(str(i), prompt, sampling, keys[i % len(keys)] if keys else None))
         began = time.perf_counter()
         while engine.has_work:
             engine.step()
         return time.perf_counter() - began
 
-    run(4)
-    seconds = run(NEW_TOKENS)
+    run(decoding_prompts(engine.tokenizer, warm_up=True), 4)
+    seconds = run(decoding_prompts(engine.tokenizer), NEW_TOKENS)
     result = {"tokens_per_s": round(SEQUENCES * NEW_TOKENS / seconds, 1), "peak_gib": peak_gib()}
     print(json.dumps(result))

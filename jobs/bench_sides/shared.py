@@ -4,6 +4,7 @@ import json
 import resource
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ftray.model.base import prepare_base
 
@@ -19,7 +20,16 @@ MAX_TOKENS = 1024
 
 # decoding
 SEQUENCES, NEW_TOKENS, ADAPTERS = 16, 64, 8
-PROMPT = "Write a long letter to a friend about the sea, the weather and what you had for dinner."
+TOPICS = "sea wood city desert river farm moon island garden station market school harbour bridge castle valley"
+
+
+def decoding_prompts(tokenizer: Any, *, warm_up: bool = False) -> list[list[int]]:
+    """One for each sequence, all of one length and with no beginning in common, so that no cache of prompts helps."""
+    topics = TOPICS.upper().split() if warm_up else TOPICS.split()
+    ask = "stories: write a long letter to a friend about the weather, what you saw and what you had for dinner, by the"
+    prompts = [tokenizer(f"{topic} {ask} {topic}")["input_ids"] for topic in topics]
+    shortest = min(len(prompt) for prompt in prompts)
+    return [prompt[:shortest] for prompt in prompts]
 
 
 def alpaca_messages() -> list[list[dict]]:
