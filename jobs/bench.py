@@ -31,6 +31,7 @@ BENCHES = {
         "serve_vllm_base",
         "serve_vllm_adapters",
     ],
+    "latency": ["latency_ftray"],
 }
 # vLLM's sides run in the environment that `make test-vllm` makes; without it they are left out, and that is said.
 VLLM_PYTHON = str(Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python")

@@ -6,9 +6,8 @@ in, as `fair_queue.py` orders them. When the cache is full the newest sequence g
 front of its flow; its tokens are computed again later, or found in the cache.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 from ftray.infer.fair_queue import FairQueue, FlowKey
 from ftray.infer.kv_cache import PAGE_TOKENS, PagePool, page_name, pages_for
@@ -66,6 +65,16 @@ class Piece:
         return self.num_tokens == self.sequence.num_pending
 
 
+class DeviceAdapters(Protocol):
+    """`model/multi_lora.py`'s bank: adapters have to be acquired to take part in a forward pass."""
+
+    def acquire(self, key: str) -> bool: ...
+
+    def release(self, key: str) -> None: ...
+
+    def is_on_device(self, key: str) -> bool: ...
+
+
 class Scheduler:
     def __init__(
         self,
@@ -73,8 +82,7 @@ class Scheduler:
         *,
         max_sequences: int,
         max_prefill_tokens: int,
-        acquire: Callable[[str], bool],
-        release: Callable[[str], Any],
+        adapters: "DeviceAdapters",
     ):
         self.pool = PagePool(num_pages)
         self.running: list[Sequence] = []  # in the order they came in
@@ -82,8 +90,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._max_sequences = max_sequences
         self._max_prefill_tokens = max_prefill_tokens
-        self._acquire = acquire
-        self._release = release
+        self._adapters = adapters
 
     def add(self, sequence: Sequence, *, front: bool = False) -> None:
         self.waiting.push(sequence.flow, sequence, front=front)
@@ -100,6 +107,7 @@ class Scheduler:
                 room -= count if is_prompt else 0
         if self.num_preemptions == preemptions:
             self._admit(pieces, room)
+            self._look_ahead()
         return pieces
 
     def computed(self, piece: Piece) -> None:
@@ -138,7 +146,7 @@ class Scheduler:
             if self.pool.num_available - kept < pages_for(len(sequence.tokens) + 1) - len(found):
                 return None  # whoever is next must not be passed over by smaller ones for ever
             adapter = sequence.request.adapter
-            if adapter is None or self._acquire(adapter):
+            if adapter is None or self._adapters.acquire(adapter):
                 for page in found:
                     self.pool.share(page)
                 sequence.pages = found
@@ -152,6 +160,15 @@ class Scheduler:
             if sequence.steps_passed_over > MAX_STEPS_PASSED_OVER:
                 return None
         return None
+
+    def _look_ahead(self) -> None:
+        """The next adapter that is not on the device goes there while others are computed; one a step."""
+        for _, sequence in self.waiting.in_order():
+            adapter = sequence.request.adapter
+            if adapter is not None and not self._adapters.is_on_device(adapter):
+                if self._adapters.acquire(adapter):
+                    self._adapters.release(adapter)
+                return
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Pages in the cache that hold the sequence's beginning. At least its last token is computed anew: its logits
@@ -195,4 +212,4 @@ class Scheduler:
         self.pool.release(sequence.pages)
         sequence.pages, sequence.num_cached = [], 0
         if sequence.request.adapter is not None:
-            self._release(sequence.request.adapter)
+            self._adapters.release(sequence.request.adapter)

@@ -57,13 +57,11 @@ class TorchEngine:
             num_tokens=config.kv_cache_tokens,
             like=next(self.model.parameters()),
         )
-        slots = self._bank.slots
         self._scheduler = Scheduler(
             self._cache.num_pages,
             max_sequences=config.max_sequences,
             max_prefill_tokens=config.max_prefill_tokens,
-            acquire=lambda key: slots.acquire(self._bank.host[key]),
-            release=slots.release,
+            adapters=self._bank,
         )
         self._sequences: dict[str, list[Sequence]] = {}  # the unfinished answers of each request
         self._loads = itertools.count()
@@ -243,13 +241,13 @@ class TorchEngine:
         try:
             for key in adapters:
                 if key is not None:
-                    if not self._bank.slots.acquire(self._bank.host[key]):
+                    if not self._bank.acquire(key):
                         raise UserError(f"{key}: adapters.device_budget is taken by adapters in use")
                     held.append(key)
             yield
         finally:
             for key in held:
-                self._bank.slots.release(key)
+                self._bank.release(key)
 
     def close(self) -> None:
         """Nothing to end: everything lives in this process."""

@@ -65,6 +65,16 @@ class LoraBank:
         del self.host[key]
         self.slots.drop(key)
 
+    def acquire(self, key: str) -> bool:
+        """Pins the adapter on the device; False while there is no slot for it."""
+        return self.slots.acquire(self.host[key])
+
+    def release(self, key: str) -> None:
+        self.slots.release(key)
+
+    def is_on_device(self, key: str) -> bool:
+        return key in self.slots
+
     def order(self, key: str | None) -> tuple[int, int]:
         """Tokens in this order make the fewest runs."""
         return (0, 0) if key is None else self.slots.place(key).order
@@ -72,7 +82,7 @@ class LoraBank:
     @contextlib.contextmanager
     def apply(self, tokens: Sequence[tuple[str | None, int]]) -> Iterator[None]:
         """While it is open, the model's layers add adapters: `tokens` is [(adapter or None, number of tokens)]. Every
-        adapter must hold a slot (`slots.acquire`)."""
+        adapter must hold a slot (`acquire`)."""
         stretches: list[Stretch] = []
         start = 0
         for key, count in tokens:

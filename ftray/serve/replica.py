@@ -17,6 +17,7 @@ from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
+from ftray.serve.prefetch import Prefetcher
 from ftray.serve.residency import AdapterResidency
 from ftray.serve.runner import EngineRunner
 
@@ -51,10 +52,12 @@ class EngineReplica:
         )
 
     async def preload(self) -> None:
+        """The configured adapters, and from now on those that aliases move to."""
         for reference in self.config.adapters.preload:
             exact = await asyncio.to_thread(self.registry.resolve, reference)
             async with self.residency.pinned(str(exact)):
                 pass
+        self._following = asyncio.create_task(Prefetcher(self.registry, self.residency).follow())
 
     async def generate(self, job: GenerateJob) -> AsyncGenerator[Event]:
         """First {"prompt_tokens": n}, then `_token_event` for every token of every answer; or one {"error"}."""

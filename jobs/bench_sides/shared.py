@@ -55,16 +55,21 @@ def peak_gib() -> float:
 
 
 def random_adapters() -> list[Path]:
-    """PEFT directories of rank 16 on all linear layers, with a B that is not zero."""
+    return write_adapters(
+        Path(tempfile.mkdtemp(prefix="ftray-bench-")), count=ADAPTERS, rank=RANK, targets="all-linear"
+    )
+
+
+def write_adapters(root: Path, *, count: int, rank: int, targets: str | list[str]) -> list[Path]:
+    """PEFT directories with a B that is not zero."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    root = Path(tempfile.mkdtemp(prefix="ftray-bench-"))
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE.directory), config)
     made = []
-    for number in range(ADAPTERS):
+    for number in range(count):
         torch.manual_seed(number)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

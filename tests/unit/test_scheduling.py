@@ -168,6 +168,9 @@ class Slots:
         self.pins[key] = self.pins.get(key, 0) + 1
         return True
 
+    def is_on_device(self, key: str) -> bool:
+        return key in self.pins
+
     def release(self, key: str) -> None:
         self.pins[key] -= 1
         if not self.pins[key]:
@@ -175,10 +178,7 @@ class Slots:
 
 
 def make_scheduler(*, room: int = 100, places: int = 4, pages: int = 200) -> Scheduler:
-    slots = Slots(room)
-    return Scheduler(
-        pages + 1, max_sequences=places, max_prefill_tokens=64, acquire=slots.acquire, release=slots.release
-    )
+    return Scheduler(pages + 1, max_sequences=places, max_prefill_tokens=64, adapters=Slots(room))
 
 
 def sequence(

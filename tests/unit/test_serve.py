@@ -13,6 +13,7 @@ from ftray.infer.protocol import EngineStats, Request, TokenEvent
 from ftray.registry import Registry
 from ftray.serve.ingress import Ingress, make_api
 from ftray.serve.models import ModelNames
+from ftray.serve.prefetch import Prefetcher
 from ftray.serve.replica import GenerateJob, check_base
 from ftray.serve.residency import AdapterResidency
 from ftray.serve.runner import EngineRunner
@@ -300,6 +301,31 @@ def test_the_budget_holds_while_all_are_in_use():
         await asyncio.gather(*(use(f"a{i}@1") for i in range(40)))
         assert most == 2
         assert len(loader.loads) == 40
+
+    asyncio.run(scenario())
+
+
+def test_a_promoted_version_is_brought_in_where_its_name_is_used(tmp_path):
+    async def scenario():
+        loader = Loader()
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=1000)
+        registry = Registry(str(tmp_path / "registry"))
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "adapter_config.json").write_text("{}")
+        for name in ("used", "used", "unused", "unused"):
+            registry.publish(name, tmp_path / "a", metadata={})
+        registry.promote("used@1", "prod")
+        prefetcher = Prefetcher(registry, residency)
+        await prefetcher.look()
+        assert loader.loads == []
+        async with residency.pinned("used@1"):
+            pass
+        other_process = Registry(str(tmp_path / "registry"))
+        for name in ("used", "unused"):
+            other_process.promote(f"{name}@2", "prod")
+        await prefetcher.look()
+        await prefetcher.look()
+        assert loader.loads == ["used@1", "used@2"]
 
     asyncio.run(scenario())
 

@@ -1,0 +1,34 @@
+"""Adapters brought in before anybody asks: when an alias moves to a new version of a name that is served here."""
+
+import asyncio
+import contextlib
+
+from ftray.errors import FtrayError
+from ftray.registry import Registry
+from ftray.serve.residency import AdapterResidency
+
+POLL_S = 2.0
+
+
+class Prefetcher:
+    def __init__(self, registry: Registry, residency: AdapterResidency):
+        self._registry = registry
+        self._residency = residency
+        self._seen = 0  # entries of the journal
+
+    async def follow(self) -> None:
+        """Until it is cancelled."""
+        self._seen = len((await asyncio.to_thread(self._registry.refresh)).entries)
+        while True:
+            await asyncio.sleep(POLL_S)
+            with contextlib.suppress(FtrayError):  # the store does not answer: requests tell, the next look may succeed
+                await self.look()
+
+    async def look(self) -> None:
+        """Once through what is new in the journal."""
+        entries = (await asyncio.to_thread(self._registry.refresh)).entries
+        fresh, self._seen = entries[self._seen :], len(entries)
+        used = {key.partition("@")[0] for key in self._residency.resident_keys}
+        for entry in fresh:
+            if entry["type"] == "alias" and entry["name"] in used:
+                await self._residency.prefetch(f"{entry['name']}@{entry['number']}")
