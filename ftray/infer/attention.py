@@ -22,7 +22,7 @@ PAGED = "ftray_paged"
 @dataclass(frozen=True)
 class DecodeContext:
     pages_nP: Tensor  # pages of each sequence, the new token's included; padded with page 0
-    mask_nL: Tensor  # L = P * PAGE_TOKENS; False behind the new token
+    bias_nL: Tensor  # L = P * PAGE_TOKENS; 0, and -inf behind the new token
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Continuation:
 
     num_tokens: int
     pages: Tensor
-    mask_TL: Tensor  # query t sees the cached tokens and the piece's own up to t
+    bias_TL: Tensor  # query t sees the cached tokens and the piece's own up to t: 0, and -inf elsewhere
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,53 @@ class AttentionStep:
     continued: tuple[Continuation, ...] = ()
 
 
-def decode_context(pages: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device) -> DecodeContext:
+def decode_context(pages: Sequence[Sequence[int]], lengths: Sequence[int], like: Tensor) -> DecodeContext:
     """`lengths`: tokens of each sequence in the cache, the new one included."""
     most = pages_for(max(lengths))
     padded = [[*own[:most], *[0] * (most - len(own))] for own in pages]
-    mask_nL = torch.arange(most * PAGE_TOKENS)[None, :] < torch.tensor(lengths)[:, None]
-    return DecodeContext(torch.tensor(padded).to(device), mask_nL.to(device))
+    hidden_nL = torch.arange(most * PAGE_TOKENS)[None, :] >= torch.tensor(lengths)[:, None]
+    return DecodeContext(torch.tensor(padded).to(like.device), bias(hidden_nL, like))
 
 
-def continuation(pages: Sequence[int], *, cached: int, num_tokens: int, device: torch.device) -> Continuation:
+def continuation(pages: Sequence[int], *, cached: int, num_tokens: int, like: Tensor) -> Continuation:
     used = pages_for(cached + num_tokens)
     last_T = torch.arange(cached, cached + num_tokens)
-    mask_TL = torch.arange(used * PAGE_TOKENS)[None, :] <= last_T[:, None]
-    return Continuation(num_tokens, torch.tensor(pages[:used]).to(device), mask_TL.to(device))
+    hidden_TL = torch.arange(used * PAGE_TOKENS)[None, :] > last_T[:, None]
+    return Continuation(num_tokens, torch.tensor(pages[:used]).to(like.device), bias(hidden_TL, like))
+
+
+def bias(hidden: Tensor, like: Tensor) -> Tensor:
+    """What sdpa adds to the scores; made once a step, where a boolean mask would be turned into it in every layer."""
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(like)
+
+
+def attend(
+    query_THD: Tensor, key_value_T2KD: Tensor, layer_index: int, step: AttentionStep, *, scaling: float
+) -> Tensor:
+    """Writes the new keys and values to the cache; returns [T, H, D]."""
+    layer = None
+    if step.cache is not None:
+        layer = step.cache.layers[layer_index]
+        layer.flatten(0, 1).index_copy_(0, step.write_slots_T, key_value_T2KD)
+    parts: list[Tensor] = []
+    at = 0
+    if step.decode is not None:
+        assert layer is not None
+        at = len(step.decode.pages_nP)
+        parts.append(decode_attention(query_THD[:at], layer, step.decode, scaling=scaling))
+    if step.whole is not None:
+        rows = slice(at, at + sum(step.whole.lengths))
+        at = rows.stop
+        key_KTD, value_KTD = (key_value_T2KD[rows, i].transpose(0, 1) for i in (0, 1))
+        parts.append(
+            packed_causal_attention(query_THD[rows].transpose(0, 1), key_KTD, value_KTD, step.whole, scaling=scaling)
+        )
+    for piece in step.continued:
+        assert layer is not None
+        rows = slice(at, at + piece.num_tokens)
+        at = rows.stop
+        parts.append(continued_attention(query_THD[rows].transpose(0, 1), layer, piece, scaling=scaling))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def attention_forward(
@@ -70,28 +104,9 @@ def attention_forward(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D] -> ([1, T, H, D], no weights)."""
-    layer = None
-    if step.cache is not None:
-        layer = step.cache.layers[module.layer_idx]
-        new_T2KD = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
-        layer.flatten(0, 1).index_copy_(0, step.write_slots_T, new_T2KD)
-    parts: list[Tensor] = []
-    at = 0
-    if step.decode is not None:
-        assert layer is not None
-        at = len(step.decode.pages_nP)
-        parts.append(decode_attention(query[0, :, :at].transpose(0, 1), layer, step.decode, scaling=scaling))
-    if step.whole is not None:
-        rows = slice(at, at + sum(step.whole.lengths))
-        at = rows.stop
-        prompt_q, prompt_k, prompt_v = (x[0, :, rows] for x in (query, key, value))
-        parts.append(packed_causal_attention(prompt_q, prompt_k, prompt_v, step.whole, scaling=scaling))
-    for piece in step.continued:
-        assert layer is not None
-        rows = slice(at, at + piece.num_tokens)
-        at = rows.stop
-        parts.append(continued_attention(query[0, :, rows], layer, piece, scaling=scaling))
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).unsqueeze(0), None
+    key_value_T2KD = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
+    mixed = attend(query[0].transpose(0, 1), key_value_T2KD, module.layer_idx, step, scaling=scaling)
+    return mixed.unsqueeze(0), None
 
 
 def decode_attention(query_nHD: Tensor, layer: Tensor, context: DecodeContext, *, scaling: float) -> Tensor:
@@ -100,7 +115,7 @@ def decode_attention(query_nHD: Tensor, layer: Tensor, context: DecodeContext, *
     kept = layer.index_select(0, context.pages_nP.flatten()).view(n, -1, *layer.shape[2:])  # [n, L, 2, K, D]
     key, value = kept[:, :, 0].transpose(1, 2), kept[:, :, 1].transpose(1, 2)
     grouped = query_nHD.unflatten(1, (key.shape[1], -1))  # [n, K, H / K, D]
-    out = scaled_dot_product_attention(grouped, key, value, attn_mask=context.mask_nL[:, None, None, :], scale=scaling)
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=context.bias_nL[:, None, None, :], scale=scaling)
     return out.flatten(1, 2)
 
 
@@ -109,7 +124,7 @@ def continued_attention(query_HTD: Tensor, layer: Tensor, piece: Continuation, *
     kept = layer.index_select(0, piece.pages).flatten(0, 1)  # [L, 2, K, D]
     key, value = kept[:, 0].transpose(0, 1)[None], kept[:, 1].transpose(0, 1)[None]
     out = scaled_dot_product_attention(
-        query_HTD[None], key, value, attn_mask=piece.mask_TL, scale=scaling, enable_gqa=len(query_HTD) != key.shape[1]
+        query_HTD[None], key, value, attn_mask=piece.bias_TL, scale=scaling, enable_gqa=len(query_HTD) != key.shape[1]
     )
     return out[0].transpose(0, 1)
 

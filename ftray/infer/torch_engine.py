@@ -18,6 +18,7 @@ from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import UserError
 from ftray.infer.attention import AttentionStep, continuation, decode_context, register_paged_attention
 from ftray.infer.checks import check_request
+from ftray.infer.decoder import make_stack
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.infer.protocol import EngineStats, FinishReason, Request, TokenEvent, TokenLogprobs
 from ftray.infer.sampler import TokenSampler, sample
@@ -48,6 +49,8 @@ class TorchEngine:
         shape = self.model.config.get_text_config()
         self.vocab_size: int = shape.vocab_size
         self._bank = LoraBank(self.model, device_budget=adapters.device_budget)
+        self._stack = make_stack(decoder_of(self.model))
+        self._weight = next(self.model.parameters())
         self._head = FrozenLinear([self.model.get_output_embeddings()])
         self._grammars = Grammars(self.tokenizer, vocab_size=self.vocab_size, stop_ids=self.stop_ids)
         self._cache = KVCache(
@@ -55,7 +58,7 @@ class TorchEngine:
             num_kv_heads=shape.num_key_value_heads,
             head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads,
             num_tokens=config.kv_cache_tokens,
-            like=next(self.model.parameters()),
+            like=self._weight,
         )
         self._scheduler = Scheduler(
             self._cache.num_pages,
@@ -142,13 +145,13 @@ class TorchEngine:
             cache=self._cache,
             write_slots_T=torch.tensor(slots).to(device),
             decode=decode_context(
-                [p.sequence.pages for p in single], [p.sequence.num_cached + 1 for p in single], device
+                [p.sequence.pages for p in single], [p.sequence.num_cached + 1 for p in single], self._weight
             )
             if single
             else None,
             whole=packed_layout([p.num_tokens for p in whole]).to(device) if whole else None,
             continued=tuple(
-                continuation(p.sequence.pages, cached=p.sequence.num_cached, num_tokens=p.num_tokens, device=device)
+                continuation(p.sequence.pages, cached=p.sequence.num_cached, num_tokens=p.num_tokens, like=self._weight)
                 for p in longer[len(whole) :]
             ),
         )
@@ -163,9 +166,7 @@ class TorchEngine:
     ) -> Tensor:
         device = self.hardware.device
         with self._bank.apply(counts):
-            return decoder_of(self.model)(
-                input_ids=ids_T[None].to(device), position_ids=positions_T[None].to(device), use_cache=False, step=step
-            ).last_hidden_state[0]
+            return self._stack(ids_T.to(device), positions_T.to(device), step)
 
     def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenEvent:
         is_first = sequence.num_generated == 0

@@ -73,8 +73,8 @@ class Projection(nn.Module):
 
     def __init__(self, group: Any, index: int):
         super().__init__()
-        self._group = [group]  # in a list, so that torch does not take it for a submodule to walk
+        self.group = group  # `multi_lora.LinearGroup`
         self._index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._group[0].output(x, self._index)
+        return self.group.output(x, self._index)

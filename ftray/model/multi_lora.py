@@ -128,13 +128,14 @@ class LinearGroup:
     def output(self, x: Tensor, index: int) -> Tensor:
         """Of layer `index`. The model asks for one after the other with the same tensor: computed at the first."""
         if x is not self._input:
-            self._input, self._outputs = x, self._project(x)
+            self._input, self._outputs = x, self.project(x).split(self.base.out_features, dim=-1)
         out = self._outputs[index]
         if index == len(self._outputs) - 1:
             self._input, self._outputs = None, ()
         return out
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor) -> Tensor:
+        """The outputs of all layers side by side."""
         out = self.base(x)
         if self._bank.runs:
             x_TI, out_TO = x.view(-1, x.shape[-1]), out.view(-1, out.shape[-1])
@@ -142,7 +143,7 @@ class LinearGroup:
                 factors = run.factors(self.name)
                 if factors is not None:
                     self._add(x_TI, out_TO, run, factors)
-        return out.split(self.base.out_features, dim=-1)
+        return out
 
     def _add(self, x_TI: Tensor, out_TO: Tensor, run: Run, factors: Factors) -> None:
         if run.num_adapters == 1 and run.real is None:

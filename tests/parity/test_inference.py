@@ -168,7 +168,7 @@ def test_a_cache_that_forgets_is_found(tiny_base, adapters, renderer, monkeypatc
     wanted = requests(renderer, 8)
     right = tokens_of(broken, wanted)
     real = torch_engine.decode_context
-    rolled = lambda pages, lengths, device: real([own[::-1] for own in pages], lengths, device)  # noqa: E731
+    rolled = lambda pages, lengths, like: real([own[::-1] for own in pages], lengths, like)  # noqa: E731
     monkeypatch.setattr(torch_engine, "decode_context", rolled)
     assert tokens_of(broken, wanted) != right
 

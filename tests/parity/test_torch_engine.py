@@ -60,9 +60,9 @@ def test_a_piece_that_sees_too_little_is_found(tiny_base, adapters, monkeypatch)
 
     real = torch_engine.continuation
 
-    def forgetful(pages, *, cached, num_tokens, device):
-        piece = real(pages, cached=cached, num_tokens=num_tokens, device=device)
-        piece.mask_TL[:, :cached] = False
+    def forgetful(pages, *, cached, num_tokens, like):
+        piece = real(pages, cached=cached, num_tokens=num_tokens, like=like)
+        piece.bias_TL[:, :cached] = float("-inf")
         return piece
 
     requests = [Request("0", long_prompts(1, 100)[0], greedy())]

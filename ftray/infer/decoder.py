@@ -1,0 +1,109 @@
+"""The decoder layers of one engine step, with few operations: on a CPU an operation costs more than it computes when
+one token is decoded.
+
+`LlamaStack` computes the Llama family (pre-normed layers, rotary positions, gated SiLU; biases and normed heads where the
+weights have them) from the model's own modules. Any other architecture goes through transformers' forward, with our
+attention in it (`TransformersStack`).
+
+Shapes: T tokens in the row, E hidden, H query heads, K key/value heads, D head dimension.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, silu
+
+from ftray.infer.attention import AttentionStep, attend
+from ftray.model.frozen_linear import Projection
+
+LLAMA_LIKE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+
+
+class Stack(Protocol):
+    def __call__(self, ids_T: Tensor, positions_T: Tensor, step: AttentionStep) -> Tensor:
+        """Hidden states [T, E] after the last norm."""
+        ...
+
+
+def make_stack(decoder: Any) -> Stack:
+    """Of a model whose linear layers are `Projection`s."""
+    kinds = {type(layer).__name__ for layer in decoder.layers}
+    return LlamaStack(decoder) if kinds <= LLAMA_LIKE else TransformersStack(decoder)
+
+
+class TransformersStack:
+    def __init__(self, decoder: Any):
+        self._decoder = decoder
+
+    def __call__(self, ids_T: Tensor, positions_T: Tensor, step: AttentionStep) -> Tensor:
+        return self._decoder(
+            input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, step=step
+        ).last_hidden_state[0]
+
+
+class LlamaStack:
+    def __init__(self, decoder: Any):
+        self._embed = decoder.embed_tokens
+        self._rotary = decoder.rotary_emb
+        self._layers = [LlamaLayer(layer) for layer in decoder.layers]
+        self._norm = normed(decoder.norm)
+
+    def __call__(self, ids_T: Tensor, positions_T: Tensor, step: AttentionStep) -> Tensor:
+        hidden_TE = self._embed(ids_T)
+        cos, sin = self._rotary(hidden_TE, positions_T[None])  # [1, T, D], the two halves of D alike
+        half = sin.shape[-1] // 2
+        cos_T1D, sin_T1D = cos[0].unsqueeze(1), sin[0].unsqueeze(1).clone()
+        sin_T1D[..., :half].neg_()  # so that swapping the halves is the rotation
+        for layer in self._layers:
+            hidden_TE = layer(hidden_TE, cos_T1D, sin_T1D, step)
+        return self._norm(hidden_TE)
+
+
+class LlamaLayer:
+    def __init__(self, layer: Any):
+        attention, mlp = layer.self_attn, layer.mlp
+        self._index: int = attention.layer_idx
+        self._scaling: float = attention.scaling
+        self._head_dim: int = attention.head_dim
+        self._qkv, self._gate_up = group_of(attention.q_proj), group_of(mlp.gate_proj)
+        self._out, self._down = group_of(attention.o_proj), group_of(mlp.down_proj)
+        self._norm_in, self._norm_mlp = normed(layer.input_layernorm), normed(layer.post_attention_layernorm)
+        self._norm_q = normed(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self._norm_k = normed(attention.k_norm) if hasattr(attention, "k_norm") else None
+        widths = self._qkv.base.out_features
+        self._num_heads, self._num_kv_heads = widths[0] // self._head_dim, widths[1] // self._head_dim
+
+    def __call__(self, hidden_TE: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, step: AttentionStep) -> Tensor:
+        num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
+        heads_THD = self._qkv.project(self._norm_in(hidden_TE)).unflatten(1, (-1, self._head_dim))
+        query_THD = heads_THD[:, :num_heads]
+        key_value_T2KD = heads_THD[:, num_heads:].unflatten(1, (2, num_kv_heads))
+        if self._norm_q is not None and self._norm_k is not None:
+            query_THD.copy_(self._norm_q(query_THD))
+            key_value_T2KD[:, 0].copy_(self._norm_k(key_value_T2KD[:, 0]))
+        rotate_(heads_THD[:, : num_heads + num_kv_heads], cos_T1D, sin_T1D)
+        mixed_THD = attend(query_THD, key_value_T2KD, self._index, step, scaling=self._scaling)
+        hidden_TE = hidden_TE + self._out.project(mixed_THD.flatten(1))
+        gate_up = self._gate_up.project(self._norm_mlp(hidden_TE))
+        gate, up = gate_up.chunk(2, dim=1)
+        return hidden_TE.add_(self._down.project(silu(gate).mul_(up)))
+
+
+def rotate_(heads_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> None:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), in place; `sin_T1D` has its first half negated."""
+    first, second = heads_THD.chunk(2, dim=-1)
+    swapped = torch.cat((second, first), dim=-1)
+    heads_THD.mul_(cos_T1D).addcmul_(swapped, sin_T1D)
+
+
+def normed(module: Any) -> Callable[[Tensor], Tensor]:
+    weight, epsilon = module.weight, module.variance_epsilon
+    shape = tuple(weight.shape)
+    return lambda x: rms_norm(x, shape, weight, epsilon)
+
+
+def group_of(projection: Projection) -> Any:
+    """The layers of one input that this one belongs to."""
+    return projection.group
