@@ -70,6 +70,7 @@ def attend(
     layer = None
     if step.cache is not None:
         layer = step.cache.layers[layer_index]
+        assert step.write_slots_T is not None
         layer.flatten(0, 1).index_copy_(0, step.write_slots_T, key_value_T2KD)
     parts: list[Tensor] = []
     at = 0

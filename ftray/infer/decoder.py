@@ -1,9 +1,9 @@
 """The decoder layers of one engine step, with few operations: on a CPU an operation costs more than it computes when
 one token is decoded.
 
-`LlamaStack` computes the Llama family (pre-normed layers, rotary positions, gated SiLU; biases and normed heads where the
-weights have them) from the model's own modules. Any other architecture goes through transformers' forward, with our
-attention in it (`TransformersStack`).
+`LlamaStack` computes the Llama family (pre-normed layers, rotary positions, gated SiLU; biases and normed heads where
+the weights have them) from the model's own modules. Any other architecture goes through transformers' forward, with
+our attention in it (`TransformersStack`).
 
 Shapes: T tokens in the row, E hidden, H query heads, K key/value heads, D head dimension.
 """
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import rms_norm
 
 from ftray.infer.attention import AttentionStep, attend
 from ftray.model.frozen_linear import Projection
@@ -72,7 +72,7 @@ class LlamaLayer:
         self._norm_in, self._norm_mlp = normed(layer.input_layernorm), normed(layer.post_attention_layernorm)
         self._norm_q = normed(attention.q_norm) if hasattr(attention, "q_norm") else None
         self._norm_k = normed(attention.k_norm) if hasattr(attention, "k_norm") else None
-        widths = self._qkv.base.out_features
+        widths = self._qkv.out_features
         self._num_heads, self._num_kv_heads = widths[0] // self._head_dim, widths[1] // self._head_dim
 
     def __call__(self, hidden_TE: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, step: AttentionStep) -> Tensor:
@@ -85,10 +85,8 @@ class LlamaLayer:
             key_value_T2KD[:, 0].copy_(self._norm_k(key_value_T2KD[:, 0]))
         rotate_(heads_THD[:, : num_heads + num_kv_heads], cos_T1D, sin_T1D)
         mixed_THD = attend(query_THD, key_value_T2KD, self._index, step, scaling=self._scaling)
-        hidden_TE = hidden_TE + self._out.project(mixed_THD.flatten(1))
-        gate_up = self._gate_up.project(self._norm_mlp(hidden_TE))
-        gate, up = gate_up.chunk(2, dim=1)
-        return hidden_TE.add_(self._down.project(silu(gate).mul_(up)))
+        hidden_TE = self._out.project(mixed_THD.flatten(1), residual=hidden_TE)
+        return self._down.project(self._gate_up.gated(self._norm_mlp(hidden_TE)), residual=hidden_TE)
 
 
 def rotate_(heads_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 # Projections that a decoder layer applies to the same tensor, in the order it calls them.
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+JOINED = ("q_proj", "k_proj", "v_proj")  # their outputs are used side by side
+GATED = ("gate_proj", "up_proj")
+SIBLINGS = (JOINED, GATED)
 # The number of tokens that the layout is chosen for. Others use it too: 1 to 512 were all faster than unpacked.
 PACKED_FOR_TOKENS = 16
 
@@ -40,6 +42,24 @@ class FrozenLinear:
         if not self._packed:
             return linear(x, self._weight, self._bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """W x + b + residual, which the kernel adds while the output is in its registers."""
+        if not self._packed:
+            return linear(x, self._weight, self._bias).add_(residual)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """(W x + b) * factor."""
+        if not self._packed:
+            return linear(x, self._weight, self._bias).mul_(factor)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self._weight, self._bias, "mul")
+
+    def silu(self, x: Tensor) -> Tensor:
+        """silu(W x + b)."""
+        if not self._packed:
+            return silu(linear(x, self._weight, self._bias), inplace=True)
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "swish", [], "")
 
 
 def joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:

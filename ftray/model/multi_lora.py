@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from ftray.model.adapter import Adapter, check_shapes
 from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Run, Stretch, runs_of
-from ftray.model.frozen_linear import FrozenLinear, Projection, sibling_groups
+from ftray.model.frozen_linear import JOINED, FrozenLinear, Projection, sibling_groups
 
 
 class LoraBank:
@@ -30,11 +31,13 @@ class LoraBank:
         self._group_of: dict[str, tuple[LinearGroup, int]] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
         for names in sibling_groups(model):
-            group = LinearGroup(names[0], [model.get_submodule(name) for name in names], self)
+            layers = [model.get_submodule(name) for name in names]
+            joined = names[-1].endswith(JOINED[-1])
+            group = LinearGroup(names[0], layers, self, joined=joined)
             self._groups[group.name] = group
             for index, name in enumerate(names):
                 self._group_of[name] = group, index
-                self._shapes[name] = group.base.in_features, group.base.out_features[index]
+                self._shapes[name] = group.in_features, group.out_features[index]
                 parent, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(parent), attribute, Projection(group, index))
         any_weight = next(model.parameters())
@@ -106,7 +109,7 @@ class LoraBank:
             return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
         a, bt = [], []
-        for index, out in enumerate(group.base.out_features):
+        for index, out in enumerate(group.out_features):
             if index in found:
                 a.append(found[index][0])
                 bt.append(own(found[index][1]))
@@ -116,62 +119,80 @@ class LoraBank:
 
 
 class LinearGroup:
-    """Frozen linear layers of one input, with the update of each token's own adapter added."""
+    """Frozen linear layers of one input, with the update of each token's own adapter added.
 
-    def __init__(self, name: str, layers: Sequence[nn.Linear], bank: LoraBank):
+    Layers whose outputs are used side by side (q, k, v) are one multiplication; others have an output of their own.
+    """
+
+    def __init__(self, name: str, layers: Sequence[nn.Linear], bank: LoraBank, *, joined: bool):
         self.name = name
-        self.base = FrozenLinear(layers)
+        self.in_features = layers[0].in_features
+        self.out_features = [layer.out_features for layer in layers]
+        self._blocks = [FrozenLinear(layers)] if joined else [FrozenLinear([layer]) for layer in layers]
         self._bank = bank
         self._input: Tensor | None = None
-        self._outputs: tuple[Tensor, ...] = ()
+        self._outputs: list[Tensor] = []
 
     def output(self, x: Tensor, index: int) -> Tensor:
         """Of layer `index`. The model asks for one after the other with the same tensor: computed at the first."""
         if x is not self._input:
-            self._input, self._outputs = x, self.project(x).split(self.base.out_features, dim=-1)
+            outs = [block(x) for block in self._blocks]
+            self._add_adapters(x, outs)
+            self._input, self._outputs = x, self._by_layer(outs)
         out = self._outputs[index]
         if index == len(self._outputs) - 1:
-            self._input, self._outputs = None, ()
+            self._input, self._outputs = None, []
         return out
 
-    def project(self, x: Tensor) -> Tensor:
-        """The outputs of all layers side by side."""
-        out = self.base(x)
-        if self._bank.runs:
-            x_TI, out_TO = x.view(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-            for run in self._bank.runs:
-                factors = run.factors(self.name)
-                if factors is not None:
-                    self._add(x_TI, out_TO, run, factors)
+    def project(self, x_TI: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """The joined outputs, [T, O]; with `residual` added."""
+        (block,) = self._blocks
+        out = block(x_TI) if residual is None else block.plus(x_TI, residual)
+        self._add_adapters(x_TI, [out])
         return out
 
-    def _add(self, x_TI: Tensor, out_TO: Tensor, run: Run, factors: Factors) -> None:
-        if run.num_adapters == 1 and run.real is None:
-            self._add_one(x_TI, out_TO, run, factors)
-            return
-        num_rows = len(run.rows)
-        rows = slice(run.start, run.start + num_rows)
-        x_GnI = x_TI[rows] if run.real is None else x_TI.index_select(0, run.rows)
-        x_GnI = x_GnI.view(run.num_adapters, -1, x_TI.shape[1])
-        reduced_GnR = torch.bmm(factors.a, x_GnI.transpose(1, 2)).transpose(1, 2)
-        if run.real is None and len(factors.bt) == 1:
-            out_TO[rows].view(run.num_adapters, -1, out_TO.shape[1]).baddbmm_(reduced_GnR, factors.bt[0])
-            return
-        updates = [
-            torch.bmm(part, bt)
-            for part, bt in zip(reduced_GnR.split([b.shape[1] for b in factors.bt], dim=2), factors.bt, strict=True)
-        ]
-        update = (torch.cat(updates, dim=2) if len(updates) > 1 else updates[0]).view(num_rows, -1)
-        if run.real is None:
-            out_TO[rows].add_(update)
-        else:
-            out_TO.index_add_(0, run.rows.index_select(0, run.real), update.index_select(0, run.real))
+    def gated(self, x_TI: Tensor) -> Tensor:
+        """silu(first) * second, of two layers."""
+        first, second = self._blocks
+        if not self._bank.runs:
+            return second.times(x_TI, first.silu(x_TI))
+        gate, up = first(x_TI), second(x_TI)
+        self._add_adapters(x_TI, [gate, up])
+        return silu(gate, inplace=True).mul_(up)
 
-    def _add_one(self, x_TI: Tensor, out_TO: Tensor, run: Run, factors: Factors) -> None:
+    def _by_layer(self, outs: list[Tensor]) -> list[Tensor]:
+        return outs if len(outs) == len(self.out_features) else list(outs[0].split(self.out_features, dim=-1))
+
+    def _add_adapters(self, x: Tensor, outs: list[Tensor]) -> None:
+        """In place."""
+        if not self._bank.runs:
+            return
+        x_TI = x.view(-1, self.in_features)
+        outs_TO = self._by_layer([out.view(-1, out.shape[-1]) for out in outs])
+        for run in self._bank.runs:
+            factors = run.factors(self.name)
+            if factors is not None:
+                self._add(x_TI, outs_TO, run, factors)
+
+    def _add(self, x_TI: Tensor, outs_TO: list[Tensor], run: Run, factors: Factors) -> None:
+        ranks = [bt.shape[1] for bt in factors.bt]
         rows = slice(run.start, run.start + len(run.rows))
-        reduced_TR = torch.mm(x_TI[rows], factors.a[0].t())
-        outs = out_TO[rows].split(self.base.out_features, dim=1)
-        parts = reduced_TR.split([bt.shape[1] for bt in factors.bt], dim=1)
-        for out, part, bt in zip(outs, parts, factors.bt, strict=True):
-            if bt.shape[1]:
-                out.addmm_(part, bt[0])
+        if run.real is None and run.num_adapters == 1:
+            reduced_TR = torch.mm(x_TI[rows], factors.a[0].t())
+            for out_TO, part, bt in zip(outs_TO, reduced_TR.split(ranks, dim=1), factors.bt, strict=True):
+                if bt.shape[1]:
+                    out_TO[rows].addmm_(part, bt[0])
+            return
+        x_RI = x_TI[rows] if run.real is None else x_TI.index_select(0, run.rows)
+        x_GnI = x_RI.view(run.num_adapters, -1, self.in_features)
+        reduced_GnR = torch.bmm(factors.a, x_GnI.transpose(1, 2)).transpose(1, 2)
+        for out_TO, part, bt in zip(outs_TO, reduced_GnR.split(ranks, dim=2), factors.bt, strict=True):
+            if not bt.shape[1]:
+                continue
+            if run.real is not None:
+                update = torch.bmm(part, bt).view(len(run.rows), -1)
+                out_TO.index_add_(0, run.rows.index_select(0, run.real), update.index_select(0, run.real))
+            elif out_TO.is_contiguous():
+                out_TO[rows].view(run.num_adapters, -1, out_TO.shape[1]).baddbmm_(part, bt)
+            else:  # a slice of joined outputs, in which baddbmm_ is slow
+                out_TO[rows].add_(torch.bmm(part, bt).view(len(run.rows), -1))
