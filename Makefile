@@ -40,12 +40,12 @@ test-cluster: install
 	$(BIN)/python -m pytest tests/cluster
 
 test-vllm: $(VLLM)/.installed
-	VLLM_LOGGING_LEVEL=WARNING $(VLLM)/bin/python -m pytest tests/vllm
+	VLLM_LOGGING_LEVEL=WARNING $(VLLM)/bin/python -m pytest tests/vllm_engine
 
-$(VLLM)/.installed: pyproject.toml tests/vllm/environment.txt
+$(VLLM)/.installed: pyproject.toml tests/vllm_engine/environment.txt
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@echo "installing into $(VLLM) (about 3 minutes)"
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -r tests/vllm/environment.txt
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -r tests/vllm_engine/environment.txt
 	@# Built for another torch than vLLM's own; it does without them.
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e . $(EMBEDDED)

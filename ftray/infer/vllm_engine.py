@@ -28,7 +28,7 @@ from ftray.infer.protocol import EngineStats, Request, TokenEvent
 from ftray.infer.sampler import GREEDY_BELOW
 from ftray.infer.structure import Grammars
 from ftray.infer.vllm_answers import Answering, token_events
-from ftray.infer.vllm_slots import MAX_HOST_ADAPTERS, linear_shapes, slot_rank, slots_within
+from ftray.infer.vllm_arguments import linear_shapes, slots_within, vllm_arguments
 from ftray.model.adapter import check_rank, check_shapes, read_adapter
 from ftray.model.base import BaseModel, check_length, generation_stop_ids, load_tokenizer, text_config
 from ftray.model.chat import stop_token_ids
@@ -69,7 +69,9 @@ class VllmEngine:
         self._num_running = self._prompt_tokens = self._prompt_tokens_cached = 0
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="ftray-vllm", daemon=True).start()
-        self._llm: Any = self._wait_for(start_vllm(base, hardware, config, self.num_slots, self.max_rank))
+        self._llm: Any = self._wait_for(
+            start_vllm(vllm_arguments(base, hardware, config, num_slots=self.num_slots, max_rank=self.max_rank))
+        )
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -265,29 +267,8 @@ class VllmEngine:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
-async def start_vllm(base: BaseModel, hardware: Hardware, config: EngineConfig, num_slots: int, max_rank: int) -> Any:
+async def start_vllm(arguments: dict[str, Any]) -> Any:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    on_gpu = hardware.device.type == "cuda"
-    block_tokens = 16 if on_gpu else 32  # the smallest that its kernels take
-    arguments = AsyncEngineArgs(
-        model=str(base.directory),
-        dtype=str(hardware.dtype).removeprefix("torch."),
-        max_model_len=config.context_tokens,
-        max_num_seqs=config.max_sequences,
-        max_num_batched_tokens=config.max_prefill_tokens + config.max_sequences,
-        block_size=block_tokens,
-        num_gpu_blocks_override=-(-config.kv_cache_tokens // block_tokens),
-        enable_prefix_caching=True,
-        enable_chunked_prefill=True,
-        enable_lora=True,
-        max_loras=num_slots,
-        max_cpu_loras=max(num_slots, MAX_HOST_ADAPTERS),
-        max_lora_rank=slot_rank(max_rank),
-        structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
-        tensor_parallel_size=config.tensor_parallel,
-        enforce_eager=not on_gpu,
-        enable_log_requests=False,
-    )
-    return AsyncLLM.from_engine_args(arguments)
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))

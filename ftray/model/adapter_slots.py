@@ -23,15 +23,19 @@ SLAB_SHARE = 4
 # Up to so many tokens an adapter's factors cost more to read than to multiply by: padding to them is free.
 FEW_TOKENS = 8
 
-Shape = tuple[tuple[str, tuple[int, ...]], ...]  # (group, ranks of its layers; 0: not adapted) of every adapted group
+Shape = tuple[tuple[str, tuple[int, ...]], ...]  # (group, ranks of its multiplications) of every adapted group
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Of one group of layers, for one adapter; with a leading S: for all slots of a slab."""
+    """Of one group of layers, for one adapter; with a leading S: for all slots of a slab.
+
+    Layers that are one multiplication have one `bt`, zero where a layer's rows meet another's columns: a third more to
+    read, and one operation instead of one for each layer.
+    """
 
     a: Tensor  # [R, in]
-    bt: tuple[Tensor, ...]  # of each layer: [rank, out]
+    bt: tuple[Tensor, ...]  # of each multiplication: [ranks, outs]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

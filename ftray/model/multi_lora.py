@@ -108,13 +108,18 @@ class LoraBank:
             tensor = tensor.to(self._dtype).contiguous()
             return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
-        a, bt = [], []
-        for index, out in enumerate(group.out_features):
-            if index in found:
-                a.append(found[index][0])
-                bt.append(own(found[index][1]))
-            else:
-                bt.append(own(torch.empty(0, out)))
+        a = [found[index][0] for index in sorted(found)]
+        bt: list[Tensor] = []
+        for members in group.members:
+            ranks = [len(found[index][0]) if index in found else 0 for index in members]
+            block = torch.zeros(sum(ranks), sum(group.out_features[index] for index in members))
+            row = column = 0
+            for index, rank in zip(members, ranks, strict=True):
+                width = group.out_features[index]
+                if rank:
+                    block[row : row + rank, column : column + width] = found[index][1]
+                row, column = row + rank, column + width
+            bt.append(own(block))
         return Factors(own(torch.cat(a)), tuple(bt))
 
 
@@ -128,7 +133,8 @@ class LinearGroup:
         self.name = name
         self.in_features = layers[0].in_features
         self.out_features = [layer.out_features for layer in layers]
-        self._blocks = [FrozenLinear(layers)] if joined else [FrozenLinear([layer]) for layer in layers]
+        self.members = [list(range(len(layers)))] if joined else [[index] for index in range(len(layers))]
+        self._blocks = [FrozenLinear([layers[index] for index in members]) for members in self.members]
         self._bank = bank
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
@@ -138,7 +144,8 @@ class LinearGroup:
         if x is not self._input:
             outs = [block(x) for block in self._blocks]
             self._add_adapters(x, outs)
-            self._input, self._outputs = x, self._by_layer(outs)
+            joined = len(outs) < len(self.out_features)
+            self._input, self._outputs = x, list(outs[0].split(self.out_features, dim=-1)) if joined else outs
         out = self._outputs[index]
         if index == len(self._outputs) - 1:
             self._input, self._outputs = None, []
@@ -160,39 +167,31 @@ class LinearGroup:
         self._add_adapters(x_TI, [gate, up])
         return silu(gate, inplace=True).mul_(up)
 
-    def _by_layer(self, outs: list[Tensor]) -> list[Tensor]:
-        return outs if len(outs) == len(self.out_features) else list(outs[0].split(self.out_features, dim=-1))
-
     def _add_adapters(self, x: Tensor, outs: list[Tensor]) -> None:
-        """In place."""
+        """In place; `outs` of the blocks."""
         if not self._bank.runs:
             return
-        x_TI = x.view(-1, self.in_features)
-        outs_TO = self._by_layer([out.view(-1, out.shape[-1]) for out in outs])
+        x_TI, outs_TO = x.view(-1, self.in_features), [out.view(-1, out.shape[-1]) for out in outs]
         for run in self._bank.runs:
             factors = run.factors(self.name)
             if factors is not None:
-                self._add(x_TI, outs_TO, run, factors)
+                add_run(x_TI, outs_TO, run, factors)
 
-    def _add(self, x_TI: Tensor, outs_TO: list[Tensor], run: Run, factors: Factors) -> None:
-        ranks = [bt.shape[1] for bt in factors.bt]
-        rows = slice(run.start, run.start + len(run.rows))
-        if run.real is None and run.num_adapters == 1:
-            reduced_TR = torch.mm(x_TI[rows], factors.a[0].t())
-            for out_TO, part, bt in zip(outs_TO, reduced_TR.split(ranks, dim=1), factors.bt, strict=True):
-                if bt.shape[1]:
-                    out_TO[rows].addmm_(part, bt[0])
-            return
-        x_RI = x_TI[rows] if run.real is None else x_TI.index_select(0, run.rows)
-        x_GnI = x_RI.view(run.num_adapters, -1, self.in_features)
-        reduced_GnR = torch.bmm(factors.a, x_GnI.transpose(1, 2)).transpose(1, 2)
-        for out_TO, part, bt in zip(outs_TO, reduced_GnR.split(ranks, dim=2), factors.bt, strict=True):
-            if not bt.shape[1]:
-                continue
-            if run.real is not None:
-                update = torch.bmm(part, bt).view(len(run.rows), -1)
-                out_TO.index_add_(0, run.rows.index_select(0, run.real), update.index_select(0, run.real))
-            elif out_TO.is_contiguous():
-                out_TO[rows].view(run.num_adapters, -1, out_TO.shape[1]).baddbmm_(part, bt)
-            else:  # a slice of joined outputs, in which baddbmm_ is slow
-                out_TO[rows].add_(torch.bmm(part, bt).view(len(run.rows), -1))
+
+def add_run(x_TI: Tensor, outs_TO: list[Tensor], run: Run, factors: Factors) -> None:
+    ranks = [bt.shape[1] for bt in factors.bt]
+    rows = slice(run.start, run.start + len(run.rows))
+    if run.real is None and run.num_adapters == 1:
+        reduced_TR = torch.mm(x_TI[rows], factors.a[0].t())
+        for out_TO, part, bt in zip(outs_TO, reduced_TR.split(ranks, dim=1), factors.bt, strict=True):
+            out_TO[rows].addmm_(part, bt[0])
+        return
+    x_RI = x_TI[rows] if run.real is None else x_TI.index_select(0, run.rows)
+    x_GnI = x_RI.view(run.num_adapters, -1, x_TI.shape[1])
+    reduced_GnR = torch.bmm(factors.a, x_GnI.transpose(1, 2)).transpose(1, 2)
+    for out_TO, part, bt in zip(outs_TO, reduced_GnR.split(ranks, dim=2), factors.bt, strict=True):
+        if run.real is None:
+            out_TO[rows].view(run.num_adapters, -1, out_TO.shape[1]).baddbmm_(part, bt)
+        else:
+            update = torch.bmm(part, bt).view(len(run.rows), -1)
+            out_TO.index_add_(0, run.rows.index_select(0, run.real), update.index_select(0, run.real))

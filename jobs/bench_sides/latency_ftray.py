@@ -23,7 +23,7 @@ from ftray.serve.replica import EngineReplica, GenerateJob
 SLOTS, HOST = 16, 64
 ANSWER_TOKENS = 32
 SECONDS = 30
-RATES = (1, 2, 4)  # requests a second, 64 adapters
+RATES = (1, 2, 3)  # requests a second, 64 adapters
 ADAPTERS = (16, 64, 256, 1000)  # registered, at 2 requests a second
 
 

@@ -1,11 +1,14 @@
-"""What vLLM must be told of its adapter slots, from the config's bytes. No vllm here."""
+"""What vLLM is told, from the config. No vllm here."""
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
-from ftray.config.serve import AdaptersConfig
+from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import UserError
+from ftray.model.base import BaseModel
+from ftray.model.hardware import Hardware
 
 # vLLM counts adapters in memory, not bytes; ftray's residency keeps the bytes, and this must not evict before it does.
 MAX_HOST_ADAPTERS = 10_000
@@ -13,6 +16,33 @@ MAX_HOST_ADAPTERS = 10_000
 MAX_SLOTS = 64
 # The ranks that vLLM has slots for.
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def vllm_arguments(
+    base: BaseModel, hardware: Hardware, config: EngineConfig, *, num_slots: int, max_rank: int
+) -> dict[str, Any]:
+    """Of `vllm.AsyncEngineArgs`."""
+    on_gpu = hardware.device.type == "cuda"
+    block_tokens = 16 if on_gpu else 32  # the smallest that its kernels take
+    return {
+        "model": str(base.directory),
+        "dtype": str(hardware.dtype).removeprefix("torch."),
+        "max_model_len": config.context_tokens,
+        "max_num_seqs": config.max_sequences,
+        "max_num_batched_tokens": config.max_prefill_tokens + config.max_sequences,
+        "block_size": block_tokens,
+        "num_gpu_blocks_override": -(-config.kv_cache_tokens // block_tokens),
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "enable_lora": True,
+        "max_loras": num_slots,
+        "max_cpu_loras": max(num_slots, MAX_HOST_ADAPTERS),
+        "max_lora_rank": slot_rank(max_rank),
+        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
+        "tensor_parallel_size": config.tensor_parallel,
+        "enforce_eager": not on_gpu,
+        "enable_log_requests": False,
+    }
 
 
 def linear_shapes(directory: Path) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,53 @@
+"""What vLLM would be told, on machines that are not here. (What it does with it: tests/vllm.)"""
+
+import pytest
+import torch
+
+from ftray.config.serve import AdaptersConfig, EngineConfig, ServeConfig
+from ftray.errors import UserError
+from ftray.infer.engines import check_engine
+from ftray.infer.vllm_arguments import linear_shapes, slots_within, vllm_arguments
+from ftray.model.hardware import Hardware
+from ftray.serve.app import build_app
+
+H100 = Hardware(torch.device("cuda", 0), torch.bfloat16, "nccl", "as if")
+
+
+def test_a_base_shared_by_four_gpus(tiny_base):
+    config = EngineConfig(type="vllm", tensor_parallel=4, kv_cache_tokens=65536, context_tokens=4096)
+    told = vllm_arguments(tiny_base, H100, config, num_slots=8, max_rank=48)
+    assert told["tensor_parallel_size"] == 4
+    assert told["dtype"] == "bfloat16"
+    assert told["num_gpu_blocks_override"] * told["block_size"] == 65536
+    assert told["max_lora_rank"] == 64  # the next rank it has slots for
+    assert not told["enforce_eager"]
+
+
+def serve_config(**engine) -> dict:
+    return {"kind": "serve", "base_model": "smollm2-135m", "engine": {"type": "vllm", **engine}}
+
+
+def test_the_replica_gets_the_gpus_that_share_the_base():
+    config = ServeConfig.model_validate(serve_config(tensor_parallel=4) | {"replicas": {"gpus_each": 4}})
+    engine = build_app(config)._bound_deployment.init_args[1]
+    assert engine._bound_deployment.ray_actor_options["num_gpus"] == 4
+    with pytest.raises(ValueError, match=r"replicas\.gpus_each must be 4 \(it is 0\)"):
+        ServeConfig.model_validate(serve_config(tensor_parallel=4))
+    with pytest.raises(ValueError, match=r"engine\.tensor_parallel: 4 needs engine\.type vllm"):
+        ServeConfig.model_validate(serve_config(tensor_parallel=4, type="torch"))
+
+
+def test_slots_are_counted_by_bytes_padded_to_the_rank(tiny_base):
+    shapes = linear_shapes(tiny_base.directory)
+    per_rank = sum(into + out for name, (into, out) in shapes.items() if ".layers." in name) * 2
+    room = AdaptersConfig(max_rank=16, device_budget=f"{5 * 16 * per_rank}B")
+    assert slots_within(room, shapes, bytes_per_weight=2) == 5
+    with pytest.raises(UserError, match=r"adapters\.device_budget: one slot of rank 256 takes"):
+        slots_within(AdaptersConfig(max_rank=250, device_budget="1KiB"), shapes, bytes_per_weight=2)
+    with pytest.raises(UserError, match=r"adapters\.max_rank: 600 is over what vLLM has slots for"):
+        slots_within(AdaptersConfig(max_rank=600), shapes, bytes_per_weight=2)
+
+
+def test_vllm_that_is_not_installed_is_said_before_ray_starts():
+    with pytest.raises(UserError, match=r"engine\.type: vllm is not installed; pip install 'ftray\[vllm\]'"):
+        check_engine(EngineConfig(type="vllm"))
