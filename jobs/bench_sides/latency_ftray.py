@@ -1,7 +1,7 @@
 """How long a request waits, through a whole replica: at several rates, and with more adapters than the device holds.
 
-Requests come at random times (Poisson) and ask for adapters by Zipf's law. `device_budget` has room for SLOTS adapters,
-`host_budget` for HOST. A cold adapter is in the registry only, a warm one on the device.
+Requests come at random times (Poisson) and ask for adapters by Zipf's law. The device has room for SLOTS adapters,
+memory for HOST. A cold adapter is in the registry only, a warm one on the device.
 """
 
 import asyncio
@@ -39,21 +39,20 @@ def make_replica(directory: Path, num_adapters: int) -> EngineReplica:
     registry = Registry(str(directory / "registry"))
     for i in range(num_adapters):
         registry.publish(f"a{i}", made[i % len(made)], metadata={"base_fingerprint": BASE.fingerprint})
-    size = sum(path.stat().st_size for path in made[0].glob("*.safetensors"))
     config = ServeConfig.model_validate(
         {
             "kind": "serve",
             "base_model": "smollm2-135m",
             "engine": {"max_sequences": 16, "context_tokens": 512, "kv_cache_tokens": 16384},
-            "adapters": {
-                "registry": str(directory / "registry"),
-                "device_budget": f"{SLOTS * size}B",
-                "host_budget": f"{HOST * size}B",
-            },
+            "adapters": {"registry": str(directory / "registry")},
             "replicas": {"cpus_each": 2},
         }
     )
-    return EngineReplica(config)
+    replica = EngineReplica(config)
+    size = replica.engine.prepare_adapter("size", made[0]).num_bytes
+    replica.engine._bank.slots.budget_bytes = SLOTS * size  # pyright: ignore[reportAttributeAccessIssue]
+    replica.residency.budget_bytes = HOST * size
+    return replica
 
 
 def where_is(replica: EngineReplica, key: str) -> str:
