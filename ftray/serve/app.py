@@ -1,5 +1,6 @@
 """The Ray Serve application: one ingress deployment over engine replicas. Ray is here and nowhere else in `serve/`."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -49,6 +50,11 @@ class ReplicaDeployment(EngineReplica):
     async def reconfigure(self, _: Any) -> None:
         """Ray Serve calls it before the replica takes requests."""
         await self.preload()
+
+    def __del__(self) -> None:
+        """Ray Serve calls it when the replica goes."""
+        with contextlib.suppress(AttributeError):  # it was never whole
+            self.close()
 
 
 @serve.ingress(api)

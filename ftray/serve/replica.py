@@ -98,6 +98,11 @@ class EngineReplica:
             whole["cached_tokens"] = max(whole["cached_tokens"], event["cached_tokens"])
         return whole | {"answers": answers}
 
+    def close(self) -> None:
+        """Ends the engine's thread, and its processes where it has some."""
+        self.runner.close()
+        self.engine.close()
+
     def check_health(self) -> None:
         if not self.runner.is_alive:
             raise RuntimeError(f"the engine has stopped: {self.runner.failure}")

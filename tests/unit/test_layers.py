@@ -17,7 +17,7 @@ TABLE = {
     "data": ({"errors", "config", "storage", "model"}, {"ray", "deepspeed"}),
     "registry": ({"errors", "config", "storage"}, {"torch", "ray", "deepspeed", "transformers"}),
     "tracking": ({"errors", "config", "storage"}, {"torch", "ray", "deepspeed", "transformers"}),
-    "infer": ({"errors", "config", "model"}, {"ray", "deepspeed"}),
+    "infer": ({"errors", "config", "model"}, {"ray", "deepspeed", "vllm"}),
     "evaluate": ({"errors", "config", "data", "model", "infer", "tracking"}, {"ray", "deepspeed"}),
     "train": (
         {"errors", "config", "storage", "data", "model", "objectives", "infer", "evaluate", "tracking"},
@@ -27,6 +27,7 @@ TABLE = {
 }
 # Where a package that a part must not import is at home.
 AT_HOME = {
+    "infer/vllm_engine.py": {"vllm"},
     "train/engine.py": {"deepspeed"},
     "train/zero.py": {"deepspeed"},
     "train/worker.py": {"ray"},

