@@ -30,7 +30,8 @@ class Stack(Protocol):
 def make_stack(decoder: Any) -> Stack:
     """Of a model whose linear layers are `Projection`s."""
     kinds = {type(layer).__name__ for layer in decoder.layers}
-    return LlamaStack(decoder) if kinds <= LLAMA_LIKE else TransformersStack(decoder)
+    ours = kinds <= LLAMA_LIKE and decoder.config.hidden_act == "silu"
+    return LlamaStack(decoder) if ours else TransformersStack(decoder)
 
 
 class TransformersStack:

@@ -43,15 +43,17 @@ class FairQueue(Generic[Item]):
             flow.waiting.append(item)
 
     def in_order(self) -> Iterator[tuple[FlowKey, Item]]:
-        """The first of each waiting flow, in the order in which they may be let in. `start` or leave each."""
+        """The first of each waiting flow, in the order in which they may be let in: those with credit in turn, then,
+        for places that none of them can take, those in debt. `start` or leave each."""
         waiting = [key for key, flow in self._flows.items() if flow.waiting]
         if waiting and all(self._flows[key].credit <= 0 for key in waiting):
             best = max(self._flows[key].credit for key in waiting)
             for key in waiting:
                 self._flows[key].credit += QUANTUM_TOKENS * (1 + -best // QUANTUM_TOKENS)
-        for key in waiting:
-            if self._flows[key].credit > 0:
-                yield key, self._flows[key].waiting[0]
+        in_credit = [key for key in waiting if self._flows[key].credit > 0]
+        in_debt = [key for key in waiting if self._flows[key].credit <= 0]
+        for key in [*in_credit, *sorted(in_debt, key=lambda key: -self._flows[key].credit)]:
+            yield key, self._flows[key].waiting[0]
 
     def start(self, key: FlowKey) -> Item:
         """Takes the flow's first item out to run. Another flow is next."""

@@ -64,7 +64,8 @@ class TokenSampler:
         scores_V = logits_V if finite else logits_V.nan_to_num()
         if self._changes_logits:
             scores_V = self._changed(scores_V, prompt, generated)
-        greedy = self._generator is None or not finite
+        # Nothing to draw from where a score is NaN or infinity, or none is left.
+        greedy = self._generator is None or not finite or not torch.isfinite(scores_V.max())
         token = int(scores_V.argmax()) if greedy else draw(scores_V, self.sampling, self._generator)
         if self.matcher is not None:
             self.matcher.accept(token)

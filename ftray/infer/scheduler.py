@@ -33,8 +33,8 @@ class Sequence:
     num_cached: int = 0  # tokens whose keys and values are in the cache
     pages: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)  # of its full pages
-    num_found: int = 0  # prompt tokens found in the cache when it first ran
-    steps_passed_over: int = 0
+    num_found: int | None = None  # prompt tokens found in the cache when it first ran
+    passed_over_since: int | None = None  # the step in which others first went before it
     siblings: list["Sequence"] = field(default_factory=list)  # wait until the prompt's pages are there to share
 
     @property
@@ -88,6 +88,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in the order they came in
         self.waiting: FairQueue[Sequence] = FairQueue()
         self.num_preemptions = 0
+        self._num_steps = 0
         self._max_sequences = max_sequences
         self._max_prefill_tokens = max_prefill_tokens
         self._adapters = adapters
@@ -97,6 +98,7 @@ class Scheduler:
 
     def plan(self) -> list[Piece]:
         pieces: list[Piece] = []
+        self._num_steps += 1
         room = self._max_prefill_tokens
         preemptions = self.num_preemptions
         for sequence in list(self.running):
@@ -134,7 +136,8 @@ class Scheduler:
             if sequence is None:
                 return
             count = min(sequence.num_pending, room)
-            assert self._make_room(sequence, count), "the pages were counted before it was let in"
+            has_room = self._make_room(sequence, count)
+            assert has_room, "the pages were counted before it was let in"
             pieces.append(Piece(sequence, count))
             room -= count
 
@@ -152,21 +155,22 @@ class Scheduler:
                 sequence.pages = found
                 sequence.names = sequence.names[: len(found)]
                 sequence.num_cached = len(found) * PAGE_TOKENS
-                if not sequence.num_generated:
+                if sequence.num_found is None:
                     sequence.num_found = sequence.num_cached
                 self.running.append(self.waiting.start(flow))
                 return sequence
-            sequence.steps_passed_over += 1
-            if sequence.steps_passed_over > MAX_STEPS_PASSED_OVER:
+            if sequence.passed_over_since is None:
+                sequence.passed_over_since = self._num_steps
+            if self._num_steps - sequence.passed_over_since > MAX_STEPS_PASSED_OVER:
                 return None
         return None
 
     def _look_ahead(self) -> None:
-        """The next adapter that is not on the device goes there while others are computed; one a step."""
+        """The adapter whose turn is next goes to the device while others are computed."""
         for _, sequence in self.waiting.in_order():
             adapter = sequence.request.adapter
-            if adapter is not None and not self._adapters.is_on_device(adapter):
-                if self._adapters.acquire(adapter):
+            if adapter is not None:
+                if not self._adapters.is_on_device(adapter) and self._adapters.acquire(adapter):
                     self._adapters.release(adapter)
                 return
 

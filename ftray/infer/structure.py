@@ -52,6 +52,9 @@ class GrammarMatcher:
     def __init__(self, matcher: Any):
         self._matcher = matcher
 
+    def copy(self) -> "GrammarMatcher":
+        return GrammarMatcher(self._matcher.deep_copy())
+
     def mask(self, logits_V: Tensor) -> None:
         """Makes every token that may not come next impossible, in place."""
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")

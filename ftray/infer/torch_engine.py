@@ -23,7 +23,7 @@ from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.infer.protocol import EngineStats, FinishReason, Request, TokenEvent, TokenLogprobs
 from ftray.infer.sampler import TokenSampler, sample
 from ftray.infer.scheduler import Piece, Scheduler, Sequence
-from ftray.infer.structure import Grammars
+from ftray.infer.structure import GrammarMatcher, Grammars
 from ftray.infer.text import TextStream
 from ftray.model.adapter import check_rank, read_adapter
 from ftray.model.adapter_slots import HostAdapter
@@ -77,22 +77,20 @@ class TorchEngine:
         max_tokens = check_request(request, context_tokens=self.config.context_tokens, vocab_size=self.vocab_size)
         if request.adapter is not None and request.adapter not in self._bank:
             raise UserError(f"{request.adapter}: not loaded in this engine")
-        first, *others = [self._sequence(request, index, max_tokens) for index in range(request.sampling.n)]
+        structure = request.sampling.structure
+        matcher = self._grammars.matcher(structure) if structure is not None else None
+        answers = range(request.sampling.n)
+        first, *others = [self._sequence(request, index, max_tokens, matcher) for index in answers]
         first.siblings = others
         self._sequences[request.id] = [first, *others]
         self._scheduler.add(first)
 
-    def _sequence(self, request: Request, index: int, max_tokens: int) -> Sequence:
-        structure = request.sampling.structure
+    def _sequence(self, request: Request, index: int, max_tokens: int, matcher: GrammarMatcher | None) -> Sequence:
         return Sequence(
             request=request,
             index=index,
             text=TextStream(self.tokenizer, request.sampling.stop),
-            sampler=TokenSampler(
-                request.sampling,
-                index=index,
-                matcher=self._grammars.matcher(structure) if structure is not None else None,
-            ),
+            sampler=TokenSampler(request.sampling, index=index, matcher=matcher.copy() if matcher else None),
             max_tokens=max_tokens,
             salt=self._salts[request.adapter],
             tokens=list(request.prompt_ids),
@@ -173,7 +171,7 @@ class TorchEngine:
         sequence.tokens.append(token)
         if is_first:
             self._prompt_tokens += sequence.num_prompt
-            self._prompt_tokens_cached += sequence.num_found
+            self._prompt_tokens_cached += sequence.num_found or 0
             for sibling in reversed(sequence.siblings):
                 self._scheduler.add(sibling, front=True)
         reason: FinishReason | None = None
@@ -196,7 +194,7 @@ class TorchEngine:
             sequence.num_generated,
             reason,
             index=sequence.index,
-            num_cached_prompt_tokens=sequence.num_found,
+            num_cached_prompt_tokens=sequence.num_found or 0,
             logprobs=logprobs,
         )
 

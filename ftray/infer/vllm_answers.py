@@ -13,7 +13,8 @@ from ftray.infer.protocol import FinishReason, Request, TokenEvent, TokenLogprob
 class Answering:
     request: Request
     params: Any
-    task: Any = None  # once vLLM has it
+    started: bool = False  # vLLM has it, or is about to
+    task: Any = None  # in the event loop, from then on
     passed_over: int = 0
     num_generated: Counter[int] = field(default_factory=Counter)
 

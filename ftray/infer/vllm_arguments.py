@@ -41,6 +41,8 @@ def vllm_arguments(
         "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
         "tensor_parallel_size": config.tensor_parallel,
         "enforce_eager": not on_gpu,
+        # On a CPU vLLM would refuse to start unless nearly all memory is free, though the cache's size is given above.
+        **({} if on_gpu else {"gpu_memory_utilization": 0.2}),
         "enable_log_requests": False,
     }
 

@@ -62,6 +62,7 @@ class VllmEngine:
         self._waiting: FairQueue[Answering] = FairQueue()
         self._answering: dict[str, Answering] = {}
         self._adapters_in_use: Counter[str] = Counter()
+        self._leaving: list[Answering] = []  # cancelled; vLLM may not know yet
         self._loaded: dict[str, tuple[Any, VllmAdapter]] = {}
         self._ids = itertools.count(1)
         self._paths = tempfile.TemporaryDirectory(prefix="ftray-adapters-")
@@ -120,10 +121,11 @@ class VllmEngine:
         answering = self._answering.pop(request_id, None)
         if answering is None:
             return
-        if answering.task is None:
+        if not answering.started:
             self._waiting.remove(answering.flow, answering)
         else:
-            self._loop.call_soon_threadsafe(answering.task.cancel)
+            self._loop.call_soon_threadsafe(lambda: answering.task.cancel())
+            self._leaving = [other for other in self._leaving if not other.task or not other.task.done()] + [answering]
             self._ended(answering)
         self._start_waiting()
 
@@ -150,7 +152,8 @@ class VllmEngine:
             self._num_running += 1
             if answering.request.adapter is not None:
                 self._adapters_in_use[answering.request.adapter] += 1
-            answering.task = asyncio.run_coroutine_threadsafe(self._follow(answering), self._loop)
+            answering.started = True
+            self._loop.call_soon_threadsafe(self._begin, answering)
 
     def _next(self) -> tuple[FlowKey, Answering] | None:
         for flow, answering in self._waiting.in_order():
@@ -161,6 +164,9 @@ class VllmEngine:
             if answering.passed_over > MAX_PASSED_OVER:
                 return None
         return None
+
+    def _begin(self, answering: Answering) -> None:
+        answering.task = self._loop.create_task(self._follow(answering))
 
     async def _follow(self, answering: Answering) -> None:
         request = answering.request
@@ -231,9 +237,15 @@ class VllmEngine:
         self._loaded[prepared.key] = lora, prepared
 
     def unload_adapter(self, key: str) -> None:
+        self._wait_for(self._left(key))
         lora, _ = self._loaded.pop(key)
         self._wait_for(self._llm.remove_lora(lora.lora_int_id))
         Path(lora.lora_path).unlink()
+
+    async def _left(self, key: str) -> None:
+        """Returns when vLLM has let go of the adapter's cancelled requests."""
+        tasks = [answering.task for answering in self._leaving if answering.request.adapter == key]
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # -- looking -------------------------------------------------------------------------------------------------
 

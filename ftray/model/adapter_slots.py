@@ -140,20 +140,26 @@ class AdapterSlots:
                 return Place(slab, slab.keys.index(None))
         size = adapter.num_bytes
         wanted = max(1, min(MAX_SLOTS_PER_SLAB, self.budget_bytes // SLAB_SHARE // size))
-        while True:
-            room = self.budget_bytes - self.used_bytes
-            if room >= size:
-                slab = self._make_slab(adapter, min(wanted, room // size))
-                slabs.append(slab)
-                return Place(slab, 0)
-            victim = next((key for key in self._places if key not in self._pins), None)
-            if victim is None:
+        self._give_up_empty_slabs()
+        while (room := self.budget_bytes - self.used_bytes) < size:
+            unused = [key for key in self._places if key not in self._pins]
+            if room + self._unused_bytes() < size:  # whole slabs do not suffice: a slot of its own shape, or none
+                unused = [key for key in unused if any(slab is self._places[key].slab for slab in slabs)]
+            if not unused:
                 return None
-            freed = self._places[victim]
-            self.drop(victim)
+            freed = self._places[unused[0]]
+            self.drop(unused[0])
             if any(slab is freed.slab for slab in slabs):
                 return freed
             self._give_up_empty_slabs()
+        slab = self._make_slab(adapter, min(wanted, room // size))
+        slabs.append(slab)
+        return Place(slab, 0)
+
+    def _unused_bytes(self) -> int:
+        """Of slabs that no running sequence needs."""
+        all_slabs = [slab for slabs in self._slabs.values() for slab in slabs]
+        return sum(slab.num_bytes for slab in all_slabs if not any(key in self._pins for key in slab.keys))
 
     def _give_up_empty_slabs(self) -> None:
         for slabs in self._slabs.values():

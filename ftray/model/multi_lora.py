@@ -62,6 +62,7 @@ class LoraBank:
         return prepared
 
     def load(self, adapter: HostAdapter) -> None:
+        self.slots.drop(adapter.key)  # of other weights under that key
         self.host[adapter.key] = adapter
 
     def unload(self, key: str) -> None:

@@ -164,8 +164,9 @@ async def stream_chunks(
             yield server_event(error_body(event["error"], status=event["status"]))
             return
         completion_tokens += 1
-        cached_tokens = max(cached_tokens, event["cached_tokens"])
         index = event["index"]
+        if index == 0:  # the others find what the first computed
+            cached_tokens = event["cached_tokens"]
         if event["text"] or event["finish_reason"] or event["logprobs"] or index not in opened:
             delta = shape.delta(index, event, first=index not in opened)
             yield server_event(head | {"choices": [delta]} | no_usage)

@@ -45,7 +45,7 @@ class EngineReplica:
         self.engine = engine
         self.renderer = ChatRenderer(engine.tokenizer)
         self.runner = EngineRunner(engine)
-        self._num_in_flight = 0  # running, waiting, or waiting for their adapter
+        self._num_in_flight = 0  # answers running, waiting, or waiting for their adapter
         self.registry = Registry(config.adapters.registry)
         self.residency = AdapterResidency(
             self._prepare, self._load, self._unload, budget_bytes=config.adapters.host_budget
@@ -64,7 +64,7 @@ class EngineReplica:
         if self._num_in_flight >= self.config.engine.max_sequences + self.config.engine.max_waiting:
             yield {"error": "too many requests wait for this endpoint; try again", "status": 429}
             return
-        self._num_in_flight += 1
+        self._num_in_flight += job.sampling.n
         try:
             prompt_ids = self._prompt_ids(job)
             pin = self.residency.pinned(job.adapter) if job.adapter is not None else contextlib.nullcontext()
@@ -77,7 +77,7 @@ class EngineReplica:
         except FtrayError as error:
             yield {"error": str(error), "status": 503}
         finally:
-            self._num_in_flight -= 1
+            self._num_in_flight -= job.sampling.n
 
     async def complete(self, job: GenerateJob) -> Event:
         """The whole answers at once: {"prompt_tokens", "cached_tokens", "completion_tokens", "answers": [{"text",
@@ -95,7 +95,8 @@ class EngineReplica:
             answer["finish_reason"] = event["finish_reason"]
             answer["logprobs"] += event["logprobs"]
             whole["completion_tokens"] += 1
-            whole["cached_tokens"] = max(whole["cached_tokens"], event["cached_tokens"])
+            if event["index"] == 0:  # the others find what the first computed
+                whole["cached_tokens"] = event["cached_tokens"]
         return whole | {"answers": answers}
 
     def close(self) -> None:
@@ -121,9 +122,12 @@ class EngineReplica:
 
     async def _tokens(self, job: GenerateJob, prompt_ids: list[int]) -> AsyncGenerator[Event]:
         request = Request(uuid.uuid4().hex, prompt_ids, job.sampling, job.adapter, job.tenant)
-        yield {"prompt_tokens": len(prompt_ids)}
+        told = False
         async with contextlib.aclosing(self.runner.generate(request)) as events:
             async for event in events:
+                if not told:  # only now: a request that the engine refuses has no beginning
+                    yield {"prompt_tokens": len(prompt_ids)}
+                    told = True
                 if event.finish_reason == "error":
                     yield {"error": "the engine could not finish this answer; try again", "status": 500}
                     return

@@ -49,18 +49,12 @@ class AdapterResidency:
         if resident is None:
             resident = Resident(asyncio.ensure_future(self._bring(key)))
             self._residents[key] = resident
+            resident.loading.add_done_callback(lambda task: self._forget_if_failed(key, task))
         self._residents.move_to_end(key)
         resident.pins += 1
         try:
-            try:
-                # shielded: one caller that gives up must not cancel the load that others wait for
-                await asyncio.shield(resident.loading)
-            except asyncio.CancelledError:
-                raise
-            except BaseException:
-                if self._residents.get(key) is resident:
-                    del self._residents[key]  # a later request tries again
-                raise
+            # shielded: one caller that gives up must not cancel the load that others wait for
+            await asyncio.shield(resident.loading)
             yield
         finally:
             resident.pins -= 1
@@ -93,6 +87,11 @@ class AdapterResidency:
                 await self._make_room(adapter.num_bytes)
                 await self._load(adapter)
                 self._residents[key].num_bytes = adapter.num_bytes
+
+    def _forget_if_failed(self, key: str, loading: asyncio.Task[None]) -> None:
+        """Also when nobody waits any more: a later request tries again."""
+        if (loading.cancelled() or loading.exception() is not None) and self._residents[key].loading is loading:
+            del self._residents[key]
 
     async def _make_room(self, num_bytes: int) -> None:
         """Waits while everything that could go is in use: running requests end, and the budget holds."""

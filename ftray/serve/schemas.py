@@ -5,7 +5,7 @@ wrong.
 """
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,7 +17,7 @@ MAX_ANSWERS = 128
 
 
 class ApiRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -30,12 +30,12 @@ class ApiRequest(BaseModel):
     n: int | None = Field(default=None, ge=1, le=MAX_ANSWERS)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[int, float] | None = Field(default=None, max_length=1024)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
     response_format: "ResponseFormat | None" = None
     # Beyond OpenAI's, under the names that vLLM uses.
     top_k: int | None = Field(default=None, ge=0)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0)
+    repetition_penalty: float | None = Field(default=None, ge=0.1, le=10)
     ignore_eos: bool | None = None
 
     @property

@@ -25,10 +25,11 @@ FAMILIES = {
     "mistral": {"sliding_window": None, "head_dim": 32},
     "qwen2": {},  # q, k and v have biases
     "qwen3": {"head_dim": 32},  # q and k are normed head by head
+    "llama with another activation": {"hidden_act": "relu"},
     "phi3": {"pad_token_id": 0, "bos_token_id": 1},  # q, k, v in one layer: through transformers' forward
     "gemma": {"head_dim": 16},  # other norms, GELU: through transformers' forward
 }
-BY_TRANSFORMERS = {"phi3", "gemma"}
+BY_TRANSFORMERS = {"llama with another activation", "phi3", "gemma"}
 PROMPTS = [[5, 9, 33, 60, 7], list(range(20, 120)), [40, 41, 42]]
 
 
@@ -36,10 +37,10 @@ PROMPTS = [[5, 9, 33, 60, 7], list(range(20, 120)), [40, 41, 42]]
 def family(request, tmp_path_factory):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    directory = tmp_path_factory.mktemp(request.param)
+    directory = tmp_path_factory.mktemp(request.param.split()[0])
     tokenizer = make_tokenizer()
     config = AutoConfig.for_model(
-        request.param,
+        request.param.split()[0],
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=96,

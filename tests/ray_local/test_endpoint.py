@@ -110,6 +110,8 @@ def test_an_adapter_of_another_base_is_refused_and_harms_nobody(client):
 def test_bad_requests_have_openais_shape(client, url):
     with pytest.raises(openai.BadRequestError, match="exceed this endpoint's context of 256"):
         ask(client, "r4", "x" * 400)
+    with pytest.raises(openai.BadRequestError, match="exceed this endpoint's context of 256"):
+        ask(client, "r4", "x" * 400, stream=True)  # before the stream has begun
     with pytest.raises(openai.BadRequestError, match="role 'bot'"):
         client.chat.completions.create(model="r4", messages=[{"role": "bot", "content": "x"}])
     assert httpx.post(f"{url}/v1/chat/completions", content=b"{").status_code == 400

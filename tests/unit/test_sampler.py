@@ -65,6 +65,12 @@ def test_logprobs_are_told_before_temperature_and_bias():
     assert [i for i, _ in told.top] == [0, 1]
 
 
+@pytest.mark.parametrize("settings", [{"logit_bias": {1: float("inf")}}, {"repetition_penalty": 1e-300}])
+def test_scores_beyond_all_numbers_give_a_token_all_the_same(settings):
+    sampler = TokenSampler(Sampling(seed=0, min_p=0.1, **settings))
+    assert sampler.pick(torch.tensor([0.5, 1.0, 0.2]), [1], [])[0] == 1
+
+
 def test_logits_that_are_no_numbers_give_a_token_all_the_same():
     broken = torch.tensor([float("nan"), 1.0, float("inf"), 0.0])
     assert TokenSampler(Sampling(seed=0, logprobs=1)).pick(broken, [], [])[0] == 2

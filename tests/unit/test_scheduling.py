@@ -79,6 +79,17 @@ def test_a_late_light_flow_goes_first_and_a_heavy_one_is_not_punished_for_having
     assert order.count(heavy) == 3
 
 
+def test_who_cannot_be_let_in_does_not_keep_flows_in_debt_out():
+    queue: FairQueue[str] = FairQueue()
+    blocked, debtor = ("", "blocked@1"), ("", "debtor@1")
+    for key in (debtor, debtor, blocked):
+        queue.push(key, key[1])
+    next(queue.in_order())
+    queue.start(debtor)
+    queue.charge(debtor, 1000)
+    assert [key for key, _ in queue.in_order()] == [blocked, debtor]
+
+
 def test_an_idle_flow_is_forgotten():
     queue: FairQueue[int] = FairQueue()
     queue.push(("a", ""), 1)
@@ -131,6 +142,26 @@ def test_adapters_of_another_shape_get_the_room_of_unused_ones():
     assert slots.acquire(adapter("wide", rank=4))
     assert slots.used_bytes == slots.budget_bytes
     assert set(slots.keys) == {"c", "d", "wide"}
+
+
+def test_room_of_unloaded_adapters_is_there_for_another_shape():
+    slots = make_slots(4)
+    assert slots.acquire(adapter("small"))
+    slots.release("small")
+    slots.drop("small")
+    assert slots.acquire(adapter("wide", rank=8))  # four times the size: the whole budget
+
+
+def test_nothing_is_given_up_for_an_adapter_that_would_not_fit_all_the_same():
+    slots = make_slots(4)
+    for key in "abcd":
+        assert slots.acquire(adapter(key))
+    for key in "bcd":
+        slots.release(key)
+    assert not slots.acquire(adapter("wide", rank=8))
+    assert slots.keys == ("a", "b", "c", "d")
+    assert slots.acquire(adapter("e"))  # of their own shape
+    assert slots.keys == ("a", "c", "d", "e")
 
 
 def test_an_adapter_that_can_never_fit_is_refused():

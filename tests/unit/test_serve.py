@@ -135,6 +135,8 @@ def test_an_unknown_model_is_404_with_the_near_names(client):
         ({"n": 0}, "n: "),
         ({"frequency_penalty": 3}, "frequency_penalty"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"response_format": {"type": "json_schema"}}, "json_schema"),
         ({"response_format": {"type": "regex", "json_schema": {"name": "x", "schema": {}}}}, "do not go together"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
@@ -354,6 +356,27 @@ def test_a_failed_load_is_told_to_all_and_tried_again():
         results = await asyncio.gather(*(use() for _ in range(3)), return_exceptions=True)
         assert all(isinstance(result, UserError) for result in results)
         assert await use() == "fine"
+
+    asyncio.run(scenario())
+
+
+def test_a_load_that_fails_after_everybody_left_is_forgotten():
+    async def scenario():
+        loader = Loader()
+        loader.fail_next = True
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=50)
+
+        async def use(key):
+            async with residency.pinned(key):
+                return "fine"
+
+        left = asyncio.create_task(use("a@1"))
+        await asyncio.sleep(0.001)
+        left.cancel()
+        await asyncio.sleep(0.03)
+        assert residency.resident_keys == []
+        assert await use("b@1") == "fine"  # and room is not made by unloading what never came
+        assert await use("a@1") == "fine"
 
     asyncio.run(scenario())
 
