@@ -35,6 +35,11 @@ def tokens(events: list) -> list[int]:
     return [event.token_id for event in events]
 
 
+def answers(engine, requests: list[Request]) -> dict[str, list[int]]:
+    """Tokens of each request's (last) answer."""
+    return {name: tokens(events) for (name, _), events in run(engine, requests).items()}
+
+
 def text(events: list) -> str:
     return "".join(event.text for event in events)
 

@@ -10,6 +10,16 @@ CHATML = (
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+INITIALIZER_RANGE = 0.15  # wide enough that the most likely token is never a near tie
+
+
 def make_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -33,18 +43,10 @@ def write_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True, **siz
 
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    small = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-    }
+    small = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
     config = LlamaConfig(
         **(small | sizes),  # pyright: ignore[reportArgumentType]
-        initializer_range=0.15,  # wide enough that the most likely token is never a near tie
+        initializer_range=INITIALIZER_RANGE,
         tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,

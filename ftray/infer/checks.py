@@ -1,10 +1,19 @@
 """What any engine refuses before it queues a request."""
 
+from collections.abc import Container, Iterable
+from typing import Any
+
 from ftray.errors import UserError
 from ftray.infer.protocol import Request
 
 
-def check_request(request: Request, *, context_tokens: int, vocab_size: int) -> int:
+def check_token_ids(ids: Iterable[Any], *, key: str, vocab_size: int) -> None:
+    for token in ids:
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise UserError(f"{key}: {token!r} is no token id of this model (0 to {vocab_size - 1})")
+
+
+def check_request(request: Request, *, context_tokens: int, vocab_size: int, loaded: Container[str]) -> int:
     """Returns how many tokens the answer may have. Raises `UserError` for a request that can never run."""
     num_prompt, wanted = len(request.prompt_ids), request.sampling.max_tokens
     if num_prompt == 0:
@@ -14,7 +23,7 @@ def check_request(request: Request, *, context_tokens: int, vocab_size: int) -> 
             f"prompt of {num_prompt} tokens and max_tokens {wanted or 1} exceed this endpoint's context of "
             f"{context_tokens} tokens (engine.context_tokens); shorten the prompt or lower max_tokens"
         )
-    unknown = next((token for token in request.sampling.logit_bias if not 0 <= token < vocab_size), None)
-    if unknown is not None:
-        raise UserError(f"logit_bias: {unknown} is no token id of this model (0 to {vocab_size - 1})")
+    check_token_ids(request.sampling.logit_bias, key="logit_bias", vocab_size=vocab_size)
+    if request.adapter is not None and request.adapter not in loaded:
+        raise UserError(f"{request.adapter}: not loaded in this engine")
     return wanted if wanted is not None else context_tokens - num_prompt

@@ -46,6 +46,11 @@ class Request:
     adapter: str | None = None  # the key it was loaded under; None: the base model
     tenant: str = ""  # who asks: adapters and tenants share the engine fairly
 
+    @property
+    def flow(self) -> tuple[str, str]:
+        """Whom `fair_queue.py` counts its tokens for."""
+        return self.tenant, self.adapter or ""
+
 
 @dataclass(frozen=True)
 class TokenLogprobs:

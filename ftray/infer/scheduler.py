@@ -9,7 +9,7 @@ front of its flow; its tokens are computed again later, or found in the cache.
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ftray.infer.fair_queue import FairQueue, FlowKey
+from ftray.infer.fair_queue import FairQueue
 from ftray.infer.kv_cache import PAGE_TOKENS, PagePool, page_name, pages_for
 from ftray.infer.protocol import Request
 from ftray.infer.sampler import TokenSampler
@@ -36,10 +36,6 @@ class Sequence:
     num_found: int | None = None  # prompt tokens found in the cache when it first ran
     passed_over_since: int | None = None  # the step in which others first went before it
     siblings: list["Sequence"] = field(default_factory=list)  # wait until the prompt's pages are there to share
-
-    @property
-    def flow(self) -> FlowKey:
-        return self.request.tenant, self.request.adapter or ""
 
     @property
     def num_prompt(self) -> int:
@@ -82,7 +78,7 @@ class Scheduler:
         *,
         max_sequences: int,
         max_prefill_tokens: int,
-        adapters: "DeviceAdapters",
+        adapters: DeviceAdapters,
     ):
         self.pool = PagePool(num_pages)
         self.running: list[Sequence] = []  # in the order they came in
@@ -94,7 +90,7 @@ class Scheduler:
         self._adapters = adapters
 
     def add(self, sequence: Sequence, *, front: bool = False) -> None:
-        self.waiting.push(sequence.flow, sequence, front=front)
+        self.waiting.push(sequence.request.flow, sequence, front=front)
 
     def plan(self) -> list[Piece]:
         pieces: list[Piece] = []
@@ -116,7 +112,7 @@ class Scheduler:
         """The piece's keys and values are in the cache now: its full pages get their names."""
         sequence = piece.sequence
         sequence.num_cached += piece.num_tokens
-        self.waiting.charge(sequence.flow, piece.num_tokens)
+        self.waiting.charge(sequence.request.flow, piece.num_tokens)
         while (len(sequence.names) + 1) * PAGE_TOKENS <= sequence.num_cached:
             self._name_next(sequence)
             number = len(sequence.names) - 1
@@ -126,9 +122,9 @@ class Scheduler:
         """It has ended or was cancelled."""
         if sequence in self.running:
             self._stop(sequence)
-            self.waiting.stop(sequence.flow)
+            self.waiting.stop(sequence.request.flow)
         elif any(other is sequence for other in self.waiting):
-            self.waiting.remove(sequence.flow, sequence)
+            self.waiting.remove(sequence.request.flow, sequence)
 
     def _admit(self, pieces: list[Piece], room: int) -> None:
         while room > 0 and len(self.running) < self._max_sequences:
@@ -209,7 +205,7 @@ class Scheduler:
         self.num_preemptions += 1
         self._stop(sequence)
         self.add(sequence, front=True)
-        self.waiting.stop(sequence.flow)
+        self.waiting.stop(sequence.request.flow)
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

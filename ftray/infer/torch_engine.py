@@ -74,9 +74,9 @@ class TorchEngine:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        max_tokens = check_request(request, context_tokens=self.config.context_tokens, vocab_size=self.vocab_size)
-        if request.adapter is not None and request.adapter not in self._bank:
-            raise UserError(f"{request.adapter}: not loaded in this engine")
+        max_tokens = check_request(
+            request, context_tokens=self.config.context_tokens, vocab_size=self.vocab_size, loaded=self._bank
+        )
         structure = request.sampling.structure
         matcher = self._grammars.matcher(structure) if structure is not None else None
         answers = range(request.sampling.n)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftray.infer.fair_queue import FlowKey
 from ftray.infer.protocol import FinishReason, Request, TokenEvent, TokenLogprobs
 
 
@@ -17,10 +16,6 @@ class Answering:
     task: Any = None  # in the event loop, from then on
     passed_over: int = 0
     num_generated: Counter[int] = field(default_factory=Counter)
-
-    @property
-    def flow(self) -> FlowKey:
-        return self.request.tenant, self.request.adapter or ""
 
 
 def token_events(answering: Answering, part: Any, cached: int) -> Iterator[TokenEvent]:

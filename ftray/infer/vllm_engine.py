@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
-from ftray.errors import AdapterError, FtrayError, UserError
+from ftray.errors import AdapterError, FtrayError
 from ftray.infer.checks import check_request
 from ftray.infer.fair_queue import FairQueue, FlowKey
 from ftray.infer.protocol import EngineStats, Request, TokenEvent
@@ -77,14 +77,14 @@ class VllmEngine:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        max_tokens = check_request(request, context_tokens=self.config.context_tokens, vocab_size=self.vocab_size)
-        if request.adapter is not None and request.adapter not in self._loaded:
-            raise UserError(f"{request.adapter}: not loaded in this engine")
+        max_tokens = check_request(
+            request, context_tokens=self.config.context_tokens, vocab_size=self.vocab_size, loaded=self._loaded
+        )
         if request.sampling.structure is not None:
             self._grammars.matcher(request.sampling.structure)  # refused here rather than in the other process
         answering = Answering(request, self._params(request, max_tokens))
         self._answering[request.id] = answering
-        self._waiting.push(answering.flow, answering)
+        self._waiting.push(answering.request.flow, answering)
         self._start_waiting()
 
     def _params(self, request: Request, max_tokens: int) -> Any:
@@ -122,7 +122,7 @@ class VllmEngine:
         if answering is None:
             return
         if not answering.started:
-            self._waiting.remove(answering.flow, answering)
+            self._waiting.remove(answering.request.flow, answering)
         else:
             self._loop.call_soon_threadsafe(lambda: answering.task.cancel())
             self._leaving = [other for other in self._leaving if not other.task or not other.task.done()] + [answering]
@@ -193,18 +193,18 @@ class VllmEngine:
         if not answering.num_generated:
             self._prompt_tokens += len(answering.request.prompt_ids)
             self._prompt_tokens_cached += cached
-            self._waiting.charge(answering.flow, len(answering.request.prompt_ids) - cached)
+            self._waiting.charge(answering.request.flow, len(answering.request.prompt_ids) - cached)
         if output.finished:
             del self._answering[name]
             self._ended(answering)
         else:
-            self._waiting.charge(answering.flow, sum(len(part.token_ids) for part in output.outputs))
+            self._waiting.charge(answering.request.flow, sum(len(part.token_ids) for part in output.outputs))
         for part in output.outputs:
             yield from token_events(answering, part, cached)
 
     def _ended(self, answering: Answering) -> None:
         self._num_running -= 1
-        self._waiting.stop(answering.flow)
+        self._waiting.stop(answering.request.flow)
         adapter = answering.request.adapter
         if adapter is not None:
             self._adapters_in_use[adapter] -= 1

@@ -30,9 +30,6 @@ class FrozenLinear:
 
     def __init__(self, layers: Sequence[nn.Linear]):
         weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
-        self.in_features = weight.shape[1]
-        self.out_features = tuple(layer.weight.shape[0] for layer in layers)
-        self.device, self.dtype = weight.device, weight.dtype
         self._bias = joined_bias(layers)
         self._packed = can_pack(weight)
         reorder: Any = torch.ops.mkldnn._reorder_linear_weight  # what torch's own freezing pass uses

@@ -31,4 +31,5 @@ class Prefetcher:
         used = {key.partition("@")[0] for key in self._residency.resident_keys}
         for entry in fresh:
             if entry["type"] == "alias" and entry["name"] in used:
-                await self._residency.prefetch(f"{entry['name']}@{entry['number']}")
+                with contextlib.suppress(Exception):  # whatever fails will be told to the first who asks
+                    await self._residency.prefetch(f"{entry['name']}@{entry['number']}")

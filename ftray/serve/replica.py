@@ -11,6 +11,7 @@ import torch
 
 from ftray.config import ServeConfig
 from ftray.errors import AdapterError, FtrayError, UserError
+from ftray.infer.checks import check_token_ids
 from ftray.infer.engines import make_engine
 from ftray.infer.protocol import PreparedAdapter, Request, Sampling, TokenEvent, TokenLogprobs
 from ftray.model.base import prepare_base
@@ -55,8 +56,7 @@ class EngineReplica:
         """The configured adapters, and from now on those that aliases move to."""
         for reference in self.config.adapters.preload:
             exact = await asyncio.to_thread(self.registry.resolve, reference)
-            async with self.residency.pinned(str(exact)):
-                pass
+            await self.residency.prefetch(str(exact))
         self._following = asyncio.create_task(Prefetcher(self.registry, self.residency).follow())
 
     async def generate(self, job: GenerateJob) -> AsyncGenerator[Event]:
@@ -114,10 +114,7 @@ class EngineReplica:
             return self.renderer.prompt_ids(check_messages(job.prompt))
         if isinstance(job.prompt, str):
             return self.engine.tokenizer(job.prompt)["input_ids"]
-        size = self.engine.vocab_size
-        wrong = [i for i in job.prompt if not isinstance(i, int) or not 0 <= i < size]
-        if wrong:
-            raise UserError(f"prompt: {wrong[0]!r} is no token id of this model (0 to {size - 1})")
+        check_token_ids(job.prompt, key="prompt", vocab_size=self.engine.vocab_size)
         return list(job.prompt)  # pyright: ignore[reportReturnType]
 
     async def _tokens(self, job: GenerateJob, prompt_ids: list[int]) -> AsyncGenerator[Event]:

@@ -6,20 +6,16 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ftray.errors import AdapterError
+from ftray.infer.protocol import PreparedAdapter
 
 # Adapters read and checked at the same time, beside the budget.
 MAX_LOADS = 2
 
 
-class Sized(Protocol):
-    @property
-    def num_bytes(self) -> int: ...
-
-
-Prepare = Callable[[str], Coroutine[None, None, Any]]  # key -> a checked adapter with its `num_bytes`
+Prepare = Callable[[str], Coroutine[None, None, PreparedAdapter]]
 Load = Callable[[Any], Coroutine[None, None, None]]
 Unload = Callable[[str], Coroutine[None, None, None]]
 
@@ -62,10 +58,9 @@ class AdapterResidency:
                 self._unpinned.set()
 
     async def prefetch(self, key: str) -> None:
-        """Brings an adapter in before anybody asks for it. Whatever fails will be told to the first who asks."""
-        with contextlib.suppress(Exception):
-            async with self.pinned(key):
-                pass
+        """Brings an adapter in before anybody asks for it."""
+        async with self.pinned(key):
+            pass
 
     @property
     def resident_keys(self) -> list[str]:
@@ -77,7 +72,7 @@ class AdapterResidency:
 
     async def _bring(self, key: str) -> None:
         async with self._may_load:
-            adapter: Sized = await self._prepare(key)
+            adapter = await self._prepare(key)
             if adapter.num_bytes > self.budget_bytes:
                 raise AdapterError(
                     f"{key}: takes {adapter.num_bytes:,} bytes, over this endpoint's adapters.host_budget "

@@ -1,10 +1,9 @@
 """Our engine decoding SEQUENCES prompts of NEW_TOKENS each, with or without adapters."""
 
 import json
-import time
 from pathlib import Path
 
-from shared import BASE, NEW_TOKENS, SEQUENCES, decoding_prompts, peak_gib
+from shared import BASE, SEQUENCES, decoding_rate, peak_gib
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.protocol import Request, Sampling
@@ -19,16 +18,11 @@ def decode(adapters: list[Path]) -> None:
     for key in keys:
         load_adapter(engine, key, Path(key))
 
-    def run(prompts: list[list[int]], new_tokens: int) -> float:
+    def run(prompts: list[list[int]], new_tokens: int) -> None:
         sampling = Sampling(temperature=0, max_tokens=new_tokens, ignore_eos=True)
         for i, prompt in enumerate(prompts):
             engine.add(Request(str(i), prompt, sampling, keys[i % len(keys)] if keys else None))
-        began = time.perf_counter()
         while engine.has_work:
             engine.step()
-        return time.perf_counter() - began
 
-    run(decoding_prompts(engine.tokenizer, warm_up=True), 4)
-    seconds = run(decoding_prompts(engine.tokenizer), NEW_TOKENS)
-    result = {"tokens_per_s": round(SEQUENCES * NEW_TOKENS / seconds, 1), "peak_gib": peak_gib()}
-    print(json.dumps(result))
+    print(json.dumps({"tokens_per_s": decoding_rate(run, engine.tokenizer), "peak_gib": peak_gib()}))

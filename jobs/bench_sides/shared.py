@@ -3,6 +3,8 @@
 import json
 import resource
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,15 @@ def decoding_prompts(tokenizer: Any, *, warm_up: bool = False) -> list[list[int]
     prompts = [tokenizer(f"{topic} {ask} {topic}")["input_ids"] for topic in topics]
     shortest = min(len(prompt) for prompt in prompts)
     return [prompt[:shortest] for prompt in prompts]
+
+
+def decoding_rate(run: Callable[[list[list[int]], int], None], tokenizer: Any) -> float:
+    """Tokens a second of `run(prompts, new tokens)`, prefill included, after a short warm-up."""
+    run(decoding_prompts(tokenizer, warm_up=True), 4)
+    prompts = decoding_prompts(tokenizer)
+    began = time.perf_counter()
+    run(prompts, NEW_TOKENS)
+    return round(SEQUENCES * NEW_TOKENS / (time.perf_counter() - began), 1)
 
 
 def alpaca_messages() -> list[list[dict]]:

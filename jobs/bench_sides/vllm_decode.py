@@ -2,10 +2,9 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
-from shared import BASE, NEW_TOKENS, RANK, SEQUENCES, decoding_prompts
+from shared import BASE, RANK, SEQUENCES, decoding_rate
 from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]  from its own environment
 from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
@@ -17,17 +16,10 @@ def decode(adapters: list[Path]) -> None:
     requests = [LoRARequest(path.name, i, str(path)) for i, path in enumerate(adapters, start=1)]
     chosen = [requests[i % len(requests)] for i in range(SEQUENCES)] if requests else None
 
-    def run(prompts: list[list[int]], new_tokens: int) -> float:
+    def run(prompts: list[list[int]], new_tokens: int) -> None:
         params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-        began = time.perf_counter()
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         answers = llm.generate(inputs, params, lora_request=chosen, use_tqdm=False)
         assert all(len(answer.outputs[0].token_ids) == new_tokens for answer in answers)
-        return time.perf_counter() - began
 
-    tokenizer = llm.get_tokenizer()
-    run(decoding_prompts(tokenizer, warm_up=True), 4)
-    seconds = run(decoding_prompts(tokenizer), NEW_TOKENS)
-    print(
-        json.dumps({"tokens_per_s": round(SEQUENCES * NEW_TOKENS / seconds, 1), "peak_gib": None})
-    )  # its engine is another process
+    print(json.dumps({"tokens_per_s": decoding_rate(run, llm.get_tokenizer()), "peak_gib": None}))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from engine_contract import Reference, greedy, run, tokens
-from tiny import make_tokenizer, write_peft_adapter
+from tiny import INITIALIZER_RANGE, SIZES, make_tokenizer, write_peft_adapter
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer import attention, decoder
@@ -42,15 +42,10 @@ def family(request, tmp_path_factory):
     config = AutoConfig.for_model(
         request.param.split()[0],
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=512,
-        initializer_range=0.15,
+        initializer_range=INITIALIZER_RANGE,
         eos_token_id=tokenizer.eos_token_id,
-        **FAMILIES[request.param],
+        **(SIZES | FAMILIES[request.param]),
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)

@@ -3,6 +3,7 @@ served prompts and logits are those of training."""
 
 import pytest
 import torch
+from engine_contract import NEAR_TIE, Reference, answers
 from tiny import chat_rows, write_jsonl
 
 from ftray.config.run import AdapterConfig, DataConfig
@@ -19,8 +20,6 @@ from ftray.model.packed import PackedCausalLM, PackedRow, register_packed_attent
 from ftray.model.packed_attention import packed_layout
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-# Mixed batches change the rounding of a matmul: where the top two logits are nearer than this, either may win.
-NEAR_TIE = 1e-4
 
 
 def make_engine(tiny_base, adapters, **settings) -> TorchEngine:
@@ -37,14 +36,7 @@ def engine(tiny_base, adapters):
 
 
 def peft_log_probs(tiny_base, directory, ids):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_base.directory)
-    if directory is not None:
-        model = PeftModel.from_pretrained(model, directory)
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return Reference(tiny_base.directory, {"it": directory}).log_probs(None if directory is None else "it", ids)
 
 
 PROMPTS = [
@@ -118,21 +110,11 @@ def requests(renderer, count: int, max_tokens: int = 12) -> list[Request]:
     ]
 
 
-def tokens_of(engine, wanted: list[Request]) -> dict[str, list[int]]:
-    for request in wanted:
-        engine.add(request)
-    tokens: dict[str, list[int]] = {request.id: [] for request in wanted}
-    while engine.has_work:
-        for event in engine.step():
-            tokens[event.request_id].append(event.token_id)
-    return tokens
-
-
 def test_32_mixed_answers_equal_solo_answers(engine, tiny_base, adapters, renderer):
     wanted = requests(renderer, 32)
-    mixed = tokens_of(engine, wanted)
+    mixed = answers(engine, wanted)
     for request in wanted:
-        solo = tokens_of(engine, [request])[request.id]
+        solo = answers(engine, [request])[request.id]
         same_until_near_tie(mixed[request.id], solo, request, tiny_base, adapters)
 
 
@@ -156,7 +138,7 @@ def test_solo_answers_are_transformers_generate(engine, tiny_base, adapters, ren
         prompt = torch.tensor([list(request.prompt_ids)])
         out = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False, eos_token_id=list(engine.stop_ids))
         same_until_near_tie(
-            tokens_of(engine, [request])[request.id], out[0, prompt.shape[1] :].tolist(), request, tiny_base, adapters
+            answers(engine, [request])[request.id], out[0, prompt.shape[1] :].tolist(), request, tiny_base, adapters
         )
 
 
@@ -166,11 +148,11 @@ def test_a_cache_that_forgets_is_found(tiny_base, adapters, renderer, monkeypatc
 
     broken = make_engine(tiny_base, adapters)
     wanted = requests(renderer, 8)
-    right = tokens_of(broken, wanted)
+    right = answers(broken, wanted)
     real = torch_engine.decode_context
     rolled = lambda pages, lengths, like: real([own[::-1] for own in pages], lengths, like)  # noqa: E731
     monkeypatch.setattr(torch_engine, "decode_context", rolled)
-    assert tokens_of(broken, wanted) != right
+    assert answers(broken, wanted) != right
 
 
 def test_more_requests_than_places_and_cache_wait_their_turn(tiny_base, adapters, renderer):
@@ -191,13 +173,11 @@ def test_more_requests_than_places_and_cache_wait_their_turn(tiny_base, adapters
 def test_a_seed_gives_the_same_answer_in_any_company(engine, renderer):
     prompt = renderer.prompt_ids([{"role": "user", "content": "where"}])
     sampling = Sampling(temperature=0.9, top_p=0.8, seed=7, max_tokens=10)
-    alone = tokens_of(engine, [Request("x", prompt, sampling, "r8")])["x"]
+    alone = answers(engine, [Request("x", prompt, sampling, "r8")])["x"]
     company = [Request(str(i), prompt, Sampling(temperature=1, max_tokens=10), "r4") for i in range(5)]
-    together = tokens_of(engine, [*company, Request("x", prompt, sampling, "r8")])["x"]
+    together = answers(engine, [*company, Request("x", prompt, sampling, "r8")])["x"]
     assert alone == together
-    assert (
-        alone != tokens_of(engine, [Request("x", prompt, Sampling(temperature=0.9, seed=8, max_tokens=10), "r8")])["x"]
-    )
+    assert alone != answers(engine, [Request("x", prompt, Sampling(temperature=0.9, seed=8, max_tokens=10), "r8")])["x"]
 
 
 def test_served_logits_and_prompts_are_those_of_training(tiny_base, renderer, tmp_path, engine, adapters):

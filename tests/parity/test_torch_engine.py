@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine_contract import EngineContract, greedy, run, tokens
+from engine_contract import EngineContract, answers, greedy, run, tokens
 from safetensors.torch import load_file, save_file
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
@@ -39,10 +39,6 @@ class TestContract(EngineContract):
 def long_prompts(count: int, length: int) -> list[list[int]]:
     """With no common beginning."""
     return [[(7 * i + 3 * j) % 90 + 5 for j in range(length)] for i in range(count)]
-
-
-def answers(engine, requests) -> dict[str, list[int]]:
-    return {name: tokens(events) for (name, _), events in run(engine, requests).items()}
 
 
 def test_prompts_in_pieces_equal_whole_prompts(tiny_base, adapters):
