@@ -63,9 +63,16 @@ def check_packages() -> list[Finding]:
 
 
 def check_hardware() -> list[Finding]:
+    from ftray.model.cpu_kernels import compiled
     from ftray.model.hardware import choose_hardware
 
-    return [Finding("ok", "hardware", str(choose_hardware()))]
+    hardware = choose_hardware()
+    findings = [Finding("ok", "hardware", str(hardware))]
+    if hardware.device.type == "cpu":
+        text, fix = "not compiled: serving on a CPU is slower, its answers are the same", "install gcc"
+        made = Finding("ok", "cpu kernels", "compiled by gcc, used for serving")
+        findings.append(made if compiled() else Finding("note", "cpu kernels", text, fix))
+    return findings
 
 
 def check_memory() -> list[Finding]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache, pages_for
+from ftray.model.cpu_kernels import HEAD_LANES, CpuKernels
 from ftray.model.packed_attention import PackedLayout, packed_causal_attention, register_attention
 
 PAGED = "ftray_paged"
@@ -23,6 +24,29 @@ PAGED = "ftray_paged"
 class DecodeContext:
     pages_nP: Tensor  # pages of each sequence, the new token's included; padded with page 0
     bias_nL: Tensor  # L = P * PAGE_TOKENS; 0, and -inf behind the new token
+
+    def attend(self, query_nHD: Tensor, layer: Tensor, *, scaling: float) -> Tensor:
+        """[n, H, D]. The query heads that share a key head become rows of one small attention: no key is repeated."""
+        n = len(self.pages_nP)
+        kept = layer.index_select(0, self.pages_nP.flatten()).view(n, -1, *layer.shape[2:])  # [n, L, 2, K, D]
+        key, value = kept[:, :, 0].transpose(1, 2), kept[:, :, 1].transpose(1, 2)
+        grouped = query_nHD.unflatten(1, (key.shape[1], -1))  # [n, K, H / K, D]
+        bias = self.bias_nL[:, None, None, :]
+        return scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scaling).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class KernelContext:
+    """The same, by a kernel that reads keys and values where they are."""
+
+    pages_nP: Tensor
+    lengths_n: Tensor
+    kernels: CpuKernels
+
+    def attend(self, query_nHD: Tensor, layer: Tensor, *, scaling: float) -> Tensor:
+        if query_nHD.stride()[1:] != (query_nHD.shape[2], 1):
+            query_nHD = query_nHD.contiguous()
+        return self.kernels.attend_to_pages(query_nHD, layer, self.pages_nP, self.lengths_n, scaling=scaling)
 
 
 @dataclass(frozen=True)
@@ -38,17 +62,22 @@ class Continuation:
 class AttentionStep:
     cache: KVCache | None  # None: scoring, nothing is kept
     write_slots_T: Tensor | None  # page * PAGE_TOKENS + place in the page
-    decode: DecodeContext | None
+    decode: DecodeContext | KernelContext | None
     whole: PackedLayout | None
     continued: tuple[Continuation, ...] = ()
 
 
-def decode_context(pages: Sequence[Sequence[int]], lengths: Sequence[int], like: Tensor) -> DecodeContext:
+def decode_context(
+    pages: Sequence[Sequence[int]], lengths: Sequence[int], cache: KVCache, kernels: CpuKernels | None
+) -> DecodeContext | KernelContext:
     """`lengths`: tokens of each sequence in the cache, the new one included."""
+    like = cache.layers[0]
     most = pages_for(max(lengths))
-    padded = [[*own[:most], *[0] * (most - len(own))] for own in pages]
+    padded = torch.tensor([[*own[:most], *[0] * (most - len(own))] for own in pages])
+    if kernels is not None and like.shape[-1] % HEAD_LANES == 0:
+        return KernelContext(padded, torch.tensor(lengths), kernels)
     hidden_nL = torch.arange(most * PAGE_TOKENS)[None, :] >= torch.tensor(lengths)[:, None]
-    return DecodeContext(torch.tensor(padded).to(like.device), bias(hidden_nL, like))
+    return DecodeContext(padded.to(like.device), bias(hidden_nL, like))
 
 
 def continuation(pages: Sequence[int], *, cached: int, num_tokens: int, like: Tensor) -> Continuation:
@@ -63,21 +92,24 @@ def bias(hidden: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(like)
 
 
+def keep(key_value_T2KD: Tensor, layer_index: int, step: AttentionStep) -> None:
+    """Writes the new keys and values to the cache."""
+    if step.cache is not None:
+        assert step.write_slots_T is not None
+        step.cache.layers[layer_index].flatten(0, 1).index_copy_(0, step.write_slots_T, key_value_T2KD)
+
+
 def attend(
     query_THD: Tensor, key_value_T2KD: Tensor, layer_index: int, step: AttentionStep, *, scaling: float
 ) -> Tensor:
-    """Writes the new keys and values to the cache; returns [T, H, D]."""
-    layer = None
-    if step.cache is not None:
-        layer = step.cache.layers[layer_index]
-        assert step.write_slots_T is not None
-        layer.flatten(0, 1).index_copy_(0, step.write_slots_T, key_value_T2KD)
+    """[T, H, D]. The new keys and values are in the cache already (`keep`)."""
+    layer = step.cache.layers[layer_index] if step.cache is not None else None
     parts: list[Tensor] = []
     at = 0
     if step.decode is not None:
         assert layer is not None
         at = len(step.decode.pages_nP)
-        parts.append(decode_attention(query_THD[:at], layer, step.decode, scaling=scaling))
+        parts.append(step.decode.attend(query_THD[:at], layer, scaling=scaling))
     if step.whole is not None:
         rows = slice(at, at + sum(step.whole.lengths))
         at = rows.stop
@@ -106,18 +138,9 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D] -> ([1, T, H, D], no weights)."""
     key_value_T2KD = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
+    keep(key_value_T2KD, module.layer_idx, step)
     mixed = attend(query[0].transpose(0, 1), key_value_T2KD, module.layer_idx, step, scaling=scaling)
     return mixed.unsqueeze(0), None
-
-
-def decode_attention(query_nHD: Tensor, layer: Tensor, context: DecodeContext, *, scaling: float) -> Tensor:
-    """[n, H, D]. The query heads that share a key head become rows of one small attention: no key is repeated."""
-    n = len(context.pages_nP)
-    kept = layer.index_select(0, context.pages_nP.flatten()).view(n, -1, *layer.shape[2:])  # [n, L, 2, K, D]
-    key, value = kept[:, :, 0].transpose(1, 2), kept[:, :, 1].transpose(1, 2)
-    grouped = query_nHD.unflatten(1, (key.shape[1], -1))  # [n, K, H / K, D]
-    out = scaled_dot_product_attention(grouped, key, value, attn_mask=context.bias_nL[:, None, None, :], scale=scaling)
-    return out.flatten(1, 2)
 
 
 def continued_attention(query_HTD: Tensor, layer: Tensor, piece: Continuation, *, scaling: float) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from ftray.infer.attention import AttentionStep, attend
+from ftray.infer.attention import AttentionStep, attend, keep
+from ftray.model.cpu_kernels import CpuKernels, kernels_for
 from ftray.model.frozen_linear import Projection
 
 LLAMA_LIKE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -30,8 +31,10 @@ class Stack(Protocol):
 def make_stack(decoder: Any) -> Stack:
     """Of a model whose linear layers are `Projection`s."""
     kinds = {type(layer).__name__ for layer in decoder.layers}
-    ours = kinds <= LLAMA_LIKE and decoder.config.hidden_act == "silu"
-    return LlamaStack(decoder) if ours else TransformersStack(decoder)
+    if not kinds <= LLAMA_LIKE or decoder.config.hidden_act != "silu":
+        return TransformersStack(decoder)
+    whole_heads = 2 * decoder.rotary_emb.inv_freq.numel() == decoder.layers[0].self_attn.head_dim
+    return LlamaStack(decoder) if whole_heads else TransformersStack(decoder)
 
 
 class TransformersStack:
@@ -48,35 +51,38 @@ class LlamaStack:
     def __init__(self, decoder: Any):
         self._embed = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
-        self._layers = [LlamaLayer(layer) for layer in decoder.layers]
-        self._norm = normed(decoder.norm)
+        kernels = kernels_for(decoder.embed_tokens.weight)
+        self._layers = [LlamaLayer(layer, kernels) for layer in decoder.layers]
+        self._norm = normed(decoder.norm, kernels)
 
     def __call__(self, ids_T: Tensor, positions_T: Tensor, step: AttentionStep) -> Tensor:
         hidden_TE = self._embed(ids_T)
         cos, sin = self._rotary(hidden_TE, positions_T[None])  # [1, T, D], the two halves of D alike
         half = sin.shape[-1] // 2
-        cos_T1D, sin_T1D = cos[0].unsqueeze(1), sin[0].unsqueeze(1).clone()
-        sin_T1D[..., :half].neg_()  # so that swapping the halves is the rotation
+        cos_TD, sin_TD = cos[0].contiguous(), sin[0].clone()
+        sin_TD[:, :half].neg_()  # so that swapping the halves is the rotation
         for layer in self._layers:
-            hidden_TE = layer(hidden_TE, cos_T1D, sin_T1D, step)
+            hidden_TE = layer(hidden_TE, cos_TD, sin_TD, step)
         return self._norm(hidden_TE)
 
 
 class LlamaLayer:
-    def __init__(self, layer: Any):
+    def __init__(self, layer: Any, kernels: CpuKernels | None):
+        self._kernels = kernels
         attention, mlp = layer.self_attn, layer.mlp
         self._index: int = attention.layer_idx
         self._scaling: float = attention.scaling
         self._head_dim: int = attention.head_dim
         self._qkv, self._gate_up = group_of(attention.q_proj), group_of(mlp.gate_proj)
         self._out, self._down = group_of(attention.o_proj), group_of(mlp.down_proj)
-        self._norm_in, self._norm_mlp = normed(layer.input_layernorm), normed(layer.post_attention_layernorm)
-        self._norm_q = normed(attention.q_norm) if hasattr(attention, "q_norm") else None
-        self._norm_k = normed(attention.k_norm) if hasattr(attention, "k_norm") else None
+        self._norm_in = normed(layer.input_layernorm, kernels)
+        self._norm_mlp = normed(layer.post_attention_layernorm, kernels)
+        self._norm_q = normed(attention.q_norm, None) if hasattr(attention, "q_norm") else None
+        self._norm_k = normed(attention.k_norm, None) if hasattr(attention, "k_norm") else None
         widths = self._qkv.out_features
         self._num_heads, self._num_kv_heads = widths[0] // self._head_dim, widths[1] // self._head_dim
 
-    def __call__(self, hidden_TE: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, step: AttentionStep) -> Tensor:
+    def __call__(self, hidden_TE: Tensor, cos_TD: Tensor, sin_TD: Tensor, step: AttentionStep) -> Tensor:
         num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
         heads_THD = self._qkv.project(self._norm_in(hidden_TE)).unflatten(1, (-1, self._head_dim))
         query_THD = heads_THD[:, :num_heads]
@@ -84,21 +90,30 @@ class LlamaLayer:
         if self._norm_q is not None and self._norm_k is not None:
             query_THD.copy_(self._norm_q(query_THD))
             key_value_T2KD[:, 0].copy_(self._norm_k(key_value_T2KD[:, 0]))
-        rotate_(heads_THD[:, : num_heads + num_kv_heads], cos_T1D, sin_T1D)
+        if self._kernels is None:
+            rotate_(heads_THD[:, : num_heads + num_kv_heads], cos_TD, sin_TD)
+            keep(key_value_T2KD, self._index, step)
+        else:
+            layer = step.cache.layers[self._index] if step.cache is not None else None
+            self._kernels.rotate_and_keep_(
+                heads_THD, cos_TD, sin_TD, num_kv_heads, layer=layer, slots=step.write_slots_T
+            )
         mixed_THD = attend(query_THD, key_value_T2KD, self._index, step, scaling=self._scaling)
         hidden_TE = self._out.project(mixed_THD.flatten(1), residual=hidden_TE)
         return self._down.project(self._gate_up.gated(self._norm_mlp(hidden_TE)), residual=hidden_TE)
 
 
-def rotate_(heads_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> None:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864), in place; `sin_T1D` has its first half negated."""
+def rotate_(heads_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> None:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), in place; `sin_TD` has its first half negated."""
     first, second = heads_THD.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1)
-    heads_THD.mul_(cos_T1D).addcmul_(swapped, sin_T1D)
+    heads_THD.mul_(cos_TD.unsqueeze(1)).addcmul_(swapped, sin_TD.unsqueeze(1))
 
 
-def normed(module: Any) -> Callable[[Tensor], Tensor]:
+def normed(module: Any, kernels: CpuKernels | None) -> Callable[[Tensor], Tensor]:
     weight, epsilon = module.weight, module.variance_epsilon
+    if kernels is not None:
+        return lambda x: kernels.rms_norm(x, weight, epsilon)
     shape = tuple(weight.shape)
     return lambda x: rms_norm(x, shape, weight, epsilon)
 

@@ -143,7 +143,10 @@ class TorchEngine:
             cache=self._cache,
             write_slots_T=torch.tensor(slots).to(device),
             decode=decode_context(
-                [p.sequence.pages for p in single], [p.sequence.num_cached + 1 for p in single], self._weight
+                [p.sequence.pages for p in single],
+                [p.sequence.num_cached + 1 for p in single],
+                self._cache,
+                self._bank.kernels,
             )
             if single
             else None,

@@ -9,8 +9,8 @@ Shapes: S slots, G neighbouring ones, R summed ranks of a group's layers. `bt`: 
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,22 +20,31 @@ from ftray.errors import AdapterError
 MAX_SLOTS_PER_SLAB = 8
 # A slab takes at most this share of the budget, so that adapters of several shapes can be in use at once.
 SLAB_SHARE = 4
-# Up to so many tokens an adapter's factors cost more to read than to multiply by: padding to them is free.
-FEW_TOKENS = 8
 
-Shape = tuple[tuple[str, tuple[int, ...]], ...]  # (group, ranks of its multiplications) of every adapted group
+
+class Segment(NamedTuple):
+    """Where one layer's B lies in the `bt` of its multiplication."""
+
+    output: int
+    row: int
+    num_rows: int
+    column: int
+    num_columns: int
+
+
+Shape = tuple[tuple[str, tuple[Segment, ...]], ...]  # of every adapted group
 
 
 @dataclass(frozen=True)
 class Factors:
     """Of one group of layers, for one adapter; with a leading S: for all slots of a slab.
 
-    Layers that are one multiplication have one `bt`, zero where a layer's rows meet another's columns: a third more to
-    read, and one operation instead of one for each layer.
+    Layers that are one multiplication have one `bt`, zero where a layer's rows meet another's columns.
     """
 
     a: Tensor  # [R, in]
     bt: tuple[Tensor, ...]  # of each multiplication: [ranks, outs]
+    segments: tuple[Segment, ...]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -49,7 +58,7 @@ class HostAdapter:
 
     @property
     def shape(self) -> Shape:
-        return tuple((group, tuple(b.shape[0] for b in f.bt)) for group, f in sorted(self.factors.items()))
+        return tuple((group, factors.segments) for group, factors in sorted(self.factors.items()))
 
     @property
     def num_bytes(self) -> int:
@@ -62,6 +71,7 @@ class Slab:
     factors: dict[str, Factors]
     num_bytes: int
     keys: list[str | None] = field(default_factory=list)
+    structs: dict[str, Any] = field(default_factory=dict)  # of the CPU kernels, by group
 
 
 @dataclass(frozen=True)
@@ -169,69 +179,8 @@ class AdapterSlots:
         def slots(tensor: Tensor) -> Tensor:
             return torch.empty((num_slots, *tensor.shape), dtype=tensor.dtype, device=self._device)
 
-        factors = {g: Factors(slots(f.a), tuple(slots(b) for b in f.bt)) for g, f in adapter.factors.items()}
+        factors = {
+            g: Factors(slots(f.a), tuple(slots(b) for b in f.bt), f.segments) for g, f in adapter.factors.items()
+        }
         self._num_slabs_made += 1
         return Slab(self._num_slabs_made, factors, num_slots * adapter.num_bytes, [None] * num_slots)
-
-
-@dataclass
-class Run:
-    """Neighbouring slots of one slab and the tokens that use them: [G adapters, n tokens each], padded to the most."""
-
-    slab: Slab
-    first: int
-    end: int
-    rows: Tensor  # [G * n] row of every place; a pad repeats its adapter's first row
-    real: Tensor | None  # places that are no pad; None: all are, and the rows are neighbours from `start` on
-    start: int
-    _views: dict[str, Factors | None] = field(default_factory=dict)
-
-    @property
-    def num_adapters(self) -> int:
-        return self.end - self.first
-
-    def factors(self, group: str) -> Factors | None:
-        """Of the run's slots, with a leading G; None: these adapters leave the group as it is."""
-        if group not in self._views:
-            own, slots = self.slab.factors.get(group), slice(self.first, self.end)
-            self._views[group] = None if own is None else Factors(own.a[slots], tuple(b[slots] for b in own.bt))
-        return self._views[group]
-
-
-Stretch = tuple[Place, int, int]  # an adapter's place, its first row, its number of rows
-
-
-def runs_of(stretches: Sequence[Stretch], device: torch.device) -> list[Run]:
-    """Neighbours with few tokens each together, every longer stretch alone."""
-    groups: list[list[Stretch]] = []
-    for stretch in sorted(stretches, key=lambda s: (s[0].order, s[1])):
-        if groups and can_join(groups[-1], stretch):
-            groups[-1].append(stretch)
-        else:
-            groups.append([stretch])
-    return [make_run(group, device) for group in groups]
-
-
-def can_join(group: Sequence[Stretch], stretch: Stretch) -> bool:
-    last = group[-1][0]
-    if last.slab is not stretch[0].slab or last.slot + 1 != stretch[0].slot:
-        return False
-    return all(count <= FEW_TOKENS for _, _, count in [*group, stretch])
-
-
-def make_run(group: Sequence[Stretch], device: torch.device) -> Run:
-    most = max(count for _, _, count in group)
-    rows: list[int] = []
-    real: list[int] = []
-    for index, (_, start, count) in enumerate(group):
-        rows += [*range(start, start + count), *[start] * (most - count)]
-        real += range(index * most, index * most + count)
-    whole = rows == list(range(rows[0], rows[0] + len(rows)))
-    return Run(
-        slab=group[0][0].slab,
-        first=group[0][0].slot,
-        end=group[-1][0].slot + 1,
-        rows=torch.tensor(rows, device=device),
-        real=None if whole else torch.tensor(real, device=device),
-        start=rows[0],
-    )

@@ -2,11 +2,10 @@
 
     y_t = W x_t + scale_a B_a A_a x_t        where a is the adapter of token t, or none
 
-Adapters in neighbouring slots, each with its tokens, are one batched matmul (a run, `adapter_slots.py`): reading the
-factors is what decoding costs, and each is read once, in place. A long prompt is a run of its own. (Punica, Chen et al.
-2023, arXiv 2310.18547, and S-LoRA, Sheng et al. 2023, arXiv 2311.03285, have kernels for it.)
+Reading the factors is what decoding costs: each is read once, in place, for all of its tokens (`adapter_runs.py`).
+Punica (Chen et al. 2023, arXiv 2310.18547) and S-LoRA (Sheng et al. 2023, arXiv 2311.03285) have GPU kernels for it.
 
-Shapes: T tokens, G adapters with n tokens each, R summed ranks of a group's layers.
+Shapes: T tokens, I input and O summed output features.
 """
 
 import contextlib
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ftray.model.adapter import Adapter, check_shapes
-from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Run, Stretch, runs_of
+from ftray.model.adapter_runs import Run, Stretch, runs_of
+from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Segment
+from ftray.model.cpu_kernels import kernels_for
 from ftray.model.frozen_linear import JOINED, FrozenLinear, Projection, sibling_groups
 
 
@@ -42,6 +43,7 @@ class LoraBank:
                 setattr(model.get_submodule(parent), attribute, Projection(group, index))
         any_weight = next(model.parameters())
         self._device, self._dtype = any_weight.device, any_weight.dtype
+        self.kernels = kernels_for(any_weight)
         self.slots = AdapterSlots(budget_bytes=device_budget, device=self._device)
         self.host: dict[str, HostAdapter] = {}
 
@@ -98,7 +100,7 @@ class LoraBank:
                 else:
                     stretches.append((place, start, count))
             start += count
-        self.runs = runs_of(stretches, self._device)
+        self.runs = runs_of(stretches, self._device, self.kernels)
         try:
             yield
         finally:
@@ -111,17 +113,19 @@ class LoraBank:
 
         a = [found[index][0] for index in sorted(found)]
         bt: list[Tensor] = []
-        for members in group.members:
+        segments: list[Segment] = []
+        for output, members in enumerate(group.members):
             ranks = [len(found[index][0]) if index in found else 0 for index in members]
             block = torch.zeros(sum(ranks), sum(group.out_features[index] for index in members))
             row = column = 0
             for index, rank in zip(members, ranks, strict=True):
                 width = group.out_features[index]
                 if rank:
+                    segments.append(Segment(output, row, rank, column, width))
                     block[row : row + rank, column : column + width] = found[index][1]
                 row, column = row + rank, column + width
             bt.append(own(block))
-        return Factors(own(torch.cat(a)), tuple(bt))
+        return Factors(own(torch.cat(a)), tuple(bt), tuple(segments))
 
 
 class LinearGroup:
@@ -166,33 +170,13 @@ class LinearGroup:
             return second.times(x_TI, first.silu(x_TI))
         gate, up = first(x_TI), second(x_TI)
         self._add_adapters(x_TI, [gate, up])
-        return silu(gate, inplace=True).mul_(up)
+        kernels = self._bank.kernels
+        return silu(gate, inplace=True).mul_(up) if kernels is None else kernels.silu_times_(gate, up)
 
     def _add_adapters(self, x: Tensor, outs: list[Tensor]) -> None:
         """In place; `outs` of the blocks."""
         if not self._bank.runs:
             return
-        x_TI, outs_TO = x.view(-1, self.in_features), [out.view(-1, out.shape[-1]) for out in outs]
+        x_TI, outs_TO = x.reshape(-1, self.in_features).contiguous(), [out.view(-1, out.shape[-1]) for out in outs]
         for run in self._bank.runs:
-            factors = run.factors(self.name)
-            if factors is not None:
-                add_run(x_TI, outs_TO, run, factors)
-
-
-def add_run(x_TI: Tensor, outs_TO: list[Tensor], run: Run, factors: Factors) -> None:
-    ranks = [bt.shape[1] for bt in factors.bt]
-    rows = slice(run.start, run.start + len(run.rows))
-    if run.real is None and run.num_adapters == 1:
-        reduced_TR = torch.mm(x_TI[rows], factors.a[0].t())
-        for out_TO, part, bt in zip(outs_TO, reduced_TR.split(ranks, dim=1), factors.bt, strict=True):
-            out_TO[rows].addmm_(part, bt[0])
-        return
-    x_RI = x_TI[rows] if run.real is None else x_TI.index_select(0, run.rows)
-    x_GnI = x_RI.view(run.num_adapters, -1, x_TI.shape[1])
-    reduced_GnR = torch.bmm(factors.a, x_GnI.transpose(1, 2)).transpose(1, 2)
-    for out_TO, part, bt in zip(outs_TO, reduced_GnR.split(ranks, dim=2), factors.bt, strict=True):
-        if run.real is None:
-            out_TO[rows].view(run.num_adapters, -1, out_TO.shape[1]).baddbmm_(part, bt)
-        else:
-            update = torch.bmm(part, bt).view(len(run.rows), -1)
-            out_TO.index_add_(0, run.rows.index_select(0, run.real), update.index_select(0, run.real))
+            run.add_to(outs_TO, x_TI, self.name)

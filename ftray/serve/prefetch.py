@@ -1,4 +1,5 @@
-"""Adapters brought in before anybody asks: when an alias moves to a new version of a name that is served here."""
+"""Adapters brought in before anybody asks: when an alias moves to a new version of a name that is served here, and when
+one that is asked for often has been driven out."""
 
 import asyncio
 import contextlib
@@ -23,6 +24,7 @@ class Prefetcher:
             await asyncio.sleep(POLL_S)
             with contextlib.suppress(FtrayError):  # the store does not answer: requests tell, the next look may succeed
                 await self.look()
+            await self.return_hottest()
 
     async def look(self) -> None:
         """Once through what is new in the journal."""
@@ -31,5 +33,13 @@ class Prefetcher:
         used = {key.partition("@")[0] for key in self._residency.resident_keys}
         for entry in fresh:
             if entry["type"] == "alias" and entry["name"] in used:
-                with contextlib.suppress(Exception):  # whatever fails will be told to the first who asks
-                    await self._residency.prefetch(f"{entry['name']}@{entry['number']}")
+                await self._bring(f"{entry['name']}@{entry['number']}")
+
+    async def return_hottest(self) -> None:
+        hot = self._residency.worth_prefetching()
+        if hot is not None:
+            await self._bring(hot)
+
+    async def _bring(self, key: str) -> None:
+        with contextlib.suppress(Exception):  # whatever fails will be told to the first who asks
+            await self._residency.prefetch(key)

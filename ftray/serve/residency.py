@@ -10,10 +10,14 @@ from typing import Any
 
 from ftray.errors import AdapterError
 from ftray.infer.protocol import PreparedAdapter
+from ftray.serve.traffic import Traffic
 
 # Adapters read and checked at the same time, beside the budget.
 MAX_LOADS = 2
-
+# An adapter is brought in unasked after so many requests in the last minute or two, and in the place of another only if it
+# is asked for so many times as often.
+HOT = 2.0
+HOTTER = 2.0
 
 Prepare = Callable[[str], Coroutine[None, None, PreparedAdapter]]
 Load = Callable[[Any], Coroutine[None, None, None]]
@@ -37,10 +41,17 @@ class AdapterResidency:
         self._may_load = asyncio.Semaphore(MAX_LOADS)
         self._may_place = asyncio.Lock()  # first come, first served
         self._unpinned = asyncio.Event()
+        self.traffic = Traffic()
 
     @contextlib.asynccontextmanager
     async def pinned(self, key: str) -> AsyncIterator[None]:
-        """Loads the adapter if it is not here; while the context is open it stays."""
+        """For a request: loads the adapter if it is not here; while the context is open it stays."""
+        self.traffic.note(key)
+        async with self._held(key):
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _held(self, key: str) -> AsyncIterator[None]:
         resident = self._residents.get(key)
         if resident is None:
             resident = Resident(asyncio.ensure_future(self._bring(key)))
@@ -59,8 +70,21 @@ class AdapterResidency:
 
     async def prefetch(self, key: str) -> None:
         """Brings an adapter in before anybody asks for it."""
-        async with self.pinned(key):
+        async with self._held(key):
             pass
+
+    def worth_prefetching(self) -> str | None:
+        """The most asked for of those that are not here, if there is room or what would go is asked for far less: a flood
+        of adapters used once drives hot ones out."""
+        away = next((key for key in self.traffic.hottest() if key not in self._residents), None)
+        if away is None or self.traffic.count(away) < HOT:
+            return None
+        largest = max((resident.num_bytes for resident in self._residents.values()), default=0)
+        if self.resident_bytes + largest <= self.budget_bytes:
+            return away
+        victim = self._next_victim()
+        worth = victim is not None and self.traffic.count(away) > HOTTER * self.traffic.count(victim)
+        return away if worth else None
 
     @property
     def resident_keys(self) -> list[str]:
@@ -88,10 +112,13 @@ class AdapterResidency:
         if (loading.cancelled() or loading.exception() is not None) and self._residents[key].loading is loading:
             del self._residents[key]
 
+    def _next_victim(self) -> str | None:
+        return next((k for k, r in self._residents.items() if r.pins == 0 and r.loading.done()), None)
+
     async def _make_room(self, num_bytes: int) -> None:
         """Waits while everything that could go is in use: running requests end, and the budget holds."""
         while self.resident_bytes + num_bytes > self.budget_bytes:
-            victim = next((k for k, r in self._residents.items() if r.pins == 0 and r.loading.done()), None)
+            victim = self._next_victim()
             if victim is None:
                 self._unpinned.clear()
                 await self._unpinned.wait()

@@ -11,6 +11,7 @@ from ftray.errors import FtrayError
 from ftray.infer.protocol import Engine, Request, TokenEvent
 
 IDLE_POLL_S = 1.0
+FOLLOW_UP_S = 0.001
 
 
 class EngineRunner:
@@ -76,14 +77,14 @@ class EngineRunner:
             function, future = self._commands.get(block=block, timeout=IDLE_POLL_S if block else None)
         except queue.Empty:
             return
-        while True:
+        while True:  # what a finished command leads to (a load to the request that waited for it) is not a step late
             if future.set_running_or_notify_cancel():  # False: the caller has gone away
                 try:
                     future.set_result(function())
                 except Exception as error:  # noqa: BLE001  carried to the caller
                     future.set_exception(error)
             try:
-                function, future = self._commands.get_nowait()
+                function, future = self._commands.get(timeout=FOLLOW_UP_S)
             except queue.Empty:
                 return
 

@@ -34,7 +34,7 @@ PROMPTS = [[5, 9, 33, 60, 7], list(range(20, 120)), [40, 41, 42]]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
+def family(request, tmp_path_factory, step_operations):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = tmp_path_factory.mktemp(request.param.split()[0])

@@ -12,8 +12,9 @@ from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.protocol import Request, Sampling
 from ftray.infer.torch_engine import TorchEngine, generate, load_adapter
-from ftray.model import adapter_slots
+from ftray.model import adapter_runs
 from ftray.model.base import load_weights
+from ftray.model.cpu_kernels import CpuKernels
 from ftray.model.hardware import choose_hardware
 from ftray.model.lora import inject_lora, load_weights_from
 from ftray.model.packed import PackedCausalLM, PackedRow, register_packed_attention
@@ -31,7 +32,7 @@ def make_engine(tiny_base, adapters, **settings) -> TorchEngine:
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_base, adapters):
+def engine(tiny_base, adapters, step_operations):
     return make_engine(tiny_base, adapters)
 
 
@@ -67,14 +68,15 @@ def mixed_log_probs(engine) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("few", [0, 1000], ids=["an adapter at a time", "neighbours together"])
 def test_mixed_ranks_equal_peft(engine, tiny_base, adapters, monkeypatch, few):
-    monkeypatch.setattr(adapter_slots, "FEW_TOKENS", few)
+    monkeypatch.setattr(adapter_runs, "FEW_TOKENS", few)
+    monkeypatch.setattr(adapter_runs, "KERNEL_TOKENS", few)
     for log_probs, prompt, name in zip(mixed_log_probs(engine), PROMPTS, MIX, strict=True):
         torch.testing.assert_close(log_probs, peft_log_probs(tiny_base, adapters.get(name), prompt), **CLOSE)
 
 
 def test_rows_of_the_wrong_adapter_are_found(engine, tiny_base, adapters, monkeypatch):
     """The twin: each adapter is applied to the row before its own."""
-    make_run = adapter_slots.make_run
+    make_run, add_adapters_ = adapter_runs.make_run, CpuKernels.add_adapters_
 
     def shifted(group, device):
         run = make_run(group, device)
@@ -82,8 +84,13 @@ def test_rows_of_the_wrong_adapter_are_found(engine, tiny_base, adapters, monkey
         run.real = torch.arange(len(run.rows))
         return run
 
-    monkeypatch.setattr(adapter_slots, "FEW_TOKENS", 1000)
-    monkeypatch.setattr(adapter_slots, "make_run", shifted)
+    def exchanged(self, slots, stretches_G3, x_TI, outs_TO):
+        wrong = torch.cat((stretches_G3[:, :1].roll(1, 0), stretches_G3[:, 1:]), dim=1)
+        add_adapters_(self, slots, wrong, x_TI, outs_TO)
+
+    monkeypatch.setattr(adapter_runs, "FEW_TOKENS", 1000)
+    monkeypatch.setattr(adapter_runs, "make_run", shifted)
+    monkeypatch.setattr(CpuKernels, "add_adapters_", exchanged)
     wrong = mixed_log_probs(engine)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(wrong[6], peft_log_probs(tiny_base, adapters["r4b"], PROMPTS[6]), **CLOSE)
@@ -150,7 +157,7 @@ def test_a_cache_that_forgets_is_found(tiny_base, adapters, renderer, monkeypatc
     wanted = requests(renderer, 8)
     right = answers(broken, wanted)
     real = torch_engine.decode_context
-    rolled = lambda pages, lengths, like: real([own[::-1] for own in pages], lengths, like)  # noqa: E731
+    rolled = lambda pages, *rest: real([own[::-1] for own in pages], *rest)  # noqa: E731
     monkeypatch.setattr(torch_engine, "decode_context", rolled)
     assert answers(broken, wanted) != right
 

@@ -11,7 +11,8 @@ from ftray.infer.fair_queue import FairQueue
 from ftray.infer.kv_cache import PagePool, page_name
 from ftray.infer.protocol import Request, Sampling
 from ftray.infer.scheduler import MAX_STEPS_PASSED_OVER, Scheduler, Sequence
-from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, runs_of
+from ftray.model.adapter_runs import runs_of
+from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Segment
 
 # -- pages -------------------------------------------------------------------------------------------------------------
 
@@ -104,7 +105,7 @@ def test_an_idle_flow_is_forgotten():
 
 def adapter(key: str, rank: int = 2, value: float = 1.0, groups: tuple[str, ...] = ("q", "o")) -> HostAdapter:
     tensor = torch.full((rank, 8), float(value))
-    full = Factors(tensor, (tensor,))
+    full = Factors(tensor, (tensor,), (Segment(0, 0, rank, 0, 8),))
     return HostAdapter(key, dict.fromkeys(groups, full))
 
 
@@ -174,12 +175,12 @@ def test_neighbours_with_few_tokens_are_one_run_and_the_padding_is_known():
     for key in "abc":
         slots.acquire(adapter(key))
     places = [slots.place(key) for key in "abc"]
-    even = runs_of([(places[0], 0, 2), (places[1], 2, 2), (places[2], 4, 2)], torch.device("cpu"))
+    even = runs_of([(places[0], 0, 2), (places[1], 2, 2), (places[2], 4, 2)], torch.device("cpu"), None)
     assert [(run.first, run.end, run.real) for run in even] == [(0, 3, None)]
-    uneven = runs_of([(places[0], 0, 1), (places[1], 1, 3)], torch.device("cpu"))
+    uneven = runs_of([(places[0], 0, 1), (places[1], 1, 3)], torch.device("cpu"), None)
     assert uneven[0].rows.tolist() == [0, 0, 0, 1, 2, 3]
     assert uneven[0].real.tolist() == [0, 3, 4, 5]
-    apart = runs_of([(places[0], 0, 1), (places[2], 1, 1), (places[1], 2, 40)], torch.device("cpu"))
+    apart = runs_of([(places[0], 0, 1), (places[2], 1, 1), (places[1], 2, 40)], torch.device("cpu"), None)
     assert [(run.first, run.end) for run in apart] == [(0, 1), (1, 2), (2, 3)]  # a long one alone
 
 

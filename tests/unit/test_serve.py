@@ -18,6 +18,7 @@ from ftray.serve.replica import GenerateJob, check_base
 from ftray.serve.residency import AdapterResidency
 from ftray.serve.runner import EngineRunner
 from ftray.serve.schemas import ChatRequest, CompletionRequest
+from ftray.serve.traffic import Traffic
 
 
 def answer(text: str, reason: str | None) -> dict:
@@ -328,6 +329,37 @@ def test_a_promoted_version_is_brought_in_where_its_name_is_used(tmp_path):
         await prefetcher.look()
         await prefetcher.look()
         assert loader.loads == ["used@1", "used@2"]
+
+    asyncio.run(scenario())
+
+
+def test_hot_adapters_come_back_after_a_flood_and_only_they(tmp_path):
+    async def scenario():
+        now = 0.0
+        loader = Loader()
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=100)
+        residency.traffic = Traffic(clock=lambda: now)
+        prefetcher = Prefetcher(Registry(str(tmp_path / "registry")), residency)
+
+        async def ask(key):
+            async with residency.pinned(key):
+                pass
+
+        for _ in range(4):
+            await ask("hot@1")
+        for i in range(6):  # each once
+            await ask(f"flood{i}@1")
+        assert loader.resident == {"flood4@1", "flood5@1"}
+        await prefetcher.return_hottest()
+        assert loader.resident == {"flood5@1", "hot@1"}
+        num_loads = len(loader.loads)
+        await prefetcher.return_hottest()  # the next hottest is no hotter than what is here
+        assert len(loader.loads) == num_loads
+        await ask("flood0@1")
+        await ask("flood1@1")
+        now = 1000.0  # and what was asked for long ago is no reason
+        await prefetcher.return_hottest()
+        assert "hot@1" not in loader.resident
 
     asyncio.run(scenario())
 

@@ -1,0 +1,237 @@
+/* One engine step on a CPU is a hundred matmuls with small operations between them. Each small operation finds its data
+ * cold and its threads asleep; these do several at once, and read what is large (adapter factors, keys and values) once,
+ * in place. Everything is float32 and contiguous. A row's result does not depend on the other rows, nor on the number of
+ * threads.
+ */
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+#define COLUMNS 128 /* of an output that one thread adds to at a time */
+
+typedef int64_t i64;
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+
+INLINE float sum_of(Vector v) {
+    float sums[LANES / 2];
+    for (int i = 0; i < LANES / 2; i++) sums[i] = v[i] + v[i + LANES / 2];
+    for (int n = LANES / 4; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) sums[i] += sums[i + n];
+    return sums[0];
+}
+
+INLINE float dot(const float *restrict a, const float *restrict b, i64 n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (i64 i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* e^x within 2 ulp (Cephes' polynomial), in a form that vectorises. NaN stays NaN. */
+INLINE float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 89.0f ? 89.0f : x; /* of which the power below is infinite */
+    float k = rintf(x * 1.44269504088896341f);
+    float r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t bits; float value; } power = {((int32_t)k + 127) << 23};
+    return p * power.value;
+}
+
+/* out[t] = x[t] / rms(x[t]) * weight, of T rows of n. */
+void rms_norm(const float *x, const float *weight, float *out, i64 T, i64 n, double epsilon) {
+#pragma omp parallel for schedule(static)
+    for (i64 t = 0; t < T; t++) {
+        const float *restrict row = x + t * n;
+        float *restrict to = out + t * n;
+        float scale = 1.0f / sqrtf(dot(row, row, n) / n + (float)epsilon);
+#pragma omp simd
+        for (i64 i = 0; i < n; i++) to[i] = row[i] * scale * weight[i];
+    }
+}
+
+/* gate = silu(gate) * up */
+void silu_times(float *gate, const float *up, i64 T, i64 n) {
+#pragma omp parallel for schedule(static)
+    for (i64 t = 0; t < T; t++) {
+        float *restrict g = gate + t * n;
+        const float *restrict u = up + t * n;
+#pragma omp simd
+        for (i64 i = 0; i < n; i++) g[i] = g[i] / (1.0f + exponential(-g[i])) * u[i];
+    }
+}
+
+/* heads: [T, H + 2K, D], queries, keys, values. Turns queries and keys by their positions' angles, in place, and copies
+ * keys and values to place slots[t] of the cache [places, 2, K, D], if there is one. cosine, sine: [T, D], the sine's
+ * first half negated. */
+void rotate_and_keep(float *heads, const float *cosine, const float *sine, i64 T, i64 H, i64 K, i64 D, float *cache,
+                     const i64 *slots) {
+#pragma omp parallel for schedule(static)
+    for (i64 t = 0; t < T; t++) {
+        float *token = heads + t * (H + 2 * K) * D;
+        const float *restrict c = cosine + t * D, *restrict s = sine + t * D;
+        i64 half = D / 2;
+        for (i64 head = 0; head < H + K; head++) {
+            float *restrict first = token + head * D, *restrict second = first + half;
+#pragma omp simd
+            for (i64 i = 0; i < half; i++) {
+                float a = first[i], b = second[i];
+                first[i] = a * c[i] + b * s[i];
+                second[i] = b * c[half + i] + a * s[half + i];
+            }
+        }
+        if (cache) memcpy(cache + slots[t] * 2 * K * D, token + H * D, 2 * K * D * sizeof(float));
+    }
+}
+
+/* One page of one sequence, for all heads; W vectors make a head. score: [H, page_tokens] of scratch. */
+INLINE void attend_to_page(const float *query, const float *page, i64 count, i64 page_tokens, i64 H, i64 K, i64 W,
+                           float scaling, float *score, float *most, float *total, float *result) {
+    const i64 sharing = H / K, head = W * LANES, token = 2 * K * head;
+    for (i64 k = 0, h = 0; k < K; k++)
+        for (i64 end = h + sharing; h < end; h++) {
+            float *weight = score + h * page_tokens, *to = result + h * head;
+            const float *keys = page + k * head, *values = page + (K + k) * head;
+            Vector turned[W], sums[W];
+            for (i64 w = 0; w < W; w++) turned[w] = *(const Vector *)(query + h * head + w * LANES) * scaling;
+            for (i64 t = 0; t < count; t++) {
+                Vector products = turned[0] * *(const Vector *)(keys + t * token);
+                for (i64 w = 1; w < W; w++) products += turned[w] * *(const Vector *)(keys + t * token + w * LANES);
+                weight[t] = sum_of(products);
+            }
+            float highest = most[h], sum = 0;
+            for (i64 t = 0; t < count; t++) highest = weight[t] > highest ? weight[t] : highest;
+            float shrink = exponential(most[h] - highest);
+#pragma omp simd
+            for (i64 t = 0; t < count; t++) weight[t] = exponential(weight[t] - highest);
+            for (i64 t = 0; t < count; t++) sum += weight[t];
+            most[h] = highest;
+            total[h] = total[h] * shrink + sum;
+            for (i64 w = 0; w < W; w++) sums[w] = *(Vector *)(to + w * LANES) * shrink;
+            for (i64 t = 0; t < count; t++)
+                for (i64 w = 0; w < W; w++) sums[w] += weight[t] * *(const Vector *)(values + t * token + w * LANES);
+            for (i64 w = 0; w < W; w++) *(Vector *)(to + w * LANES) = sums[w];
+        }
+}
+
+/* Attention of one token of each of n sequences to the tokens that the cache has of it, its own included.
+ * queries: [n, H, D], `stride` floats from one sequence to the next; cache: [pages, page_tokens, 2, K, D]; pages: [n, P];
+ * out: [n, H, D]; D a multiple of 16. The softmax is kept up page by page (Milakov and Gimelshein 2018, arXiv 1805.02867). */
+void attend_to_pages(const float *queries, const float *cache, const i64 *pages, const i64 *lengths, float *out, i64 n,
+                     i64 stride, i64 P, i64 page_tokens, i64 H, i64 K, i64 D, double scaling) {
+    const i64 page_size = page_tokens * 2 * K * D;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (i64 s = 0; s < n; s++) {
+        float most[H], total[H], score[H * page_tokens], *result = out + s * H * D;
+        memset(result, 0, H * D * sizeof(float));
+        for (i64 h = 0; h < H; h++) most[h] = -FLT_MAX, total[h] = 0;
+        for (i64 start = 0; start < lengths[s]; start += page_tokens) {
+            const i64 *page = pages + s * P + start / page_tokens;
+            i64 count = lengths[s] - start < page_tokens ? lengths[s] - start : page_tokens;
+            if (start + page_tokens < lengths[s])
+                for (i64 i = 0; i < page_size; i += 16) __builtin_prefetch(cache + page[1] * page_size + i, 0, 2);
+#define ATTEND(W) \
+    attend_to_page(queries + s * stride, cache + page[0] * page_size, count, page_tokens, H, K, W, scaling, score, most, \
+                   total, result)
+            if (D == 64) ATTEND(4); /* a width known in advance stays in registers */
+            else if (D == 128) ATTEND(8);
+            else ATTEND(D / LANES);
+        }
+        for (i64 h = 0; h < H; h++)
+            for (i64 i = 0; i < D; i++) result[h * D + i] /= total[h];
+    }
+}
+
+/* Where B of one layer lies in its output's block. */
+typedef struct {
+    i64 output, row, num_rows, column, num_columns;
+} Segment;
+
+/* The factors that all slots of a slab have of one group of layers. a: [S, R, I]; bt[o]: [S, rows[o], columns[o]], zero
+ * outside the segments. Rows of all outputs together are the R rows of a, in order. */
+typedef struct {
+    i64 in_features, rank, num_outputs, num_segments;
+    const float *a, *bt[4];
+    i64 rows[4], columns[4];
+    Segment segments[8];
+} Slots;
+
+typedef struct {
+    i64 slot, start, count;
+} Stretch;
+
+/* y[t] += B A x[t], with the factors of the slot whose stretch row t is in. x: [T, I]; y[o]: [T, columns[o]]. */
+void add_adapters(const Slots *slots, const Stretch *stretches, i64 G, const float *x, float *y0, float *y1, float *y2,
+                  float *y3) {
+    const i64 I = slots->in_features, R = slots->rank;
+    float *const y[4] = {y0, y1, y2, y3};
+    i64 num_rows = 0, first_of[G], chunks = 0;
+    for (i64 g = 0; g < G; g++) first_of[g] = num_rows, num_rows += stretches[g].count;
+    i64 chunk_of[slots->num_segments + 1];
+    for (i64 s = 0; s < slots->num_segments; s++)
+        chunk_of[s] = chunks, chunks += (slots->segments[s].num_columns + COLUMNS - 1) / COLUMNS;
+    chunk_of[slots->num_segments] = chunks;
+    const i64 fours = (R + 3) / 4;
+    float *reduced = malloc(num_rows * R * sizeof(float)); /* A x */
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (i64 item = 0; item < G * fours; item++) {
+            i64 g = item / fours, r = item % fours * 4, many = R - r < 4 ? R - r : 4;
+            const float *restrict a = slots->a + (stretches[g].slot * R + r) * I;
+            for (i64 t = 0; t < stretches[g].count; t++) {
+                const float *restrict from = x + (stretches[g].start + t) * I;
+                float *to = reduced + (first_of[g] + t) * R + r;
+                if (many == 4) {
+                    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+                    for (i64 i = 0; i < I; i++) {
+                        s0 += a[i] * from[i];
+                        s1 += a[I + i] * from[i];
+                        s2 += a[2 * I + i] * from[i];
+                        s3 += a[3 * I + i] * from[i];
+                    }
+                    to[0] = s0, to[1] = s1, to[2] = s2, to[3] = s3;
+                } else
+                    for (i64 i = 0; i < many; i++) to[i] = dot(a + i * I, from, I);
+            }
+        }
+#pragma omp for schedule(static)
+        for (i64 item = 0; item < G * chunks; item++) {
+            i64 g = item / chunks, chunk = item % chunks, s = 0, skipped = 0;
+            while (chunk_of[s + 1] <= chunk) s++;
+            const Segment *segment = &slots->segments[s];
+            i64 o = segment->output, columns = slots->columns[o], from = (chunk - chunk_of[s]) * COLUMNS;
+            i64 width = segment->num_columns - from < COLUMNS ? segment->num_columns - from : COLUMNS;
+            for (i64 before = 0; before < o; before++) skipped += slots->rows[before];
+            const float *restrict bt =
+                slots->bt[o] + (stretches[g].slot * slots->rows[o] + segment->row) * columns + segment->column + from;
+            for (i64 t = 0; t < stretches[g].count; t++) {
+                const float *h = reduced + (first_of[g] + t) * R + skipped + segment->row;
+                float *restrict to = y[o] + (stretches[g].start + t) * columns + segment->column + from;
+                i64 r = 0;
+                for (; r + 4 <= segment->num_rows; r += 4) {
+                    const float *restrict b = bt + r * columns;
+#pragma omp simd
+                    for (i64 i = 0; i < width; i++)
+                        to[i] += h[r] * b[i] + h[r + 1] * b[columns + i] + h[r + 2] * b[2 * columns + i] +
+                                 h[r + 3] * b[3 * columns + i];
+                }
+                for (; r < segment->num_rows; r++)
+#pragma omp simd
+                    for (i64 i = 0; i < width; i++) to[i] += h[r] * bt[r * columns + i];
+            }
+        }
+    }
+    free(reduced);
+}

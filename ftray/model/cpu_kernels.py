@@ -1,0 +1,169 @@
+"""The kernels of cpu_kernels.c, compiled once for this machine by its gcc and kept in the user's cache.
+
+Without gcc, without torch's OpenMP library, on a GPU, or in another dtype, there are none: torch's operations do the
+same, slower. The kernels share torch's OpenMP threads: a second pool of threads would spin against the first.
+
+Shapes: T tokens, H query heads, K key/value heads, D head dimension, n sequences, P pages of the longest.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftray.model.adapter_slots import Factors
+from ftray.model.base import cache_directory
+
+SOURCE = Path(__file__).with_name("cpu_kernels.c")
+FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+MAX_OUTPUTS, MAX_SEGMENTS = 4, 8  # as in the source
+HEAD_LANES = 16  # attention takes heads of a multiple of so many dimensions
+COMPILE_TIMEOUT_S = 120
+
+
+class SegmentStruct(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("output", "row", "num_rows", "column", "num_columns")]
+
+
+class SlotsStruct(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in ("in_features", "rank", "num_outputs", "num_segments")],
+        ("a", ctypes.c_void_p),
+        ("bt", ctypes.c_void_p * MAX_OUTPUTS),
+        ("rows", ctypes.c_int64 * MAX_OUTPUTS),
+        ("columns", ctypes.c_int64 * MAX_OUTPUTS),
+        ("segments", SegmentStruct * MAX_SEGMENTS),
+    ]
+
+
+def kernels_for(weight: Tensor) -> "CpuKernels | None":
+    """What computes beside a model of such weights."""
+    return compiled() if weight.device.type == "cpu" and weight.dtype == torch.float32 else None
+
+
+@functools.cache
+def compiled() -> "CpuKernels | None":
+    gcc, openmp = shutil.which("gcc"), openmp_library()
+    if gcc is None or openmp is None:
+        return None
+    library = library_path(gcc, openmp)
+    try:
+        if not library.is_file():
+            build(gcc, openmp, library)
+        return CpuKernels(ctypes.CDLL(str(library)))
+    except (OSError, subprocess.SubprocessError):  # an old gcc, a full disk: slower, not wrong
+        return None
+
+
+def openmp_library() -> Path | None:
+    """The one that torch has loaded (Linux)."""
+    try:
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    return next((Path(line.split()[-1]) for line in mapped if "/libgomp" in line), None)
+
+
+def library_path(gcc: str, openmp: Path) -> Path:
+    """Named by all that its content depends on: a home directory may be shared by unlike machines."""
+    version = subprocess.run([gcc, "--version"], capture_output=True, text=True, check=False).stdout
+    chip = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "model name"))]
+    parts = [SOURCE.read_text(), *FLAGS, version, str(openmp), *chip[:2]]
+    return cache_directory() / "kernels" / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
+
+
+def build(gcc: str, openmp: Path, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        made, shared = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+        # Compiled with OpenMP, linked without: -fopenmp would link the compiler's own library.
+        compile_ = [gcc, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", str(made)]
+        link = [gcc, "-shared", str(made), str(openmp), "-lm", "-o", str(shared)]
+        for command in (compile_, link):
+            subprocess.run(command, capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S)
+        os.replace(shared, library)
+
+
+class CpuKernels:
+    """Every tensor is float32 (indices int64) and contiguous."""
+
+    def __init__(self, library: Any):
+        pointer, count, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+        def function(name: str, *types: Any) -> Any:
+            found = getattr(library, name)
+            found.argtypes, found.restype = types, None
+            return found
+
+        self._rms_norm = function("rms_norm", *[pointer] * 3, count, count, real)
+        self._silu_times = function("silu_times", pointer, pointer, count, count)
+        self._rotate_and_keep = function("rotate_and_keep", *[pointer] * 3, *[count] * 4, pointer, pointer)
+        self._attend = function("attend_to_pages", *[pointer] * 5, *[count] * 7, real)
+        self._add_adapters = function("add_adapters", pointer, pointer, count, *[pointer] * (1 + MAX_OUTPUTS))
+
+    def rms_norm(self, x_TE: Tensor, weight_E: Tensor, epsilon: float) -> Tensor:
+        out = torch.empty_like(x_TE)
+        rows, width = x_TE.shape
+        self._rms_norm(x_TE.data_ptr(), weight_E.data_ptr(), out.data_ptr(), rows, width, epsilon)
+        return out
+
+    def silu_times_(self, gate_TO: Tensor, up_TO: Tensor) -> Tensor:
+        """silu(gate) * up, in the place of gate."""
+        self._silu_times(gate_TO.data_ptr(), up_TO.data_ptr(), *gate_TO.shape)
+        return gate_TO
+
+    def rotate_and_keep_(
+        self, heads: Tensor, cosine_TD: Tensor, sine_TD: Tensor, num_kv_heads: int, *, layer: Tensor | None, slots: Any
+    ) -> None:
+        """Rotary positions for the queries and keys of `heads` [T, H + 2K, D], in place; `sine_TD` has its first half
+        negated. Keys and values go to places `slots` [T] of the cache's `layer`, if there is one."""
+        tokens, num_heads, width = heads.shape
+        kept = (0, 0) if layer is None else (layer.data_ptr(), slots.data_ptr())
+        self._rotate_and_keep(
+            *(heads.data_ptr(), cosine_TD.data_ptr(), sine_TD.data_ptr(), tokens),
+            *(num_heads - 2 * num_kv_heads, num_kv_heads, width, *kept),
+        )
+
+    def attend_to_pages(
+        self, query_nHD: Tensor, layer: Tensor, pages_nP: Tensor, lengths_n: Tensor, *, scaling: float
+    ) -> Tensor:
+        """[n, H, D]. `query_nHD` may lie among other heads. `layer`: [pages, tokens of a page, 2, K, D]."""
+        n, num_heads, width = query_nHD.shape
+        assert query_nHD.stride()[1:] == (width, 1)
+        out = torch.empty(query_nHD.shape)
+        self._attend(
+            *(query_nHD.data_ptr(), layer.data_ptr(), pages_nP.data_ptr(), lengths_n.data_ptr(), out.data_ptr(), n),
+            *(query_nHD.stride(0), pages_nP.shape[1], layer.shape[1], num_heads, layer.shape[3], width, scaling),
+        )
+        return out
+
+    def add_adapters_(self, slots: SlotsStruct, stretches_G3: Tensor, x_TI: Tensor, outs_TO: Sequence[Tensor]) -> None:
+        """Adds B A x to the rows of every stretch (slot, first row, number of rows)."""
+        outs = [out.data_ptr() for out in outs_TO] + [0] * (MAX_OUTPUTS - len(outs_TO))
+        where = ctypes.byref(slots), stretches_G3.data_ptr(), len(stretches_G3)
+        self._add_adapters(*where, x_TI.data_ptr(), *outs)
+
+
+def slots_struct(factors: Factors) -> SlotsStruct:
+    """A slab's factors of one group, as the kernels take them. Valid while the slab lives."""
+    struct = SlotsStruct(
+        in_features=factors.a.shape[2],
+        rank=factors.a.shape[1],
+        num_outputs=len(factors.bt),
+        num_segments=len(factors.segments),
+        a=factors.a.data_ptr(),
+    )
+    for index, bt in enumerate(factors.bt):
+        struct.bt[index], struct.rows[index], struct.columns[index] = bt.data_ptr(), bt.shape[1], bt.shape[2]
+    for index, segment in enumerate(factors.segments):
+        struct.segments[index] = SegmentStruct(*segment)
+    return struct

@@ -1,0 +1,139 @@
+"""Each CPU kernel against torch's operations, on shapes with remainders; and that rows do not depend on each other."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from ftray.infer.attention import DecodeContext, KernelContext, decode_context
+from ftray.infer.decoder import rotate_
+from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
+from ftray.model import cpu_kernels
+from ftray.model.adapter_slots import Factors, Segment
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return cpu_kernels.compiled()
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("width", [1, 15, 64, 577])
+def test_norm_and_gated_product(kernels, width):
+    x, other, weight = drawn(5, width), drawn(5, width, seed=1) * 30, drawn(width, seed=2)
+    normed = functional.rms_norm(x, (width,), weight, 1e-6)
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-6), normed, **CLOSE)
+    torch.testing.assert_close(kernels.silu_times_(other.clone(), x), functional.silu(other) * x, **CLOSE)
+
+
+def test_gated_product_of_extremes(kernels):
+    gate = torch.tensor([[-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, float("nan")]])
+    out = kernels.silu_times_(gate.clone(), torch.ones_like(gate))
+    torch.testing.assert_close(out, functional.silu(gate), rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "width"), [(9, 3, 64), (4, 4, 32), (8, 1, 128), (3, 1, 80)])
+def test_rotation_and_attention(kernels, num_heads, num_kv_heads, width):
+    lengths = [1, PAGE_TOKENS, 3 * PAGE_TOKENS + 5, 40]
+    cache = KVCache(num_layers=1, num_kv_heads=num_kv_heads, head_dim=width, num_tokens=256, like=torch.zeros(0))
+    layer = cache.layers[0].copy_(drawn(*cache.layers[0].shape, seed=3))
+    pages = [[7], [2, 9], [4, 1, 12, 6], [3, 5, 11]]
+    heads = drawn(4, num_heads + 2 * num_kv_heads, width, seed=4)
+    angles = drawn(4, width // 2, seed=5).repeat(1, 2)
+    cosine, sine = angles.cos(), angles.sin()
+    sine[:, : width // 2].neg_()
+    slots = torch.tensor(
+        [
+            own[(n - 1) // PAGE_TOKENS] * PAGE_TOKENS + (n - 1) % PAGE_TOKENS
+            for own, n in zip(pages, lengths, strict=True)
+        ]
+    )
+
+    turned, kept = heads.clone(), layer.clone()
+    rotate_(turned[:, : num_heads + num_kv_heads], cosine, sine)
+    kept.flatten(0, 1)[slots] = turned[:, num_heads:].unflatten(1, (2, num_kv_heads))
+    kernels.rotate_and_keep_(heads, cosine, sine, num_kv_heads, layer=layer, slots=slots)
+    torch.testing.assert_close(heads, turned, **CLOSE)
+    torch.testing.assert_close(layer, kept, **CLOSE)
+
+    contexts = [decode_context(pages, lengths, cache, which) for which in (kernels, None)]
+    assert [type(context) for context in contexts] == [KernelContext, DecodeContext]
+    query = heads[:, :num_heads]
+    ours, torchs = (context.attend(query, layer, scaling=width**-0.5) for context in contexts)
+    torch.testing.assert_close(ours, torchs, **CLOSE)
+    apart = query.transpose(0, 1).contiguous().transpose(0, 1)  # as transformers lays them out
+    assert torch.equal(contexts[0].attend(apart, layer, scaling=width**-0.5), ours)
+    forgotten = decode_context(pages, [max(1, n - 1) for n in lengths], cache, kernels)  # the twin
+    assert (forgotten.attend(query, layer, scaling=width**-0.5) - torchs)[1:].abs().amax(dim=(1, 2)).min() > 1e-3
+
+
+def test_heads_that_fill_no_register_are_left_to_torch(kernels):
+    cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=24, num_tokens=64, like=torch.zeros(0))
+    assert isinstance(decode_context([[1]], [3], cache, kernels), DecodeContext)
+
+
+RANKS, WIDTHS = (5, 16, 3), (40, 7, 300)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["one output", "an output each"])
+def factors(request):
+    """Of three slots and three layers."""
+    a, blocks = drawn(3, sum(RANKS), 70, seed=6), [drawn(3, r, w, seed=w) for r, w in zip(RANKS, WIDTHS, strict=True)]
+    if not request.param:
+        return Factors(
+            a, tuple(blocks), tuple(Segment(i, 0, r, 0, w) for i, (r, w) in enumerate(zip(RANKS, WIDTHS, strict=True)))
+        )
+    joined, segments, row, column = torch.zeros(3, sum(RANKS), sum(WIDTHS)), [], 0, 0
+    for block in blocks:
+        _, rank, width = block.shape
+        joined[:, row : row + rank, column : column + width] = block
+        segments.append(Segment(0, row, rank, column, width))
+        row, column = row + rank, column + width
+    return Factors(a, (joined,), tuple(segments))
+
+
+def wanted(factors: Factors, slot: int, x: torch.Tensor) -> list[torch.Tensor]:
+    parts = (x @ factors.a[slot].t()).split([bt.shape[1] for bt in factors.bt], dim=1)
+    return [part @ bt[slot] for part, bt in zip(parts, factors.bt, strict=True)]
+
+
+def added(kernels, factors: Factors, stretches: list[tuple[int, int, int]], x: torch.Tensor) -> list[torch.Tensor]:
+    outs = [torch.ones(len(x), bt.shape[2]) for bt in factors.bt]
+    kernels.add_adapters_(cpu_kernels.slots_struct(factors), torch.tensor(stretches), x, outs)
+    return [out - 1 for out in outs]
+
+
+def test_adapters_of_a_slab(kernels, factors):
+    x = drawn(12, 70, seed=7)
+    outs = added(kernels, factors, [(2, 0, 1), (0, 1, 4), (1, 7, 5), (0, 5, 1)], x)
+    for slot, rows in ((2, slice(0, 1)), (0, slice(1, 6)), (1, slice(7, 12))):
+        for out, right in zip(outs, wanted(factors, slot, x[rows]), strict=True):
+            torch.testing.assert_close(out[rows], right, rtol=1e-4, atol=1e-4)
+    assert all((out[6] == 0).all() for out in outs)  # nobody's row
+    with pytest.raises(AssertionError):  # the twin
+        torch.testing.assert_close(outs[0][:1], wanted(factors, 1, x[:1])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_does_not_depend_on_others_nor_on_threads(kernels, factors):
+    x = drawn(9, 70, seed=8)
+    together = added(kernels, factors, [(0, 0, 4), (2, 4, 5)], x)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = added(kernels, factors, [(2, 0, 1)], x[6:7].contiguous())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a[0], b[6]) for a, b in zip(alone, together, strict=True))
+
+
+def test_without_a_compiler_there_are_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: None)
+    assert cpu_kernels.compiled.__wrapped__() is None
+    monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: "/bin/false")  # a compiler that fails
+    monkeypatch.setattr(cpu_kernels, "cache_directory", lambda: tmp_path)
+    assert cpu_kernels.compiled.__wrapped__() is None
+    assert list(tmp_path.rglob("*.so")) == []
