@@ -14,8 +14,8 @@ from ftray.serve.traffic import Traffic
 
 # Adapters read and checked at the same time, beside the budget.
 MAX_LOADS = 2
-# An adapter is brought in unasked after so many requests in the last minute or two, and in the place of another only if it
-# is asked for so many times as often.
+# An adapter is brought in unasked after so many requests in the last minute or two, and in the place of another only if
+# it is asked for so many times as often.
 HOT = 2.0
 HOTTER = 2.0
 
@@ -74,8 +74,8 @@ class AdapterResidency:
             pass
 
     def worth_prefetching(self) -> str | None:
-        """The most asked for of those that are not here, if there is room or what would go is asked for far less: a flood
-        of adapters used once drives hot ones out."""
+        """The most asked for of those that are not here, if there is room or what would go is asked for far less: a
+        flood of adapters used once drives hot ones out."""
         away = next((key for key in self.traffic.hottest() if key not in self._residents), None)
         if away is None or self.traffic.count(away) < HOT:
             return None

@@ -65,10 +65,9 @@ def peak_gib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
-def random_adapters() -> list[Path]:
-    return write_adapters(
-        Path(tempfile.mkdtemp(prefix="ftray-bench-")), count=ADAPTERS, rank=RANK, targets="all-linear"
-    )
+def random_adapters(*, rank: int = RANK) -> list[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="ftray-bench-"))
+    return write_adapters(directory, count=ADAPTERS, rank=rank, targets="all-linear")
 
 
 def write_adapters(root: Path, *, count: int, rank: int, targets: str | list[str]) -> list[Path]:
