@@ -1,5 +1,7 @@
 """Stages that join the parts: from a run's adapter directory to a published version."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,25 @@ def publish_adapter(registry: Registry, name: str, directory: Path) -> AdapterVe
     adapter = read_adapter(directory, label=str(directory))
     metadata.setdefault("base_model", config.get("base_model_name_or_path"))
     metadata |= {"rank": adapter.max_rank, "num_bytes": adapter.num_bytes}
-    result = directory.parent / "result.json"
-    if result.is_file():
-        finished = read_json(result)
-        metadata["metrics"] = {key: finished[key] for key in ("steps", "final_loss", "final_eval_loss")}
-    return registry.publish(name, directory, metadata=metadata)
+    return registry.publish(name, directory, metadata=metadata | of_the_run(directory.parent))
+
+
+def of_the_run(path: Path) -> dict[str, Any]:
+    """Lineage and metrics, where the adapter lies in the directory of a finished run."""
+    if not (path / "result.json").is_file():
+        return {}
+    finished, config = read_json(path / "result.json"), read_json(path / "config.json")
+    environment = read_json(path / "environment.json")
+    lineage = {
+        "run": finished["name"],
+        "objective": config["objective"]["type"],
+        "data": config["data"]["train"],
+        "data_digest": finished.get("data_digest"),
+        "config_digest": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "ftray": environment.get("packages", {}).get("ftray"),
+    }
+    metrics = {key: finished[key] for key in ("steps", "final_loss", "final_eval_loss", "tokens_per_s")}
+    return {"lineage": lineage, "metrics": metrics}
 
 
 def publish_once(registry: Registry, name: str, directory: Path, *, alias: str) -> AdapterVersion:

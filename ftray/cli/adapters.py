@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ftray.cli import rollout
 from ftray.cli.arguments import RegistryOption
 from ftray.errors import UserError
 
@@ -24,11 +25,13 @@ def list_adapters(registry: RegistryOption = "registry") -> None:
     for name in store.names():
         aliases = store.aliases(name)
         for number in store.versions(name):
-            pointing = ", ".join(alias for alias, target in aliases.items() if target == number)
+            pointing = [alias for alias, target in aliases.items() if target == number]
+            pointing += [f"{c.percent:g}% of {a}" for a, c in store.canaries(name).items() if c.number == number]
+            pointing += [f"#{tag}" for tag in store.tags(name, number)]
             metadata = store.get(f"{name}@{number}").metadata
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(metadata["published_at"]))
             base = f"rank {metadata.get('rank')}  {metadata.get('base_model')}"
-            print(f"{name}@{number:<4} {when}  {base}  {pointing}".rstrip())
+            print(f"{name}@{number:<4} {when}  {base}  {', '.join(pointing)}".rstrip())
 
 
 @app.command()
@@ -38,7 +41,12 @@ def show(reference: str, registry: RegistryOption = "registry") -> None:
 
     store = Registry(registry)
     version = store.get(reference)
-    described = {"version": str(version), **version.manifest.model_dump(), "history": store.history(version.name)}
+    described = {
+        "version": str(version),
+        "tags": store.tags(version.name, version.number),
+        **version.manifest.model_dump(),
+        "history": store.history(version.name),
+    }
     print(json.dumps(described, indent=2))
 
 
@@ -59,19 +67,6 @@ def publish(
     flag = "" if registry == "registry" else f" --registry {registry}"
     print(f"published {version} in {registry}")
     print(f"next: ftray adapters promote {version} prod{flag}")
-
-
-@app.command()
-def promote(
-    reference: Annotated[str, typer.Argument(metavar="NAME@N")],
-    alias: str,
-    registry: RegistryOption = "registry",
-) -> None:
-    """Point an alias at a version: requests for NAME@ALIAS are answered by it from then on."""
-    from ftray.registry import Registry
-
-    exact = Registry(registry).promote(reference, alias)
-    print(f"{exact.name}@{alias} is {exact}")
 
 
 @app.command()
@@ -108,3 +103,7 @@ def merge(
     merge_adapter(directory, base, Path(output), label=label)
     print(f"{label} is merged into {base.name}: {output}")
     print(f"next: base_model={output} in a run or serve config")
+
+
+for command in (rollout.promote, rollout.rollback, rollout.canary, rollout.tag, rollout.delete, rollout.card):
+    app.command()(command)

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from ftray import __version__
-from ftray.cli import adapters, chat, doctor, evaluate, plan, quickstart, runs, serve, train
+from ftray.cli import adapters, chat, doctor, evaluate, plan, quickstart, runs, serve, tenants, train
 from ftray.errors import FtrayError
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app.command()(serve.serve)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(runs.app, name="runs")
+app.add_typer(tenants.app, name="tenants")
+app.command()(tenants.usage)
 app.command()(chat.chat)
 app.command()(quickstart.quickstart)
 app.command()(doctor.doctor)

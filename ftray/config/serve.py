@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ftray.config.schema import ByteSize, NonNegativeFloat, PositiveInt, Strict, Text
+from ftray.config.schema import ByteSize, NonNegativeFloat, PositiveFloat, PositiveInt, Strict, Text
 
 
 class EngineConfig(Strict):
@@ -39,12 +39,25 @@ class ReplicasConfig(Strict):
     max: PositiveInt = 1
     gpus_each: NonNegativeFloat = 0
     cpus_each: NonNegativeFloat = 1
+    drain_s: NonNegativeFloat = 30  # a replica that goes has so long to end what it has begun
+    # New replicas started beside the old ones when the endpoint is deployed again; 0: where there is no room for both.
+    max_surge_percent: int = Field(default=100, ge=0, le=100)
 
     @model_validator(mode="after")
     def ordered(self):
         if self.max < self.min:
             raise ValueError(f"max ({self.max}) must be at least min ({self.min})")
         return self
+
+
+class TenantsConfig(Strict):
+    database: Text | None = None  # a file or postgresql://...: requests need keys (`ftray tenants`); None: open to all
+
+
+class LimitsConfig(Strict):
+    request_timeout_s: PositiveFloat | None = None  # an answer that takes longer ends with an error (504)
+    body_bytes: ByteSize = Field(default=4 * 2**20)  # a larger request is refused (413)
+    body_timeout_s: PositiveFloat = 30  # a client that sends its request more slowly is refused (408)
 
 
 class ServeConfig(Strict):
@@ -56,6 +69,8 @@ class ServeConfig(Strict):
     engine: EngineConfig = EngineConfig()
     adapters: AdaptersConfig = AdaptersConfig()
     replicas: ReplicasConfig = ReplicasConfig()
+    tenants: TenantsConfig = TenantsConfig()
+    limits: LimitsConfig = LimitsConfig()
 
     @model_validator(mode="after")
     def shared_by_gpus(self):

@@ -21,7 +21,8 @@ FlowKey = tuple[str, str]  # tenant, adapter
 class Flow(Generic[Item]):
     waiting: deque[Item] = field(default_factory=deque)
     num_running: int = 0
-    credit: int = 0
+    credit: float = 0
+    weight: float = 1
 
 
 class FairQueue(Generic[Item]):
@@ -34,9 +35,10 @@ class FairQueue(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         return (item for flow in self._flows.values() for item in flow.waiting)
 
-    def push(self, key: FlowKey, item: Item, *, front: bool = False) -> None:
-        """`front`: it has run before, or belongs to one that runs."""
+    def push(self, key: FlowKey, item: Item, *, front: bool = False, weight: float = 1) -> None:
+        """`front`: it has run before, or belongs to one that runs. `weight`: a flow of 2 pays half for tokens."""
         flow = self._flows.setdefault(key, Flow())
+        flow.weight = weight
         if front:
             flow.waiting.appendleft(item)
         else:
@@ -63,7 +65,7 @@ class FairQueue(Generic[Item]):
         return flow.waiting.popleft()
 
     def charge(self, key: FlowKey, num_tokens: int) -> None:
-        self._flows[key].credit -= num_tokens
+        self._flows[key].credit -= num_tokens / self._flows[key].weight
 
     def stop(self, key: FlowKey) -> None:
         """One of the flow's running items has ended (or is pushed back)."""

@@ -45,6 +45,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     adapter: str | None = None  # the key it was loaded under; None: the base model
     tenant: str = ""  # who asks: adapters and tenants share the engine fairly
+    priority: float = 1.0  # the share of this flow against others
 
     @property
     def flow(self) -> tuple[str, str]:

@@ -90,7 +90,7 @@ class Scheduler:
         self._adapters = adapters
 
     def add(self, sequence: Sequence, *, front: bool = False) -> None:
-        self.waiting.push(sequence.request.flow, sequence, front=front)
+        self.waiting.push(sequence.request.flow, sequence, front=front, weight=sequence.request.priority)
 
     def plan(self) -> list[Piece]:
         pieces: list[Piece] = []

@@ -84,7 +84,7 @@ class VllmEngine:
             self._grammars.matcher(request.sampling.structure)  # refused here rather than in the other process
         answering = Answering(request, self._params(request, max_tokens))
         self._answering[request.id] = answering
-        self._waiting.push(answering.request.flow, answering)
+        self._waiting.push(answering.request.flow, answering, weight=answering.request.priority)
         self._start_waiting()
 
     def _params(self, request: Request, max_tokens: int) -> Any:

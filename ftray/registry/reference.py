@@ -7,6 +7,7 @@ from ftray.config.schema import NAME_PATTERN, NAME_RULE
 from ftray.errors import UserError
 
 DEFAULT_ALIAS = "prod"
+TAG_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,63}")
 ALIAS_PATTERN = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
@@ -30,6 +31,11 @@ def parse_reference(text: str) -> Reference:
     if re.fullmatch(r"[1-9]\d{0,8}", selector):
         return Reference(name, number=int(selector))
     return Reference(name, alias=check_alias(selector, text))
+
+
+def check_tag(tag: str) -> None:
+    if not TAG_PATTERN.fullmatch(tag):
+        raise UserError(f"{tag!r}: a tag is letters, digits, '.', '_', '-' and '=', 64 at most")
 
 
 def check_alias(alias: str, where: str) -> str:

@@ -3,152 +3,29 @@
     adapters/NAME/versions/N/claim.json      created exclusively: this number belongs to one writer
     adapters/NAME/versions/N/files/...       a PEFT directory
     adapters/NAME/versions/N/manifest.json   written last: without it the version does not exist
-    journal/SEQ.json                         created exclusively: publications and alias moves, the authority
+    journal/SEQ.json                         created exclusively: all that ever happened (`journal.py`), the authority
 
 The only primitive it needs is exclusive create, which local disks, S3, GCS and Azure all have.
 """
 
-import difflib
 import json
 import os
-import re
-import shutil
 import socket
-import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-from pydantic import ValidationError
-
-from ftray.errors import ConflictError, FtrayError, NotFoundError, UserError
-from ftray.registry.reference import Reference, check_alias, parse_reference
-from ftray.storage import AlreadyExists, Manifest, ObjectStore, build_manifest, write_bytes
+from ftray.errors import ConflictError, NotFoundError, UserError
+from ftray.registry.journal import Canary, CanaryLimits, Journal
+from ftray.registry.reader import AdapterVersion, RegistryReader, version_prefix
+from ftray.registry.reference import Reference, check_alias, check_tag, parse_reference
+from ftray.storage import AlreadyExists, build_manifest
 from ftray.storage.manifest import MANIFEST
 
 
-@dataclass(frozen=True)
-class AdapterVersion:
-    name: str
-    number: int
-    manifest: Manifest
-
-    def __str__(self) -> str:
-        return f"{self.name}@{self.number}"
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return self.manifest.metadata
-
-
-@dataclass
-class Journal:
-    """What the journal says up to `last_seq`."""
-
-    last_seq: int = 0
-    versions: dict[str, list[int]] = field(default_factory=dict)
-    aliases: dict[tuple[str, str], int] = field(default_factory=dict)
-    entries: list[dict[str, Any]] = field(default_factory=list)
-
-    def apply(self, seq: int, entry: dict[str, Any]) -> None:
-        if entry["type"] == "publish":
-            self.versions.setdefault(entry["name"], []).append(entry["number"])
-        elif entry["type"] == "alias":
-            self.aliases[entry["name"], entry["alias"]] = entry["number"]
-        self.entries.append({"seq": seq, **entry})
-        self.last_seq = seq
-
-
-class Registry:
-    def __init__(self, location: str):
-        refuse_vanishing_directory(location)
-        self.location = location
-        self._refreshing = threading.Lock()  # an endpoint asks from several threads
-        self._objects = ObjectStore(location)
-        self._journal = Journal()
-
-    # -- reading -------------------------------------------------------------------------------------------------
-
-    def refresh(self) -> Journal:
-        """Follows the journal to its end: one look-up of SEQ+1 when nothing is new."""
-        with self._refreshing:
-            while (content := self._objects.read(f"journal/{self._journal.last_seq + 1}.json")) is not None:
-                self._journal.apply(self._journal.last_seq + 1, json.loads(content))
-        return self._journal
-
-    def names(self) -> list[str]:
-        return sorted(self.refresh().versions)
-
-    def versions(self, name: str) -> list[int]:
-        return sorted(self.refresh().versions.get(name, []))
-
-    def aliases(self, name: str) -> dict[str, int]:
-        journal = self.refresh()
-        return {alias: number for (owner, alias), number in sorted(journal.aliases.items()) if owner == name}
-
-    def history(self, name: str) -> list[dict[str, Any]]:
-        return [entry for entry in self.refresh().entries if entry["name"] == name]
-
-    def resolve(self, reference: str | Reference) -> Reference:
-        """An alias to the version it stands for now; raises `NotFoundError` with the near names."""
-        wanted = parse_reference(reference) if isinstance(reference, str) else reference
-        if wanted.number is not None and wanted.number in self._journal.versions.get(wanted.name, []):
-            return wanted  # versions never go away: no look at the store
-        numbers = self.versions(wanted.name)
-        if not numbers:
-            raise NotFoundError(f"{reference}: no adapter of that name in {self.location}{self._near(wanted.name)}")
-        if wanted.alias is not None:
-            aliases = self.aliases(wanted.name)
-            if wanted.alias not in aliases:
-                have = ", ".join([*(f"{wanted.name}@{a}" for a in aliases), *(f"{wanted.name}@{n}" for n in numbers)])
-                fix = f"`ftray adapters promote {wanted.name}@{numbers[-1]} {wanted.alias}` makes it"
-                raise NotFoundError(f"{wanted}: no such alias; there are {have}; {fix}")
-            return Reference(wanted.name, number=aliases[wanted.alias])
-        if wanted.number not in numbers:
-            raise NotFoundError(f"{wanted}: no such version; {wanted.name} has {', '.join(map(str, numbers))}")
-        return wanted
-
-    def get(self, reference: str | Reference) -> AdapterVersion:
-        exact = self.resolve(reference)
-        assert exact.number is not None
-        content = self._objects.read(f"{version_prefix(exact.name, exact.number)}/{MANIFEST}")
-        if content is None:
-            raise FtrayError(f"{exact}: its {MANIFEST} is gone from {self.location}; restore it or publish again")
-        try:
-            return AdapterVersion(exact.name, exact.number, Manifest.model_validate_json(content))
-        except ValidationError:
-            raise FtrayError(f"{exact}: its {MANIFEST} in {self.location} is damaged; publish again") from None
-
-    def directory(self, version: AdapterVersion) -> Path:
-        """A verified local directory with the files: in place for a local registry, else a cached download."""
-        prefix = f"{version_prefix(version.name, version.number)}/files"
-        if self._objects.local_root is not None:
-            directory = self._objects.local_root / prefix
-            verify_files(directory, version)
-            return directory
-        owner = re.sub(r"[^A-Za-z0-9]+", "-", self.location)
-        directory = Path(platformdirs.user_cache_dir("ftray")) / "adapters" / owner / version.name / str(version.number)
-        if not directory.is_dir() or build_manifest(directory, metadata={}).files != version.manifest.files:
-            shutil.rmtree(directory, ignore_errors=True)  # damaged, or of another registry that had this location
-            for entry in version.manifest.files:
-                content = self._objects.read(f"{prefix}/{entry.path}")
-                if content is None:
-                    raise FtrayError(f"{version}: {entry.path} is gone from {self.location}; publish again")
-                write_bytes(directory / entry.path, content)
-        verify_files(directory, version)
-        return directory
-
-    def _near(self, name: str) -> str:
-        names = self.names()
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        if near:
-            return f"; did you mean {' or '.join(near)}?"
-        return f"; it has {', '.join(names[:10])}" if names else "; it is empty"
-
-    # -- writing -------------------------------------------------------------------------------------------------
-
+class Registry(RegistryReader):
     def publish(self, name: str, directory: Path, *, metadata: dict[str, Any]) -> AdapterVersion:
         """Copies a PEFT directory in as the next version of `name`. A crash in the middle burns the number."""
         parse_reference(name)
@@ -169,12 +46,92 @@ class Registry:
         check_alias(alias, alias)
 
         def move(journal: Journal) -> dict[str, Any]:
+            refuse_deleted(journal, exact)
             now = journal.aliases.get((exact.name, alias))
             if expected is not None and now != expected:
                 raise ConflictError(f"{exact.name}@{alias}: stands at {now}, expected {expected}; look and try again")
-            return {"type": "alias", "name": exact.name, "alias": alias, "number": exact.number, "previous": now}
+            return alias_entry(exact.name, alias, number=exact.number, previous=now, op="promote")
 
         self._append(move)
+        return exact
+
+    def rollback(self, name: str, alias: str) -> tuple[Reference, Reference]:
+        """Points the alias at the version it stood at before; again, at the one before that. Returns (from, to)."""
+        moved: list[int] = []
+
+        def move(journal: Journal) -> dict[str, Any]:
+            now, before = journal.aliases.get((name, alias)), journal.before(name, alias)
+            if now is None:
+                self.resolve(Reference(name, alias=alias))  # names what there is
+                raise NotFoundError(f"{name}@{alias}: no such alias")
+            if before is None:
+                raise UserError(f"{name}@{alias}: has only ever stood at {now}; there is nothing to go back to")
+            moved[:] = [now, before]
+            return alias_entry(name, alias, number=before, previous=now, op="rollback")
+
+        self._append(move)
+        return Reference(name, number=moved[0]), Reference(name, number=moved[1])
+
+    def set_canary(self, reference: str, alias: str, percent: float, limits: CanaryLimits) -> Reference:
+        """A share of the requests for NAME@alias goes to another version. `percent` in (0, 100)."""
+        exact = self.resolve(reference)
+
+        def start(journal: Journal) -> dict[str, Any]:
+            refuse_deleted(journal, exact)
+            stable = journal.aliases.get((exact.name, alias))
+            if stable is None:
+                raise NotFoundError(f"{exact.name}@{alias}: no such alias; promote a version to it first")
+            if stable == exact.number:
+                raise UserError(f"{exact}: is what {exact.name}@{alias} stands at; a canary is another version")
+            return canary_entry(exact.name, alias, number=exact.number, percent=percent) | asdict(limits)
+
+        if not 0 < percent < 100:
+            raise UserError(f"canary: {percent:g}% is not between 0 and 100; promote sends everything")
+        self._append(start)
+        return exact
+
+    def end_canary(self, name: str, alias: str, *, reason: str, seq: int | None = None) -> Canary:
+        """All requests go to the alias's own version again. With `seq`, only if that canary is still the one."""
+        ended: list[Canary] = []
+
+        def stop(journal: Journal) -> dict[str, Any]:
+            canary = journal.canaries.get((name, alias))
+            if canary is None or (seq is not None and canary.seq != seq):
+                raise ConflictError(f"{name}@{alias}: has no such canary")
+            ended[:] = [canary]
+            return canary_entry(name, alias, number=canary.number, percent=0) | {"reason": reason}
+
+        self._append(stop)
+        return ended[0]
+
+    def tag(self, reference: str, *, add: Sequence[str] = (), remove: Sequence[str] = ()) -> list[str]:
+        """Returns the version's tags afterwards."""
+        exact = self.resolve(reference)
+        assert exact.number is not None
+        for tag in (*add, *remove):
+            check_tag(tag)
+        entry = {"type": "tag", "name": exact.name, "number": exact.number, "add": list(add), "remove": list(remove)}
+        self._append(lambda _: entry)
+        return self.tags(exact.name, exact.number)
+
+    def delete(self, reference: str) -> Reference:
+        """For good: the files go, the number is never used again. Refused while an alias or a canary stands on it."""
+        exact = self.resolve(reference)
+        assert exact.number is not None
+        name, number = exact.name, exact.number
+
+        def remove(journal: Journal) -> dict[str, Any]:
+            refuse_deleted(journal, exact)
+            uses = journal.uses_of(name, number)
+            if uses:
+                raise UserError(f"{exact}: {' and '.join(uses)} stand(s) on it; move or end that first")
+            return {"type": "delete", "name": name, "number": number}
+
+        self._append(remove)
+        prefix = version_prefix(name, number)
+        self._objects.delete(f"{prefix}/{MANIFEST}")  # first: from here on the version is not whole for anybody
+        for key in list(self._objects.keys(f"{prefix}/files")):
+            self._objects.delete(key)
         return exact
 
     def _claim(self, name: str) -> int:
@@ -189,32 +146,32 @@ class Registry:
             except AlreadyExists:
                 number += 1
 
-    def _append(self, make_entry) -> None:
+    def _append(self, make_entry: Callable[[Journal], dict[str, Any]]) -> None:
         """Appends to the journal; `make_entry` sees the journal as it stands just before the entry."""
         while True:
-            journal = self.refresh()
+            with self._refreshing:
+                self._read_on()
+            journal = self._journal
             entry = {**make_entry(journal), "time": time.time()}
             try:
                 self._objects.create(f"journal/{journal.last_seq + 1}.json", json.dumps(entry).encode())
             except AlreadyExists:
                 continue
-            self.refresh()
+            with self._refreshing:
+                self._read_on()
             return
 
 
-def refuse_vanishing_directory(location: str) -> None:
-    """`ray job submit --working-dir` unpacks into a session directory that goes away with the job."""
-    if "://" not in location and "working_dir_files" in Path.cwd().parts and not Path(location).is_absolute():
-        raise UserError(
-            f"registry: {location!r} lies in the job's temporary working directory; "
-            "give a shared absolute path (/path/on/all/nodes) or a URL"
-        )
+def alias_entry(name: str, alias: str, *, number: int | None, previous: int | None, op: str) -> dict[str, Any]:
+    return {"type": "alias", "name": name, "alias": alias, "number": number, "previous": previous, "op": op}
 
 
-def version_prefix(name: str, number: int) -> str:
-    return f"adapters/{name}/versions/{number}"
+def canary_entry(name: str, alias: str, *, number: int | None, percent: float) -> dict[str, Any]:
+    return {"type": "canary", "name": name, "alias": alias, "number": number, "percent": percent}
 
 
-def verify_files(directory: Path, version: AdapterVersion) -> None:
-    if build_manifest(directory, metadata={}).files != version.manifest.files:
-        raise FtrayError(f"{version}: files in {directory} differ from their manifest; publish the adapter again")
+def refuse_deleted(journal: Journal, exact: Reference) -> None:
+    """Another writer may have deleted it since it was resolved."""
+    assert exact.number is not None
+    if not journal.has(exact.name, exact.number):
+        raise NotFoundError(f"{exact}: deleted; {exact.name} has {journal.versions.get(exact.name, [])}")

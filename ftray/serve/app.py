@@ -1,5 +1,6 @@
 """The Ray Serve application: one ingress deployment over engine replicas. Ray is here and nowhere else in `serve/`."""
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -8,24 +9,35 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
+import fastapi
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from ftray.config import ServeConfig
+from ftray.config.serve import LimitsConfig
 from ftray.errors import FtrayError, UserError
 from ftray.infer.engines import check_engine
 from ftray.model.base import check_base_name, prepare_base
 from ftray.registry import Registry
-from ftray.serve.ingress import Ingress, make_api
+from ftray.serve.accounts import Accounts, Tenant, Usage
+from ftray.serve.gate import Gate
+from ftray.serve.ingress import MAX_TRIES, Ingress, make_api
+from ftray.serve.limits import Gatekeeper, Refusal
 from ftray.serve.models import ModelNames
 from ftray.serve.replica import EngineReplica, Event, GenerateJob
-from ftray.serve.schemas import ChatRequest, CompletionRequest
+from ftray.serve.schemas import AdapterRequest, ChatRequest, CompletionRequest
 
 APP_NAME = "ftray"
 # Above the engine's own queue, so that the engine, which knows its load, is the one that answers 429.
 SPARE_REQUESTS = 64
+STATS_PERIOD_S = 1.0
+WARM_TIMEOUT_S = 100.0
+LEDGER_RETRIES_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+log = logging.getLogger("ftray.serve")
 
 
 class ReplicaBackend:
@@ -35,15 +47,71 @@ class ReplicaBackend:
         self._handle = handle
         self._streaming: Any = handle.options(stream=True)
 
-    async def complete(self, job: GenerateJob) -> Event:
-        return await self._handle.complete.remote(job)
-
     async def stream(self, job: GenerateJob) -> AsyncIterator[Event]:
-        async for event in self._streaming.generate.remote(job):
-            yield event
+        """A replica that dies before it said anything is replaced by another; later that is an error event."""
+        for _ in range(MAX_TRIES):
+            response = self._streaming.generate.remote(job)
+            begun = False
+            try:
+                async for event in response:
+                    begun = True
+                    yield event
+                return
+            except (RayActorError, ActorUnavailableError) as error:
+                log.warning("a replica died: %s", type(error).__name__)
+                if begun:
+                    died = {"error": "the replica that wrote this answer died; ask again", "status": 502}
+                    yield died | {"replica_died": True}
+                    return
+            except RayTaskError as error:
+                log.error("a replica failed: %s", error)
+                yield {"error": "the replica failed; see its log", "status": 500}
+                return
+            finally:
+                response.cancel()  # of one that nobody reads to its end; else it does nothing
+        yield {"error": "no replica is alive; try again", "status": 503}
+
+    async def warm(self, adapter: str) -> int:
+        problems = await self._on_all("warm", adapter)
+        for problem in filter(None, problems):
+            raise FtrayError(problem)
+        return len(problems)
+
+    async def in_use(self, adapter: str) -> int:
+        return sum(await self._on_all("in_use", adapter))
+
+    async def _on_all(self, method: str, adapter: str) -> list[Any]:
+        return await self._handle.broadcast(method, adapter).results_async(timeout_s=WARM_TIMEOUT_S)
 
 
-api = make_api()
+class RemoteLedger:
+    """The gatekeeper in its actor. One that restarts is waited for; a record may come twice, it has an id."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self._handle: Any = handle
+
+    async def admit(self, key: str | None) -> Tenant | Refusal:
+        return await self._call("admit", key)
+
+    async def identify(self, key: str | None) -> Tenant | None:
+        return await self._call("identify", key)
+
+    async def record(self, usage: Usage) -> None:
+        await self._call("record", usage)
+
+    async def _call(self, method: str, argument: Any) -> Any:
+        for wait_s in LEDGER_RETRIES_S:
+            try:
+                return await getattr(self._handle, method).remote(argument)
+            except (RayActorError, ActorUnavailableError) as error:
+                log.warning("the ledger does not answer (%s)", type(error).__name__)
+                await asyncio.sleep(wait_s)
+        return await getattr(self._handle, method).remote(argument)
+
+
+class LedgerDeployment(Gatekeeper):
+    def __init__(self, database: str):
+        super().__init__(Accounts(database))
 
 
 class ReplicaDeployment(EngineReplica):
@@ -51,38 +119,59 @@ class ReplicaDeployment(EngineReplica):
         """Ray Serve calls it before the replica takes requests."""
         await self.preload()
 
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Ray Serve asks every `STATS_PERIOD_S` and tells the routers."""
+        return {"adapters": self.residency.resident_keys}
+
     def __del__(self) -> None:
         """Ray Serve calls it when the replica goes."""
         with contextlib.suppress(AttributeError):  # it was never whole
             self.close()
 
 
-@serve.ingress(api)
-class IngressDeployment:
-    def __init__(self, config: ServeConfig, replicas: DeploymentHandle):
-        self._ingress = Ingress(
-            ModelNames(config.served_name or config.base_model, Registry(config.adapters.registry)),
-            ReplicaBackend(replicas),
-        )
+def ingress_class(limits: LimitsConfig) -> Any:
+    """Ray Serve copies the application when it wraps the class, so what depends on the config is given before."""
+    api = make_api(limits)
 
-    @api.post("/v1/chat/completions")
-    async def chat_completions(self, request: ChatRequest) -> Any:
-        return await self._ingress.chat(request)
+    @serve.ingress(api)
+    class IngressDeployment:
+        def __init__(self, config: ServeConfig, replicas: DeploymentHandle, ledger: DeploymentHandle | None):
+            self._ingress = Ingress(
+                ModelNames(config.served_name or config.base_model, Registry(config.adapters.registry, tolerant=True)),
+                ReplicaBackend(replicas),
+                Gate(RemoteLedger(ledger) if ledger is not None else None),
+                timeout_s=config.limits.request_timeout_s,
+            )
 
-    @api.post("/v1/completions")
-    async def completions(self, request: CompletionRequest) -> Any:
-        return await self._ingress.completion(request)
+        @api.post("/v1/chat/completions")
+        async def chat_completions(self, request: ChatRequest, http: fastapi.Request) -> Any:
+            return await self._ingress.chat(request, http.headers)
 
-    @api.get("/v1/models")
-    async def models(self) -> Any:
-        return await self._ingress.models()
+        @api.post("/v1/completions")
+        async def completions(self, request: CompletionRequest, http: fastapi.Request) -> Any:
+            return await self._ingress.completion(request, http.headers)
 
-    @api.get("/healthz")
-    async def health(self) -> Any:
-        return {"status": "ok"}
+        @api.get("/v1/models")
+        async def models(self, http: fastapi.Request) -> Any:
+            return await self._ingress.models(http.headers)
+
+        @api.post("/ftray/warm")
+        async def warm(self, request: AdapterRequest, http: fastapi.Request) -> Any:
+            return await self._ingress.warm(request.model, http.headers)
+
+        @api.post("/ftray/in_use")
+        async def in_use(self, request: AdapterRequest, http: fastapi.Request) -> Any:
+            return await self._ingress.in_use(request.model, http.headers)
+
+        @api.get("/healthz")
+        async def health(self) -> Any:
+            return {"status": "ok"}
+
+    return IngressDeployment
 
 
 def build_app(config: ServeConfig) -> serve.Application:
+    config = with_absolute_paths(config)
     replicas = config.replicas
     scaling: dict[str, Any] = {"num_replicas": replicas.min}
     if replicas.max > replicas.min:
@@ -93,6 +182,11 @@ def build_app(config: ServeConfig) -> serve.Application:
                 "target_ongoing_requests": config.engine.max_sequences,
             }
         }
+    router: Any = {
+        "request_router_class": "ftray.serve.routing.WarmFirstRouter",
+        "request_router_kwargs": {"spread_at": config.engine.max_sequences},
+        "request_routing_stats_period_s": STATS_PERIOD_S,
+    }
     engine = serve.deployment(
         ReplicaDeployment,  # pyright: ignore[reportArgumentType]
         name="engine",
@@ -100,15 +194,28 @@ def build_app(config: ServeConfig) -> serve.Application:
         max_ongoing_requests=config.engine.max_sequences + config.engine.max_waiting + SPARE_REQUESTS,
         user_config={},
         health_check_period_s=5,
+        graceful_shutdown_timeout_s=replicas.drain_s,
+        max_surge_percent=replicas.max_surge_percent,
+        request_router_config=RequestRouterConfig(**router),
         **scaling,
     )
     ingress = serve.deployment(
-        IngressDeployment,  # pyright: ignore[reportArgumentType]
+        ingress_class(config.limits),
         name="ingress",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100_000,
+        graceful_shutdown_timeout_s=replicas.drain_s,
+        max_surge_percent=100,
     )
-    return ingress.bind(with_absolute_paths(config), engine.bind(with_absolute_paths(config)))
+    ledger = None
+    if config.tenants.database is not None:
+        ledger = serve.deployment(
+            LedgerDeployment,  # pyright: ignore[reportArgumentType]
+            name="ledger",
+            ray_actor_options={"num_cpus": 0},
+            max_ongoing_requests=100_000,
+        ).bind(config.tenants.database)
+    return ingress.bind(config, engine.bind(config), ledger)
 
 
 def with_absolute_paths(config: ServeConfig) -> ServeConfig:
@@ -117,8 +224,17 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
     registry = location if "://" in location else os.path.abspath(location)
     base = os.path.abspath(config.base_model) if os.path.exists(config.base_model) else config.base_model
     adapters = config.adapters.model_copy(update={"registry": registry})
-    served_name = config.served_name or config.base_model
-    return config.model_copy(update={"adapters": adapters, "base_model": base, "served_name": served_name})
+    database = config.tenants.database
+    if database is not None and "://" not in database:
+        database = os.path.abspath(database)
+    return config.model_copy(
+        update={
+            "adapters": adapters,
+            "base_model": base,
+            "served_name": config.served_name or config.base_model,
+            "tenants": config.tenants.model_copy(update={"database": database}),
+        }
+    )
 
 
 def check_endpoint(config: ServeConfig) -> None:

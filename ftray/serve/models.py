@@ -1,17 +1,32 @@
 """Model names: the base, `NAME@VERSION`, `NAME@ALIAS`, or `NAME` for `NAME@prod`."""
 
 import difflib
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from ftray.errors import NotFoundError, UserError
-from ftray.registry import Registry
+from ftray.errors import FtrayError, NotFoundError, UserError
+from ftray.registry import Canary, Registry, parse_reference
+from ftray.serve.canary import CanaryWatch, is_chosen
+
+log = logging.getLogger("ftray.serve")
+
+MayUse = Callable[[str | None], bool]  # of an adapter's name or NAME@N; None: the base
+
+
+def everything(_: str | None) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
 class ServedModel:
     id: str  # what the answer calls itself: the base, or the exact NAME@N
     adapter: str | None  # NAME@N
+    alias: str | None = None  # NAME@ALIAS that was asked for
+    canary: Canary | None = None  # that runs for the alias
+    is_canary: bool = False
+    stable: str | None = None  # where the canary's request goes if the canary cannot answer
 
 
 class ModelNames:
@@ -19,31 +34,76 @@ class ModelNames:
         self.base_model = base_model
         self.registry = registry
         self._started = int(time.time())
+        self._watches: dict[str, CanaryWatch] = {}  # by alias
 
-    def resolve(self, name: str) -> ServedModel:
-        """An alias is looked up once, here; from then on the request is bound to one version."""
+    def resolve(self, name: str, *, key: str | None = None, may_use: MayUse | None = None) -> ServedModel:
+        """An alias is looked up once, here; from then on the request is bound to one version. `key`: whose request it
+        is, for canaries. What a caller may not use is unknown to it."""
+        model = self._resolve(name, key=key, may_use=may_use or everything)
+        if may_use is not None and not may_use(model.adapter):
+            raise self._unknown(name, "no adapter of that name", may_use)
+        return model
+
+    def _resolve(self, name: str, *, key: str | None, may_use: MayUse) -> ServedModel:
         if name == self.base_model:
             return ServedModel(name, None)
         try:
-            exact = str(self.registry.resolve(name))
+            wanted = parse_reference(name)
+            exact = str(self.registry.resolve(wanted))
         except UserError as error:
-            near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.4)
-            hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(self.names()[:20])}"
-            raise NotFoundError(f"model {name!r} is not served here ({error}); {hint}") from None
-        return ServedModel(exact, exact)
+            reason = str(error) if may_use is everything else "no adapter of that name"
+            raise self._unknown(name, reason, may_use) from None
+        if wanted.alias is None:
+            return ServedModel(exact, exact)
+        alias = f"{wanted.name}@{wanted.alias}"
+        canary = self.registry.known.canaries.get((wanted.name, wanted.alias))
+        if canary is not None and is_chosen(canary, alias=alias, key=key):
+            tried = f"{wanted.name}@{canary.number}"
+            return ServedModel(tried, tried, alias, canary, is_canary=True, stable=exact)
+        return ServedModel(exact, exact, alias, canary)
 
-    def names(self) -> list[str]:
+    def note(self, model: ServedModel, *, failed: bool, first_token_s: float | None) -> None:
+        """An answer for an alias with a canary; takes the canary back when it does badly."""
+        if model.canary is None or model.alias is None:
+            return
+        watch = self._watches.get(model.alias)
+        if watch is None or watch.canary != model.canary:
+            watch = self._watches[model.alias] = CanaryWatch(model.canary)
+        watch.note(is_canary=model.is_canary, failed=failed, first_token_s=first_token_s)
+        reason = watch.verdict()
+        if reason is not None:
+            name, _, alias = model.alias.partition("@")
+            del self._watches[model.alias]
+            try:
+                self.registry.end_canary(name, alias, reason=reason, seq=model.canary.seq)
+            except (
+                FtrayError
+            ) as error:  # another ingress was first, or the store does not answer: the next answer tries
+                log.warning("the canary of %s could not be taken back: %s", model.alias, error)
+            else:
+                log.warning("the canary %s@%s of %s is taken back: %s", name, model.canary.number, model.alias, reason)
+
+    def _unknown(self, name: str, reason: str, may_use: MayUse) -> NotFoundError:
+        """Names what is near, of what the caller may use."""
+        names = self.names(may_use)
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names[:20])}"
+        return NotFoundError(f"model {name!r} is not served here ({reason}); {hint}")
+
+    def names(self, may_use: MayUse | None = None) -> list[str]:
         found = [self.base_model]
         for name in self.registry.names():
+            if may_use is not None and not may_use(name):
+                continue
             aliases = self.registry.aliases(name)
             found += [name] if "prod" in aliases else []
             found += [f"{name}@{alias}" for alias in aliases]
             found += [f"{name}@{number}" for number in self.registry.versions(name)]
         return found
 
-    def listing(self) -> dict:
+    def listing(self, may_use: MayUse | None = None) -> dict:
         def entry(name: str) -> dict:
             parent = {} if name == self.base_model else {"parent": self.base_model}
             return {"id": name, "object": "model", "created": self._started, "owned_by": "ftray", **parent}
 
-        return {"object": "list", "data": [entry(name) for name in self.names()]}
+        return {"object": "list", "data": [entry(name) for name in self.names(may_use)]}

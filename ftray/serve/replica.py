@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ class GenerateJob:
     sampling: Sampling
     adapter: str | None  # NAME@N
     tenant: str = ""  # replicas share their time fairly among tenants and adapters
+    priority: float = 1.0  # the tenant's share
+    every_s: float = 0.0  # tokens are told so often, together; 0: each at once
 
 
 class EngineReplica:
@@ -47,7 +50,7 @@ class EngineReplica:
         self.renderer = ChatRenderer(engine.tokenizer)
         self.runner = EngineRunner(engine)
         self._num_in_flight = 0  # answers running, waiting, or waiting for their adapter
-        self.registry = Registry(config.adapters.registry)
+        self.registry = Registry(config.adapters.registry, tolerant=True)
         self.residency = AdapterResidency(
             self._prepare, self._load, self._unload, budget_bytes=config.adapters.host_budget
         )
@@ -60,7 +63,7 @@ class EngineReplica:
         self._following = asyncio.create_task(Prefetcher(self.registry, self.residency).follow())
 
     async def generate(self, job: GenerateJob) -> AsyncGenerator[Event]:
-        """First {"prompt_tokens": n}, then `_token_event` for every token of every answer; or one {"error"}."""
+        """First {"prompt_tokens": n}, then tokens of the answers (`_token_event`); or one {"error"}."""
         if self._num_in_flight >= self.config.engine.max_sequences + self.config.engine.max_waiting:
             yield {"error": "too many requests wait for this endpoint; try again", "status": 429}
             return
@@ -70,8 +73,10 @@ class EngineReplica:
             pin = self.residency.pinned(job.adapter) if job.adapter is not None else contextlib.nullcontext()
             # Closed in order when a client leaves: the engine lets go of the sequence before the adapter is unpinned.
             async with pin, contextlib.aclosing(self._tokens(job, prompt_ids)) as events:
-                async for event in events:
+                async for event in together(events, every_s=job.every_s):
                     yield event
+        except AdapterError as error:
+            yield {"error": str(error), "status": 400, "adapter_failed": True}
         except UserError as error:
             yield {"error": str(error), "status": 400}
         except FtrayError as error:
@@ -79,30 +84,22 @@ class EngineReplica:
         finally:
             self._num_in_flight -= job.sampling.n
 
-    async def complete(self, job: GenerateJob) -> Event:
-        """The whole answers at once: {"prompt_tokens", "cached_tokens", "completion_tokens", "answers": [{"text",
-        "finish_reason", "logprobs"}]}."""
-        answers: list[Event] = [{"text": "", "finish_reason": None, "logprobs": []} for _ in range(job.sampling.n)]
-        whole: Event = {"completion_tokens": 0, "cached_tokens": 0}
-        async for event in self.generate(job):
-            if "error" in event:
-                return event
-            if "prompt_tokens" in event:
-                whole |= event
-                continue
-            answer = answers[event["index"]]
-            answer["text"] += event["text"]
-            answer["finish_reason"] = event["finish_reason"]
-            answer["logprobs"] += event["logprobs"]
-            whole["completion_tokens"] += 1
-            if event["index"] == 0:  # the others find what the first computed
-                whole["cached_tokens"] = event["cached_tokens"]
-        return whole | {"answers": answers}
-
     def close(self) -> None:
         """Ends the engine's thread, and its processes where it has some."""
         self.runner.close()
         self.engine.close()
+
+    async def warm(self, key: str) -> str | None:
+        """Brings the adapter in; returns why it could not be."""
+        try:
+            await self.residency.prefetch(key)
+        except FtrayError as error:
+            return str(error)
+        return None
+
+    def in_use(self, key: str) -> int:
+        """Requests that run with this adapter."""
+        return self.residency.num_pins(key)
 
     def check_health(self) -> None:
         if not self.runner.is_alive:
@@ -118,7 +115,7 @@ class EngineReplica:
         return list(job.prompt)  # pyright: ignore[reportReturnType]
 
     async def _tokens(self, job: GenerateJob, prompt_ids: list[int]) -> AsyncGenerator[Event]:
-        request = Request(uuid.uuid4().hex, prompt_ids, job.sampling, job.adapter, job.tenant)
+        request = Request(uuid.uuid4().hex, prompt_ids, job.sampling, job.adapter, job.tenant, job.priority)
         told = False
         async with contextlib.aclosing(self.runner.generate(request)) as events:
             async for event in events:
@@ -133,6 +130,7 @@ class EngineReplica:
     def _token_event(self, event: TokenEvent) -> Event:
         return {
             "index": event.index,
+            "num_tokens": 1,
             "text": event.text,
             "finish_reason": event.finish_reason,
             "cached_tokens": event.num_cached_prompt_tokens,
@@ -160,6 +158,26 @@ class EngineReplica:
 
     async def _unload(self, key: str) -> None:
         await self.runner.call(lambda: self.engine.unload_adapter(key))
+
+
+async def together(events: AsyncIterator[Event], *, every_s: float) -> AsyncIterator[Event]:
+    """Joins the tokens of each answer that come within `every_s`; its first and its last are told at once."""
+    held: dict[int, Event] = {}
+    told_at: dict[int, float] = {}
+    async for event in events:
+        index = event.get("index")
+        if index is None or every_s == 0:
+            yield event
+            continue
+        before = held.pop(index, None)
+        if before is not None:
+            event |= {key: before[key] + event[key] for key in ("num_tokens", "text", "logprobs")}
+        now = time.monotonic()
+        if event["finish_reason"] or now - told_at.get(index, 0.0) >= every_s:
+            told_at[index] = now
+            yield event
+        else:
+            held[index] = event
 
 
 def check_base(key: str, metadata: dict[str, Any], base: Any, *, here: str = "this endpoint serves") -> None:

@@ -86,6 +86,9 @@ class AdapterResidency:
         worth = victim is not None and self.traffic.count(away) > HOTTER * self.traffic.count(victim)
         return away if worth else None
 
+    def num_pins(self, key: str) -> int:
+        return self._residents[key].pins if key in self._residents else 0
+
     @property
     def resident_keys(self) -> list[str]:
         return list(self._residents)

@@ -153,8 +153,23 @@ class CompletionRequest(ApiRequest):
         return self.logprobs
 
 
+class AdapterRequest(BaseModel):
+    """Of the endpoint's own routes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+
+
 def error_body(message: str, *, status: int, param: str | None = None) -> dict[str, Any]:
-    kinds = {404: "not_found_error", 429: "rate_limit_error", 503: "server_error", 500: "server_error"}
+    kinds = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+        503: "server_error",
+        500: "server_error",
+    }
     code = "model_not_found" if status == 404 and param == "model" else None
     kind = kinds.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

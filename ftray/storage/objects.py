@@ -64,6 +64,15 @@ class ObjectStore:
         except BaseError as error:
             raise FtrayError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
 
+    def delete(self, key: str) -> None:
+        """No error when there is no such key."""
+        try:
+            obstore.delete(self._store, key)
+        except FileNotFoundError:
+            pass
+        except (BaseError, OSError) as error:
+            raise FtrayError(f"{self.location}/{key}: cannot be deleted: {first_line(error)}") from None
+
     def keys(self, prefix: str) -> Iterator[str]:
         """Every key below `prefix`, in no order."""
         if not self.exists:

@@ -71,6 +71,7 @@ def finish(
         "final_eval_loss": run.final_eval_loss,
         "tokens_per_s": run.tokens_per_s,
         "seconds": seconds,
+        "data_digest": data.digest,
         "data": {"train": data.train.counts()} | ({"eval": data.eval.counts()} if data.eval is not None else {}),
         "base_model": base.name,
         "base_fingerprint": base.fingerprint,

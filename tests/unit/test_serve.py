@@ -5,12 +5,15 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+import fastapi
 import pytest
 from fastapi.testclient import TestClient
 
+from ftray.config.serve import LimitsConfig
 from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.protocol import EngineStats, Request, TokenEvent
 from ftray.registry import Registry
+from ftray.serve.gate import Gate
 from ftray.serve.ingress import Ingress, make_api
 from ftray.serve.models import ModelNames
 from ftray.serve.prefetch import Prefetcher
@@ -28,31 +31,37 @@ def answer(text: str, reason: str | None) -> dict:
     return {"text": text, "finish_reason": reason, "logprobs": told}
 
 
+DIED = {"error": "the replica died", "status": 502, "replica_died": True}
+
+
 class EchoBackend:
     """Answers with the model it was asked for; remembers the jobs."""
 
     def __init__(self):
         self.jobs: list[GenerateJob] = []
         self.error: dict | None = None
-
-    async def complete(self, job: GenerateJob) -> dict:
-        self.jobs.append(job)
-        return self.error or {
-            "prompt_tokens": 3,
-            "cached_tokens": 0,
-            "completion_tokens": 2,
-            "answers": [answer(f"I am {job.adapter}", "stop") for _ in range(job.sampling.n)],
-        }
+        self.broken: set[str | None] = set()  # adapters that cannot be loaded
+        self.deaths = 0  # of replicas, each after its first token
+        self.pause_s = 0.0  # between two tokens
 
     async def stream(self, job: GenerateJob) -> AsyncIterator[dict]:
         self.jobs.append(job)
         if self.error:
             yield self.error
             return
+        if job.adapter in self.broken:
+            yield {"error": "truncated file", "status": 400, "adapter_failed": True}
+            return
         yield {"prompt_tokens": 3}
         for index in range(job.sampling.n):
-            yield {"index": index, "cached_tokens": 0, **answer("I am ", None)}
-            yield {"index": index, "cached_tokens": 0, **answer(str(job.adapter), "stop")}
+            head = {"index": index, "cached_tokens": 0, "num_tokens": 1}
+            yield head | answer("I am ", None)
+            await asyncio.sleep(self.pause_s)
+            if self.deaths:
+                self.deaths -= 1
+                yield DIED
+                return
+            yield head | answer(str(job.adapter), "stop")
 
 
 @pytest.fixture
@@ -61,7 +70,7 @@ def backend():
 
 
 @pytest.fixture
-def client(tmp_path, backend):
+def registry(tmp_path):
     directory = tmp_path / "adapter"
     directory.mkdir()
     (directory / "adapter_config.json").write_text("{}")
@@ -70,18 +79,29 @@ def client(tmp_path, backend):
         registry.publish("support", directory, metadata={})
     registry.promote("support@2", "prod")
     registry.promote("support@3", "canary")
-    ingress = Ingress(ModelNames("base-model", registry), backend)
-    api = make_api()
+    return registry
 
-    async def chat(request: ChatRequest):
-        return await ingress.chat(request)
 
-    async def completion(request: CompletionRequest):
-        return await ingress.completion(request)
+@pytest.fixture
+def client(registry, backend):
+    return make_client(Ingress(ModelNames("base-model", registry), backend, Gate(None)))
+
+
+def make_client(ingress: Ingress, **limits) -> TestClient:
+    api = make_api(LimitsConfig(**limits))
+
+    async def chat(request: ChatRequest, http: fastapi.Request):
+        return await ingress.chat(request, http.headers)
+
+    async def completion(request: CompletionRequest, http: fastapi.Request):
+        return await ingress.completion(request, http.headers)
+
+    async def models(http: fastapi.Request):
+        return await ingress.models(http.headers)
 
     api.post("/v1/chat/completions")(chat)
     api.post("/v1/completions")(completion)
-    api.get("/v1/models")(ingress.models)
+    api.get("/v1/models")(models)
     return TestClient(api)
 
 
@@ -189,7 +209,7 @@ def test_several_answers_and_their_logprobs(client):
     assert [("role" in c["choices"][0]["delta"]) for c in chunks] == [True, False, True, False]
     body = {"model": "support", "prompt": "hi", "logprobs": 2}
     choice = client.post("/v1/completions", json=body).json()["choices"][0]
-    assert choice["logprobs"]["top_logprobs"] == [{"I": -0.5, "\ufffd": -1.0}]
+    assert choice["logprobs"]["top_logprobs"] == [{"I": -0.5, "\ufffd": -1.0}] * 2
 
 
 def test_what_a_request_asks_of_the_sampler(client, backend):

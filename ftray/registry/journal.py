@@ -1,0 +1,112 @@
+"""What the journal's entries add up to: versions, aliases with their history, canaries, tags.
+
+An entry is a JSON object with a `type`:
+
+    publish   name, number
+    delete    name, number                        the number is never used again
+    alias     name, alias, number, previous, op   op: promote | rollback
+    canary    name, alias, number, percent, ...   percent 0 ends it, with a reason
+    tag       name, number, add, remove
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CanaryLimits:
+    """When an endpoint sends a canary's share back to the stable version by itself."""
+
+    max_error_rate: float = 0.05  # above that of the stable version
+    max_latency_ratio: float = 2.0  # of median times to the first token
+    min_requests: int = 20  # of the canary, before it is judged
+
+
+@dataclass(frozen=True)
+class Canary:
+    number: int
+    percent: float  # of the requests for the alias
+    limits: CanaryLimits
+    seq: int  # of the entry that made it so
+
+    def body(self) -> dict[str, Any]:
+        return {"number": self.number, "percent": self.percent, **asdict(self.limits)}
+
+
+@dataclass
+class Journal:
+    """What the journal says up to `last_seq`."""
+
+    last_seq: int = 0
+    versions: dict[str, list[int]] = field(default_factory=dict)
+    deleted: set[tuple[str, int]] = field(default_factory=set)
+    aliases: dict[tuple[str, str], int] = field(default_factory=dict)
+    canaries: dict[tuple[str, str], Canary] = field(default_factory=dict)
+    tags: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    _stacks: dict[tuple[str, str], list[int]] = field(default_factory=dict)  # what rollback goes back through
+
+    def apply(self, seq: int, entry: dict[str, Any]) -> None:
+        handle = HANDLERS.get(entry["type"])
+        if handle is not None:  # another type is a later ftray's: kept in the history, means nothing here
+            handle(self, seq, entry)
+        self.entries.append({"seq": seq, **entry})
+        self.last_seq = seq
+
+    def has(self, name: str, number: int) -> bool:
+        return number in self.versions.get(name, [])
+
+    def before(self, name: str, alias: str) -> int | None:
+        """The version that a rollback would go to."""
+        earlier = self._stacks.get((name, alias), [])[:-1]
+        return next((number for number in reversed(earlier) if self.has(name, number)), None)
+
+    def uses_of(self, name: str, number: int) -> list[str]:
+        """Aliases and canaries that stand on a version."""
+        aliases = [f"{name}@{a}" for (owner, a), n in self.aliases.items() if (owner, n) == (name, number)]
+        canaries = [
+            f"the canary of {name}@{a}"
+            for (owner, a), c in self.canaries.items()
+            if (owner, c.number) == (name, number)
+        ]
+        return sorted(aliases) + sorted(canaries)
+
+    def _publish(self, _: int, entry: dict[str, Any]) -> None:
+        self.versions.setdefault(entry["name"], []).append(entry["number"])
+
+    def _delete(self, _: int, entry: dict[str, Any]) -> None:
+        self.versions[entry["name"]].remove(entry["number"])
+        self.deleted.add((entry["name"], entry["number"]))
+
+    def _alias(self, _: int, entry: dict[str, Any]) -> None:
+        key, number = (entry["name"], entry["alias"]), entry["number"]
+        stack = self._stacks.setdefault(key, [])
+        if entry.get("op") == "rollback":
+            while stack and stack[-1] != number:
+                stack.pop()
+        elif not stack or stack[-1] != number:
+            stack.append(number)
+        self.aliases[key] = number
+        self.canaries.pop(key, None)  # it was to be compared with the version before
+
+    def _canary(self, seq: int, entry: dict[str, Any]) -> None:
+        key = entry["name"], entry["alias"]
+        if entry["percent"] == 0:
+            self.canaries.pop(key, None)
+        else:
+            limits = CanaryLimits(entry["max_error_rate"], entry["max_latency_ratio"], entry["min_requests"])
+            self.canaries[key] = Canary(entry["number"], entry["percent"], limits, seq)
+
+    def _tag(self, _: int, entry: dict[str, Any]) -> None:
+        key = entry["name"], entry["number"]
+        kept = [tag for tag in self.tags.get(key, []) if tag not in entry["remove"]]
+        self.tags[key] = sorted({*kept, *entry["add"]})
+
+
+HANDLERS = {
+    "publish": Journal._publish,
+    "delete": Journal._delete,
+    "alias": Journal._alias,
+    "canary": Journal._canary,
+    "tag": Journal._tag,
+}

@@ -1,0 +1,76 @@
+"""Who asks, and whether they may: an open endpoint, or one that wants keys."""
+
+import uuid
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastapi import HTTPException
+
+from ftray.serve.accounts import Tenant, Usage
+from ftray.serve.limits import Refusal
+
+ANYBODY = Tenant("")
+
+
+@dataclass(frozen=True)
+class Caller:
+    tenant: Tenant
+    request_id: str
+    key: str | None  # to whom a canary stays faithful: a session, or the tenant's own user
+
+
+class Ledger(Protocol):
+    """`limits.Gatekeeper`, wherever it lives."""
+
+    async def admit(self, key: str | None) -> Tenant | Refusal: ...
+
+    async def identify(self, key: str | None) -> Tenant | None: ...
+
+    async def record(self, usage: Usage) -> None: ...
+
+
+class Gate:
+    def __init__(self, ledger: Ledger | None):
+        """Without a ledger the endpoint is open, and nothing is counted."""
+        self.ledger = ledger
+
+    async def admit(self, headers: "Headers", *, user: str | None) -> Caller:
+        """Raises 401 or 429. `user`: as the request names it."""
+        tenant = ANYBODY
+        if self.ledger is not None:
+            admitted = await self.ledger.admit(bearer(headers))
+            if isinstance(admitted, Refusal):
+                retry = {} if admitted.retry_after_s is None else {"Retry-After": str(admitted.retry_after_s)}
+                raise HTTPException(admitted.status, admitted.message, headers=retry or None)
+            tenant = admitted
+        session = headers.get("x-session-id") or user
+        own = f"{tenant.name}/{session}" if session else tenant.name or None
+        return Caller(tenant, uuid.uuid4().hex, own)
+
+    async def tenant(self, headers: "Headers") -> Tenant:
+        """For what costs nothing: listing, looking. Raises 401."""
+        if self.ledger is None:
+            return ANYBODY
+        tenant = await self.ledger.identify(bearer(headers))
+        if tenant is None:
+            raise HTTPException(401, "this endpoint wants a valid API key: Authorization: Bearer ftray-...")
+        return tenant
+
+    async def require_admin(self, headers: "Headers") -> None:
+        """Raises 401 or 403. An open endpoint trusts whoever reaches it."""
+        tenant = await self.tenant(headers)
+        if self.ledger is not None and not tenant.is_admin:
+            raise HTTPException(403, f"{tenant.name}: only an admin's key may do this (`ftray tenants create --admin`)")
+
+    async def record(self, usage: Usage) -> None:
+        if self.ledger is not None:
+            await self.ledger.record(usage)
+
+
+class Headers(Protocol):
+    def get(self, name: str, /) -> str | None: ...
+
+
+def bearer(headers: Headers) -> str | None:
+    scheme, _, key = (headers.get("authorization") or "").partition(" ")
+    return key.strip() or None if scheme.lower() == "bearer" else None
