@@ -1,11 +1,13 @@
 """The ingress over a fake backend: canaries, replicas that die, deadlines, keys, limits, the ledger."""
 
+import threading
 import time
+import uuid
 
 import pytest
 from test_serve import EchoBackend, ask, backend, make_client, registry  # noqa: F401  fixtures
 
-from ftray.errors import ConflictError
+from ftray.errors import ConflictError, FtrayError, NotFoundError, UserError
 from ftray.registry import CanaryLimits, Registry
 from ftray.serve.accounts import Accounts, Tenant, Usage
 from ftray.serve.canary import CanaryWatch, is_chosen
@@ -33,9 +35,27 @@ class LocalLedger:
         self.keeper.record(usage)
 
 
-@pytest.fixture
-def accounts(tmp_path):
-    made = Accounts(str(tmp_path / "tenants.db"))
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory):
+    """A real server, on a socket of its own; its URL for a database of a given name."""
+    import pgserver
+
+    server = pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="stop")
+
+    def make(name: str) -> str:
+        server.psql(f"CREATE DATABASE {name};")
+        return server.get_uri(name)
+
+    yield make
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def accounts(request, tmp_path):
+    if request.param == "sqlite":
+        made = Accounts(str(tmp_path / "tenants.db"))
+    else:
+        made = Accounts(request.getfixturevalue("postgresql")(f"t{uuid.uuid4().hex[:12]}"))
     yield made
     made.close()
 
@@ -245,6 +265,41 @@ def test_a_record_that_comes_twice_counts_once(accounts):
     assert accounts.spent_tokens("acme") == 5
 
 
+def test_records_of_several_writers_all_count(accounts):
+    def write(writer: int) -> None:
+        own = Accounts(accounts.database)
+        for number in range(40):
+            own.record(Usage(f"{number // 2}-{writer % 2}", "acme", "support@1", 3, 1, 2, "whole", 1.0))
+        own.close()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (row,) = accounts.usage(tenant="acme", since=0.5, until=1.5)
+    assert (row["requests"], row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"]) == (40, 120, 40, 80)
+    assert accounts.usage(since=1.5) == []
+
+
+def test_what_cannot_be_is_refused(accounts, tmp_path):
+    accounts.create(Tenant("acme"))
+    with pytest.raises(ConflictError, match="there is such a tenant"):
+        accounts.create(Tenant("acme"))
+    with pytest.raises(UserError, match="a tenant's name is"):
+        accounts.create(Tenant("../x"))
+    with pytest.raises(UserError, match="requests_per_minute: -1 must be greater than 0"):
+        accounts.change("acme", {"requests_per_minute": -1})
+    with pytest.raises(NotFoundError, match="nobody: no such tenant; there are acme"):
+        accounts.rotate("nobody", grace_s=0)
+    with pytest.raises(UserError, match=r"tenants\.database"):
+        Accounts("nosuchkind://host/x")
+    with pytest.raises(
+        FtrayError, match=r"tenants\.database: postgresql://me:\*\*\*@127\.0\.0\.1:1/x cannot be opened"
+    ):
+        Accounts("postgresql://me:secret@127.0.0.1:1/x")
+
+
 def test_limits(accounts):
     now = 0.0
     keeper = Gatekeeper(accounts, clock=lambda: now)
@@ -295,8 +350,8 @@ def test_rotated_and_revoked_keys(accounts):
     assert accounts.keys("acme") == []
 
 
-def test_keys_are_nowhere_in_the_database(accounts, tmp_path):
-    key = accounts.create(Tenant("acme"))
+def test_keys_are_nowhere_in_the_database(tmp_path):
+    key = Accounts(str(tmp_path / "tenants.db")).create(Tenant("acme"))
     written = b"".join(path.read_bytes() for path in tmp_path.glob("tenants.db*"))
     assert b"acme" in written
     assert key.encode() not in written
