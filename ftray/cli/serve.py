@@ -18,11 +18,17 @@ def serve(
     detach: Annotated[
         bool, typer.Option("--detach", help="On a running cluster: leave the endpoint up when this command ends.")
     ] = False,
+    print_deploy: Annotated[
+        bool, typer.Option("--print-deploy", help="Print it for `serve deploy` or KubeRay's RayService, then stop.")
+    ] = False,
 ) -> None:
     """Serve a base model and every adapter of a registry over an OpenAI-compatible API, until Ctrl-C."""
     settings: ServeConfig = load_config(config, overrides or (), kind="serve")
-    from ftray.serve.app import check_endpoint
+    from ftray.serve.app import check_endpoint, deploy_schema
 
+    if print_deploy:
+        print(to_yaml(deploy_schema(settings)), end="")
+        return
     check_endpoint(settings)
     if dry_run:
         show_plan(settings)
@@ -38,6 +44,8 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
     from ftray.train.launch import start_ray
 
     print(f"starting {settings.base_model} on {settings.host}:{settings.port}", flush=True)
+    if settings.tenants.database is None and settings.host not in ("127.0.0.1", "localhost"):
+        print(f"warning: without tenants.database whoever reaches {settings.host} may use it", flush=True)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())

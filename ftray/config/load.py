@@ -154,9 +154,9 @@ def tag_of(model: type[BaseModel]) -> str | None:
     return typing.get_args(field.annotation)[0] if field is not None else None
 
 
-def to_yaml(config: BaseModel) -> str:
+def to_yaml(config: BaseModel | dict[str, Any]) -> str:
     stream = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
-    yaml.dump(json.loads(config.model_dump_json()), stream)
+    yaml.dump(config if isinstance(config, dict) else json.loads(config.model_dump_json()), stream)
     return stream.getvalue()

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 NAME_RULE = "lower-case letters, digits, '.', '_' and '-', starting with a letter or digit, at most 64"
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -31,7 +31,8 @@ def parse_bytes(value: Any) -> int:
 
 
 Name = Annotated[str, AfterValidator(check_name)]
-ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
+# Written as it is read, so that a dumped config can be loaded again.
+ByteSize = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(lambda size: f"{size}B", when_used="json")]
 Text = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

@@ -15,6 +15,7 @@ from ray import serve
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ServeDeploySchema
 
 from ftray.config import ServeConfig
 from ftray.config.serve import LimitsConfig
@@ -216,6 +217,31 @@ def build_app(config: ServeConfig) -> serve.Application:
             max_ongoing_requests=100_000,
         ).bind(config.tenants.database)
     return ingress.bind(config, engine.bind(config), ledger)
+
+
+def app_of(arguments: dict[str, Any]) -> serve.Application:
+    """What `serve deploy` and KubeRay's RayService import: `arguments` is a serve config."""
+    return build_app(ServeConfig.model_validate(arguments))
+
+
+def deploy_schema(config: ServeConfig) -> dict[str, Any]:
+    """The endpoint as `serve deploy` takes it (Ray's `ServeDeploySchema`)."""
+    schema = ServeDeploySchema.model_validate(
+        {
+            "proxy_location": "EveryNode",
+            "http_options": {"host": config.host, "port": config.port},
+            "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+            "applications": [
+                {
+                    "name": APP_NAME,
+                    "route_prefix": "/",
+                    "import_path": "ftray.serve.app:app_of",
+                    "args": with_absolute_paths(config).model_dump(mode="json", exclude_defaults=True),
+                }
+            ],
+        }
+    )
+    return schema.model_dump(mode="json", exclude_unset=True)
 
 
 def with_absolute_paths(config: ServeConfig) -> ServeConfig:

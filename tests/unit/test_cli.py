@@ -65,6 +65,71 @@ def test_mistakes_are_told_with_the_fix_and_exit_code_2(run, config, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_endpoint_as_a_serve_deployment(run, serve_config, tmp_path):
+    from ray.serve.schema import ServeDeploySchema
+    from ruamel.yaml import YAML
+
+    from ftray.config import ServeConfig
+
+    code, out, _ = run(
+        "serve", serve_config, "--print-deploy", "adapters.host_budget=3MiB", f"tenants.database={tmp_path}/t.db"
+    )
+    assert code == 0
+    schema = ServeDeploySchema.model_validate(YAML(typ="safe").load(out))
+    (application,) = schema.applications
+    assert application.import_path == "ftray.serve.app:app_of"
+    again = ServeConfig.model_validate(application.args)
+    assert again.adapters.host_budget == 3 * 2**20
+    assert again.tenants.database == f"{tmp_path}/t.db"
+
+
+def test_tenants_from_the_command_line(run, tmp_path):
+    database = ("--database", tmp_path / "t.db")
+    code, key, _ = run("tenants", "create", "acme", *database, "--adapters", "support", "--requests-per-minute", "60")
+    assert code == 0
+    assert key.startswith("ftray-")
+    assert len(key.splitlines()) == 1  # so that a script can take it
+    code, out, _ = run("tenants", "list", *database)
+    assert "acme: support; 60 requests/min" in out
+    assert f"key ...{key.strip()[-4:]} since" in out
+    assert key.strip() not in out
+    code, out, _ = run(
+        "tenants", "set", "acme", *database, "--adapters", "all", "--requests-per-minute", "0", "--priority", "2"
+    )
+    assert out.strip() == "acme: every adapter; priority 2"
+    assert run("tenants", "revoke", "acme", *database)[1].strip() == "acme: 1 key ended"
+    code, _, err = run("tenants", "revoke", "acme", *database)
+    assert (code, "no valid key" in err) == (2, True)
+    code, out, _ = run("usage", *database)
+    assert code == 0
+    assert "tenant" in out
+
+
+def test_rollout_from_the_command_line(run, adapters, tmp_path):
+    registry = Registry(f"{tmp_path}/registry")
+    for _ in range(3):
+        publish_adapter(registry, "support", adapters["r4"])
+    flag = ("--registry", registry.location)
+    run("adapters", "promote", "support@1", "prod", *flag)
+    assert run("adapters", "promote", "support@2", "prod", *flag, "--expected", "1")[0] == 0
+    code, _, err = run("adapters", "promote", "support@3", "prod", *flag, "--expected", "1")
+    assert (code, "stands at 2, expected 1" in err) == (1, True)
+    _, out, _ = run("adapters", "canary", "support@prod", "3=10%", *flag)
+    assert out.strip() == "support@3 gets 10% of the requests for support@prod"
+    code, _, err = run("adapters", "canary", "support@prod", "3:10", *flag)
+    assert (code, "VERSION=PERCENT%" in err) == (2, True)
+    run("adapters", "tag", "support@3", "reviewed", *flag)
+    _, out, _ = run("adapters", "list", *flag)
+    assert [line.split("  ")[-1] for line in out.splitlines()][1:] == ["prod", "10% of prod, #reviewed"]
+    assert run("adapters", "canary", "support@prod", "off", *flag)[0] == 0
+    _, out, _ = run("adapters", "rollback", "support@prod", *flag)
+    assert out.strip() == "support@prod is support@1 again (was support@2)"
+    code, _, err = run("adapters", "delete", "support", *flag, "--yes")
+    assert (code, "name the version itself (support@1)" in err) == (2, True)
+    assert run("adapters", "delete", "support@3", *flag, "--yes")[1].strip() == "support@3 is deleted"
+    assert run("adapters", "card", "support@1", *flag)[1].startswith("# support@1")
+
+
 def test_a_dry_run_shows_what_would_run_and_starts_nothing(run, config, tmp_path):
     code, out, _ = run("train", config, "--dry-run", "epochs=3", "max_steps=null", "batch.examples_per_step=8")
     assert code == 0
