@@ -48,11 +48,11 @@ def keys(accounts):
 
 
 @pytest.fixture(scope="module")
-def url(ray_session, registry, accounts, tiny_model):
+def config(registry, accounts, tiny_model):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = parse_config(
+    return parse_config(
         f"kind: serve\nbase_model: {tiny_model}\nserved_name: tiny\nport: {port}\n"
         "engine: {max_sequences: 16, context_tokens: 128, kv_cache_tokens: 4096}\n"
         f"adapters: {{registry: {registry.location}, preload: [support@prod]}}\n"
@@ -61,6 +61,10 @@ def url(ray_session, registry, accounts, tiny_model):
         kind="serve",
         source="test",
     )
+
+
+@pytest.fixture(scope="module")
+def url(ray_session, config):
     yield start_endpoint(config)
     stop_endpoint()
 
@@ -159,6 +163,29 @@ def test_a_replica_that_is_killed_loses_no_whole_answer(client, expected):
         texts = {task.result().choices[0].message.content for task in running}
     assert len(texts) == 1
     assert texts.pop().startswith(expected[0])
+
+
+def test_a_redeployment_under_load_fails_nothing(client, config, expected):
+    before = set(engine_replicas())
+    stop = threading.Event()
+    answers: list[str] = []
+
+    def load() -> None:
+        while not stop.is_set():
+            answers.append(ask(client, "support@1").choices[0].message.content)
+
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(load) for _ in range(4)]
+        try:
+            engine = config.engine.model_copy(update={"max_sequences": 8})
+            start_endpoint(config.model_copy(update={"engine": engine}))
+        finally:
+            stop.set()
+        for task in running:
+            task.result()
+    assert set(answers) == {expected[0]}
+    assert len(answers) > 10
+    assert not before & set(engine_replicas())
 
 
 def test_limits_and_allow_lists_over_http(url, keys):
