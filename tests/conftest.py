@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -50,6 +51,14 @@ def train_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def eval_file(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "eval.jsonl", chat_rows(10, seed=1))
+
+
+@pytest.fixture(scope="session")
+def serve_port() -> int:
+    """One for all endpoints of the Ray session: Serve goes on listening where it was first told to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

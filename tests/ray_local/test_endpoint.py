@@ -1,6 +1,5 @@
 """The endpoint on Ray Serve, through the official openai client."""
 
-import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -32,12 +31,9 @@ def registry(tmp_path_factory, adapters, tiny_model):
 
 
 @pytest.fixture(scope="module")
-def config(registry, tiny_model):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def config(registry, tiny_model, serve_port):
     text = (
-        f"kind: serve\nbase_model: {tiny_model}\nport: {port}\n"
+        f"kind: serve\nbase_model: {tiny_model}\nport: {serve_port}\n"
         "engine: {max_sequences: 32, context_tokens: 256, kv_cache_tokens: 8192, max_waiting: 100}\n"
         f"adapters: {{registry: {registry.location}, preload: [r4@prod], host_budget: 1MiB}}\n"
     )

@@ -1,7 +1,6 @@
 """The endpoint with two replicas and tenants: flips under load, canaries, a replica that dies, a ledger that agrees."""
 
 import json
-import socket
 import threading
 import time
 from collections import Counter
@@ -48,12 +47,9 @@ def keys(accounts):
 
 
 @pytest.fixture(scope="module")
-def config(registry, accounts, tiny_model):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def config(registry, accounts, tiny_model, serve_port):
     return parse_config(
-        f"kind: serve\nbase_model: {tiny_model}\nserved_name: tiny\nport: {port}\n"
+        f"kind: serve\nbase_model: {tiny_model}\nserved_name: tiny\nport: {serve_port}\n"
         "engine: {max_sequences: 16, context_tokens: 128, kv_cache_tokens: 4096}\n"
         f"adapters: {{registry: {registry.location}, preload: [support@prod]}}\n"
         "replicas: {min: 2, max: 2, cpus_each: 1}\n"
