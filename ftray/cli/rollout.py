@@ -112,7 +112,7 @@ def delete(
 
     store = Registry(registry)
     exact = store.resolve(reference)
-    if "@" not in reference or str(exact) != reference:
+    if str(exact) != reference:
         raise UserError(f"{reference}: name the version itself ({exact}) to delete it")
     if not yes and not typer.confirm(f"delete {exact} for good?"):
         raise typer.Abort

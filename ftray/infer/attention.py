@@ -66,6 +66,10 @@ class AttentionStep:
     whole: PackedLayout | None
     continued: tuple[Continuation, ...] = ()
 
+    def layer(self, index: int) -> Tensor | None:
+        """Of the cache: [P, PAGE_TOKENS, 2, K, D]."""
+        return self.cache.layers[index] if self.cache is not None else None
+
 
 def decode_context(
     pages: Sequence[Sequence[int]], lengths: Sequence[int], cache: KVCache, kernels: CpuKernels | None
@@ -94,16 +98,17 @@ def bias(hidden: Tensor, like: Tensor) -> Tensor:
 
 def keep(key_value_T2KD: Tensor, layer_index: int, step: AttentionStep) -> None:
     """Writes the new keys and values to the cache."""
-    if step.cache is not None:
+    layer = step.layer(layer_index)
+    if layer is not None:
         assert step.write_slots_T is not None
-        step.cache.layers[layer_index].flatten(0, 1).index_copy_(0, step.write_slots_T, key_value_T2KD)
+        layer.flatten(0, 1).index_copy_(0, step.write_slots_T, key_value_T2KD)
 
 
 def attend(
     query_THD: Tensor, key_value_T2KD: Tensor, layer_index: int, step: AttentionStep, *, scaling: float
 ) -> Tensor:
     """[T, H, D]. The new keys and values are in the cache already (`keep`)."""
-    layer = step.cache.layers[layer_index] if step.cache is not None else None
+    layer = step.layer(layer_index)
     parts: list[Tensor] = []
     at = 0
     if step.decode is not None:

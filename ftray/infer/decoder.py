@@ -94,7 +94,7 @@ class LlamaLayer:
             rotate_(heads_THD[:, : num_heads + num_kv_heads], cos_TD, sin_TD)
             keep(key_value_T2KD, self._index, step)
         else:
-            layer = step.cache.layers[self._index] if step.cache is not None else None
+            layer = step.layer(self._index)
             self._kernels.rotate_and_keep_(
                 heads_THD, cos_TD, sin_TD, num_kv_heads, layer=layer, slots=step.write_slots_T
             )

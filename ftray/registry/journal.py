@@ -9,7 +9,7 @@ An entry is a JSON object with a `type`:
     tag       name, number, add, remove
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -28,9 +28,6 @@ class Canary:
     percent: float  # of the requests for the alias
     limits: CanaryLimits
     seq: int  # of the entry that made it so
-
-    def body(self) -> dict[str, Any]:
-        return {"number": self.number, "percent": self.percent, **asdict(self.limits)}
 
 
 @dataclass

@@ -72,6 +72,12 @@ class RegistryReader:
             self._looked_at = time.monotonic()
         return self._journal
 
+    def _catch_up(self) -> Journal:
+        """To the journal's end, whatever the store answers."""
+        with self._refreshing:
+            self._read_on()
+        return self._journal
+
     def _read_on(self) -> None:
         while (content := self._objects.read(f"journal/{self._journal.last_seq + 1}.json")) is not None:
             self._journal.apply(self._journal.last_seq + 1, json.loads(content))
@@ -107,7 +113,7 @@ class RegistryReader:
             return self._resolve(wanted)
 
     def _resolve(self, wanted: Reference) -> Reference:
-        if wanted.number is not None and wanted.number in self._journal.versions.get(wanted.name, []):
+        if wanted.number is not None and self._journal.has(wanted.name, wanted.number):
             return wanted  # no look at the store: versions do not change
         numbers = self.versions(wanted.name)
         if not numbers:
@@ -120,9 +126,8 @@ class RegistryReader:
                 raise NotFoundError(f"{wanted}: no such alias; there are {have}; {fix}")
             return Reference(wanted.name, number=aliases[wanted.alias])
         if wanted.number not in numbers:
-            if (wanted.name, wanted.number) in self._journal.deleted:
-                raise NotFoundError(f"{wanted}: deleted; {wanted.name} has {', '.join(map(str, numbers))}")
-            raise NotFoundError(f"{wanted}: no such version; {wanted.name} has {', '.join(map(str, numbers))}")
+            what = "deleted" if (wanted.name, wanted.number) in self._journal.deleted else "no such version"
+            raise NotFoundError(f"{wanted}: {what}; {wanted.name} has {', '.join(map(str, numbers))}")
         return wanted
 
     def get(self, reference: str | Reference) -> AdapterVersion:
@@ -138,7 +143,7 @@ class RegistryReader:
 
     def directory(self, version: AdapterVersion) -> Path:
         """A verified local directory with the files: in place for a local registry, else a cached download."""
-        prefix = f"{version_prefix(version.name, version.number)}/files"
+        prefix = files_prefix(version.name, version.number)
         if self._objects.local_root is not None:
             directory = self._objects.local_root / prefix
             verify_files(directory, version)
@@ -147,15 +152,15 @@ class RegistryReader:
         directory = Path(platformdirs.user_cache_dir("ftray")) / "adapters" / owner / version.name / str(version.number)
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.parent / f".{version.number}.lock"):  # other replicas of this host wait, and find it
-            if not directory.is_dir() or build_manifest(directory, metadata={}).files != version.manifest.files:
+            if not directory.is_dir() or not has_files(directory, version):
                 self._download(version, directory)
-        verify_files(directory, version)
+                verify_files(directory, version)
         return directory
 
     def _download(self, version: AdapterVersion, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)  # damaged, or of another registry that had this location
         for entry in version.manifest.files:
-            content = self._objects.read(f"{version_prefix(version.name, version.number)}/files/{entry.path}")
+            content = self._objects.read(f"{files_prefix(version.name, version.number)}/{entry.path}")
             if content is None:
                 raise FtrayError(f"{version}: {entry.path} is gone from {self.location}; publish again")
             write_bytes(directory / entry.path, content)
@@ -181,6 +186,14 @@ def version_prefix(name: str, number: int) -> str:
     return f"adapters/{name}/versions/{number}"
 
 
+def files_prefix(name: str, number: int) -> str:
+    return f"{version_prefix(name, number)}/files"
+
+
+def has_files(directory: Path, version: AdapterVersion) -> bool:
+    return build_manifest(directory, metadata={}).files == version.manifest.files
+
+
 def verify_files(directory: Path, version: AdapterVersion) -> None:
-    if build_manifest(directory, metadata={}).files != version.manifest.files:
+    if not has_files(directory, version):
         raise FtrayError(f"{version}: files in {directory} differ from their manifest; publish the adapter again")

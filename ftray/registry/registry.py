@@ -19,7 +19,7 @@ from typing import Any
 
 from ftray.errors import ConflictError, NotFoundError, UserError
 from ftray.registry.journal import Canary, CanaryLimits, Journal
-from ftray.registry.reader import AdapterVersion, RegistryReader, version_prefix
+from ftray.registry.reader import AdapterVersion, RegistryReader, files_prefix, version_prefix
 from ftray.registry.reference import Reference, check_alias, check_tag, parse_reference
 from ftray.storage import AlreadyExists, build_manifest
 from ftray.storage.manifest import MANIFEST
@@ -33,10 +33,9 @@ class Registry(RegistryReader):
             raise UserError(f"{name}: publish takes a name; the registry chooses the version number")
         manifest = build_manifest(directory, metadata={**metadata, "published_at": time.time()})
         number = self._claim(name)
-        prefix = version_prefix(name, number)
         for entry in manifest.files:
-            self._objects.write(f"{prefix}/files/{entry.path}", directory / entry.path)
-        self._objects.write(f"{prefix}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
+            self._objects.write(f"{files_prefix(name, number)}/{entry.path}", directory / entry.path)
+        self._objects.write(f"{version_prefix(name, number)}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
         self._append(lambda _: {"type": "publish", "name": name, "number": number})
         return AdapterVersion(name, number, manifest)
 
@@ -128,9 +127,9 @@ class Registry(RegistryReader):
             return {"type": "delete", "name": name, "number": number}
 
         self._append(remove)
-        prefix = version_prefix(name, number)
-        self._objects.delete(f"{prefix}/{MANIFEST}")  # first: from here on the version is not whole for anybody
-        for key in list(self._objects.keys(f"{prefix}/files")):
+        # The manifest first: from here on the version is not whole for anybody.
+        self._objects.delete(f"{version_prefix(name, number)}/{MANIFEST}")
+        for key in list(self._objects.keys(files_prefix(name, number))):
             self._objects.delete(key)
         return exact
 
@@ -149,16 +148,14 @@ class Registry(RegistryReader):
     def _append(self, make_entry: Callable[[Journal], dict[str, Any]]) -> None:
         """Appends to the journal; `make_entry` sees the journal as it stands just before the entry."""
         while True:
-            with self._refreshing:
-                self._read_on()
-            journal = self._journal
+            journal = self._catch_up()
+            seq = journal.last_seq + 1  # before the entry is made: another thread may read on meanwhile
             entry = {**make_entry(journal), "time": time.time()}
             try:
-                self._objects.create(f"journal/{journal.last_seq + 1}.json", json.dumps(entry).encode())
+                self._objects.create(f"journal/{seq}.json", json.dumps(entry).encode())
             except AlreadyExists:
                 continue
-            with self._refreshing:
-                self._read_on()
+            self._catch_up()
             return
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.event import listen
-from sqlalchemy.exc import DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ftray.config.schema import NAME_PATTERN, NAME_RULE
 from ftray.errors import ConflictError, FtrayError, NotFoundError, UserError
@@ -96,7 +96,7 @@ class Accounts:
         self.database = database
         try:
             self._engine = sql.create_engine(database_url(database), pool_pre_ping=True)
-        except (SQLAlchemyError, ImportError, NoSuchModuleError) as error:
+        except (SQLAlchemyError, ImportError) as error:
             raise UserError(f"tenants.database: {without_password(database)}: {error}") from None
         if self._engine.dialect.name == "sqlite":
             listen(self._engine, "connect", prepare_sqlite)
@@ -108,12 +108,10 @@ class Accounts:
     def create(self, tenant: Tenant) -> str:
         """Returns its first key, which is told only now."""
         check_tenant(tenant)
-        row = {**vars(tenant), "created_at": time.time()}
-        row["adapters"] = list(tenant.adapters) if tenant.adapters is not None else sql.null()
         with self._changing() as connection:
             if connection.execute(sql.select(TENANTS.c.name).where(TENANTS.c.name == tenant.name)).first():
                 raise ConflictError(f"{tenant.name}: there is such a tenant; `ftray tenants set` changes it")
-            connection.execute(TENANTS.insert().values(row))
+            connection.execute(TENANTS.insert().values(row_of(tenant) | {"created_at": time.time()}))
             return add_key(connection, tenant.name)
 
     def change(self, name: str, changes: Mapping[str, Any]) -> Tenant:
@@ -121,9 +119,7 @@ class Accounts:
             tenant = read_tenant(connection, name)
             changed = Tenant(**{**vars(tenant), **changes})
             check_tenant(changed)
-            row = {**vars(changed)}
-            row["adapters"] = list(changed.adapters) if changed.adapters is not None else sql.null()
-            connection.execute(TENANTS.update().where(TENANTS.c.name == name).values(row))
+            connection.execute(TENANTS.update().where(TENANTS.c.name == name).values(row_of(changed)))
         return changed
 
     def rotate(self, name: str, *, grace_s: float) -> str:
@@ -260,6 +256,10 @@ def read_tenant(connection: sql.Connection, name: str) -> Tenant:
         names = ", ".join(row[0] for row in connection.execute(sql.select(TENANTS.c.name)))
         raise NotFoundError(f"{name}: no such tenant; there are {names or 'none'}")
     return tenant_of(row)
+
+
+def row_of(tenant: Tenant) -> dict[str, Any]:
+    return vars(tenant) | {"adapters": list(tenant.adapters) if tenant.adapters is not None else sql.null()}
 
 
 def tenant_of(row: Any) -> Tenant:

@@ -1,18 +1,15 @@
 """The Ray Serve application: one ingress deployment over engine replicas. Ray is here and nowhere else in `serve/`."""
 
-import asyncio
 import contextlib
 import errno
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator
 from typing import Any
 
 import fastapi
 import ray
 from ray import serve
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeDeploySchema
@@ -23,91 +20,20 @@ from ftray.errors import FtrayError, UserError
 from ftray.infer.engines import check_engine
 from ftray.model.base import check_base_name, prepare_base
 from ftray.registry import Registry
-from ftray.serve.accounts import Accounts, Tenant, Usage
+from ftray.serve.accounts import Accounts
 from ftray.serve.gate import Gate
-from ftray.serve.ingress import MAX_TRIES, Ingress, make_api
-from ftray.serve.limits import Gatekeeper, Refusal
+from ftray.serve.ingress import Ingress, make_api
+from ftray.serve.limits import Gatekeeper
 from ftray.serve.models import ModelNames
-from ftray.serve.replica import EngineReplica, Event, GenerateJob
+from ftray.serve.remote import RemoteLedger, ReplicaBackend
+from ftray.serve.replica import EngineReplica
 from ftray.serve.schemas import AdapterRequest, ChatRequest, CompletionRequest
 
 APP_NAME = "ftray"
 # Above the engine's own queue, so that the engine, which knows its load, is the one that answers 429.
 SPARE_REQUESTS = 64
 STATS_PERIOD_S = 1.0
-WARM_TIMEOUT_S = 100.0
-LEDGER_RETRIES_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
-
-log = logging.getLogger("ftray.serve")
-
-
-class ReplicaBackend:
-    """The replicas behind a Ray Serve handle."""
-
-    def __init__(self, handle: DeploymentHandle):
-        self._handle = handle
-        self._streaming: Any = handle.options(stream=True)
-
-    async def stream(self, job: GenerateJob) -> AsyncIterator[Event]:
-        """A replica that dies before it said anything is replaced by another; later that is an error event."""
-        for _ in range(MAX_TRIES):
-            response = self._streaming.generate.remote(job)
-            begun = False
-            try:
-                async for event in response:
-                    begun = True
-                    yield event
-                return
-            except (RayActorError, ActorUnavailableError) as error:
-                log.warning("a replica died: %s", type(error).__name__)
-                if begun:
-                    died = {"error": "the replica that wrote this answer died; ask again", "status": 502}
-                    yield died | {"replica_died": True}
-                    return
-            except RayTaskError as error:
-                log.error("a replica failed: %s", error)
-                yield {"error": "the replica failed; see its log", "status": 500}
-                return
-            finally:
-                response.cancel()  # of one that nobody reads to its end; else it does nothing
-        yield {"error": "no replica is alive; try again", "status": 503}
-
-    async def warm(self, adapter: str) -> int:
-        problems = await self._on_all("warm", adapter)
-        for problem in filter(None, problems):
-            raise FtrayError(problem)
-        return len(problems)
-
-    async def in_use(self, adapter: str) -> int:
-        return sum(await self._on_all("in_use", adapter))
-
-    async def _on_all(self, method: str, adapter: str) -> list[Any]:
-        return await self._handle.broadcast(method, adapter).results_async(timeout_s=WARM_TIMEOUT_S)
-
-
-class RemoteLedger:
-    """The gatekeeper in its actor. One that restarts is waited for; a record may come twice, it has an id."""
-
-    def __init__(self, handle: DeploymentHandle):
-        self._handle: Any = handle
-
-    async def admit(self, key: str | None) -> Tenant | Refusal:
-        return await self._call("admit", key)
-
-    async def identify(self, key: str | None) -> Tenant | None:
-        return await self._call("identify", key)
-
-    async def record(self, usage: Usage) -> None:
-        await self._call("record", usage)
-
-    async def _call(self, method: str, argument: Any) -> Any:
-        for wait_s in LEDGER_RETRIES_S:
-            try:
-                return await getattr(self._handle, method).remote(argument)
-            except (RayActorError, ActorUnavailableError) as error:
-                log.warning("the ledger does not answer (%s)", type(error).__name__)
-                await asyncio.sleep(wait_s)
-        return await getattr(self._handle, method).remote(argument)
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
 class LedgerDeployment(Gatekeeper):
@@ -230,7 +156,7 @@ def deploy_schema(config: ServeConfig) -> dict[str, Any]:
         {
             "proxy_location": "EveryNode",
             "http_options": {"host": config.host, "port": config.port},
-            "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+            "logging_config": LOGGING,
             "applications": [
                 {
                     "name": APP_NAME,
@@ -246,13 +172,13 @@ def deploy_schema(config: ServeConfig) -> dict[str, Any]:
 
 def with_absolute_paths(config: ServeConfig) -> ServeConfig:
     """Replicas have other working directories than the driver. The name that is served stays as it was written."""
-    location = config.adapters.registry
-    registry = location if "://" in location else os.path.abspath(location)
+
+    def absolute(location: str) -> str:
+        return location if "://" in location else os.path.abspath(location)
+
     base = os.path.abspath(config.base_model) if os.path.exists(config.base_model) else config.base_model
-    adapters = config.adapters.model_copy(update={"registry": registry})
-    database = config.tenants.database
-    if database is not None and "://" not in database:
-        database = os.path.abspath(database)
+    adapters = config.adapters.model_copy(update={"registry": absolute(config.adapters.registry)})
+    database = None if config.tenants.database is None else absolute(config.tenants.database)
     return config.model_copy(
         update={
             "adapters": adapters,
@@ -295,7 +221,7 @@ def start_endpoint(config: ServeConfig) -> str:
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options=HTTPOptions(host=config.host, port=config.port),
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
+        logging_config=LOGGING,
     )
     try:
         serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config={"log_level": "WARNING"})

@@ -7,7 +7,7 @@ from typing import Protocol
 from fastapi import HTTPException
 
 from ftray.serve.accounts import Tenant, Usage
-from ftray.serve.limits import Refusal
+from ftray.serve.limits import WANTS_KEY, Refusal
 
 ANYBODY = Tenant("")
 
@@ -53,7 +53,7 @@ class Gate:
             return ANYBODY
         tenant = await self.ledger.identify(bearer(headers))
         if tenant is None:
-            raise HTTPException(401, "this endpoint wants a valid API key: Authorization: Bearer ftray-...")
+            raise HTTPException(401, WANTS_KEY)
         return tenant
 
     async def require_admin(self, headers: "Headers") -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -17,12 +16,10 @@ from ftray.errors import FtrayError, NotFoundError
 from ftray.serve.accounts import Usage
 from ftray.serve.body import BodyLimits
 from ftray.serve.gate import Caller, Gate, Headers
-from ftray.serve.models import ModelNames, ServedModel
+from ftray.serve.models import MayUse, ModelNames, ServedModel, everything
 from ftray.serve.replica import Event, GenerateJob
 from ftray.serve.schemas import ApiRequest, ChatRequest, CompletionRequest, error_body, usage_body
 from ftray.serve.shapes import ChatShape, CompletionShape, Shape, server_event
-
-log = logging.getLogger("ftray.serve")
 
 MAX_TRIES = 3
 # How often a replica tells of an answer that nobody watches: enough to know what was computed if it is cut short.
@@ -80,7 +77,6 @@ class Answer:
     completion_tokens: int = 0
     first_token_s: float | None = None
     is_whole: bool = False
-    is_settled: bool = False
 
     def start(self, event: Event) -> None:
         self.prompt_tokens = event["prompt_tokens"]
@@ -150,7 +146,7 @@ class Ingress:
         await self.gate.require_admin(headers)
         return {"model": adapter, "requests": await self.backend.in_use(adapter)}
 
-    async def _resolve(self, name: str, *, key: str | None = None, may_use: Any = None) -> ServedModel:
+    async def _resolve(self, name: str, *, key: str | None = None, may_use: MayUse = everything) -> ServedModel:
         try:
             return await asyncio.to_thread(self.names.resolve, name, key=key, may_use=may_use)
         except NotFoundError as error:
@@ -259,9 +255,6 @@ class Ingress:
 
     async def _settle(self, answer: Answer) -> None:
         """Tells the ledger and the canary's watch, also when the client has gone."""
-        if answer.is_settled:
-            return
-        answer.is_settled = True
         if answer.model.canary is not None:
             failed = answer.prompt_tokens > 0 and not answer.is_whole
             await asyncio.to_thread(self.names.note, answer.model, failed=failed, first_token_s=answer.first_token_s)

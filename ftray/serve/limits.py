@@ -11,6 +11,7 @@ from ftray.serve.accounts import Accounts, Tenant, Usage, digest
 KEY_MEMORY_S = 2.0  # how long a key is believed without a look at the database: a revoked one works at most so long
 MAX_KEYS_REMEMBERED = 10_000
 SPENT_MEMORY_S = 10.0
+WANTS_KEY = "this endpoint wants a valid API key: Authorization: Bearer ftray-..."
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class Gatekeeper:
         """A request of whoever holds this key: counted, or refused."""
         tenant = self.identify(key)
         if tenant is None:
-            return Refusal(401, "this endpoint wants a valid API key: Authorization: Bearer ftray-...")
+            return Refusal(401, WANTS_KEY)
         now, name = self._clock(), tenant.name
         if tenant.budget_tokens is not None and self._spent_by(name) >= tenant.budget_tokens:
             return Refusal(429, f"{name}: its budget of {tenant.budget_tokens:,} tokens is spent")
-        for what, amount, limit, buckets in (
-            ("requests", 1, tenant.requests_per_minute, self._requests),
-            ("tokens", 1, tenant.tokens_per_minute, self._tokens),
+        for what, limit, buckets in (
+            ("requests", tenant.requests_per_minute, self._requests),
+            ("tokens", tenant.tokens_per_minute, self._tokens),
         ):
             if limit is None:
                 buckets.pop(name, None)
@@ -68,7 +69,7 @@ class Gatekeeper:
             bucket = buckets.get(name)
             if bucket is None or bucket.per_minute != limit:
                 bucket = buckets[name] = Bucket(limit, now)
-            wait_s = bucket.wait_s(amount, now)
+            wait_s = bucket.wait_s(1, now)
             if wait_s > 0:
                 return Refusal(429, f"{name}: over its {limit:,} {what} a minute; try again", math.ceil(wait_s))
         if name in self._requests:

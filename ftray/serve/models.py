@@ -36,11 +36,11 @@ class ModelNames:
         self._started = int(time.time())
         self._watches: dict[str, CanaryWatch] = {}  # by alias
 
-    def resolve(self, name: str, *, key: str | None = None, may_use: MayUse | None = None) -> ServedModel:
+    def resolve(self, name: str, *, key: str | None = None, may_use: MayUse = everything) -> ServedModel:
         """An alias is looked up once, here; from then on the request is bound to one version. `key`: whose request it
         is, for canaries. What a caller may not use is unknown to it."""
-        model = self._resolve(name, key=key, may_use=may_use or everything)
-        if may_use is not None and not may_use(model.adapter):
+        model = self._resolve(name, key=key, may_use=may_use)
+        if not may_use(model.adapter):
             raise self._unknown(name, "no adapter of that name", may_use)
         return model
 
@@ -90,10 +90,10 @@ class ModelNames:
         hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names[:20])}"
         return NotFoundError(f"model {name!r} is not served here ({reason}); {hint}")
 
-    def names(self, may_use: MayUse | None = None) -> list[str]:
+    def names(self, may_use: MayUse = everything) -> list[str]:
         found = [self.base_model]
         for name in self.registry.names():
-            if may_use is not None and not may_use(name):
+            if not may_use(name):
                 continue
             aliases = self.registry.aliases(name)
             found += [name] if "prod" in aliases else []
@@ -101,7 +101,7 @@ class ModelNames:
             found += [f"{name}@{number}" for number in self.registry.versions(name)]
         return found
 
-    def listing(self, may_use: MayUse | None = None) -> dict:
+    def listing(self, may_use: MayUse = everything) -> dict:
         def entry(name: str) -> dict:
             parent = {} if name == self.base_model else {"parent": self.base_model}
             return {"id": name, "object": "model", "created": self._started, "owned_by": "ftray", **parent}

@@ -5,7 +5,7 @@ import time
 import uuid
 
 import pytest
-from test_serve import EchoBackend, ask, backend, make_client, registry  # noqa: F401  fixtures
+from fake_endpoint import ask, make_client
 
 from ftray.errors import ConflictError, FtrayError, NotFoundError, UserError
 from ftray.registry import CanaryLimits, Registry
@@ -61,17 +61,17 @@ def accounts(request, tmp_path):
 
 
 @pytest.fixture
-def names(registry):  # noqa: F811
+def names(registry):
     return ModelNames("base-model", registry)
 
 
 @pytest.fixture
-def open_client(names, backend):  # noqa: F811
+def open_client(names, backend):
     return make_client(Ingress(names, backend, Gate(None)))
 
 
 @pytest.fixture
-def closed_client(names, backend, accounts):  # noqa: F811
+def closed_client(names, backend, accounts):
     return make_client(Ingress(names, backend, Gate(LocalLedger(Gatekeeper(accounts)))))
 
 
@@ -82,7 +82,7 @@ def answered_by(client, count: int, **more) -> list[str]:
 # -- canaries ------------------------------------------------------------------------------------------------------
 
 
-def test_a_canary_gets_its_share_and_each_caller_the_same_version(open_client, registry):  # noqa: F811
+def test_a_canary_gets_its_share_and_each_caller_the_same_version(open_client, registry):
     registry.set_canary("support@3", "prod", 30, LIMITS)
     first = answered_by(open_client, 200)
     assert first == answered_by(open_client, 200)
@@ -95,7 +95,7 @@ def test_a_canary_gets_its_share_and_each_caller_the_same_version(open_client, r
     assert registry.canaries("support") == {}
 
 
-def test_a_canary_that_cannot_be_loaded_harms_nobody_and_is_taken_back(open_client, registry, backend):  # noqa: F811
+def test_a_canary_that_cannot_be_loaded_harms_nobody_and_is_taken_back(open_client, registry, backend):
     registry.set_canary("support@3", "prod", 50, LIMITS)
     backend.broken = {"support@3"}
     assert set(answered_by(open_client, 60)) == {"support@2"}  # every request is answered all the same
@@ -105,7 +105,7 @@ def test_a_canary_that_cannot_be_loaded_harms_nobody_and_is_taken_back(open_clie
     assert "100% of 10 answers failed, against 0%" in ended["reason"]
 
 
-def test_streams_of_a_broken_canary_go_to_the_stable_version(open_client, registry, backend):  # noqa: F811
+def test_streams_of_a_broken_canary_go_to_the_stable_version(open_client, registry, backend):
     registry.set_canary("support@3", "prod", 99.9, LIMITS)
     backend.broken = {"support@3"}
     response = ask(open_client, "support", user="x", stream=True)
@@ -114,7 +114,7 @@ def test_streams_of_a_broken_canary_go_to_the_stable_version(open_client, regist
     assert "support@3" not in response.text
 
 
-def test_a_slow_canary_is_taken_back_and_a_good_one_stays(registry):  # noqa: F811
+def test_a_slow_canary_is_taken_back_and_a_good_one_stays(registry):
     registry.set_canary("support@3", "prod", 50, LIMITS)
     canary = registry.canaries("support")["prod"]
     for seconds, verdict in ((0.25, "first token took 250 ms, against 100 ms"), (0.15, None)):
@@ -125,7 +125,7 @@ def test_a_slow_canary_is_taken_back_and_a_good_one_stays(registry):  # noqa: F8
         assert (verdict in watch.verdict()) if verdict else watch.verdict() is None
 
 
-def test_errors_that_the_stable_version_has_too_do_not_end_a_canary(registry):  # noqa: F811
+def test_errors_that_the_stable_version_has_too_do_not_end_a_canary(registry):
     registry.set_canary("support@3", "prod", 50, LIMITS)
     watch = CanaryWatch(registry.canaries("support")["prod"])
     for number in range(40):
@@ -133,7 +133,7 @@ def test_errors_that_the_stable_version_has_too_do_not_end_a_canary(registry):  
     assert watch.verdict() is None
 
 
-def test_two_ingresses_take_a_canary_back_once(registry):  # noqa: F811
+def test_two_ingresses_take_a_canary_back_once(registry):
     registry.set_canary("support@3", "prod", 50, LIMITS)
     canary = registry.canaries("support")["prod"]
     registry.end_canary("support", "prod", reason="slow", seq=canary.seq)
@@ -141,7 +141,7 @@ def test_two_ingresses_take_a_canary_back_once(registry):  # noqa: F811
         Registry(registry.location).end_canary("support", "prod", reason="slow", seq=canary.seq)
 
 
-def test_without_a_caller_the_choice_is_by_chance(registry):  # noqa: F811
+def test_without_a_caller_the_choice_is_by_chance(registry):
     registry.set_canary("support@3", "prod", 50, LIMITS)
     canary = registry.canaries("support")["prod"]
     chosen = [is_chosen(canary, alias="support@prod", key=None) for _ in range(400)]
@@ -151,7 +151,7 @@ def test_without_a_caller_the_choice_is_by_chance(registry):  # noqa: F811
 # -- faults and deadlines --------------------------------------------------------------------------------------------
 
 
-def test_a_replica_that_dies_is_tried_again_where_nothing_was_shown(open_client, backend):  # noqa: F811
+def test_a_replica_that_dies_is_tried_again_where_nothing_was_shown(open_client, backend):
     backend.deaths = 2
     assert ask(open_client, "support").json()["usage"]["completion_tokens"] == 2
     assert len(backend.jobs) == 3
@@ -161,7 +161,7 @@ def test_a_replica_that_dies_is_tried_again_where_nothing_was_shown(open_client,
     assert "died" in response.json()["error"]["message"]
 
 
-def test_a_replica_that_dies_in_a_stream_is_a_clean_error_event(open_client, backend):  # noqa: F811
+def test_a_replica_that_dies_in_a_stream_is_a_clean_error_event(open_client, backend):
     backend.deaths = 1
     lines = [line for line in ask(open_client, "support", stream=True).text.splitlines() if line]
     assert '"I am "' in lines[0]
@@ -169,7 +169,7 @@ def test_a_replica_that_dies_in_a_stream_is_a_clean_error_event(open_client, bac
     assert "[DONE]" not in "".join(lines)
 
 
-def test_deadlines(open_client, backend):  # noqa: F811
+def test_deadlines(open_client, backend):
     backend.pause_s = 5
 
     def post(**more):
@@ -186,7 +186,7 @@ def test_deadlines(open_client, backend):  # noqa: F811
     assert bad.status_code == 400
 
 
-def test_bodies_that_are_too_large_or_too_slow_are_refused(names, backend):  # noqa: F811
+def test_bodies_that_are_too_large_or_too_slow_are_refused(names, backend):
     client = make_client(Ingress(names, backend, Gate(None)), body_bytes="1000B", body_timeout_s=0.2)
     assert ask(client, "support").status_code == 200
     assert ask(client, "support", user="x" * 2000).status_code == 413
@@ -213,7 +213,7 @@ def as_tenant(client, key: str | None, model: str, **more):
     return client.post("/v1/chat/completions", json=body, headers=headers)
 
 
-def test_no_key_and_wrong_keys_are_refused(closed_client, accounts, backend):  # noqa: F811
+def test_no_key_and_wrong_keys_are_refused(closed_client, accounts, backend):
     key = accounts.create(Tenant("acme"))
     assert as_tenant(closed_client, key, "support").status_code == 200
     for wrong in (None, "nonsense", key[:-1], key + "x", key.upper()):
@@ -224,7 +224,7 @@ def test_no_key_and_wrong_keys_are_refused(closed_client, accounts, backend):  #
     assert len(backend.jobs) == 1
 
 
-def test_a_tenant_sees_and_uses_its_own_adapters_only(closed_client, accounts, registry, tmp_path):  # noqa: F811
+def test_a_tenant_sees_and_uses_its_own_adapters_only(closed_client, accounts, registry, tmp_path):
     registry.publish("legal", tmp_path / "adapter", metadata={})
     registry.promote("legal@1", "prod")
     key = accounts.create(Tenant("acme", adapters=("support",)))
@@ -240,7 +240,7 @@ def test_a_tenant_sees_and_uses_its_own_adapters_only(closed_client, accounts, r
     assert {entry["id"].partition("@")[0] for entry in listed} == {"base-model", "support"}
 
 
-def test_usage_is_what_was_answered(closed_client, accounts, backend):  # noqa: F811
+def test_usage_is_what_was_answered(closed_client, accounts, backend):
     key, other = accounts.create(Tenant("acme")), accounts.create(Tenant("bolt"))
     for i in range(6):
         as_tenant(closed_client, key, "support", stream=i % 2 == 0)

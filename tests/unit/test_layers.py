@@ -35,6 +35,7 @@ AT_HOME = {
     "train/ray_trainer.py": {"ray"},
     "train/preflight.py": {"ray"},
     "serve/app.py": {"ray"},
+    "serve/remote.py": {"ray"},
     "serve/routing.py": {"ray"},
 }
 TOP = {"cluster", "cli", "pipeline", "quickstart"}  # may import everything

@@ -2,112 +2,27 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-import fastapi
 import pytest
-from fastapi.testclient import TestClient
+from fake_endpoint import ask, make_client
 
-from ftray.config.serve import LimitsConfig
 from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.protocol import EngineStats, Request, TokenEvent
 from ftray.registry import Registry
 from ftray.serve.gate import Gate
-from ftray.serve.ingress import Ingress, make_api
+from ftray.serve.ingress import Ingress
 from ftray.serve.models import ModelNames
 from ftray.serve.prefetch import Prefetcher
-from ftray.serve.replica import GenerateJob, check_base
+from ftray.serve.replica import check_base
 from ftray.serve.residency import AdapterResidency
 from ftray.serve.runner import EngineRunner
-from ftray.serve.schemas import ChatRequest, CompletionRequest
 from ftray.serve.traffic import Traffic
-
-
-def answer(text: str, reason: str | None) -> dict:
-    told = [
-        {"token": "I", "logprob": -0.5, "top": [{"token": "I", "logprob": -0.5}, {"token": "\ufffd", "logprob": -1.0}]}
-    ]
-    return {"text": text, "finish_reason": reason, "logprobs": told}
-
-
-DIED = {"error": "the replica died", "status": 502, "replica_died": True}
-
-
-class EchoBackend:
-    """Answers with the model it was asked for; remembers the jobs."""
-
-    def __init__(self):
-        self.jobs: list[GenerateJob] = []
-        self.error: dict | None = None
-        self.broken: set[str | None] = set()  # adapters that cannot be loaded
-        self.deaths = 0  # of replicas, each after its first token
-        self.pause_s = 0.0  # between two tokens
-
-    async def stream(self, job: GenerateJob) -> AsyncIterator[dict]:
-        self.jobs.append(job)
-        if self.error:
-            yield self.error
-            return
-        if job.adapter in self.broken:
-            yield {"error": "truncated file", "status": 400, "adapter_failed": True}
-            return
-        yield {"prompt_tokens": 3}
-        for index in range(job.sampling.n):
-            head = {"index": index, "cached_tokens": 0, "num_tokens": 1}
-            yield head | answer("I am ", None)
-            await asyncio.sleep(self.pause_s)
-            if self.deaths:
-                self.deaths -= 1
-                yield DIED
-                return
-            yield head | answer(str(job.adapter), "stop")
-
-
-@pytest.fixture
-def backend():
-    return EchoBackend()
-
-
-@pytest.fixture
-def registry(tmp_path):
-    directory = tmp_path / "adapter"
-    directory.mkdir()
-    (directory / "adapter_config.json").write_text("{}")
-    registry = Registry(str(tmp_path / "registry"))
-    for _ in range(3):
-        registry.publish("support", directory, metadata={})
-    registry.promote("support@2", "prod")
-    registry.promote("support@3", "canary")
-    return registry
 
 
 @pytest.fixture
 def client(registry, backend):
     return make_client(Ingress(ModelNames("base-model", registry), backend, Gate(None)))
-
-
-def make_client(ingress: Ingress, **limits) -> TestClient:
-    api = make_api(LimitsConfig(**limits))
-
-    async def chat(request: ChatRequest, http: fastapi.Request):
-        return await ingress.chat(request, http.headers)
-
-    async def completion(request: CompletionRequest, http: fastapi.Request):
-        return await ingress.completion(request, http.headers)
-
-    async def models(http: fastapi.Request):
-        return await ingress.models(http.headers)
-
-    api.post("/v1/chat/completions")(chat)
-    api.post("/v1/completions")(completion)
-    api.get("/v1/models")(models)
-    return TestClient(api)
-
-
-def ask(client, model, **more):
-    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], **more}
-    return client.post("/v1/chat/completions", json=body)
 
 
 @pytest.mark.parametrize(
