@@ -14,7 +14,8 @@ from ftray.errors import UserError
 from ftray.evaluate.endpoint import evaluate_endpoint
 from ftray.evaluate.offline import evaluate_offline
 from ftray.evaluate.task import Evaluation, answer_tokens, load_questions
-from ftray.infer.torch_engine import TorchEngine, load_adapter
+from ftray.infer.engines import load_adapter
+from ftray.infer.torch_engine import TorchEngine
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware

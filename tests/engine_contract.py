@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ftray.errors import AdapterError, UserError
+from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request, Sampling, Structure
-from ftray.infer.torch_engine import load_adapter
 
 # Mixed batches change the rounding of a matmul: where the top two logits are nearer than this, either may win.
 NEAR_TIE = 1e-4
@@ -112,6 +112,20 @@ class EngineContract:
         for row, event in zip(want, events, strict=True):
             assert event.logprobs.chosen == pytest.approx(float(row[event.token_id]), abs=1e-3)
             assert [value for _, value in event.logprobs.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
+
+    def test_prompt_logprobs_are_the_models(self, loaded, prompts, adapters, reference):
+        """Also where the prompt is in the cache already, is computed in pieces, and others run beside it."""
+        name = next(iter(adapters))
+        company = [Request(f"{i}", prompt, greedy(), name) for i, prompt in enumerate(prompts)]
+        asked = Request("a", prompts[-1], greedy(max_tokens=2, prompt_logprobs=2), name)
+        run(loaded, [Request("before", prompts[-1], greedy(), name)])
+        first, second = run(loaded, [*company, asked])[("a", 0)]
+        want = reference.log_probs(name, list(prompts[-1]))[:-1]
+        assert len(first.prompt_logprobs) == len(want)
+        assert second.prompt_logprobs is None
+        for row, token, told in zip(want, prompts[-1][1:], first.prompt_logprobs, strict=True):
+            assert told.chosen == pytest.approx(float(row[token]), abs=1e-3)
+            assert [value for _, value in told.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-3)
 
     def test_a_seed_gives_the_same_answers_in_any_company(self, loaded, prompts, adapters):
         name = next(iter(adapters))

@@ -3,13 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-import fastapi
 from fastapi.testclient import TestClient
 
 from ftray.config.serve import LimitsConfig
-from ftray.serve.ingress import Ingress, make_api
-from ftray.serve.replica import GenerateJob
-from ftray.serve.schemas import ChatRequest, CompletionRequest
+from ftray.serve.api import make_api
+from ftray.serve.ingress import Ingress
+from ftray.serve.job import GenerateJob
 
 
 def answer(text: str, reason: str | None) -> dict:
@@ -40,9 +39,9 @@ class EchoBackend:
         if job.adapter in self.broken:
             yield {"error": "truncated file", "status": 400, "adapter_failed": True}
             return
-        yield {"prompt_tokens": 3}
-        for index in range(job.sampling.n):
-            head = {"index": index, "cached_tokens": 0, "num_tokens": 1}
+        yield {"prompt_tokens": 3 * len(job.prompts), "adapter_s": 0.25, "queue_s": 0.5}
+        for index in range(job.num_answers):
+            head = {"index": index, "is_first_answer": index % job.sampling.n == 0, "cached_tokens": 0, "num_tokens": 1}
             yield head | answer("I am ", None)
             await asyncio.sleep(self.pause_s)
             if self.deaths:
@@ -52,22 +51,8 @@ class EchoBackend:
             yield head | answer(str(job.adapter), "stop")
 
 
-def make_client(ingress: Ingress, **limits) -> TestClient:
-    api = make_api(LimitsConfig(**limits))
-
-    async def chat(request: ChatRequest, http: fastapi.Request):
-        return await ingress.chat(request, http.headers)
-
-    async def completion(request: CompletionRequest, http: fastapi.Request):
-        return await ingress.completion(request, http.headers)
-
-    async def models(http: fastapi.Request):
-        return await ingress.models(http.headers)
-
-    api.post("/v1/chat/completions")(chat)
-    api.post("/v1/completions")(completion)
-    api.get("/v1/models")(models)
-    return TestClient(api)
+def make_client(ingress: Ingress, *, watchers=(), **limits) -> TestClient:
+    return TestClient(make_api(ingress, LimitsConfig(**limits), watchers=watchers))
 
 
 def ask(client, model, **more):

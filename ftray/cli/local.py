@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
-from ftray.infer.torch_engine import TorchEngine, load_adapter
+from ftray.infer.engines import load_adapter
+from ftray.infer.torch_engine import TorchEngine
 from ftray.model.base import context_limit, prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry

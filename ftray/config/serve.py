@@ -60,6 +60,11 @@ class LimitsConfig(Strict):
     body_timeout_s: PositiveFloat = 30  # a client that sends its request more slowly is refused (408)
 
 
+class TelemetryConfig(Strict):
+    access_log: Text | None = None  # a directory for one JSON line per request; None: Ray's log directory of the node
+    otlp_endpoint: Text | None = None  # an OpenTelemetry collector (http://host:4318) that gets a span per request
+
+
 class ServeConfig(Strict):
     kind: Literal["serve"]
     base_model: Text
@@ -71,6 +76,7 @@ class ServeConfig(Strict):
     replicas: ReplicasConfig = ReplicasConfig()
     tenants: TenantsConfig = TenantsConfig()
     limits: LimitsConfig = LimitsConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @model_validator(mode="after")
     def shared_by_gpus(self):

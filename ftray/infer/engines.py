@@ -1,10 +1,12 @@
-"""The engine that a config names."""
+"""The engine that a config names, and what can be done with any engine in one thread."""
 
 import importlib.util
+from pathlib import Path
+from typing import Any
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import UserError
-from ftray.infer.protocol import Engine
+from ftray.infer.protocol import Engine, Request
 from ftray.model.base import BaseModel
 from ftray.model.hardware import Hardware
 
@@ -24,3 +26,20 @@ def make_engine(base: BaseModel, hardware: Hardware, config: EngineConfig, adapt
     from ftray.infer.torch_engine import TorchEngine
 
     return TorchEngine(base, hardware, config, adapters)
+
+
+def load_adapter(engine: Any, key: str, directory: Path) -> None:
+    """Reads, checks and loads in this thread."""
+    engine.load_adapter(engine.prepare_adapter(key, directory))
+
+
+def generate(engine: Any, requests: list[Request]) -> dict[str, str]:
+    """Runs requests to their end, in this thread; returns {request id: text} (of the first answer)."""
+    for request in requests:
+        engine.add(request)
+    texts = {request.id: "" for request in requests}
+    while engine.has_work:
+        for event in engine.step():
+            if event.index == 0:
+                texts[event.request_id] += event.text
+    return texts

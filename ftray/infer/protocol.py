@@ -35,6 +35,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False  # go on to max_tokens
     logprobs: int | None = None  # how many of the likeliest tokens are told beside the chosen one
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens, with the first event of each answer
     structure: Structure | None = None
 
 
@@ -73,6 +74,8 @@ class TokenEvent:
     index: int = 0  # which of the n answers
     num_cached_prompt_tokens: int = 0  # taken from the cache instead of computed
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # of every prompt token but the first
+    queued_s: float = 0.0  # the request waited so long before it first ran
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ in, as `fair_queue.py` orders them. When the cache is full the newest sequence g
 front of its flow; its tokens are computed again later, or found in the cache.
 """
 
+import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ftray.infer.fair_queue import FairQueue
 from ftray.infer.kv_cache import PAGE_TOKENS, PagePool, page_name, pages_for
-from ftray.infer.protocol import Request
+from ftray.infer.protocol import Request, TokenLogprobs
 from ftray.infer.sampler import TokenSampler
 from ftray.infer.text import TextStream
 
@@ -34,6 +35,9 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)  # of its full pages
     num_found: int | None = None  # prompt tokens found in the cache when it first ran
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # so far, where they are asked for
+    added_at: float = field(default_factory=time.monotonic)
+    queued_s: float = 0.0  # until it first ran
     passed_over_since: int | None = None  # the step in which others first went before it
     siblings: list["Sequence"] = field(default_factory=list)  # wait until the prompt's pages are there to share
 
@@ -48,6 +52,11 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         return len(self.tokens) - self.num_cached
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        wanted = self.request.sampling.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < self.num_prompt - 1
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,7 @@ class Scheduler:
                 sequence.num_cached = len(found) * PAGE_TOKENS
                 if sequence.num_found is None:
                     sequence.num_found = sequence.num_cached
+                    sequence.queued_s = time.monotonic() - sequence.added_at
                 self.running.append(self.waiting.start(flow))
                 return sequence
             if sequence.passed_over_since is None:
@@ -174,6 +184,8 @@ class Scheduler:
         """Pages in the cache that hold the sequence's beginning. At least its last token is computed anew: its logits
         are wanted."""
         found: list[int] = []
+        if sequence.wants_prompt_logprobs:  # which the cache does not hold
+            return found
         while (len(found) + 1) * PAGE_TOKENS < len(sequence.tokens):
             if len(sequence.names) == len(found):
                 self._name_next(sequence)

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from ftray.infer.checks import check_request
 from ftray.infer.decoder import make_stack
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.infer.protocol import EngineStats, FinishReason, Request, TokenEvent, TokenLogprobs
-from ftray.infer.sampler import TokenSampler, sample
+from ftray.infer.sampler import TokenSampler, sample, told
 from ftray.infer.scheduler import Piece, Scheduler, Sequence
 from ftray.infer.structure import GrammarMatcher, Grammars
 from ftray.infer.text import TextStream
@@ -82,6 +81,8 @@ class TorchEngine:
         answers = range(request.sampling.n)
         first, *others = [self._sequence(request, index, max_tokens, matcher) for index in answers]
         first.siblings = others
+        for other in others:  # the first one computes the prompt
+            other.prompt_logprobs = first.prompt_logprobs
         self._sequences[request.id] = [first, *others]
         self._scheduler.add(first)
 
@@ -158,9 +159,26 @@ class TorchEngine:
         )
         counts = [(p.sequence.request.adapter, p.num_tokens) for p in pieces]
         hidden_TE = self._hidden(torch.tensor(ids), torch.tensor(positions), counts, step)
+        self._tell_prompts(pieces, hidden_TE)
         ends = itertools.accumulate(p.num_tokens for p in pieces)
         last = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.is_last]
         return self._head(hidden_TE.index_select(0, torch.tensor(last, dtype=torch.long).to(device)))
+
+    def _tell_prompts(self, pieces: list[Piece], hidden_TE: Tensor) -> None:
+        """The log-probabilities of prompt tokens, where they are asked for. Each is known at the token before."""
+        row = 0
+        for piece in pieces:
+            sequence = piece.sequence
+            if sequence.wants_prompt_logprobs:
+                # Some may be told already: the sequence was pushed back and runs again.
+                start, wanted = sequence.num_cached, sequence.request.sampling.prompt_logprobs or 0
+                first = max(start, len(sequence.prompt_logprobs))
+                end = min(start + piece.num_tokens, sequence.num_prompt - 1)
+                if first < end:
+                    logits = self._head(hidden_TE[row + first - start : row + end - start]).float().cpu().nan_to_num()
+                    following = sequence.tokens[first + 1 : end + 1]
+                    sequence.prompt_logprobs += map(told, logits, following, [wanted] * len(following))
+            row += piece.num_tokens
 
     def _hidden(
         self, ids_T: Tensor, positions_T: Tensor, counts: Many[tuple[str | None, int]], step: AttentionStep
@@ -171,6 +189,7 @@ class TorchEngine:
 
     def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenEvent:
         is_first = sequence.num_generated == 0
+        wants_prompt = sequence.request.sampling.prompt_logprobs is not None
         sequence.tokens.append(token)
         if is_first:
             self._prompt_tokens += sequence.num_prompt
@@ -199,6 +218,8 @@ class TorchEngine:
             index=sequence.index,
             num_cached_prompt_tokens=sequence.num_found or 0,
             logprobs=logprobs,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and wants_prompt else None,
+            queued_s=sequence.queued_s,
         )
 
     def _finish(self, sequence: Sequence) -> None:
@@ -268,20 +289,3 @@ class TorchEngine:
             adapters_on_device=slots.keys,
             device_adapter_bytes=slots.used_bytes,
         )
-
-
-def load_adapter(engine: Any, key: str, directory: Path) -> None:
-    """Reads, checks and loads in this thread."""
-    engine.load_adapter(engine.prepare_adapter(key, directory))
-
-
-def generate(engine: Any, requests: list[Request]) -> dict[str, str]:
-    """Runs requests to their end, in this thread; returns {request id: text} (of the first answer)."""
-    for request in requests:
-        engine.add(request)
-    texts = {request.id: "" for request in requests}
-    while engine.has_work:
-        for event in engine.step():
-            if event.index == 0:
-                texts[event.request_id] += event.text
-    return texts

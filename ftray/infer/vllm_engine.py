@@ -14,6 +14,7 @@ import itertools
 import queue
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ class VllmEngine:
             stop_token_ids=[] if s.ignore_eos else sorted(self.stop_ids),
             ignore_eos=s.ignore_eos,
             logprobs=s.logprobs,
+            prompt_logprobs=s.prompt_logprobs,
             structured_outputs=structure,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -153,6 +155,7 @@ class VllmEngine:
             if answering.request.adapter is not None:
                 self._adapters_in_use[answering.request.adapter] += 1
             answering.started = True
+            answering.queued_s = time.monotonic() - answering.added_at
             self._loop.call_soon_threadsafe(self._begin, answering)
 
     def _next(self) -> tuple[FlowKey, Answering] | None:
@@ -190,6 +193,8 @@ class VllmEngine:
             yield TokenEvent(name, -1, "", 0, "error")
             return
         cached = output.num_cached_tokens or 0
+        if output.prompt_logprobs is not None:
+            answering.prompt_logprobs = output.prompt_logprobs
         if not answering.num_generated:
             self._prompt_tokens += len(answering.request.prompt_ids)
             self._prompt_tokens_cached += cached

@@ -5,29 +5,33 @@ import errno
 import logging
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
-import fastapi
 import ray
 from ray import serve
+from ray.serve._private.logging_utils import get_serve_logs_dir  # no public one
 from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeDeploySchema
 
 from ftray.config import ServeConfig
-from ftray.config.serve import LimitsConfig
 from ftray.errors import FtrayError, UserError
 from ftray.infer.engines import check_engine
 from ftray.model.base import check_base_name, prepare_base
 from ftray.registry import Registry
+from ftray.serve.access_log import AccessLog
 from ftray.serve.accounts import Accounts
+from ftray.serve.api import ANSWERING, make_api
+from ftray.serve.exchange import Watcher
 from ftray.serve.gate import Gate
-from ftray.serve.ingress import Ingress, make_api
+from ftray.serve.ingress import Ingress
 from ftray.serve.limits import Gatekeeper
+from ftray.serve.metrics import OF_REPLICAS, OF_REQUESTS, RequestMetrics
 from ftray.serve.models import ModelNames
+from ftray.serve.ray_metrics import RayMeter
 from ftray.serve.remote import RemoteLedger, ReplicaBackend
 from ftray.serve.replica import EngineReplica
-from ftray.serve.schemas import AdapterRequest, ChatRequest, CompletionRequest
 
 APP_NAME = "ftray"
 # Above the engine's own queue, so that the engine, which knows its load, is the one that answers 429.
@@ -42,12 +46,16 @@ class LedgerDeployment(Gatekeeper):
 
 
 class ReplicaDeployment(EngineReplica):
+    def __init__(self, config: ServeConfig):
+        super().__init__(config, meter=RayMeter(OF_REPLICAS))
+
     async def reconfigure(self, _: Any) -> None:
         """Ray Serve calls it before the replica takes requests."""
         await self.preload()
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Ray Serve asks every `STATS_PERIOD_S` and tells the routers."""
+        self.measure()
         return {"adapters": self.residency.resident_keys}
 
     def __del__(self) -> None:
@@ -56,45 +64,39 @@ class ReplicaDeployment(EngineReplica):
             self.close()
 
 
-def ingress_class(limits: LimitsConfig) -> Any:
-    """Ray Serve copies the application when it wraps the class, so what depends on the config is given before."""
-    api = make_api(limits)
+class IngressApp:
+    """`serve.ingress` makes a deployment of it: Ray Serve asks for the HTTP application once it is made."""
 
-    @serve.ingress(api)
-    class IngressDeployment:
-        def __init__(self, config: ServeConfig, replicas: DeploymentHandle, ledger: DeploymentHandle | None):
-            self._ingress = Ingress(
-                ModelNames(config.served_name or config.base_model, Registry(config.adapters.registry, tolerant=True)),
-                ReplicaBackend(replicas),
-                Gate(RemoteLedger(ledger) if ledger is not None else None),
-                timeout_s=config.limits.request_timeout_s,
-            )
+    def __init__(self, config: ServeConfig, replicas: DeploymentHandle, ledger: DeploymentHandle | None):
+        self._config = config
+        self._ingress = Ingress(
+            ModelNames(config.served_name or config.base_model, Registry(config.adapters.registry, tolerant=True)),
+            ReplicaBackend(replicas),
+            Gate(RemoteLedger(ledger) if ledger is not None else None),
+            timeout_s=config.limits.request_timeout_s,
+        )
 
-        @api.post("/v1/chat/completions")
-        async def chat_completions(self, request: ChatRequest, http: fastapi.Request) -> Any:
-            return await self._ingress.chat(request, http.headers)
+    def __serve_build_asgi_app__(self) -> Any:
+        return make_api(self._ingress, self._config.limits, watchers=watchers_of(self._config))
 
-        @api.post("/v1/completions")
-        async def completions(self, request: CompletionRequest, http: fastapi.Request) -> Any:
-            return await self._ingress.completion(request, http.headers)
 
-        @api.get("/v1/models")
-        async def models(self, http: fastapi.Request) -> Any:
-            return await self._ingress.models(http.headers)
+def ray_log_directory() -> Path:
+    """Where Ray Serve keeps its own logs on this node, and log collectors look."""
+    return Path(get_serve_logs_dir())
 
-        @api.post("/ftray/warm")
-        async def warm(self, request: AdapterRequest, http: fastapi.Request) -> Any:
-            return await self._ingress.warm(request.model, http.headers)
 
-        @api.post("/ftray/in_use")
-        async def in_use(self, request: AdapterRequest, http: fastapi.Request) -> Any:
-            return await self._ingress.in_use(request.model, http.headers)
+def watchers_of(config: ServeConfig) -> list[Watcher]:
+    telemetry = config.telemetry
+    directory = Path(telemetry.access_log) if telemetry.access_log is not None else ray_log_directory()
+    watchers: list[Watcher] = [
+        RequestMetrics(RayMeter(OF_REQUESTS), paths=ANSWERING),
+        AccessLog(directory / f"ftray-access-{os.getpid()}.jsonl"),
+    ]
+    if telemetry.otlp_endpoint is not None:
+        from ftray.serve.tracing import otlp_traces
 
-        @api.get("/healthz")
-        async def health(self) -> Any:
-            return {"status": "ok"}
-
-    return IngressDeployment
+        watchers.append(otlp_traces(telemetry.otlp_endpoint, paths=ANSWERING))
+    return watchers
 
 
 def build_app(config: ServeConfig) -> serve.Application:
@@ -127,7 +129,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         **scaling,
     )
     ingress = serve.deployment(
-        ingress_class(config.limits),
+        serve.ingress()(IngressApp),  # pyright: ignore[reportArgumentType]
         name="ingress",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100_000,
@@ -178,13 +180,19 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
 
     base = os.path.abspath(config.base_model) if os.path.exists(config.base_model) else config.base_model
     adapters = config.adapters.model_copy(update={"registry": absolute(config.adapters.registry)})
-    database = None if config.tenants.database is None else absolute(config.tenants.database)
+
+    def absolute_if_any(location: str | None) -> str | None:
+        return None if location is None else absolute(location)
+
     return config.model_copy(
         update={
             "adapters": adapters,
             "base_model": base,
             "served_name": config.served_name or config.base_model,
-            "tenants": config.tenants.model_copy(update={"database": database}),
+            "tenants": config.tenants.model_copy(update={"database": absolute_if_any(config.tenants.database)}),
+            "telemetry": config.telemetry.model_copy(
+                update={"access_log": absolute_if_any(config.telemetry.access_log)}
+            ),
         }
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 from ftray.serve.schemas import error_body
 
 Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
@@ -24,7 +25,7 @@ class BodyLimits:
         self.max_bytes = max_bytes
         self.timeout_s = timeout_s
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
@@ -38,7 +39,7 @@ class BodyLimits:
         else:
             await self._app(scope, replayed(body, receive), send)
 
-    async def _read(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if told.isdigit() and int(told) > self.max_bytes:
             raise TooLarge

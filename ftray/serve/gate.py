@@ -1,6 +1,5 @@
 """Who asks, and whether they may: an open endpoint, or one that wants keys."""
 
-import uuid
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +14,6 @@ ANYBODY = Tenant("")
 @dataclass(frozen=True)
 class Caller:
     tenant: Tenant
-    request_id: str
     key: str | None  # to whom a canary stays faithful: a session, or the tenant's own user
 
 
@@ -34,18 +32,20 @@ class Gate:
         """Without a ledger the endpoint is open, and nothing is counted."""
         self.ledger = ledger
 
-    async def admit(self, headers: "Headers", *, user: str | None) -> Caller:
+    async def admit(self, exchange: "Asking", *, user: str | None) -> Caller:
         """Raises 401 or 429. `user`: as the request names it."""
+        headers = exchange.headers
         tenant = ANYBODY
         if self.ledger is not None:
             admitted = await self.ledger.admit(bearer(headers))
+            exchange.tenant = admitted.tenant if isinstance(admitted, Refusal) else admitted.name
             if isinstance(admitted, Refusal):
                 retry = {} if admitted.retry_after_s is None else {"Retry-After": str(admitted.retry_after_s)}
                 raise HTTPException(admitted.status, admitted.message, headers=retry or None)
             tenant = admitted
         session = headers.get("x-session-id") or user
         own = f"{tenant.name}/{session}" if session else tenant.name or None
-        return Caller(tenant, uuid.uuid4().hex, own)
+        return Caller(tenant, own)
 
     async def tenant(self, headers: "Headers") -> Tenant:
         """For what costs nothing: listing, looking. Raises 401."""
@@ -56,11 +56,12 @@ class Gate:
             raise HTTPException(401, WANTS_KEY)
         return tenant
 
-    async def require_admin(self, headers: "Headers") -> None:
+    async def admin(self, headers: "Headers") -> Tenant:
         """Raises 401 or 403. An open endpoint trusts whoever reaches it."""
         tenant = await self.tenant(headers)
         if self.ledger is not None and not tenant.is_admin:
             raise HTTPException(403, f"{tenant.name}: only an admin's key may do this (`ftray tenants create --admin`)")
+        return tenant
 
     async def record(self, usage: Usage) -> None:
         if self.ledger is not None:
@@ -69,6 +70,15 @@ class Gate:
 
 class Headers(Protocol):
     def get(self, name: str, /) -> str | None: ...
+
+
+class Asking(Protocol):
+    """`exchange.Exchange`, as far as the gate sees it."""
+
+    @property
+    def headers(self) -> Headers: ...
+
+    tenant: str
 
 
 def bearer(headers: Headers) -> str | None:

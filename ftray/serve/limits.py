@@ -19,6 +19,7 @@ class Refusal:
     status: int
     message: str
     retry_after_s: int | None = None
+    tenant: str = ""  # where the key was good
 
 
 class Bucket:
@@ -58,7 +59,7 @@ class Gatekeeper:
             return Refusal(401, WANTS_KEY)
         now, name = self._clock(), tenant.name
         if tenant.budget_tokens is not None and self._spent_by(name) >= tenant.budget_tokens:
-            return Refusal(429, f"{name}: its budget of {tenant.budget_tokens:,} tokens is spent")
+            return Refusal(429, f"{name}: its budget of {tenant.budget_tokens:,} tokens is spent", tenant=name)
         for what, limit, buckets in (
             ("requests", tenant.requests_per_minute, self._requests),
             ("tokens", tenant.tokens_per_minute, self._tokens),
@@ -71,7 +72,7 @@ class Gatekeeper:
                 bucket = buckets[name] = Bucket(limit, now)
             wait_s = bucket.wait_s(1, now)
             if wait_s > 0:
-                return Refusal(429, f"{name}: over its {limit:,} {what} a minute; try again", math.ceil(wait_s))
+                return Refusal(429, f"{name}: over its {limit:,} {what} a minute; try again", math.ceil(wait_s), name)
         if name in self._requests:
             self._requests[name].take(1, now)
         return tenant

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
@@ -11,8 +11,8 @@ from ray.serve.handle import DeploymentHandle
 from ftray.errors import FtrayError
 from ftray.serve.accounts import Tenant, Usage
 from ftray.serve.ingress import MAX_TRIES
+from ftray.serve.job import Event, GenerateJob
 from ftray.serve.limits import Refusal
-from ftray.serve.replica import Event, GenerateJob
 
 WARM_TIMEOUT_S = 100.0
 LEDGER_RETRIES_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -27,7 +27,7 @@ class ReplicaBackend:
         self._handle = handle
         self._streaming: Any = handle.options(stream=True)
 
-    async def stream(self, job: GenerateJob) -> AsyncIterator[Event]:
+    async def stream(self, job: GenerateJob) -> AsyncGenerator[Event]:
         """A replica that dies before it said anything is replaced by another; later that is an error event."""
         for _ in range(MAX_TRIES):
             response = self._streaming.generate.remote(job)

@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import torch
@@ -14,33 +13,20 @@ from ftray.config import ServeConfig
 from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.checks import check_token_ids
 from ftray.infer.engines import make_engine
-from ftray.infer.protocol import PreparedAdapter, Request, Sampling, TokenEvent, TokenLogprobs
+from ftray.infer.protocol import PreparedAdapter, Request, TokenEvent, TokenLogprobs
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
+from ftray.serve.job import Event, GenerateJob
+from ftray.serve.metrics import UNMETERED, AdapterMetrics, EngineMetrics, Meter
 from ftray.serve.prefetch import Prefetcher
 from ftray.serve.residency import AdapterResidency
-from ftray.serve.runner import EngineRunner
-
-Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class GenerateJob:
-    """What the ingress asks of a replica: chat messages, or a prompt as text or ids."""
-
-    prompt: list[dict[str, Any]] | str | list[int]
-    is_chat: bool
-    sampling: Sampling
-    adapter: str | None  # NAME@N
-    tenant: str = ""  # replicas share their time fairly among tenants and adapters
-    priority: float = 1.0  # the tenant's share
-    every_s: float = 0.0  # tokens are told so often, together; 0: each at once
+from ftray.serve.runner import EngineRunner, merged
 
 
 class EngineReplica:
-    def __init__(self, config: ServeConfig):
+    def __init__(self, config: ServeConfig, *, meter: Meter = UNMETERED):
         torch.set_num_threads(max(1, int(config.replicas.cpus_each)))
         self.config = config
         self.base = prepare_base(config.base_model)
@@ -52,8 +38,13 @@ class EngineReplica:
         self._num_in_flight = 0  # answers running, waiting, or waiting for their adapter
         self.registry = Registry(config.adapters.registry, tolerant=True)
         self.residency = AdapterResidency(
-            self._prepare, self._load, self._unload, budget_bytes=config.adapters.host_budget
+            self._prepare,
+            self._load,
+            self._unload,
+            budget_bytes=config.adapters.host_budget,
+            signal=AdapterMetrics(meter).note,
         )
+        self._engine_metrics = EngineMetrics(meter)
 
     async def preload(self) -> None:
         """The configured adapters, and from now on those that aliases move to."""
@@ -63,18 +54,22 @@ class EngineReplica:
         self._following = asyncio.create_task(Prefetcher(self.registry, self.residency).follow())
 
     async def generate(self, job: GenerateJob) -> AsyncGenerator[Event]:
-        """First {"prompt_tokens": n}, then tokens of the answers (`_token_event`); or one {"error"}."""
+        """First {"prompt_tokens", "adapter_s", "queue_s"}, then tokens of the answers (`_token_event`); or one
+        {"error"}."""
         if self._num_in_flight >= self.config.engine.max_sequences + self.config.engine.max_waiting:
             yield {"error": "too many requests wait for this endpoint; try again", "status": 429}
             return
-        self._num_in_flight += job.sampling.n
+        self._num_in_flight += job.num_answers
         try:
-            prompt_ids = self._prompt_ids(job)
+            prompts = [self._prompt_ids(prompt, is_chat=job.is_chat) for prompt in job.prompts]
+            asked = time.perf_counter()
             pin = self.residency.pinned(job.adapter) if job.adapter is not None else contextlib.nullcontext()
             # Closed in order when a client leaves: the engine lets go of the sequence before the adapter is unpinned.
-            async with pin, contextlib.aclosing(self._tokens(job, prompt_ids)) as events:
-                async for event in together(events, every_s=job.every_s):
-                    yield event
+            async with pin:
+                adapter_s = time.perf_counter() - asked
+                async with contextlib.aclosing(self._tokens(job, prompts, adapter_s)) as events:
+                    async for event in together(events, every_s=job.every_s):
+                        yield event
         except AdapterError as error:
             yield {"error": str(error), "status": 400, "adapter_failed": True}
         except UserError as error:
@@ -82,7 +77,7 @@ class EngineReplica:
         except FtrayError as error:
             yield {"error": str(error), "status": 503}
         finally:
-            self._num_in_flight -= job.sampling.n
+            self._num_in_flight -= job.num_answers
 
     def close(self) -> None:
         """Ends the engine's thread, and its processes where it has some."""
@@ -101,35 +96,45 @@ class EngineReplica:
         """Requests that run with this adapter."""
         return self.residency.num_pins(key)
 
+    def measure(self) -> None:
+        """Now and then: what is in memory and how busy the engine is, to the meter."""
+        self._engine_metrics.measure(self.engine.stats(), self.residency)
+
     def check_health(self) -> None:
         if not self.runner.is_alive:
             raise RuntimeError(f"the engine has stopped: {self.runner.failure}")
 
-    def _prompt_ids(self, job: GenerateJob) -> list[int]:
-        if job.is_chat:
-            assert isinstance(job.prompt, list)
-            return self.renderer.prompt_ids(check_messages(job.prompt))
-        if isinstance(job.prompt, str):
-            return self.engine.tokenizer(job.prompt)["input_ids"]
-        check_token_ids(job.prompt, key="prompt", vocab_size=self.engine.vocab_size)
-        return list(job.prompt)  # pyright: ignore[reportReturnType]
+    def _prompt_ids(self, prompt: Any, *, is_chat: bool) -> list[int]:
+        if is_chat:
+            return self.renderer.prompt_ids(check_messages(prompt))
+        if isinstance(prompt, str):
+            return self.engine.tokenizer(prompt)["input_ids"]
+        check_token_ids(prompt, key="prompt", vocab_size=self.engine.vocab_size)
+        return list(prompt)
 
-    async def _tokens(self, job: GenerateJob, prompt_ids: list[int]) -> AsyncGenerator[Event]:
-        request = Request(uuid.uuid4().hex, prompt_ids, job.sampling, job.adapter, job.tenant, job.priority)
+    async def _tokens(self, job: GenerateJob, prompts: list[list[int]], adapter_s: float) -> AsyncGenerator[Event]:
+        requests = [
+            Request(uuid.uuid4().hex, ids, job.sampling, job.adapter, job.tenant, job.priority) for ids in prompts
+        ]
         told = False
-        async with contextlib.aclosing(self.runner.generate(request)) as events:
-            async for event in events:
+        async with contextlib.aclosing(merged([self.runner.generate(request) for request in requests])) as events:
+            async for number, event in events:
                 if not told:  # only now: a request that the engine refuses has no beginning
-                    yield {"prompt_tokens": len(prompt_ids)}
+                    num_tokens = sum(map(len, prompts))
+                    yield {"prompt_tokens": num_tokens, "adapter_s": adapter_s, "queue_s": event.queued_s}
                     told = True
                 if event.finish_reason == "error":
                     yield {"error": "the engine could not finish this answer; try again", "status": 500}
                     return
-                yield self._token_event(event)
+                told_event = self._token_event(event, number * job.sampling.n + event.index)
+                if job.echo and event.num_completion_tokens == 1:
+                    told_event["prompt"] = self._prompt_told(prompts[number], event.prompt_logprobs)
+                yield told_event
 
-    def _token_event(self, event: TokenEvent) -> Event:
+    def _token_event(self, event: TokenEvent, index: int) -> Event:
         return {
-            "index": event.index,
+            "index": index,
+            "is_first_answer": event.index == 0,
             "num_tokens": 1,
             "text": event.text,
             "finish_reason": event.finish_reason,
@@ -142,6 +147,14 @@ class EngineReplica:
             return {"token": self.engine.tokenizer.decode([token]), "logprob": logprob}
 
         return entry(token_id, logprobs.chosen) | {"top": [entry(*pair) for pair in logprobs.top]}
+
+    def _prompt_told(self, ids: list[int], logprobs: Sequence[TokenLogprobs] | None) -> Event:
+        """Its text, and its tokens if they are asked for; of the first nothing more is known."""
+        told: list[Event] = []
+        if logprobs is not None:
+            first = {"token": self.engine.tokenizer.decode(ids[:1]), "logprob": None, "top": []}
+            told = [first, *(self._told(token, of) for token, of in zip(ids[1:], logprobs, strict=True))]
+        return {"text": self.engine.tokenizer.decode(ids), "logprobs": told}
 
     async def _prepare(self, key: str) -> PreparedAdapter:
         """In a thread: decoding goes on while an adapter is fetched, read and checked."""

@@ -3,10 +3,11 @@ and evicted by bytes, least recently used first, never a pinned one."""
 
 import asyncio
 import contextlib
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ftray.errors import AdapterError
 from ftray.infer.protocol import PreparedAdapter
@@ -19,6 +20,8 @@ MAX_LOADS = 2
 HOT = 2.0
 HOTTER = 2.0
 
+Happening = Literal["hit", "miss", "loaded", "failed", "evicted"]
+Signal = Callable[[Happening, str, float], None]  # the adapter, and how many seconds a load took
 Prepare = Callable[[str], Coroutine[None, None, PreparedAdapter]]
 Load = Callable[[Any], Coroutine[None, None, None]]
 Unload = Callable[[str], Coroutine[None, None, None]]
@@ -32,11 +35,14 @@ class Resident:
 
 
 class AdapterResidency:
-    def __init__(self, prepare: Prepare, load: Load, unload: Unload, *, budget_bytes: int):
+    def __init__(
+        self, prepare: Prepare, load: Load, unload: Unload, *, budget_bytes: int, signal: Signal = lambda *_: None
+    ):
         self._prepare = prepare
         self._load = load
         self._unload = unload
         self.budget_bytes = budget_bytes
+        self._signal = signal
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._may_load = asyncio.Semaphore(MAX_LOADS)
         self._may_place = asyncio.Lock()  # first come, first served
@@ -47,6 +53,7 @@ class AdapterResidency:
     async def pinned(self, key: str) -> AsyncIterator[None]:
         """For a request: loads the adapter if it is not here; while the context is open it stays."""
         self.traffic.note(key)
+        self._signal("hit" if self.is_resident(key) else "miss", key, 0.0)
         async with self._held(key):
             yield
 
@@ -86,6 +93,9 @@ class AdapterResidency:
         worth = victim is not None and self.traffic.count(away) > HOTTER * self.traffic.count(victim)
         return away if worth else None
 
+    def is_resident(self, key: str) -> bool:
+        return key in self._residents and self._residents[key].loading.done()
+
     def num_pins(self, key: str) -> int:
         return self._residents[key].pins if key in self._residents else 0
 
@@ -98,6 +108,7 @@ class AdapterResidency:
         return sum(resident.num_bytes for resident in self._residents.values())
 
     async def _bring(self, key: str) -> None:
+        began = time.perf_counter()
         async with self._may_load:
             adapter = await self._prepare(key)
             if adapter.num_bytes > self.budget_bytes:
@@ -109,11 +120,13 @@ class AdapterResidency:
                 await self._make_room(adapter.num_bytes)
                 await self._load(adapter)
                 self._residents[key].num_bytes = adapter.num_bytes
+        self._signal("loaded", key, time.perf_counter() - began)
 
     def _forget_if_failed(self, key: str, loading: asyncio.Task[None]) -> None:
         """Also when nobody waits any more: a later request tries again."""
         if (loading.cancelled() or loading.exception() is not None) and self._residents[key].loading is loading:
             del self._residents[key]
+            self._signal("failed", key, 0.0)
 
     def _next_victim(self) -> str | None:
         return next((k for k, r in self._residents.items() if r.pins == 0 and r.loading.done()), None)
@@ -128,3 +141,4 @@ class AdapterResidency:
             else:
                 del self._residents[victim]
                 await self._unload(victim)
+                self._signal("evicted", victim, 0.0)

@@ -1,17 +1,20 @@
 """An engine in a thread of its own, driven from asyncio. The engine is only ever touched by that thread."""
 
 import asyncio
+import contextlib
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from ftray.errors import FtrayError
 from ftray.infer.protocol import Engine, Request, TokenEvent
 
 IDLE_POLL_S = 1.0
 FOLLOW_UP_S = 0.001
+
+Item = TypeVar("Item")
 
 
 class EngineRunner:
@@ -102,3 +105,33 @@ class EngineRunner:
             future = self._commands.get_nowait()[1]
             if future.set_running_or_notify_cancel():
                 future.set_exception(FtrayError(f"the engine has stopped: {error}"))
+
+
+async def merged(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[tuple[int, Item]]:
+    """The items of all streams as they come, each with its stream's number. Closing it closes them all."""
+    items: asyncio.Queue[tuple[int, Item] | BaseException | None] = asyncio.Queue()
+
+    async def read(number: int, stream: AsyncGenerator[Item]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for item in stream:
+                    items.put_nowait((number, item))
+            items.put_nowait(None)
+        except Exception as error:  # noqa: BLE001  raised where the items are read
+            items.put_nowait(error)
+
+    readers = [asyncio.create_task(read(number, stream)) for number, stream in enumerate(streams)]
+    try:
+        unfinished = len(readers)
+        while unfinished:
+            item = await items.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                unfinished -= 1
+            else:
+                yield item
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)

@@ -5,6 +5,7 @@ wrong.
 """
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,6 +15,7 @@ from ftray.infer.protocol import Sampling, Structure
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as OpenAI's
 MAX_LOGPROBS = 20
 MAX_ANSWERS = 128
+MAX_PROMPTS = 256
 
 
 class ApiRequest(BaseModel):
@@ -68,6 +70,10 @@ class ApiRequest(BaseModel):
             structure=self.response_format.structure if self.response_format is not None else None,
             **{name: value for name, value in given.items() if value is not None},
         )
+
+    @property
+    def wants_echo(self) -> bool:
+        return False
 
     @property
     def include_usage(self) -> bool:
@@ -138,19 +144,40 @@ class ResponseFormat(BaseModel):
 
 
 class CompletionRequest(ApiRequest):
-    prompt: str | list[int]
+    prompt: Annotated[str | list[int] | list[str] | list[list[int]], Field(union_mode="left_to_right")]
     max_tokens: int | None = Field(default=None, ge=1)
-    echo: Literal[False] | None = None
+    echo: bool | None = None
     best_of: Literal[1] | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def some_prompts(self):
+        if self.prompt == []:
+            raise ValueError("prompt is an empty list")
+        if len(self.prompts) > MAX_PROMPTS:
+            raise ValueError(f"prompt: at most {MAX_PROMPTS} prompts in one request")
+        return self
+
+    @property
+    def prompts(self) -> list[Any]:
+        """Each one text or token ids."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else list(self.prompt)
 
     @property
     def max_new_tokens(self) -> int:
         return self.max_tokens or DEFAULT_COMPLETION_TOKENS
 
+    def sampling(self) -> Sampling:
+        return replace(super().sampling(), prompt_logprobs=self.logprobs if self.echo else None)
+
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def wants_echo(self) -> bool:
+        return bool(self.echo)
 
 
 class AdapterRequest(BaseModel):

@@ -1,8 +1,9 @@
 """How answers are laid out: OpenAI's chat and completion objects, whole and in chunks."""
 
 import json
+from collections import Counter
 
-from ftray.serve.replica import Event
+from ftray.serve.job import Event
 
 
 class ChatShape:
@@ -10,18 +11,15 @@ class ChatShape:
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    @staticmethod
-    def choice(index: int, answer: Event) -> dict:
+    def choice(self, index: int, answer: Event) -> dict:
         message = {"role": "assistant", "content": answer["text"]}
-        return ChatShape._around(index, answer, {"message": message})
+        return self._around(index, answer, {"message": message})
 
-    @staticmethod
-    def delta(index: int, answer: Event, *, first: bool) -> dict:
+    def delta(self, index: int, answer: Event, *, first: bool) -> dict:
         role = {"role": "assistant"} if first else {}
-        return ChatShape._around(index, answer, {"delta": role | {"content": answer["text"]}})
+        return self._around(index, answer, {"delta": role | {"content": answer["text"]}})
 
-    @staticmethod
-    def _around(index: int, answer: Event, body: dict) -> dict:
+    def _around(self, index: int, answer: Event, body: dict) -> dict:
         told = [
             token_body(entry) | {"top_logprobs": [token_body(top) for top in entry["top"]]}
             for entry in answer["logprobs"]
@@ -33,24 +31,36 @@ class ChatShape:
 class CompletionShape:
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
-    @staticmethod
-    def choice(index: int, answer: Event) -> dict:
-        told = answer["logprobs"]
-        logprobs = {
-            "tokens": [entry["token"] for entry in told],
-            "token_logprobs": [entry["logprob"] for entry in told],
-            "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top"]} for entry in told],
-        }
+    def __init__(self):
+        self._offsets: Counter[int] = Counter()  # characters of each answer's tokens so far
+
+    def choice(self, index: int, answer: Event) -> dict:
+        prompt = answer.get("prompt", {"text": "", "logprobs": []})
+        told = prompt["logprobs"] + answer["logprobs"]
         return {
             "index": index,
-            "text": answer["text"],
-            "logprobs": logprobs if told else None,
+            "text": prompt["text"] + answer["text"],
+            "logprobs": self._logprobs(index, told) if told else None,
             "finish_reason": answer["finish_reason"],
         }
 
-    @staticmethod
-    def delta(index: int, answer: Event, *, first: bool) -> dict:
-        return CompletionShape.choice(index, answer)
+    def delta(self, index: int, answer: Event, *, first: bool) -> dict:
+        return self.choice(index, answer)
+
+    def _logprobs(self, index: int, told: list[Event]) -> dict:
+        offsets = []
+        for entry in told:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(entry["token"])
+        return {
+            "tokens": [entry["token"] for entry in told],
+            "token_logprobs": [entry["logprob"] for entry in told],
+            "top_logprobs": [
+                None if entry["logprob"] is None else {top["token"]: top["logprob"] for top in entry["top"]}
+                for entry in told
+            ],
+            "text_offset": offsets,
+        }
 
 
 def token_body(entry: Event) -> dict:
@@ -63,7 +73,7 @@ def token_body(entry: Event) -> dict:
     }
 
 
-Shape = type[ChatShape] | type[CompletionShape]
+Shape = ChatShape | CompletionShape
 
 
 def server_event(body: dict) -> str:

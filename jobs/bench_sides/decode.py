@@ -6,8 +6,9 @@ from pathlib import Path
 from shared import BASE, SEQUENCES, decoding_rate, peak_gib
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.torch_engine import TorchEngine, load_adapter
+from ftray.infer.torch_engine import TorchEngine
 from ftray.model.hardware import choose_hardware
 
 

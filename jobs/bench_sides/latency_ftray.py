@@ -66,7 +66,7 @@ async def ask(replica: EngineReplica, key: str, prompt: list[int]) -> Timing:
     sampling = Sampling(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
     began = time.perf_counter()
     times = []
-    async for event in replica.generate(GenerateJob(prompt, False, sampling, key)):
+    async for event in replica.generate(GenerateJob([prompt], False, sampling, key)):
         assert "error" not in event, event
         if "text" in event:
             times.append(time.perf_counter())

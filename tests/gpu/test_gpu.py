@@ -8,8 +8,9 @@ from ftray.config.run import DataConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
+from ftray.infer.engines import generate, load_adapter
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.torch_engine import TorchEngine, generate, load_adapter
+from ftray.infer.torch_engine import TorchEngine
 from ftray.model.base import load_weights
 from ftray.model.hardware import choose_hardware
 from ftray.model.packed import PackedCausalLM, register_packed_attention

@@ -10,8 +10,9 @@ from ftray.config.run import DataConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
+from ftray.infer.engines import generate
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.torch_engine import TorchEngine, generate
+from ftray.infer.torch_engine import TorchEngine
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware

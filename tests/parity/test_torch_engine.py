@@ -6,9 +6,10 @@ from engine_contract import EngineContract, answers, greedy, run, tokens
 from safetensors.torch import load_file, save_file
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.infer.engines import load_adapter
 from ftray.infer.kv_cache import KVCache
 from ftray.infer.protocol import Request
-from ftray.infer.torch_engine import TorchEngine, load_adapter
+from ftray.infer.torch_engine import TorchEngine
 from ftray.model import cpu_kernels
 from ftray.model.hardware import choose_hardware
 

@@ -131,7 +131,8 @@ def test_served_accuracy_equals_offline_accuracy(client, url, tiny_base, adapter
     from ftray.evaluate.endpoint import evaluate_endpoint
     from ftray.evaluate.offline import evaluate_offline
     from ftray.evaluate.task import answer_tokens, load_questions
-    from ftray.infer.torch_engine import TorchEngine, load_adapter
+    from ftray.infer.engines import load_adapter
+    from ftray.infer.torch_engine import TorchEngine
     from ftray.model.chat import ChatRenderer
     from ftray.model.hardware import choose_hardware
 

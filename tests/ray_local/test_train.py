@@ -172,8 +172,9 @@ def test_full_fine_tuning_with_zero_3_gives_a_model_that_serves(ray_session, con
     from transformers import AutoModelForCausalLM
 
     from ftray.config.serve import AdaptersConfig, EngineConfig
+    from ftray.infer.engines import generate
     from ftray.infer.protocol import Request, Sampling
-    from ftray.infer.torch_engine import TorchEngine, generate
+    from ftray.infer.torch_engine import TorchEngine
     from ftray.model.base import prepare_base
     from ftray.model.hardware import choose_hardware
 

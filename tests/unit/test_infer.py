@@ -2,9 +2,10 @@ import pytest
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import AdapterError, UserError
+from ftray.infer.engines import generate, load_adapter
 from ftray.infer.protocol import Request, Sampling
 from ftray.infer.text import TextStream
-from ftray.infer.torch_engine import TorchEngine, generate, load_adapter
+from ftray.infer.torch_engine import TorchEngine
 from ftray.model.hardware import choose_hardware
 
 

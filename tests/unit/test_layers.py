@@ -35,6 +35,7 @@ AT_HOME = {
     "train/ray_trainer.py": {"ray"},
     "train/preflight.py": {"ray"},
     "serve/app.py": {"ray"},
+    "serve/ray_metrics.py": {"ray"},
     "serve/remote.py": {"ray"},
     "serve/routing.py": {"ray"},
 }

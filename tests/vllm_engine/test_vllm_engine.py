@@ -15,8 +15,8 @@ from tiny import write_peft_adapter, write_tiny_model
 
 from ftray.config import ServeConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request
-from ftray.infer.torch_engine import load_adapter
 from ftray.infer.vllm_engine import VllmEngine
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware

@@ -1,0 +1,76 @@
+"""The endpoint's HTTP application: its routes, its errors in OpenAI's shape, and what watches them."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from ftray.config.serve import LimitsConfig
+from ftray.serve.body import BodyLimits
+from ftray.serve.exchange import Exchange, Watched, Watcher
+from ftray.serve.ingress import Ingress
+from ftray.serve.schemas import AdapterRequest, ChatRequest, CompletionRequest, error_body
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+ANSWERING = (CHAT, COMPLETIONS)  # what metrics and traces count
+
+
+def exchange_of(request: Request) -> Exchange:
+    return request.state.exchange
+
+
+Asked = Annotated[Exchange, Depends(exchange_of)]
+
+
+def make_api(ingress: Ingress, limits: LimitsConfig, *, watchers: Sequence[Watcher] = ()) -> FastAPI:
+    api = FastAPI(title="ftray", docs_url="/docs")
+    api.add_middleware(BodyLimits, max_bytes=limits.body_bytes, timeout_s=limits.body_timeout_s)
+    api.add_middleware(Watched, watchers=watchers)  # the last one added is the outermost
+    add_errors(api)
+
+    @api.post(CHAT)
+    async def chat_completions(request: ChatRequest, asked: Asked) -> Any:
+        return await ingress.chat(request, asked)
+
+    @api.post(COMPLETIONS)
+    async def completions(request: CompletionRequest, asked: Asked) -> Any:
+        return await ingress.completion(request, asked)
+
+    @api.get("/v1/models")
+    async def models(asked: Asked) -> Any:
+        return await ingress.models(asked)
+
+    @api.post("/ftray/warm")
+    async def warm(request: AdapterRequest, asked: Asked) -> Any:
+        return await ingress.warm(request.model, asked)
+
+    @api.post("/ftray/in_use")
+    async def in_use(request: AdapterRequest, asked: Asked) -> Any:
+        return await ingress.in_use(request.model, asked)
+
+    @api.get("/healthz")
+    async def health() -> Any:
+        return {"status": "ok"}
+
+    return api
+
+
+def add_errors(api: FastAPI) -> None:
+    @api.exception_handler(RequestValidationError)
+    async def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
+        problem = error.errors()[0]
+        parameter = ".".join(str(part) for part in problem["loc"] if part != "body")
+        rule = "this endpoint has no such parameter" if problem["type"] == "extra_forbidden" else problem["msg"]
+        return JSONResponse(error_body(f"{parameter}: {rule}", status=400, param=parameter), status_code=400)
+
+    @api.exception_handler(HTTPException)
+    async def refused(_: Any, error: HTTPException) -> JSONResponse:
+        param = "model" if error.status_code == 404 else None
+        busy = {"Retry-After": "1"} if error.status_code in (429, 503) else {}
+        return JSONResponse(
+            error_body(str(error.detail), status=error.status_code, param=param),
+            status_code=error.status_code,
+            headers=busy | dict(error.headers or {}),
+        )

@@ -1,0 +1,26 @@
+"""What the ingress asks of a replica, and what comes back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ftray.infer.protocol import Sampling
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """For each prompt: chat messages, text, or ids."""
+
+    prompts: list[list[dict[str, Any]] | str | list[int]]
+    is_chat: bool
+    sampling: Sampling
+    adapter: str | None  # NAME@N
+    tenant: str = ""  # replicas share their time fairly among tenants and adapters
+    priority: float = 1.0  # the tenant's share
+    echo: bool = False  # each answer begins with its prompt
+    every_s: float = 0.0  # tokens are told so often, together; 0: each at once
+
+    @property
+    def num_answers(self) -> int:
+        return len(self.prompts) * self.sampling.n
