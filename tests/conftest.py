@@ -68,6 +68,7 @@ def ray_session():
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
     import ray
 
-    ray.init(address="local", num_cpus=4, logging_level=logging.ERROR, log_to_driver=False)
+    settings = {"metrics_report_interval_ms": 1000}
+    ray.init(address="local", num_cpus=4, logging_level=logging.ERROR, log_to_driver=False, _system_config=settings)
     yield ray
     ray.shutdown()

@@ -9,6 +9,7 @@ from ftray.config.serve import LimitsConfig
 from ftray.serve.api import make_api
 from ftray.serve.ingress import Ingress
 from ftray.serve.job import GenerateJob
+from ftray.serve.limits import Gatekeeper
 
 
 def answer(text: str, reason: str | None) -> dict:
@@ -30,8 +31,17 @@ class EchoBackend:
         self.broken: set[str | None] = set()  # adapters that cannot be loaded
         self.deaths = 0  # of replicas, each after its first token
         self.pause_s = 0.0  # between two tokens
+        self.num_open = 0  # streams
 
     async def stream(self, job: GenerateJob) -> AsyncIterator[dict]:
+        self.num_open += 1
+        try:
+            async for event in self._stream(job):
+                yield event
+        finally:
+            self.num_open -= 1
+
+    async def _stream(self, job: GenerateJob) -> AsyncIterator[dict]:
         self.jobs.append(job)
         if self.error:
             yield self.error
@@ -49,6 +59,22 @@ class EchoBackend:
                 yield DIED
                 return
             yield head | answer(str(job.adapter), "stop")
+
+
+class LocalLedger:
+    """The gatekeeper in this process."""
+
+    def __init__(self, keeper: Gatekeeper):
+        self.keeper = keeper
+
+    async def admit(self, key):
+        return self.keeper.admit(key)
+
+    async def identify(self, key):
+        return self.keeper.identify(key)
+
+    async def record(self, usage):
+        self.keeper.record(usage)
 
 
 def make_client(ingress: Ingress, *, watchers=(), **limits) -> TestClient:

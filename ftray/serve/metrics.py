@@ -47,7 +47,7 @@ LOOKUPS = Metric("ftray_adapter_lookups", "counter", "Adapters asked for, by whe
 LOADS = Metric("ftray_adapter_loads", "counter", "Adapters loaded into memory", ("adapter", "result"))
 LOAD_SECONDS = Metric("ftray_adapter_load_seconds", "histogram", "Time to load an adapter", (), SECONDS)
 EVICTIONS = Metric("ftray_adapter_evictions", "counter", "Adapters that made room for others", ("adapter",))
-RESIDENT = Metric("ftray_adapter_resident", "gauge", "1 while the adapter is in memory", ("adapter",))
+RESIDENT = Metric("ftray_adapter_resident", "gauge", "1 where the adapter is in memory", ("adapter",))
 ADAPTERS = Metric("ftray_adapters", "gauge", "Adapters in memory, and of them on the device", ("tier",))
 ADAPTER_BYTES = Metric("ftray_adapter_bytes", "gauge", "Bytes of adapters", ("tier",))
 ADAPTER_BUDGET = Metric("ftray_adapter_budget_bytes", "gauge", "adapters.host_budget")
@@ -173,24 +173,23 @@ class AdapterMetrics:
             case "loaded":
                 self._meter.add(LOADS, adapter=adapter, result="ok")
                 self._meter.observe(LOAD_SECONDS, seconds)
-                self._is_resident(adapter, 1)
             case "failed":
                 self._meter.add(LOADS, adapter=adapter, result="failed")
             case "evicted":
                 self._meter.add(EVICTIONS, adapter=adapter)
-                self._is_resident(adapter, 0)
-
-    def _is_resident(self, adapter: str, value: int) -> None:
-        if adapter != OTHER:
-            self._meter.set(RESIDENT, value, adapter=adapter)
 
 
 class EngineMetrics:
+    """Gauges are told each time: Ray forgets those that are not."""
+
     def __init__(self, meter: Meter):
         self._meter = meter
         self._preemptions = 0
+        self._adapters = Names()
 
     def measure(self, stats: EngineStats, residency: AdapterResidency) -> None:
+        for adapter in {self._adapters(key) for key in residency.resident_keys} - {OTHER}:
+            self._meter.set(RESIDENT, 1, adapter=adapter)
         self._meter.set(ADAPTERS, len(residency.resident_keys), tier="host")
         self._meter.set(ADAPTERS, len(stats.adapters_on_device), tier="device")
         self._meter.set(ADAPTER_BYTES, residency.resident_bytes, tier="host")

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 
 from ftray.cli import rollout
 from ftray.cli.main import main
@@ -17,7 +18,7 @@ from ftray.config import parse_config
 from ftray.pipeline import publish_adapter
 from ftray.registry import CanaryLimits, Registry
 from ftray.serve.accounts import Accounts, Tenant
-from ftray.serve.app import APP_NAME, start_endpoint, stop_endpoint
+from ftray.serve.app import APP_NAME, ray_log_directory, start_endpoint, stop_endpoint
 
 KINDS = ["r4", "r8", "r16", "qv"]  # version N holds the weights of KINDS[(N - 1) % 4]
 QUESTION = "where is the refund"
@@ -252,3 +253,27 @@ def test_usage_as_a_table_and_as_csv(accounts, capsys):
     assert lines[0].startswith("tenant,model,requests")
     assert len(lines) == 4
     assert json.dumps(accounts.usage(tenant="counted")[0]["completion_tokens"]) in lines[1]
+
+
+def test_prometheus_metrics_equal_the_ledger(url, accounts):
+    port = next(node["MetricsExportPort"] for node in ray.nodes() if node["Alive"])
+    wanted = {row["model"]: row["completion_tokens"] for row in accounts.usage(tenant="counted")}
+    end = time.monotonic() + 30
+    told: dict[str, float] = {}
+    while told != wanted and time.monotonic() < end:
+        time.sleep(0.5)
+        told = {}
+        for family in text_string_to_metric_families(httpx.get(f"http://127.0.0.1:{port}/metrics").text):
+            for sample in family.samples:
+                if sample.name == "ray_ftray_completion_tokens_total" and sample.labels["tenant"] == "counted":
+                    told[sample.labels["model"]] = told.get(sample.labels["model"], 0) + sample.value
+    assert told == wanted
+
+
+def test_the_access_log_lies_where_ray_keeps_its_logs(accounts):
+    logs = ray_log_directory().glob("ftray-access-*.jsonl")
+    lines = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
+    counted = [line for line in lines if line.get("tenant") == "counted"]
+    assert len(counted) == 90
+    rows = accounts.usage(tenant="counted")
+    assert sum(line["completion_tokens"] for line in counted) == sum(row["completion_tokens"] for row in rows)

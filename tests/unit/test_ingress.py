@@ -5,7 +5,7 @@ import time
 import uuid
 
 import pytest
-from fake_endpoint import ask, make_client
+from fake_endpoint import LocalLedger, ask, make_client
 
 from ftray.errors import ConflictError, FtrayError, NotFoundError, UserError
 from ftray.registry import CanaryLimits, Registry
@@ -17,22 +17,6 @@ from ftray.serve.limits import Gatekeeper, Refusal
 from ftray.serve.models import ModelNames
 
 LIMITS = CanaryLimits(min_requests=10)
-
-
-class LocalLedger:
-    """The gatekeeper in this process."""
-
-    def __init__(self, keeper: Gatekeeper):
-        self.keeper = keeper
-
-    async def admit(self, key):
-        return self.keeper.admit(key)
-
-    async def identify(self, key):
-        return self.keeper.identify(key)
-
-    async def record(self, usage):
-        self.keeper.record(usage)
 
 
 @pytest.fixture(scope="module")
