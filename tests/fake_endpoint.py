@@ -10,6 +10,7 @@ from ftray.serve.api import make_api
 from ftray.serve.ingress import Ingress
 from ftray.serve.job import GenerateJob
 from ftray.serve.limits import Gatekeeper
+from ftray.serve.overview import Overview, RecentTraffic
 
 
 def answer(text: str, reason: str | None) -> dict:
@@ -32,6 +33,7 @@ class EchoBackend:
         self.deaths = 0  # of replicas, each after its first token
         self.pause_s = 0.0  # between two tokens
         self.num_open = 0  # streams
+        self.text = "I am "
 
     async def stream(self, job: GenerateJob) -> AsyncIterator[dict]:
         self.num_open += 1
@@ -40,6 +42,12 @@ class EchoBackend:
                 yield event
         finally:
             self.num_open -= 1
+
+    async def look(self) -> list[dict]:
+        adapters = [{"name": name, "tier": "device"} for name in ("support@2", "legal@1")]
+        bytes_of = {"adapter_bytes": 5 * 2**20, "adapter_budget": 2**30}
+        cache = {"kv_tokens_used": 16, "kv_tokens_total": 1024}
+        return [{"id": "r1", "running": 0, "waiting": 0, "adapters": adapters, **bytes_of, **cache}]
 
     async def _stream(self, job: GenerateJob) -> AsyncIterator[dict]:
         self.jobs.append(job)
@@ -52,7 +60,7 @@ class EchoBackend:
         yield {"prompt_tokens": 3 * len(job.prompts), "adapter_s": 0.25, "queue_s": 0.5}
         for index in range(job.num_answers):
             head = {"index": index, "is_first_answer": index % job.sampling.n == 0, "cached_tokens": 0, "num_tokens": 1}
-            yield head | answer("I am ", None)
+            yield head | answer(self.text, None)
             await asyncio.sleep(self.pause_s)
             if self.deaths:
                 self.deaths -= 1
@@ -78,7 +86,9 @@ class LocalLedger:
 
 
 def make_client(ingress: Ingress, *, watchers=(), **limits) -> TestClient:
-    return TestClient(make_api(ingress, LimitsConfig(**limits), watchers=watchers))
+    traffic = RecentTraffic()
+    overview = Overview(ingress.names, ingress.backend, ingress.gate, traffic)
+    return TestClient(make_api(ingress, overview, LimitsConfig(**limits), watchers=[traffic, *watchers]))
 
 
 def ask(client, model, **more):

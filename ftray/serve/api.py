@@ -1,9 +1,11 @@
 """The endpoint's HTTP application: its routes, its errors in OpenAI's shape, and what watches them."""
 
-from collections.abc import Sequence
+import mimetypes
+from collections.abc import Callable, Sequence
+from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
@@ -11,9 +13,19 @@ from ftray.config.serve import LimitsConfig
 from ftray.serve.body import BodyLimits
 from ftray.serve.exchange import Exchange, Watched, Watcher
 from ftray.serve.ingress import Ingress
+from ftray.serve.overview import Overview
 from ftray.serve.schemas import AdapterRequest, ChatRequest, CompletionRequest, error_body
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MAX_NAMES = 8
+PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
+PAGE_HEADERS = {
+    # Nothing from elsewhere, and nobody may put the page into theirs.
+    "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 ANSWERING = (CHAT, COMPLETIONS)  # what metrics and traces count
 
 
@@ -24,7 +36,9 @@ def exchange_of(request: Request) -> Exchange:
 Asked = Annotated[Exchange, Depends(exchange_of)]
 
 
-def make_api(ingress: Ingress, limits: LimitsConfig, *, watchers: Sequence[Watcher] = ()) -> FastAPI:
+def make_api(
+    ingress: Ingress, overview: Overview, limits: LimitsConfig, *, watchers: Sequence[Watcher] = ()
+) -> FastAPI:
     api = FastAPI(title="ftray", docs_url="/docs")
     api.add_middleware(BodyLimits, max_bytes=limits.body_bytes, timeout_s=limits.body_timeout_s)
     api.add_middleware(Watched, watchers=watchers)  # the last one added is the outermost
@@ -50,11 +64,30 @@ def make_api(ingress: Ingress, limits: LimitsConfig, *, watchers: Sequence[Watch
     async def in_use(request: AdapterRequest, asked: Asked) -> Any:
         return await ingress.in_use(request.model, asked)
 
+    @api.get("/ftray/status")
+    async def status(asked: Asked, name: Annotated[list[str] | None, Query()] = None) -> Any:
+        return await overview.status(asked, names=(name or [])[:MAX_NAMES])
+
+    @api.get("/ftray/card")
+    async def card(model: str, asked: Asked) -> Any:
+        return await overview.card(model, asked)
+
     @api.get("/healthz")
     async def health() -> Any:
         return {"status": "ok"}
 
+    for path, file in PAGE.items():
+        api.add_api_route(path, page_file(file), include_in_schema=False)
     return api
+
+
+def page_file(name: str) -> Callable[[], Response]:
+    content = files("ftray.serve").joinpath("page", name).read_bytes()
+
+    def send() -> Response:
+        return Response(content, media_type=mimetypes.guess_type(name)[0], headers=PAGE_HEADERS)
+
+    return send
 
 
 def add_errors(api: FastAPI) -> None:

@@ -29,6 +29,7 @@ from ftray.serve.ingress import Ingress
 from ftray.serve.limits import Gatekeeper
 from ftray.serve.metrics import OF_REPLICAS, OF_REQUESTS, RequestMetrics
 from ftray.serve.models import ModelNames
+from ftray.serve.overview import Overview, RecentTraffic
 from ftray.serve.ray_metrics import RayMeter
 from ftray.serve.remote import RemoteLedger, ReplicaBackend
 from ftray.serve.replica import EngineReplica
@@ -53,6 +54,9 @@ class ReplicaDeployment(EngineReplica):
         """Ray Serve calls it before the replica takes requests."""
         await self.preload()
 
+    def look(self) -> dict[str, Any]:
+        return super().look() | {"id": serve.get_replica_context().replica_tag}
+
     def record_routing_stats(self) -> dict[str, Any]:
         """Ray Serve asks every `STATS_PERIOD_S` and tells the routers."""
         self.measure()
@@ -69,15 +73,16 @@ class IngressApp:
 
     def __init__(self, config: ServeConfig, replicas: DeploymentHandle, ledger: DeploymentHandle | None):
         self._config = config
-        self._ingress = Ingress(
-            ModelNames(config.served_name or config.base_model, Registry(config.adapters.registry, tolerant=True)),
-            ReplicaBackend(replicas),
-            Gate(RemoteLedger(ledger) if ledger is not None else None),
-            timeout_s=config.limits.request_timeout_s,
-        )
+        names = ModelNames(config.served_name or config.base_model, Registry(config.adapters.registry, tolerant=True))
+        backend = ReplicaBackend(replicas)
+        gate = Gate(RemoteLedger(ledger) if ledger is not None else None)
+        self._ingress = Ingress(names, backend, gate, timeout_s=config.limits.request_timeout_s)
+        self._traffic = RecentTraffic()
+        self._overview = Overview(names, backend, gate, self._traffic)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return make_api(self._ingress, self._config.limits, watchers=watchers_of(self._config))
+        watchers = [self._traffic, *watchers_of(self._config)]
+        return make_api(self._ingress, self._overview, self._config.limits, watchers=watchers)
 
 
 def ray_log_directory() -> Path:

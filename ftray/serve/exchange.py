@@ -62,7 +62,10 @@ class Watched:
         async def note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", exchange.request_id.encode())]
+                message["headers"] = [
+                    *message.get("headers", []),
+                    (b"x-ftray-request-id", exchange.request_id.encode()),
+                ]
             await send(message)
 
         try:

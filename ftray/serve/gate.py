@@ -32,6 +32,10 @@ class Gate:
         """Without a ledger the endpoint is open, and nothing is counted."""
         self.ledger = ledger
 
+    @property
+    def is_open(self) -> bool:
+        return self.ledger is None
+
     async def admit(self, exchange: "Asking", *, user: str | None) -> Caller:
         """Raises 401 or 429. `user`: as the request names it."""
         headers = exchange.headers

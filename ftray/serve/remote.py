@@ -60,8 +60,11 @@ class ReplicaBackend:
     async def in_use(self, adapter: str) -> int:
         return sum(await self._on_all("in_use", adapter))
 
-    async def _on_all(self, method: str, adapter: str) -> list[Any]:
-        return await self._handle.broadcast(method, adapter).results_async(timeout_s=WARM_TIMEOUT_S)
+    async def look(self) -> list[dict[str, Any]]:
+        return sorted(await self._on_all("look"), key=lambda replica: replica["id"])
+
+    async def _on_all(self, method: str, *arguments: Any) -> list[Any]:
+        return await self._handle.broadcast(method, *arguments).results_async(timeout_s=WARM_TIMEOUT_S)
 
 
 class RemoteLedger:

@@ -100,6 +100,21 @@ class EngineReplica:
         """Now and then: what is in memory and how busy the engine is, to the meter."""
         self._engine_metrics.measure(self.engine.stats(), self.residency)
 
+    def look(self) -> dict[str, Any]:
+        """For people: how busy it is, and its adapters, the latest used first."""
+        stats = self.engine.stats()
+        on_device = set(stats.adapters_on_device)
+        keys = reversed(self.residency.resident_keys)
+        return {
+            "running": stats.num_running,
+            "waiting": stats.num_waiting,
+            "kv_tokens_used": stats.kv_tokens_used,
+            "kv_tokens_total": stats.kv_tokens_total,
+            "adapters": [{"name": key, "tier": "device" if key in on_device else "host"} for key in keys],
+            "adapter_bytes": self.residency.resident_bytes,
+            "adapter_budget": self.residency.budget_bytes,
+        }
+
     def check_health(self) -> None:
         if not self.runner.is_alive:
             raise RuntimeError(f"the engine has stopped: {self.runner.failure}")
