@@ -34,6 +34,7 @@ class EchoBackend:
         self.pause_s = 0.0  # between two tokens
         self.num_open = 0  # streams
         self.text = "I am "
+        self.end: str | None = None  # after it; None: who answers
 
     async def stream(self, job: GenerateJob) -> AsyncIterator[dict]:
         self.num_open += 1
@@ -66,7 +67,7 @@ class EchoBackend:
                 self.deaths -= 1
                 yield DIED
                 return
-            yield head | answer(str(job.adapter), "stop")
+            yield head | answer(str(job.adapter) if self.end is None else self.end, "stop")
 
 
 class LocalLedger:

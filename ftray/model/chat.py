@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 
 from ftray.errors import DataError
+from ftray.model.tool_prompt import knows_tools, told_in_text
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = dict[str, Any]
@@ -33,10 +34,15 @@ class ChatRenderer:
         if self.tokenizer.chat_template is None:
             raise DataError("base_model: its tokenizer has no chat template, so chat messages cannot be rendered")
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt that asks for the next assistant turn."""
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """The prompt that asks for the next assistant turn. `tools`: OpenAI's function tools, told as the template
+        tells them, or else in text (`tool_prompt.py`)."""
+        self.check_template()
+        uses_tools = tools or any(message.get("tool_calls") for message in messages)
+        if uses_tools and not knows_tools(self.tokenizer.chat_template):
+            messages, tools = told_in_text(messages, tools), ()
         ids: list[int] = []
-        for text, _ in self._cut(messages, ask=True):
+        for text, _ in self._cut(messages, ask=True, tools=tools):
             ids += self._encode(text)
         return ids
 
@@ -58,7 +64,9 @@ class ChatRenderer:
             raise DataError("every token is trained: the template marks no prompt")
         return Rendered(np.asarray(ids, np.int32), np.asarray(trained, bool))
 
-    def _cut(self, messages: Sequence[Message], *, ask: bool) -> list[tuple[str, int | None]]:
+    def _cut(
+        self, messages: Sequence[Message], *, ask: bool, tools: Sequence[dict[str, Any]] = ()
+    ) -> list[tuple[str, int | None]]:
         """[(text, number of the message that is this assistant turn, or None)], in order."""
         self.check_template()
         pieces: list[tuple[str, int | None]] = []
@@ -66,8 +74,8 @@ class ChatRenderer:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._render(messages[:index], ask=True)
-            full = self._render(messages[: index + 1], ask=False)
+            prompt = self._render(messages[:index], ask=True, tools=tools)
+            full = self._render(messages[: index + 1], ask=False, tools=tools)
             if not (prompt.startswith(done) and full.startswith(prompt)):
                 raise DataError(
                     "the chat template rewrites earlier turns, so training and serving would see different prompts; "
@@ -75,14 +83,17 @@ class ChatRenderer:
                 )
             pieces += [(prompt[len(done) :], None), (full[len(prompt) :], index)]
             done = full
-        rest = self._render(messages, ask=ask)
+        rest = self._render(messages, ask=ask, tools=tools)
         if not rest.startswith(done):
             raise DataError("the chat template rewrites earlier turns; use one assistant turn per conversation")
         return [(text, turn) for text, turn in [*pieces, (rest[len(done) :], None)] if text]
 
-    def _render(self, messages: Sequence[Message], *, ask: bool) -> str:
+    def _render(self, messages: Sequence[Message], *, ask: bool, tools: Sequence[dict[str, Any]]) -> str:
+        given = {"tools": list(tools)} if tools else {}
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=ask, **given
+            )
         except (jinja2.TemplateError, ValueError, TypeError, IndexError) as error:
             raise DataError(f"the chat template refuses this conversation: {error}") from None
 

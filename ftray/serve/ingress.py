@@ -46,7 +46,10 @@ class Ingress:
         self.timeout_s = timeout_s
 
     async def chat(self, request: ChatRequest, exchange: Exchange) -> Any:
-        return await self._answer(request, [request.messages], ChatShape(), exchange)
+        tools = request.usable_tools
+        shape = ChatShape([tool.function.name for tool in tools])
+        told = tuple(tool.model_dump(exclude_none=True) for tool in tools)
+        return await self._answer(request, [request.messages], shape, exchange, tools=told)
 
     async def completion(self, request: CompletionRequest, exchange: Exchange) -> Any:
         return await self._answer(request, request.prompts, CompletionShape(), exchange)
@@ -78,7 +81,15 @@ class Ingress:
         except FtrayError as error:  # the registry's store does not answer, say
             raise HTTPException(503, str(error)) from None
 
-    async def _answer(self, request: ApiRequest, prompts: list[Any], shape: Shape, exchange: Exchange) -> Any:
+    async def _answer(
+        self,
+        request: ApiRequest,
+        prompts: list[Any],
+        shape: Shape,
+        exchange: Exchange,
+        *,
+        tools: tuple[dict[str, Any], ...] = (),
+    ) -> Any:
         exchange.asked_model, exchange.is_stream = request.model, bool(request.stream)
         deadline = self._deadline(exchange.headers)
         caller = await self.gate.admit(exchange, user=request.user)
@@ -92,6 +103,7 @@ class Ingress:
             # Who is not known may share by the name they give; a tenant gets no larger share by giving many.
             tenant=tenant.name or request.user or "",
             priority=tenant.priority,
+            tools=tools,
             echo=request.wants_echo,
             every_s=0.0 if request.stream else UNSEEN_EVERY_S,
         )
@@ -170,8 +182,8 @@ class Ingress:
                 return
             answer.take(event)
             index = event["index"]
-            if event["text"] or event["finish_reason"] or event["logprobs"] or index not in opened:
-                delta = shape.delta(index, event, first=index not in opened)
+            delta = shape.delta(index, event, first=index not in opened)
+            if delta is not None:
                 yield server_event(common | {"choices": [delta]} | no_usage)
                 opened.add(index)
         answer.is_whole = True

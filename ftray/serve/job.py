@@ -18,6 +18,7 @@ class GenerateJob:
     adapter: str | None  # NAME@N
     tenant: str = ""  # replicas share their time fairly among tenants and adapters
     priority: float = 1.0  # the tenant's share
+    tools: tuple[dict[str, Any], ...] = ()  # told with chat messages
     echo: bool = False  # each answer begins with its prompt
     every_s: float = 0.0  # tokens are told so often, together; 0: each at once
 

@@ -19,6 +19,7 @@ from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
 from ftray.serve.job import Event, GenerateJob
+from ftray.serve.messages import renderable
 from ftray.serve.metrics import UNMETERED, AdapterMetrics, EngineMetrics, Meter
 from ftray.serve.prefetch import Prefetcher
 from ftray.serve.residency import AdapterResidency
@@ -61,7 +62,7 @@ class EngineReplica:
             return
         self._num_in_flight += job.num_answers
         try:
-            prompts = [self._prompt_ids(prompt, is_chat=job.is_chat) for prompt in job.prompts]
+            prompts = [self._prompt_ids(prompt, job) for prompt in job.prompts]
             asked = time.perf_counter()
             pin = self.residency.pinned(job.adapter) if job.adapter is not None else contextlib.nullcontext()
             # Closed in order when a client leaves: the engine lets go of the sequence before the adapter is unpinned.
@@ -119,9 +120,9 @@ class EngineReplica:
         if not self.runner.is_alive:
             raise RuntimeError(f"the engine has stopped: {self.runner.failure}")
 
-    def _prompt_ids(self, prompt: Any, *, is_chat: bool) -> list[int]:
-        if is_chat:
-            return self.renderer.prompt_ids(check_messages(prompt))
+    def _prompt_ids(self, prompt: Any, job: GenerateJob) -> list[int]:
+        if job.is_chat:
+            return self.renderer.prompt_ids(check_messages(renderable(prompt)), job.tools)
         if isinstance(prompt, str):
             return self.engine.tokenizer(prompt)["input_ids"]
         check_token_ids(prompt, key="prompt", vocab_size=self.engine.vocab_size)

@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ftray.infer.protocol import Sampling, Structure
+from ftray.serve.tools import Choice, NamedTool, Tool, forced
 
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as OpenAI's
 MAX_LOGPROBS = 20
 MAX_ANSWERS = 128
 MAX_PROMPTS = 256
+MAX_TOOLS = 128
 
 
 class ApiRequest(BaseModel):
@@ -92,6 +94,35 @@ class ChatRequest(ApiRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def a_choice_of_tools(self):
+        names = [tool.function.name for tool in self.tools or []]
+        if self.tool_choice not in (None, "none") and not names:
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice: there is no tool {self.tool_choice.function.name!r}")
+        if len(set(names)) < len(names):
+            raise ValueError("tools: two have one name")
+        if self.must_call is not None and self.response_format is not None and self.response_format.structure:
+            raise ValueError("response_format: the answer cannot be both that and the tool call that tool_choice wants")
+        return self
+
+    @property
+    def usable_tools(self) -> list[Tool]:
+        """What the model is told of."""
+        return [] if self.tool_choice == "none" else list(self.tools or [])
+
+    @property
+    def must_call(self) -> Structure | None:
+        return forced(self.usable_tools, self.tool_choice or "auto")
+
+    def sampling(self) -> Sampling:
+        sampling = super().sampling()
+        return replace(sampling, structure=self.must_call) if self.must_call is not None else sampling
 
     @model_validator(mode="after")
     def logprobs_asked_for(self):

@@ -2,8 +2,10 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 
 from ftray.serve.job import Event
+from ftray.serve.tools import Call, CallFinder, Part
 
 
 class ChatShape:
@@ -11,21 +13,52 @@ class ChatShape:
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, answer: Event) -> dict:
-        message = {"role": "assistant", "content": answer["text"]}
-        return self._around(index, answer, {"message": message})
+    def __init__(self, tools: Sequence[str] = ()):
+        """`tools`: names of the functions that the model may call."""
+        self._tools = tools
+        self._finders: dict[int, CallFinder] = {}
+        self._num_calls: Counter[int] = Counter()  # of each answer so far
 
-    def delta(self, index: int, answer: Event, *, first: bool) -> dict:
-        role = {"role": "assistant"} if first else {}
-        return self._around(index, answer, {"delta": role | {"content": answer["text"]}})
+    def choice(self, index: int, answer: Event) -> dict:
+        parts = self._parts(index, answer)
+        text = "".join(part for part in parts if isinstance(part, str))
+        calls = [part.body() for part in parts if isinstance(part, Call)]
+        message = {"role": "assistant", "content": text if text or not calls else None}
+        return self._around(index, answer, {"message": message | ({"tool_calls": calls} if calls else {})})
+
+    def delta(self, index: int, answer: Event, *, first: bool) -> dict | None:
+        """None where there is nothing to show yet."""
+        parts = self._parts(index, answer)
+        if not (parts or answer["finish_reason"] or answer["logprobs"] or first):
+            return None
+        before = self._num_calls[index] - sum(isinstance(part, Call) for part in parts)
+        body: dict = {"role": "assistant"} if first else {}
+        calls = [
+            {"index": number, **part.body()}
+            for number, part in enumerate((part for part in parts if isinstance(part, Call)), start=before)
+        ]
+        text = "".join(part for part in parts if isinstance(part, str))
+        if text or not calls:
+            body["content"] = text
+        return self._around(index, answer, {"delta": body | ({"tool_calls": calls} if calls else {})})
+
+    def _parts(self, index: int, answer: Event) -> list[Part]:
+        if not self._tools:
+            return [answer["text"]] if answer["text"] else []
+        finder = self._finders.setdefault(index, CallFinder(self._tools))
+        parts = finder.push(answer["text"]) + (finder.finish() if answer["finish_reason"] else [])
+        self._num_calls[index] += sum(isinstance(part, Call) for part in parts)
+        return parts
 
     def _around(self, index: int, answer: Event, body: dict) -> dict:
         told = [
             token_body(entry) | {"top_logprobs": [token_body(top) for top in entry["top"]]}
             for entry in answer["logprobs"]
         ]
-        logprobs = {"content": told} if told else None
-        return {"index": index, **body, "logprobs": logprobs, "finish_reason": answer["finish_reason"]}
+        reason = answer["finish_reason"]
+        if reason == "stop" and self._num_calls[index]:
+            reason = "tool_calls"
+        return {"index": index, **body, "logprobs": {"content": told} if told else None, "finish_reason": reason}
 
 
 class CompletionShape:
@@ -44,8 +77,9 @@ class CompletionShape:
             "finish_reason": answer["finish_reason"],
         }
 
-    def delta(self, index: int, answer: Event, *, first: bool) -> dict:
-        return self.choice(index, answer)
+    def delta(self, index: int, answer: Event, *, first: bool) -> dict | None:
+        shown = answer["text"] or answer["finish_reason"] or answer["logprobs"] or "prompt" in answer or first
+        return self.choice(index, answer) if shown else None
 
     def _logprobs(self, index: int, told: list[Event]) -> dict:
         offsets = []
