@@ -11,6 +11,7 @@ from ftray.serve.ingress import Ingress
 from ftray.serve.job import GenerateJob
 from ftray.serve.limits import Gatekeeper
 from ftray.serve.overview import Overview, RecentTraffic
+from ftray.serve.texts import TextRoutes
 
 
 def answer(text: str, reason: str | None) -> dict:
@@ -88,8 +89,9 @@ class LocalLedger:
 
 def make_client(ingress: Ingress, *, watchers=(), **limits) -> TestClient:
     traffic = RecentTraffic()
+    texts = TextRoutes(ingress.names, ingress.backend, ingress.gate)
     overview = Overview(ingress.names, ingress.backend, ingress.gate, traffic)
-    return TestClient(make_api(ingress, overview, LimitsConfig(**limits), watchers=[traffic, *watchers]))
+    return TestClient(make_api(ingress, texts, overview, LimitsConfig(**limits), watchers=[traffic, *watchers]))
 
 
 def ask(client, model, **more):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
-from ftray.errors import AdapterError, FtrayError
+from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.checks import check_request
 from ftray.infer.fair_queue import FairQueue, FlowKey
 from ftray.infer.protocol import EngineStats, Request, TokenEvent
@@ -251,6 +251,9 @@ class VllmEngine:
         """Returns when vLLM has let go of the adapter's cancelled requests."""
         tasks = [answering.task for answering in self._leaving if answering.request.adapter == key]
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def embed(self, texts: Any, adapter: str | None) -> Any:
+        raise UserError("engine.type: vllm generates text here; embeddings need engine.type torch")
 
     # -- looking -------------------------------------------------------------------------------------------------
 

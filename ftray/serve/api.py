@@ -15,8 +15,9 @@ from ftray.serve.exchange import Exchange, Watched, Watcher
 from ftray.serve.ingress import Ingress
 from ftray.serve.overview import Overview
 from ftray.serve.schemas import AdapterRequest, ChatRequest, CompletionRequest, error_body
+from ftray.serve.texts import DetokenizeRequest, EmbeddingRequest, TextRoutes, TokenizeRequest
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 MAX_NAMES = 8
 PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
 PAGE_HEADERS = {
@@ -26,7 +27,7 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-ANSWERING = (CHAT, COMPLETIONS)  # what metrics and traces count
+ANSWERING = (CHAT, COMPLETIONS, EMBEDDINGS)  # what metrics and traces count
 
 
 def exchange_of(request: Request) -> Exchange:
@@ -37,7 +38,12 @@ Asked = Annotated[Exchange, Depends(exchange_of)]
 
 
 def make_api(
-    ingress: Ingress, overview: Overview, limits: LimitsConfig, *, watchers: Sequence[Watcher] = ()
+    ingress: Ingress,
+    texts: TextRoutes,
+    overview: Overview,
+    limits: LimitsConfig,
+    *,
+    watchers: Sequence[Watcher] = (),
 ) -> FastAPI:
     api = FastAPI(title="ftray", docs_url="/docs")
     api.add_middleware(BodyLimits, max_bytes=limits.body_bytes, timeout_s=limits.body_timeout_s)
@@ -51,6 +57,18 @@ def make_api(
     @api.post(COMPLETIONS)
     async def completions(request: CompletionRequest, asked: Asked) -> Any:
         return await ingress.completion(request, asked)
+
+    @api.post(EMBEDDINGS)
+    async def embeddings(request: EmbeddingRequest, asked: Asked) -> Any:
+        return await texts.embed(request, asked)
+
+    @api.post("/tokenize")
+    async def tokenize(request: TokenizeRequest, asked: Asked) -> Any:
+        return await texts.tokenize(request, asked)
+
+    @api.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest, asked: Asked) -> Any:
+        return await texts.detokenize(request, asked)
 
     @api.get("/v1/models")
     async def models(asked: Asked) -> Any:

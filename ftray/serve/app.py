@@ -33,6 +33,7 @@ from ftray.serve.overview import Overview, RecentTraffic
 from ftray.serve.ray_metrics import RayMeter
 from ftray.serve.remote import RemoteLedger, ReplicaBackend
 from ftray.serve.replica import EngineReplica
+from ftray.serve.texts import TextRoutes
 
 APP_NAME = "ftray"
 # Above the engine's own queue, so that the engine, which knows its load, is the one that answers 429.
@@ -77,12 +78,13 @@ class IngressApp:
         backend = ReplicaBackend(replicas)
         gate = Gate(RemoteLedger(ledger) if ledger is not None else None)
         self._ingress = Ingress(names, backend, gate, timeout_s=config.limits.request_timeout_s)
+        self._texts = TextRoutes(names, backend, gate)
         self._traffic = RecentTraffic()
         self._overview = Overview(names, backend, gate, self._traffic)
 
     def __serve_build_asgi_app__(self) -> Any:
         watchers = [self._traffic, *watchers_of(self._config)]
-        return make_api(self._ingress, self._overview, self._config.limits, watchers=watchers)
+        return make_api(self._ingress, self._texts, self._overview, self._config.limits, watchers=watchers)
 
 
 def ray_log_directory() -> Path:

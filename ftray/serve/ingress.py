@@ -61,7 +61,7 @@ class Ingress:
 
     async def warm(self, adapter: str, exchange: Exchange) -> dict:
         exchange.tenant = (await self.gate.admin(exchange.headers)).name
-        model = await self._resolve(adapter)
+        model = await resolved(self.names, adapter)
         if model.adapter is None:
             raise HTTPException(400, f"{adapter}: the base is always loaded")
         try:
@@ -72,14 +72,6 @@ class Ingress:
     async def in_use(self, adapter: str, exchange: Exchange) -> dict:
         exchange.tenant = (await self.gate.admin(exchange.headers)).name
         return {"model": adapter, "requests": await self.backend.in_use(adapter)}
-
-    async def _resolve(self, name: str, *, key: str | None = None, may_use: MayUse = everything) -> ServedModel:
-        try:
-            return await asyncio.to_thread(self.names.resolve, name, key=key, may_use=may_use)
-        except NotFoundError as error:
-            raise HTTPException(404, str(error)) from None
-        except FtrayError as error:  # the registry's store does not answer, say
-            raise HTTPException(503, str(error)) from None
 
     async def _answer(
         self,
@@ -94,7 +86,7 @@ class Ingress:
         deadline = self._deadline(exchange.headers)
         caller = await self.gate.admit(exchange, user=request.user)
         tenant = caller.tenant
-        model = await self._resolve(request.model, key=caller.key, may_use=tenant.may_use)
+        model = await resolved(self.names, request.model, key=caller.key, may_use=tenant.may_use)
         job = GenerateJob(
             prompts,
             is_chat=isinstance(shape, ChatShape),
@@ -225,6 +217,17 @@ class Ingress:
             raise HTTPException(400, f"X-Request-Timeout: {asked!r} is no number of seconds") from None
         seconds += [self.timeout_s] if self.timeout_s is not None else []
         return asyncio.get_running_loop().time() + min(seconds) if seconds else None
+
+
+async def resolved(
+    names: ModelNames, name: str, *, key: str | None = None, may_use: MayUse = everything
+) -> ServedModel:
+    try:
+        return await asyncio.to_thread(names.resolve, name, key=key, may_use=may_use)
+    except NotFoundError as error:
+        raise HTTPException(404, str(error)) from None
+    except FtrayError as error:  # the registry's store does not answer, say
+        raise HTTPException(503, str(error)) from None
 
 
 def head(answer: Answer, shape: Shape) -> dict:

@@ -25,3 +25,21 @@ class GenerateJob:
     @property
     def num_answers(self) -> int:
         return len(self.prompts) * self.sampling.n
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    texts: list[str | list[int]]
+    adapter: str | None
+    dimensions: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """A text or messages to token ids; or ids to text."""
+
+    text: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    ids: list[int] | None = None
+    with_special: bool = True

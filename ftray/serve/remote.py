@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from ftray.errors import FtrayError
 from ftray.serve.accounts import Tenant, Usage
 from ftray.serve.ingress import MAX_TRIES
-from ftray.serve.job import Event, GenerateJob
+from ftray.serve.job import EmbedJob, Event, GenerateJob, TokenizeJob
 from ftray.serve.limits import Refusal
 
 WARM_TIMEOUT_S = 100.0
@@ -50,6 +50,18 @@ class ReplicaBackend:
             finally:
                 response.cancel()  # of one that nobody reads to its end; else it does nothing
         yield {"error": "no replica is alive; try again", "status": 503}
+
+    async def ask(self, job: EmbedJob | TokenizeJob) -> Event:
+        handle: Any = self._handle
+        for _ in range(MAX_TRIES):
+            try:
+                return await handle.answer.remote(job)
+            except (RayActorError, ActorUnavailableError) as error:
+                log.warning("a replica died: %s", type(error).__name__)
+            except RayTaskError as error:
+                log.error("a replica failed: %s", error)
+                return {"error": "the replica failed; see its log", "status": 500}
+        return {"error": "no replica is alive; try again", "status": 503}
 
     async def warm(self, adapter: str) -> int:
         problems = await self._on_all("warm", adapter)

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
-from ftray.serve.job import Event, GenerateJob
+from ftray.serve.job import EmbedJob, Event, GenerateJob, TokenizeJob
 from ftray.serve.messages import renderable
 from ftray.serve.metrics import UNMETERED, AdapterMetrics, EngineMetrics, Meter
 from ftray.serve.prefetch import Prefetcher
@@ -80,6 +81,43 @@ class EngineReplica:
         finally:
             self._num_in_flight -= job.num_answers
 
+    async def answer(self, job: EmbedJob | TokenizeJob) -> Event:
+        """What needs no queue: vectors, token ids, a text; or {"error"}."""
+        try:
+            return await self._embed(job) if isinstance(job, EmbedJob) else self._tokenize(job)
+        except UserError as error:
+            return {"error": str(error), "status": 400}
+        except FtrayError as error:
+            return {"error": str(error), "status": 503}
+
+    async def _embed(self, job: EmbedJob) -> Event:
+        texts = [self._text_ids(text, key="input") for text in job.texts]
+        context = self.config.engine.context_tokens
+        longest = max(map(len, texts))
+        if longest > context:
+            raise UserError(f"input: a text of {longest} tokens exceeds this endpoint's context of {context} tokens")
+        pin = self.residency.pinned(job.adapter) if job.adapter is not None else contextlib.nullcontext()
+        vectors: list[list[float]] = []
+        async with pin:
+            for group in groups_within(texts, self.config.engine.max_prefill_tokens):  # others decode in between
+                found_nE = await self.runner.call(partial(self.engine.embed, group, job.adapter))
+                if job.dimensions is not None:
+                    found_nE = torch.nn.functional.normalize(found_nE[:, : job.dimensions], dim=-1)
+                vectors += found_nE.tolist()
+        return {"vectors": vectors, "prompt_tokens": sum(map(len, texts))}
+
+    def _tokenize(self, job: TokenizeJob) -> Event:
+        tokenizer = self.engine.tokenizer
+        if job.ids is not None:
+            check_token_ids(job.ids, key="tokens", vocab_size=self.engine.vocab_size)
+            return {"text": tokenizer.decode(job.ids)}
+        if job.messages is not None:
+            ids = self.renderer.prompt_ids(check_messages(renderable(job.messages)), job.tools)
+        else:
+            ids = tokenizer(job.text, add_special_tokens=job.with_special)["input_ids"]
+        strings = [tokenizer.decode([token]) for token in ids]
+        return {"tokens": ids, "strings": strings, "context_tokens": self.config.engine.context_tokens}
+
     def close(self) -> None:
         """Ends the engine's thread, and its processes where it has some."""
         self.runner.close()
@@ -123,10 +161,13 @@ class EngineReplica:
     def _prompt_ids(self, prompt: Any, job: GenerateJob) -> list[int]:
         if job.is_chat:
             return self.renderer.prompt_ids(check_messages(renderable(prompt)), job.tools)
-        if isinstance(prompt, str):
-            return self.engine.tokenizer(prompt)["input_ids"]
-        check_token_ids(prompt, key="prompt", vocab_size=self.engine.vocab_size)
-        return list(prompt)
+        return self._text_ids(prompt, key="prompt")
+
+    def _text_ids(self, text: Any, *, key: str) -> list[int]:
+        if isinstance(text, str):
+            return self.engine.tokenizer(text)["input_ids"]
+        check_token_ids(text, key=key, vocab_size=self.engine.vocab_size)
+        return list(text)
 
     async def _tokens(self, job: GenerateJob, prompts: list[list[int]], adapter_s: float) -> AsyncGenerator[Event]:
         requests = [
@@ -207,6 +248,17 @@ async def together(events: AsyncIterator[Event], *, every_s: float) -> AsyncIter
             yield event
         else:
             held[index] = event
+
+
+def groups_within(texts: list[list[int]], max_tokens: int) -> Iterator[list[list[int]]]:
+    """In order; a longer text is a group of its own."""
+    group: list[list[int]] = []
+    for ids in texts:
+        if group and sum(map(len, group)) + len(ids) > max_tokens:
+            yield group
+            group = []
+        group.append(ids)
+    yield group
 
 
 def check_base(key: str, metadata: dict[str, Any], base: Any, *, here: str = "this endpoint serves") -> None:

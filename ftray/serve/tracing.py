@@ -11,6 +11,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from ftray.serve.exchange import Exchange
 
+OPERATIONS = {"/v1/chat/completions": "chat", "/v1/embeddings": "embeddings"}
+
 
 class Traces:
     """A watcher of exchanges."""
@@ -56,7 +58,7 @@ def otlp_traces(endpoint: str, *, paths: tuple[str, ...]) -> Traces:
 
 def attributes_of(exchange: Exchange) -> dict[str, Any]:
     told: dict[str, Any] = {
-        "gen_ai.operation.name": "chat" if "chat" in exchange.path else "text_completion",
+        "gen_ai.operation.name": OPERATIONS.get(exchange.path, "text_completion"),
         "gen_ai.request.model": exchange.asked_model,
         "http.response.status_code": exchange.status,
         "ftray.request_id": exchange.request_id,

@@ -1,0 +1,123 @@
+"""Embeddings, and texts to token ids and back: what is answered at once, by one replica."""
+
+import asyncio
+import base64
+import struct
+from typing import Annotated, Any, Literal, Protocol
+
+from fastapi import HTTPException
+from pydantic import BaseModel, ConfigDict, Field
+
+from ftray.serve.answer import Answer
+from ftray.serve.exchange import Exchange
+from ftray.serve.gate import Gate
+from ftray.serve.ingress import resolved
+from ftray.serve.job import EmbedJob, Event, TokenizeJob
+from ftray.serve.models import ModelNames
+from ftray.serve.schemas import MAX_PROMPTS
+from ftray.serve.tools import Tool
+
+Texts = Annotated[str | list[int] | list[str] | list[list[int]], Field(union_mode="left_to_right")]
+
+
+class EmbeddingRequest(BaseModel):
+    """OpenAI's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    input: Texts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(default=None, ge=1)  # the first so many, normalised again (Matryoshka)
+    user: str | None = None
+
+
+class TokenizeRequest(BaseModel):
+    """vLLM's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None  # all share one tokenizer
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class AskedReplica(Protocol):
+    async def ask(self, job: EmbedJob | TokenizeJob) -> Event:
+        """Its answer, or {"error", "status"}."""
+        ...
+
+
+class TextRoutes:
+    def __init__(self, names: ModelNames, replica: AskedReplica, gate: Gate):
+        self._names = names
+        self._replica = replica
+        self._gate = gate
+
+    async def embed(self, request: EmbeddingRequest, exchange: Exchange) -> dict[str, Any]:
+        exchange.asked_model = request.model
+        texts = listed(request.input)
+        caller = await self._gate.admit(exchange, user=request.user)
+        model = await resolved(self._names, request.model, key=caller.key, may_use=caller.tenant.may_use)
+        answer = exchange.answer = Answer(caller, model, exchange.request_id, exchange.began)
+        job = EmbedJob(texts, model.adapter, request.dimensions)
+        found = self._of(await self._replica.ask(job))
+        answer.prompt_tokens, answer.is_whole = found["prompt_tokens"], True
+        answer.settling = asyncio.create_task(self._gate.record(answer.usage()))
+        await asyncio.shield(answer.settling)  # also when the client has gone
+        told = base64_of if request.encoding_format == "base64" else list[float]
+        return {
+            "object": "list",
+            "model": model.id,
+            "data": [
+                {"object": "embedding", "index": index, "embedding": told(vector)}
+                for index, vector in enumerate(found["vectors"])
+            ],
+            "usage": {"prompt_tokens": answer.prompt_tokens, "total_tokens": answer.prompt_tokens},
+        }
+
+    async def tokenize(self, request: TokenizeRequest, exchange: Exchange) -> dict[str, Any]:
+        if (request.prompt is None) == (request.messages is None):
+            raise HTTPException(400, "prompt or messages: give one of them")
+        exchange.tenant = (await self._gate.tenant(exchange.headers)).name
+        tools = tuple(tool.model_dump(exclude_none=True) for tool in request.tools or [])
+        job = TokenizeJob(request.prompt, request.messages, tools, with_special=request.add_special_tokens)
+        found = self._of(await self._replica.ask(job))
+        ids = found["tokens"]
+        told = {"count": len(ids), "max_model_len": found["context_tokens"], "tokens": ids}
+        return told | {"token_strs": found["strings"] if request.return_token_strs else None}
+
+    async def detokenize(self, request: DetokenizeRequest, exchange: Exchange) -> dict[str, Any]:
+        exchange.tenant = (await self._gate.tenant(exchange.headers)).name
+        return {"prompt": self._of(await self._replica.ask(TokenizeJob(ids=request.tokens)))["text"]}
+
+    def _of(self, found: Event) -> Event:
+        if "error" in found:
+            raise HTTPException(found["status"], found["error"])
+        return found
+
+
+def listed(texts: Any) -> list[Any]:
+    """One text, as a string or as token ids, is a list of one."""
+    one = isinstance(texts, str) or (texts and isinstance(texts[0], int))
+    many = [texts] if one else list(texts)
+    if not many or not all(many):
+        raise HTTPException(400, "input: an empty text has no embedding")
+    if len(many) > MAX_PROMPTS:
+        raise HTTPException(400, f"input: at most {MAX_PROMPTS} texts in one request")
+    return many
+
+
+def base64_of(vector: list[float]) -> str:
+    """Little-endian float32, as OpenAI's clients read it."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
