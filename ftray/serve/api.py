@@ -66,6 +66,10 @@ def make_api(
     async def tokenize(request: TokenizeRequest, asked: Asked) -> Any:
         return await texts.tokenize(request, asked)
 
+    @api.get("/tokenizer_info")
+    async def tokenizer_info(asked: Asked) -> Any:
+        return await texts.tokenizer_info(asked)
+
     @api.post("/detokenize")
     async def detokenize(request: DetokenizeRequest, asked: Asked) -> Any:
         return await texts.detokenize(request, asked)

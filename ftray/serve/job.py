@@ -35,6 +35,11 @@ class EmbedJob:
 
 
 @dataclass(frozen=True)
+class TokenizerInfoJob:
+    """What the tokenizer is."""
+
+
+@dataclass(frozen=True)
 class TokenizeJob:
     """A text or messages to token ids; or ids to text."""
 
@@ -43,3 +48,6 @@ class TokenizeJob:
     tools: tuple[dict[str, Any], ...] = ()
     ids: list[int] | None = None
     with_special: bool = True
+
+
+QuickJob = EmbedJob | TokenizeJob | TokenizerInfoJob

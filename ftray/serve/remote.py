@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from ftray.errors import FtrayError
 from ftray.serve.accounts import Tenant, Usage
 from ftray.serve.ingress import MAX_TRIES
-from ftray.serve.job import EmbedJob, Event, GenerateJob, TokenizeJob
+from ftray.serve.job import Event, GenerateJob, QuickJob
 from ftray.serve.limits import Refusal
 
 WARM_TIMEOUT_S = 100.0
@@ -51,7 +51,7 @@ class ReplicaBackend:
                 response.cancel()  # of one that nobody reads to its end; else it does nothing
         yield {"error": "no replica is alive; try again", "status": 503}
 
-    async def ask(self, job: EmbedJob | TokenizeJob) -> Event:
+    async def ask(self, job: QuickJob) -> Event:
         handle: Any = self._handle
         for _ in range(MAX_TRIES):
             try:

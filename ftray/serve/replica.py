@@ -19,7 +19,7 @@ from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
-from ftray.serve.job import EmbedJob, Event, GenerateJob, TokenizeJob
+from ftray.serve.job import EmbedJob, Event, GenerateJob, QuickJob, TokenizeJob, TokenizerInfoJob
 from ftray.serve.messages import renderable
 from ftray.serve.metrics import UNMETERED, AdapterMetrics, EngineMetrics, Meter
 from ftray.serve.prefetch import Prefetcher
@@ -81,10 +81,16 @@ class EngineReplica:
         finally:
             self._num_in_flight -= job.num_answers
 
-    async def answer(self, job: EmbedJob | TokenizeJob) -> Event:
+    async def answer(self, job: QuickJob) -> Event:
         """What needs no queue: vectors, token ids, a text; or {"error"}."""
         try:
-            return await self._embed(job) if isinstance(job, EmbedJob) else self._tokenize(job)
+            match job:
+                case EmbedJob():
+                    return await self._embed(job)
+                case TokenizeJob():
+                    return self._tokenize(job)
+                case TokenizerInfoJob():
+                    return self._tokenizer_info()
         except UserError as error:
             return {"error": str(error), "status": 400}
         except FtrayError as error:
@@ -117,6 +123,11 @@ class EngineReplica:
             ids = tokenizer(job.text, add_special_tokens=job.with_special)["input_ids"]
         strings = [tokenizer.decode([token]) for token in ids]
         return {"tokens": ids, "strings": strings, "context_tokens": self.config.engine.context_tokens}
+
+    def _tokenizer_info(self) -> Event:
+        tokenizer = self.engine.tokenizer
+        special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return special | {"tokenizer_class": type(tokenizer).__name__, "chat_template": tokenizer.chat_template}
 
     def close(self) -> None:
         """Ends the engine's thread, and its processes where it has some."""

@@ -12,7 +12,7 @@ from ftray.serve.answer import Answer
 from ftray.serve.exchange import Exchange
 from ftray.serve.gate import Gate
 from ftray.serve.ingress import resolved
-from ftray.serve.job import EmbedJob, Event, TokenizeJob
+from ftray.serve.job import EmbedJob, Event, QuickJob, TokenizeJob, TokenizerInfoJob
 from ftray.serve.models import ModelNames
 from ftray.serve.schemas import MAX_PROMPTS
 from ftray.serve.tools import Tool
@@ -53,7 +53,7 @@ class DetokenizeRequest(BaseModel):
 
 
 class AskedReplica(Protocol):
-    async def ask(self, job: EmbedJob | TokenizeJob) -> Event:
+    async def ask(self, job: QuickJob) -> Event:
         """Its answer, or {"error", "status"}."""
         ...
 
@@ -96,6 +96,10 @@ class TextRoutes:
         ids = found["tokens"]
         told = {"count": len(ids), "max_model_len": found["context_tokens"], "tokens": ids}
         return told | {"token_strs": found["strings"] if request.return_token_strs else None}
+
+    async def tokenizer_info(self, exchange: Exchange) -> dict[str, Any]:
+        exchange.tenant = (await self._gate.tenant(exchange.headers)).name
+        return self._of(await self._replica.ask(TokenizerInfoJob()))
 
     async def detokenize(self, request: DetokenizeRequest, exchange: Exchange) -> dict[str, Any]:
         exchange.tenant = (await self._gate.tenant(exchange.headers)).name
