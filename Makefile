@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 # Clients of OpenAI's API, which want their own versions of much.
 CLIENTS := .venv-clients
 
-.PHONY: help install lint test test-cluster test-vllm test-clients quickstart clean
+.PHONY: help install lint test test-cluster test-vllm test-clients soak quickstart clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-cluster many hosts as network namespaces: workers, hosts and links that fail (root, about 15 minutes)"
 	@echo "make test-vllm    the vLLM engine on a CPU, in an environment of its own (about 4 minutes)"
 	@echo "make test-clients LangChain, lm-evaluation-harness and vLLM's benchmark against an endpoint (about 2 minutes)"
+	@echo "make soak         an endpoint under load for ten minutes, while replicas die and adapters are swapped"
 	@echo "make install      make $(VENV) and install the project with the pins of cluster/constraints.txt"
 	@echo "make clean        remove $(VENV), $(VLLM) and $(CLIENTS)"
 
@@ -63,6 +64,10 @@ $(CLIENTS)/.installed: tests/clients/environment.txt
 	@echo "installing into $(CLIENTS) (about a minute)"
 	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r tests/clients/environment.txt
 	@touch $@
+
+# Ten minutes of load and faults; the result is kept in docs/benchmarks/soak.json.
+soak: install
+	$(BIN)/python tests/soak/soak.py
 
 quickstart: install
 	$(BIN)/ftray quickstart

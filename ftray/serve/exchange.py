@@ -2,10 +2,11 @@
 however it ended: answered, refused, or left by its client."""
 
 import asyncio
+import contextvars
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,12 @@ class Exchange:
 Watcher = Callable[[Exchange], None]
 
 
+def detached(work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    """A task outside the request: when a client leaves, Ray Serve cancels what its request, known by the context, has
+    asked of others, the ledger among them."""
+    return asyncio.create_task(work, context=contextvars.Context())
+
+
 class Watched:
     """ASGI middleware (https://asgi.readthedocs.io): makes the exchange, as `request.state.exchange`."""
 
@@ -72,7 +79,7 @@ class Watched:
             await self._app(scope, receive, note)
         finally:
             # A task of its own: where the client has left, this one is being cancelled, at every await anew.
-            task = asyncio.create_task(self._end(exchange))
+            task = detached(self._end(exchange))
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
             await asyncio.shield(task)

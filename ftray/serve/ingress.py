@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from ftray.errors import FtrayError, NotFoundError
 from ftray.serve.answer import Answer
-from ftray.serve.exchange import Exchange
+from ftray.serve.exchange import Exchange, detached
 from ftray.serve.gate import Gate, Headers
 from ftray.serve.job import Event, GenerateJob
 from ftray.serve.models import MayUse, ModelNames, ServedModel, everything
@@ -192,7 +192,7 @@ class Ingress:
     async def _settle(self, answer: Answer) -> None:
         """Tells the ledger and the canary's watch, once, and to the end: the request's own task may be cancelled."""
         if answer.settling is None and answer.prompt_tokens:
-            answer.settling = asyncio.create_task(self._tell(answer))
+            answer.settling = detached(self._tell(answer))
         if answer.settling is not None:
             await asyncio.shield(answer.settling)
 

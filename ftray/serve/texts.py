@@ -9,7 +9,7 @@ from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 
 from ftray.serve.answer import Answer
-from ftray.serve.exchange import Exchange
+from ftray.serve.exchange import Exchange, detached
 from ftray.serve.gate import Gate
 from ftray.serve.ingress import resolved
 from ftray.serve.job import EmbedJob, Event, QuickJob, TokenizeJob, TokenizerInfoJob
@@ -73,7 +73,7 @@ class TextRoutes:
         job = EmbedJob(texts, model.adapter, request.dimensions)
         found = self._of(await self._replica.ask(job))
         answer.prompt_tokens, answer.is_whole = found["prompt_tokens"], True
-        answer.settling = asyncio.create_task(self._gate.record(answer.usage()))
+        answer.settling = detached(self._gate.record(answer.usage()))
         await asyncio.shield(answer.settling)  # also when the client has gone
         told = base64_of if request.encoding_format == "base64" else list[float]
         return {
