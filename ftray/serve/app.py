@@ -27,12 +27,13 @@ from ftray.serve.exchange import Watcher
 from ftray.serve.gate import Gate
 from ftray.serve.ingress import Ingress
 from ftray.serve.limits import Gatekeeper
-from ftray.serve.metrics import OF_REPLICAS, OF_REQUESTS, RequestMetrics
+from ftray.serve.metrics import OF_REPLICAS, OF_REQUESTS
 from ftray.serve.models import ModelNames
 from ftray.serve.overview import Overview, RecentTraffic
 from ftray.serve.ray_metrics import RayMeter
 from ftray.serve.remote import RemoteLedger, ReplicaBackend
 from ftray.serve.replica import EngineReplica
+from ftray.serve.request_metrics import RequestMetrics
 from ftray.serve.texts import TextRoutes
 
 APP_NAME = "ftray"

@@ -22,8 +22,9 @@ from ftray.serve.api import ANSWERING
 from ftray.serve.gate import Caller, Gate
 from ftray.serve.ingress import Ingress
 from ftray.serve.limits import Gatekeeper
-from ftray.serve.metrics import AdapterMetrics, EngineMetrics, Names, RequestMetrics
+from ftray.serve.metrics import AdapterMetrics, EngineMetrics, Names
 from ftray.serve.models import ModelNames, ServedModel
+from ftray.serve.request_metrics import RequestMetrics
 
 
 class KeptMeter:
