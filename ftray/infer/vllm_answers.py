@@ -17,7 +17,6 @@ class Answering:
     task: Any = None  # in the event loop, from then on
     added_at: float = field(default_factory=time.monotonic)
     queued_s: float = 0.0  # until vLLM got it
-    prompt_logprobs: list[Any] | None = None  # as vLLM tells them, once
     passed_over: int = 0
     num_generated: Counter[int] = field(default_factory=Counter)
 
@@ -30,7 +29,6 @@ def token_events(answering: Answering, part: Any, cached: int) -> Iterator[Token
         reason: FinishReason | None = None
         if is_last and part.finish_reason is not None:
             reason = part.finish_reason if part.finish_reason in ("stop", "length") else "error"
-        is_first = answering.num_generated[part.index] == 0
         answering.num_generated[part.index] += 1
         yield TokenEvent(
             answering.request.id,
@@ -41,18 +39,8 @@ def token_events(answering: Answering, part: Any, cached: int) -> Iterator[Token
             index=part.index,
             num_cached_prompt_tokens=cached,
             logprobs=told(part.logprobs[place], token, answering.request.sampling.logprobs) if part.logprobs else None,
-            prompt_logprobs=prompt_told(answering) if is_first else None,
             queued_s=answering.queued_s,
         )
-
-
-def prompt_told(answering: Answering) -> tuple[TokenLogprobs, ...] | None:
-    """vLLM has nothing to tell of the first token."""
-    found, request = answering.prompt_logprobs, answering.request
-    if found is None:
-        return None
-    wanted = request.sampling.prompt_logprobs
-    return tuple(told(of, token, wanted) for of, token in zip(found[1:], list(request.prompt_ids)[1:], strict=True))
 
 
 def told(found: dict[int, Any], token: int, num_top: int | None) -> TokenLogprobs:

@@ -81,6 +81,9 @@ class VllmEngine:
         max_tokens = check_request(
             request, context_tokens=self.config.context_tokens, vocab_size=self.vocab_size, loaded=self._loaded
         )
+        if request.sampling.prompt_logprobs is not None:
+            # Beside adapters it ends the whole engine: the head's adapter layer expects a row for each sequence (0.32).
+            raise UserError("logprobs of the prompt (echo) end vLLM where adapters are served; use engine.type: torch")
         if request.sampling.structure is not None:
             self._grammars.matcher(request.sampling.structure)  # refused here rather than in the other process
         answering = Answering(request, self._params(request, max_tokens))
@@ -114,7 +117,6 @@ class VllmEngine:
             stop_token_ids=[] if s.ignore_eos else sorted(self.stop_ids),
             ignore_eos=s.ignore_eos,
             logprobs=s.logprobs,
-            prompt_logprobs=s.prompt_logprobs,
             structured_outputs=structure,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -193,8 +195,6 @@ class VllmEngine:
             yield TokenEvent(name, -1, "", 0, "error")
             return
         cached = output.num_cached_tokens or 0
-        if output.prompt_logprobs is not None:
-            answering.prompt_logprobs = output.prompt_logprobs
         if not answering.num_generated:
             self._prompt_tokens += len(answering.request.prompt_ids)
             self._prompt_tokens_cached += cached

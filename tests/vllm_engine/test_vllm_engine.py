@@ -15,13 +15,15 @@ from tiny import write_peft_adapter, write_tiny_model
 
 from ftray.config import ServeConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.errors import UserError
 from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request
 from ftray.infer.vllm_engine import VllmEngine
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
-from ftray.serve.replica import EngineReplica, GenerateJob
+from ftray.serve.job import GenerateJob
+from ftray.serve.replica import EngineReplica
 
 NUM_SLOTS = 2
 
@@ -59,6 +61,10 @@ def vllm(base):
     engine.close()
 
 
+async def events_of(replica: EngineReplica, job: GenerateJob) -> list[dict]:
+    return [event async for event in replica.generate(job)]
+
+
 def test_a_whole_replica_answers_from_the_registry(base, adapters, tmp_path):
     """Registry, residency and engine thread over vLLM, as the endpoint holds them."""
     registry = Registry(str(tmp_path / "registry"))
@@ -76,14 +82,15 @@ def test_a_whole_replica_answers_from_the_registry(base, adapters, tmp_path):
     replica = EngineReplica(config)
 
     async def scenario() -> None:
-        job = GenerateJob([5, 9, 33, 60, 7], False, greedy(logprobs=2), "support@1")
-        answer, again = await asyncio.gather(replica.complete(job), replica.complete(job))
-        assert answer["answers"] == again["answers"]
-        assert answer["completion_tokens"] == 10
-        assert len(answer["answers"][0]["logprobs"]) == 10
-        chat = GenerateJob([{"role": "user", "content": "hi"}], True, greedy(), None)
-        assert (await replica.complete(chat))["answers"][0]["finish_reason"] == "length"
-        refused = await replica.complete(GenerateJob([5], False, greedy(), "foreign@1"))
+        job = GenerateJob([[5, 9, 33, 60, 7]], False, greedy(logprobs=2), "support@1")
+        (first, *answer), (_, *again) = await asyncio.gather(events_of(replica, job), events_of(replica, job))
+        assert first["prompt_tokens"] == 5
+        assert [event["text"] for event in answer] == [event["text"] for event in again]
+        assert len(answer) == 10
+        assert all(len(event["logprobs"]) == 1 for event in answer)
+        chat = GenerateJob([[{"role": "user", "content": "hi"}]], True, greedy(), None)
+        assert (await events_of(replica, chat))[-1]["finish_reason"] == "length"
+        (refused,) = await events_of(replica, GenerateJob([[5]], False, greedy(), "foreign@1"))
         assert refused["status"] == 400
         assert "trained on other" in refused["error"]
 
@@ -101,6 +108,12 @@ class TestContract(EngineContract):
     @pytest.fixture(scope="class")
     def base_directory(self, base):
         return base.directory
+
+    def test_prompt_logprobs_are_the_models(self, engine, prompts):
+        """vLLM would end with all that it runs; the request is refused instead."""
+        with pytest.raises(UserError, match=r"use engine.type: torch"):
+            engine.add(Request("a", prompts[0], greedy(prompt_logprobs=2)))
+        assert not engine.has_work
 
 
 def test_versions_swapped_under_load_are_never_stale_nor_misrouted(vllm, base, adapters, prompts):
