@@ -8,6 +8,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from ftray.errors import FtrayError
 from ftray.infer.attention import AttentionStep, continuation, decode_context, register_paged_attention
 from ftray.infer.checks import check_request
 from ftray.infer.decoder import make_stack
-from ftray.infer.embedding import embedding_of
+from ftray.infer.embedding import Embedding, embedding_of
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.infer.protocol import EngineStats, FinishReason, Request, TokenEvent, TokenLogprobs
 from ftray.infer.sampler import TokenSampler, sample, told
@@ -258,10 +259,15 @@ class TorchEngine:
         logits_NV = self._head(hidden_TE.index_select(0, row.rows_N)).float()
         return -torch.nn.functional.cross_entropy(logits_NV, row.targets_N, reduction="none")
 
+    @cached_property
+    def _embedding(self) -> Embedding:
+        """Read at the first use: other bases have none."""
+        return embedding_of(self.base.directory, self.base.name)
+
     @torch.inference_mode()
     def embed(self, texts: Many[Many[int]], adapter: str | None) -> Tensor:
         """[n, E] of texts as token ids, in one row: with a thousand tokens it takes as long as a step with as many."""
-        embedding = embedding_of(self.base.directory, self.base.name)
+        embedding = self._embedding
         lengths = [len(ids) for ids in texts]
         layout = packed_layout(lengths).to(self.hardware.device)
         step = AttentionStep(cache=None, write_slots_T=None, decode=None, whole=layout)

@@ -44,10 +44,16 @@ class Exchange:
 Watcher = Callable[[Exchange], None]
 
 
+_detached: set["asyncio.Task[None]"] = set()  # an event loop alone would forget them
+
+
 def detached(work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
     """A task outside the request: when a client leaves, Ray Serve cancels what its request, known by the context, has
     asked of others, the ledger among them."""
-    return asyncio.create_task(work, context=contextvars.Context())
+    task = asyncio.create_task(work, context=contextvars.Context())
+    _detached.add(task)
+    task.add_done_callback(_detached.discard)
+    return task
 
 
 class Watched:
@@ -56,7 +62,6 @@ class Watched:
     def __init__(self, app: Any, *, watchers: Sequence[Watcher]):
         self._app = app
         self._watchers = watchers
-        self._ending: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,10 +84,7 @@ class Watched:
             await self._app(scope, receive, note)
         finally:
             # A task of its own: where the client has left, this one is being cancelled, at every await anew.
-            task = detached(self._end(exchange))
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
-            await asyncio.shield(task)
+            await asyncio.shield(detached(self._end(exchange)))
 
     async def _end(self, exchange: Exchange) -> None:
         exchange.seconds = time.perf_counter() - exchange.began

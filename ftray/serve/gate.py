@@ -51,21 +51,21 @@ class Gate:
         own = f"{tenant.name}/{session}" if session else tenant.name or None
         return Caller(tenant, own)
 
-    async def tenant(self, headers: "Headers") -> Tenant:
+    async def tenant(self, exchange: "Asking") -> Tenant:
         """For what costs nothing: listing, looking. Raises 401."""
         if self.ledger is None:
             return ANYBODY
-        tenant = await self.ledger.identify(bearer(headers))
+        tenant = await self.ledger.identify(bearer(exchange.headers))
         if tenant is None:
             raise HTTPException(401, WANTS_KEY)
+        exchange.tenant = tenant.name
         return tenant
 
-    async def admin(self, headers: "Headers") -> Tenant:
+    async def require_admin(self, exchange: "Asking") -> None:
         """Raises 401 or 403. An open endpoint trusts whoever reaches it."""
-        tenant = await self.tenant(headers)
+        tenant = await self.tenant(exchange)
         if self.ledger is not None and not tenant.is_admin:
             raise HTTPException(403, f"{tenant.name}: only an admin's key may do this (`ftray tenants create --admin`)")
-        return tenant
 
     async def record(self, usage: Usage) -> None:
         if self.ledger is not None:
@@ -77,7 +77,7 @@ class Headers(Protocol):
 
 
 class Asking(Protocol):
-    """`exchange.Exchange`, as far as the gate sees it."""
+    """`exchange.Exchange`, as far as the gate sees it. It is told who asks."""
 
     @property
     def headers(self) -> Headers: ...

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from ftray.serve.job import Event, GenerateJob
 from ftray.serve.models import MayUse, ModelNames, ServedModel, everything
 from ftray.serve.schemas import ApiRequest, ChatRequest, CompletionRequest, error_body
 from ftray.serve.shapes import ChatShape, CompletionShape, Shape, server_event
+from ftray.serve.tools import as_given
 
 MAX_TRIES = 3
 # How often a replica tells of an answer that nobody watches: enough to know what was computed if it is cut short.
@@ -48,19 +49,17 @@ class Ingress:
     async def chat(self, request: ChatRequest, exchange: Exchange) -> Any:
         tools = request.usable_tools
         shape = ChatShape([tool.function.name for tool in tools])
-        told = tuple(tool.model_dump(exclude_none=True) for tool in tools)
-        return await self._answer(request, [request.messages], shape, exchange, tools=told)
+        return await self._answer(request, [request.messages], shape, exchange, tools=as_given(tools))
 
     async def completion(self, request: CompletionRequest, exchange: Exchange) -> Any:
         return await self._answer(request, request.prompts, CompletionShape(), exchange)
 
     async def models(self, exchange: Exchange) -> dict:
-        tenant = await self.gate.tenant(exchange.headers)
-        exchange.tenant = tenant.name
+        tenant = await self.gate.tenant(exchange)
         return await asyncio.to_thread(self.names.listing, tenant.may_use)
 
     async def warm(self, adapter: str, exchange: Exchange) -> dict:
-        exchange.tenant = (await self.gate.admin(exchange.headers)).name
+        await self.gate.require_admin(exchange)
         model = await resolved(self.names, adapter)
         if model.adapter is None:
             raise HTTPException(400, f"{adapter}: the base is always loaded")
@@ -70,7 +69,7 @@ class Ingress:
             raise HTTPException(400, str(error)) from None
 
     async def in_use(self, adapter: str, exchange: Exchange) -> dict:
-        exchange.tenant = (await self.gate.admin(exchange.headers)).name
+        await self.gate.require_admin(exchange)
         return {"model": adapter, "requests": await self.backend.in_use(adapter)}
 
     async def _answer(
@@ -222,8 +221,15 @@ class Ingress:
 async def resolved(
     names: ModelNames, name: str, *, key: str | None = None, may_use: MayUse = everything
 ) -> ServedModel:
-    try:
+    with registry_errors():
         return await asyncio.to_thread(names.resolve, name, key=key, may_use=may_use)
+
+
+@contextlib.contextmanager
+def registry_errors() -> Iterator[None]:
+    """What a look into the registry may fail of, as HTTP's errors."""
+    try:
+        yield
     except NotFoundError as error:
         raise HTTPException(404, str(error)) from None
     except FtrayError as error:  # the registry's store does not answer, say

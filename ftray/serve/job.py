@@ -48,6 +48,7 @@ class TokenizeJob:
     tools: tuple[dict[str, Any], ...] = ()
     ids: list[int] | None = None
     with_special: bool = True
+    with_strings: bool = False  # each token's text too
 
 
 QuickJob = EmbedJob | TokenizeJob | TokenizerInfoJob

@@ -9,14 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fastapi import HTTPException
-
-from ftray.errors import FtrayError, NotFoundError
+from ftray.errors import FtrayError
 from ftray.registry.card import model_card
 from ftray.registry.journal import Journal
 from ftray.serve.accounts import Tenant
 from ftray.serve.exchange import Exchange
 from ftray.serve.gate import Gate
+from ftray.serve.ingress import registry_errors
 from ftray.serve.models import ModelNames
 
 TRAFFIC_S = 60.0
@@ -89,8 +88,7 @@ class Overview:
 
     async def status(self, exchange: Exchange, *, names: Iterable[str]) -> dict[str, Any]:
         """`names`: models whose version now is told, besides the aliases that moved last."""
-        tenant = await self._gate.tenant(exchange.headers)
-        exchange.tenant = tenant.name
+        tenant = await self._gate.tenant(exchange)
         registry = self._names.registry
         journal = await asyncio.to_thread(registry.refresh)
         return {
@@ -103,14 +101,9 @@ class Overview:
         }
 
     async def card(self, name: str, exchange: Exchange) -> dict[str, str]:
-        tenant = await self._gate.tenant(exchange.headers)
-        exchange.tenant = tenant.name
-        try:
+        tenant = await self._gate.tenant(exchange)
+        with registry_errors():
             return await asyncio.to_thread(self._card, name, tenant)
-        except NotFoundError as error:
-            raise HTTPException(404, str(error)) from None
-        except FtrayError as error:
-            raise HTTPException(503, str(error)) from None
 
     def _card(self, name: str, tenant: Tenant) -> dict[str, str]:
         model = self._names.resolve(name, may_use=tenant.may_use)

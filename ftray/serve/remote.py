@@ -15,6 +15,8 @@ from ftray.serve.job import Event, GenerateJob, QuickJob
 from ftray.serve.limits import Refusal
 
 WARM_TIMEOUT_S = 100.0
+FAILED: Event = {"error": "the replica failed; see its log", "status": 500}
+NONE_ALIVE: Event = {"error": "no replica is alive; try again", "status": 503}
 LEDGER_RETRIES_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 log = logging.getLogger("ftray.serve")
@@ -45,11 +47,11 @@ class ReplicaBackend:
                     return
             except RayTaskError as error:
                 log.error("a replica failed: %s", error)
-                yield {"error": "the replica failed; see its log", "status": 500}
+                yield FAILED
                 return
             finally:
                 response.cancel()  # of one that nobody reads to its end; else it does nothing
-        yield {"error": "no replica is alive; try again", "status": 503}
+        yield NONE_ALIVE
 
     async def ask(self, job: QuickJob) -> Event:
         handle: Any = self._handle
@@ -60,8 +62,8 @@ class ReplicaBackend:
                 log.warning("a replica died: %s", type(error).__name__)
             except RayTaskError as error:
                 log.error("a replica failed: %s", error)
-                return {"error": "the replica failed; see its log", "status": 500}
-        return {"error": "no replica is alive; try again", "status": 503}
+                return FAILED
+        return NONE_ALIVE
 
     async def warm(self, adapter: str) -> int:
         problems = await self._on_all("warm", adapter)

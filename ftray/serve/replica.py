@@ -65,19 +65,14 @@ class EngineReplica:
         try:
             prompts = [self._prompt_ids(prompt, job) for prompt in job.prompts]
             asked = time.perf_counter()
-            pin = self.residency.pinned(job.adapter) if job.adapter is not None else contextlib.nullcontext()
             # Closed in order when a client leaves: the engine lets go of the sequence before the adapter is unpinned.
-            async with pin:
+            async with self._pinned(job.adapter):
                 adapter_s = time.perf_counter() - asked
                 async with contextlib.aclosing(self._tokens(job, prompts, adapter_s)) as events:
                     async for event in together(events, every_s=job.every_s):
                         yield event
-        except AdapterError as error:
-            yield {"error": str(error), "status": 400, "adapter_failed": True}
-        except UserError as error:
-            yield {"error": str(error), "status": 400}
         except FtrayError as error:
-            yield {"error": str(error), "status": 503}
+            yield error_event(error)
         finally:
             self._num_in_flight -= job.num_answers
 
@@ -91,10 +86,8 @@ class EngineReplica:
                     return self._tokenize(job)
                 case TokenizerInfoJob():
                     return self._tokenizer_info()
-        except UserError as error:
-            return {"error": str(error), "status": 400}
         except FtrayError as error:
-            return {"error": str(error), "status": 503}
+            return error_event(error)
 
     async def _embed(self, job: EmbedJob) -> Event:
         texts = [self._text_ids(text, key="input") for text in job.texts]
@@ -102,9 +95,8 @@ class EngineReplica:
         longest = max(map(len, texts))
         if longest > context:
             raise UserError(f"input: a text of {longest} tokens exceeds this endpoint's context of {context} tokens")
-        pin = self.residency.pinned(job.adapter) if job.adapter is not None else contextlib.nullcontext()
         vectors: list[list[float]] = []
-        async with pin:
+        async with self._pinned(job.adapter):
             for group in groups_within(texts, self.config.engine.max_prefill_tokens):  # others decode in between
                 found_nE = await self.runner.call(partial(self.engine.embed, group, job.adapter))
                 if job.dimensions is not None:
@@ -118,10 +110,10 @@ class EngineReplica:
             check_token_ids(job.ids, key="tokens", vocab_size=self.engine.vocab_size)
             return {"text": tokenizer.decode(job.ids)}
         if job.messages is not None:
-            ids = self.renderer.prompt_ids(check_messages(renderable(job.messages)), job.tools)
+            ids = self._chat_ids(job.messages, job.tools)
         else:
             ids = tokenizer(job.text, add_special_tokens=job.with_special)["input_ids"]
-        strings = [tokenizer.decode([token]) for token in ids]
+        strings = [tokenizer.decode([token]) for token in ids] if job.with_strings else None
         return {"tokens": ids, "strings": strings, "context_tokens": self.config.engine.context_tokens}
 
     def _tokenizer_info(self) -> Event:
@@ -171,8 +163,11 @@ class EngineReplica:
 
     def _prompt_ids(self, prompt: Any, job: GenerateJob) -> list[int]:
         if job.is_chat:
-            return self.renderer.prompt_ids(check_messages(renderable(prompt)), job.tools)
+            return self._chat_ids(prompt, job.tools)
         return self._text_ids(prompt, key="prompt")
+
+    def _chat_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
+        return self.renderer.prompt_ids(check_messages(renderable(messages)), tools)
 
     def _text_ids(self, text: Any, *, key: str) -> list[int]:
         if isinstance(text, str):
@@ -224,6 +219,9 @@ class EngineReplica:
             told = [first, *(self._told(token, of) for token, of in zip(ids[1:], logprobs, strict=True))]
         return {"text": self.engine.tokenizer.decode(ids), "logprobs": told}
 
+    def _pinned(self, adapter: str | None) -> contextlib.AbstractAsyncContextManager[None]:
+        return self.residency.pinned(adapter) if adapter is not None else contextlib.nullcontext()
+
     async def _prepare(self, key: str) -> PreparedAdapter:
         """In a thread: decoding goes on while an adapter is fetched, read and checked."""
 
@@ -259,6 +257,12 @@ async def together(events: AsyncIterator[Event], *, every_s: float) -> AsyncIter
             yield event
         else:
             held[index] = event
+
+
+def error_event(error: FtrayError) -> Event:
+    if isinstance(error, AdapterError):
+        return {"error": str(error), "status": 400, "adapter_failed": True}
+    return {"error": str(error), "status": 400 if isinstance(error, UserError) else 503}
 
 
 def groups_within(texts: list[list[int]], max_tokens: int) -> Iterator[list[list[int]]]:

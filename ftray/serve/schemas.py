@@ -174,8 +174,17 @@ class ResponseFormat(BaseModel):
         return Structure("json_schema", json.dumps(schema))
 
 
+# One text or several, each as a string or as token ids.
+Texts = Annotated[str | list[int] | list[str] | list[list[int]], Field(union_mode="left_to_right")]
+
+
+def as_list(texts: Texts) -> list[Any]:
+    one = isinstance(texts, str) or (texts and isinstance(texts[0], int))
+    return [texts] if one else list(texts)
+
+
 class CompletionRequest(ApiRequest):
-    prompt: Annotated[str | list[int] | list[str] | list[list[int]], Field(union_mode="left_to_right")]
+    prompt: Texts
     max_tokens: int | None = Field(default=None, ge=1)
     echo: bool | None = None
     best_of: Literal[1] | None = None
@@ -192,8 +201,7 @@ class CompletionRequest(ApiRequest):
     @property
     def prompts(self) -> list[Any]:
         """Each one text or token ids."""
-        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else list(self.prompt)
+        return as_list(self.prompt)
 
     @property
     def max_new_tokens(self) -> int:

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import struct
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,10 +14,8 @@ from ftray.serve.gate import Gate
 from ftray.serve.ingress import resolved
 from ftray.serve.job import EmbedJob, Event, QuickJob, TokenizeJob, TokenizerInfoJob
 from ftray.serve.models import ModelNames
-from ftray.serve.schemas import MAX_PROMPTS
-from ftray.serve.tools import Tool
-
-Texts = Annotated[str | list[int] | list[str] | list[list[int]], Field(union_mode="left_to_right")]
+from ftray.serve.schemas import MAX_PROMPTS, Texts, as_list
+from ftray.serve.tools import Tool, as_given
 
 
 class EmbeddingRequest(BaseModel):
@@ -66,15 +64,14 @@ class TextRoutes:
 
     async def embed(self, request: EmbeddingRequest, exchange: Exchange) -> dict[str, Any]:
         exchange.asked_model = request.model
-        texts = listed(request.input)
+        texts = checked(as_list(request.input))
         caller = await self._gate.admit(exchange, user=request.user)
         model = await resolved(self._names, request.model, key=caller.key, may_use=caller.tenant.may_use)
         answer = exchange.answer = Answer(caller, model, exchange.request_id, exchange.began)
         job = EmbedJob(texts, model.adapter, request.dimensions)
         found = self._of(await self._replica.ask(job))
         answer.prompt_tokens, answer.is_whole = found["prompt_tokens"], True
-        answer.settling = detached(self._gate.record(answer.usage()))
-        await asyncio.shield(answer.settling)  # also when the client has gone
+        await asyncio.shield(detached(self._gate.record(answer.usage())))  # also when the client has gone
         told = base64_of if request.encoding_format == "base64" else list[float]
         return {
             "object": "list",
@@ -89,20 +86,25 @@ class TextRoutes:
     async def tokenize(self, request: TokenizeRequest, exchange: Exchange) -> dict[str, Any]:
         if (request.prompt is None) == (request.messages is None):
             raise HTTPException(400, "prompt or messages: give one of them")
-        exchange.tenant = (await self._gate.tenant(exchange.headers)).name
-        tools = tuple(tool.model_dump(exclude_none=True) for tool in request.tools or [])
-        job = TokenizeJob(request.prompt, request.messages, tools, with_special=request.add_special_tokens)
+        await self._gate.tenant(exchange)
+        job = TokenizeJob(
+            request.prompt,
+            request.messages,
+            as_given(request.tools or []),
+            with_special=request.add_special_tokens,
+            with_strings=request.return_token_strs,
+        )
         found = self._of(await self._replica.ask(job))
         ids = found["tokens"]
         told = {"count": len(ids), "max_model_len": found["context_tokens"], "tokens": ids}
-        return told | {"token_strs": found["strings"] if request.return_token_strs else None}
+        return told | {"token_strs": found["strings"]}
 
     async def tokenizer_info(self, exchange: Exchange) -> dict[str, Any]:
-        exchange.tenant = (await self._gate.tenant(exchange.headers)).name
+        await self._gate.tenant(exchange)
         return self._of(await self._replica.ask(TokenizerInfoJob()))
 
     async def detokenize(self, request: DetokenizeRequest, exchange: Exchange) -> dict[str, Any]:
-        exchange.tenant = (await self._gate.tenant(exchange.headers)).name
+        await self._gate.tenant(exchange)
         return {"prompt": self._of(await self._replica.ask(TokenizeJob(ids=request.tokens)))["text"]}
 
     def _of(self, found: Event) -> Event:
@@ -111,15 +113,12 @@ class TextRoutes:
         return found
 
 
-def listed(texts: Any) -> list[Any]:
-    """One text, as a string or as token ids, is a list of one."""
-    one = isinstance(texts, str) or (texts and isinstance(texts[0], int))
-    many = [texts] if one else list(texts)
-    if not many or not all(many):
+def checked(texts: list[Any]) -> list[Any]:
+    if not texts or not all(texts):
         raise HTTPException(400, "input: an empty text has no embedding")
-    if len(many) > MAX_PROMPTS:
+    if len(texts) > MAX_PROMPTS:
         raise HTTPException(400, f"input: at most {MAX_PROMPTS} texts in one request")
-    return many
+    return texts
 
 
 def base64_of(vector: list[float]) -> str:

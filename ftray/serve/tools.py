@@ -54,6 +54,11 @@ class NamedTool(BaseModel):
 Choice = Literal["none", "auto", "required"] | NamedTool
 
 
+def as_given(tools: Sequence[Tool]) -> tuple[dict[str, Any], ...]:
+    """As the request had them, for the template."""
+    return tuple(tool.model_dump(exclude_none=True) for tool in tools)
+
+
 def forced(tools: Sequence[Tool], choice: Choice) -> Structure | None:
     """What the answer must be if it must be a call."""
     if choice in ("none", "auto"):

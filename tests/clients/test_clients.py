@@ -17,6 +17,7 @@ from ftray.serve.app import start_endpoint, stop_endpoint
 
 ROOT = Path(__file__).parents[2]
 CLIENTS, VLLM = ROOT / ".venv-clients" / "bin", ROOT / ".venv-vllm" / "bin"
+needs_clients = pytest.mark.skipif(not CLIENTS.exists(), reason="`make test-clients` makes their environment")
 QUESTIONS = ["where is the refund of my", "my order has not", "can you cancel the"]
 CHOICES = ["money", "come", "order please"]
 
@@ -56,7 +57,7 @@ def run(command: list, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(not CLIENTS.exists(), reason="`make test-clients` makes their environment")
+@needs_clients
 def test_langchain(url):
     told = json.loads(run([CLIENTS / "python", ROOT / "tests/clients/langchain_client.py", url, "tiny", "support"]))
     assert told["model"] == "support@1"
@@ -68,7 +69,7 @@ def test_langchain(url):
     assert told["answered"] == "length"
 
 
-@pytest.mark.skipif(not CLIENTS.exists(), reason="`make test-clients` makes their environment")
+@needs_clients
 def test_lm_evaluation_harness_finds_the_log_likelihoods_of_transformers(url, tmp_path, tiny_model, adapters):
     """Through its own tokenizer calls, batches of prompts as token ids, and echo; and what it makes of generations."""
     rows = [{"question": question, "choices": CHOICES, "answer": number} for number, question in enumerate(QUESTIONS)]

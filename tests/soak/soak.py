@@ -53,13 +53,7 @@ class Soak:
             tenant = tenants[number % len(tenants)]
             name = f"a{chance.randrange(NUM_NAMES)}"
             model = name if chance.random() < 0.7 else f"{name}@{1 + chance.randrange(NUM_WEIGHTS)}"
-            body = {
-                "model": model,
-                "messages": [{"role": "user", "content": QUESTION}],
-                "temperature": 0,
-                "max_tokens": TOKENS,
-                "ignore_eos": True,
-            }
+            body = body_of(model)
             began = time.monotonic()
             try:
                 if chance.random() < STREAM:
@@ -72,12 +66,7 @@ class Soak:
 
     async def asked(self, http: httpx.AsyncClient, tenant: str, body: dict) -> None:
         response = await http.post("/v1/chat/completions", json=body, headers=self.headers(tenant))
-        if response.status_code == 429 and tenant == "greedy":
-            self.counts["refused for the quota"] += 1
-            await asyncio.sleep(min(float(response.headers["retry-after"]), 2.0))
-            return
-        if response.status_code != 200:
-            self.wrong.append(f"{body['model']}: status {response.status_code}: {response.text[:200]}")
+        if await self.is_refused(response, tenant, body["model"]):
             return
         answer = response.json()
         self.note(tenant, answer, answer["choices"][0]["message"]["content"], answer["usage"])
@@ -86,13 +75,7 @@ class Soak:
         body = body | {"stream": True, "stream_options": {"include_usage": True}}
         text, usage, event, num_seen = "", None, {}, 0
         async with http.stream("POST", "/v1/chat/completions", json=body, headers=self.headers(tenant)) as response:
-            if response.status_code == 429 and tenant == "greedy":
-                self.counts["refused for the quota"] += 1
-                await asyncio.sleep(1.0)
-                return
-            if response.status_code != 200:
-                await response.aread()
-                self.wrong.append(f"{body['model']}: status {response.status_code}: {response.text[:200]}")
+            if await self.is_refused(response, tenant, body["model"]):
                 return
             async for line in response.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
@@ -113,6 +96,16 @@ class Soak:
             self.wrong.append(f"{body['model']}: a stream ended without its end")
             return
         self.note(tenant, event, text, usage)
+
+    async def is_refused(self, response: httpx.Response, tenant: str, model: str) -> bool:
+        """Only the tenant over its quota may be; it waits as it is told to, at most two seconds."""
+        if response.status_code == 429 and tenant == "greedy":
+            self.counts["refused for the quota"] += 1
+            await asyncio.sleep(min(float(response.headers["retry-after"]), 2.0))
+        elif response.status_code != 200:
+            await response.aread()
+            self.wrong.append(f"{model}: status {response.status_code}: {response.text[:200]}")
+        return response.status_code != 200
 
     def note(self, tenant: str, answer: dict, text: str, usage: dict) -> None:
         number = int(answer["model"].rpartition("@")[2])
@@ -143,9 +136,9 @@ class Soak:
     async def kill(self, until: float) -> None:
         while time.monotonic() + KILL_EVERY_S < until:
             await asyncio.sleep(KILL_EVERY_S)
-            victims = [process for what, process in parts() if what == "engine"]
-            if len(victims) > 1:
-                random.choice(victims).kill()
+            replicas = [process for what, process in parts() if what == "engine"]
+            if len(replicas) > 1:  # the younger one: the other's memory is followed over the whole time
+                max(replicas, key=lambda process: process.create_time()).kill()
                 self.counts["replicas killed"] += 1
 
     async def measure(self, began: float, until: float) -> None:
@@ -166,6 +159,11 @@ class Soak:
             if len(late) > 20:
                 found[name] = round(float(np.polyfit(*zip(*late, strict=True), 1)[0]), 2)
         return found
+
+
+def body_of(model: str) -> dict:
+    messages = [{"role": "user", "content": QUESTION}]
+    return {"model": model, "messages": messages, "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
 
 
 def parts() -> list[tuple[str, psutil.Process]]:
@@ -204,8 +202,7 @@ async def run(soak: Soak, registry, adapters: list[Path], minutes: float) -> flo
     limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
     async with httpx.AsyncClient(base_url=soak.url, timeout=120, limits=limits) as http:
         for number in range(1, NUM_WEIGHTS + 1):
-            body = {"model": f"a0@{number}", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
-            body |= {"max_tokens": TOKENS, "ignore_eos": True}
+            body = body_of(f"a0@{number}")
             response = await http.post("/v1/chat/completions", json=body, headers=soak.headers("boss"))
             soak.expected.append(response.raise_for_status().json()["choices"][0]["message"]["content"])
             answer = response.json()
