@@ -39,6 +39,9 @@ class ReplicasConfig(Strict):
     max: PositiveInt = 1
     gpus_each: NonNegativeFloat = 0
     cpus_each: NonNegativeFloat = 1
+    # One more when replicas have had more than engine.max_sequences requests each for so long, one less when fewer.
+    upscale_delay_s: NonNegativeFloat = 10
+    downscale_delay_s: NonNegativeFloat = 300
     drain_s: NonNegativeFloat = 30  # a replica that goes has so long to end what it has begun
     # New replicas started beside the old ones when the endpoint is deployed again; 0: where there is no room for both.
     max_surge_percent: int = Field(default=100, ge=0, le=100)

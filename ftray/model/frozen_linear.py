@@ -19,6 +19,9 @@ GATED = ("gate_proj", "up_proj")
 SIBLINGS = (JOINED, GATED)
 # The number of tokens that the layout is chosen for. Others use it too: 1 to 512 were all faster than unpacked.
 PACKED_FOR_TOKENS = 16
+# (up to so many tokens, in steps of so many)
+BUCKETS = ((16, 1), (128, 16))
+WIDEST = 64
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -38,25 +41,57 @@ class FrozenLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if not self._packed:
             return linear(x, self._weight, self._bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return self._alone(x, "none")
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """W x + b + residual, which the kernel adds while the output is in its registers."""
         if not self._packed:
             return linear(x, self._weight, self._bias).add_(residual)
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
+        return self._with(x, residual, "add")
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
         """(W x + b) * factor."""
         if not self._packed:
             return linear(x, self._weight, self._bias).mul_(factor)
-        return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self._weight, self._bias, "mul")
+        return self._with(x, factor, "mul")
 
     def silu(self, x: Tensor) -> Tensor:
         """silu(W x + b)."""
         if not self._packed:
             return silu(linear(x, self._weight, self._bias), inplace=True)
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "swish", [], "")
+        return self._alone(x, "swish")
+
+    def _alone(self, x: Tensor, activation: str) -> Tensor:
+        out = torch.ops.mkldnn._linear_pointwise(bucketed(x), self._weight, self._bias, activation, [], "")
+        return like_rows(out, x)
+
+    def _with(self, x: Tensor, other: Tensor, operation: str) -> Tensor:
+        pointwise = torch.ops.mkldnn._linear_pointwise.binary
+        return like_rows(pointwise(bucketed(x), bucketed(other), self._weight, self._bias, operation), x)
+
+
+def bucketed(x: Tensor) -> Tensor:
+    """With rows of zeros up to the next of few numbers. For every shape that it has met oneDNN keeps a kernel with its
+    memory, up to a thousand of them: a replica would grow by hundreds of MiB, and each new shape costs milliseconds."""
+    count = x.numel() // x.shape[-1]
+    size = bucket(count)
+    if size == count:
+        return x
+    padded = x.new_zeros(size, x.shape[-1])
+    padded[:count] = x.reshape(count, -1)
+    return padded
+
+
+def bucket(num_tokens: int) -> int:
+    """Every number while tokens are decoded, when a row more would cost; wider steps as prompts get longer."""
+    step = next((step for limit, step in BUCKETS if num_tokens <= limit), WIDEST)
+    return -(-num_tokens // step) * step
+
+
+def like_rows(out: Tensor, x: Tensor) -> Tensor:
+    """The rows of `x` out of a bucket's."""
+    count = x.numel() // x.shape[-1]
+    return out if len(out) == len(x) and out.dim() == x.dim() else out[:count].view(*x.shape[:-1], out.shape[-1])
 
 
 def joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:

@@ -12,6 +12,7 @@ import ray
 from ray import serve
 from ray.serve._private.logging_utils import get_serve_logs_dir  # no public one
 from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
+from ray.serve.context import _get_global_client  # no public one
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeDeploySchema
 
@@ -40,6 +41,7 @@ APP_NAME = "ftray"
 # Above the engine's own queue, so that the engine, which knows its load, is the one that answers 429.
 SPARE_REQUESTS = 64
 STATS_PERIOD_S = 1.0
+LOOK_BACK_S = 5.0  # the load is the mean of so long
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -117,6 +119,10 @@ def build_app(config: ServeConfig) -> serve.Application:
                 "min_replicas": replicas.min,
                 "max_replicas": replicas.max,
                 "target_ongoing_requests": config.engine.max_sequences,
+                "upscale_delay_s": replicas.upscale_delay_s,
+                "downscale_delay_s": replicas.downscale_delay_s,
+                "look_back_period_s": LOOK_BACK_S,
+                "metrics_interval_s": STATS_PERIOD_S,
             }
         }
     router: Any = {
@@ -239,6 +245,7 @@ def start_endpoint(config: ServeConfig) -> str:
         http_options=HTTPOptions(host=config.host, port=config.port),
         logging_config=LOGGING,
     )
+    check_running_port(config.port)
     try:
         serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config={"log_level": "WARNING"})
     except RuntimeError as error:
@@ -254,6 +261,18 @@ def deployment_message() -> str | None:
         return None
     messages = [d.message for d in application.deployments.values() if d.message]
     return messages[0].strip().splitlines()[-1] if messages else None
+
+
+def check_running_port(port: int) -> None:
+    """A Serve that runs already keeps the port that it was started with."""
+    client = _get_global_client()
+    assert client is not None
+    running = client.http_config.port
+    if running != port:
+        raise UserError(
+            f"port: {port} is asked for, but Ray Serve runs on this cluster with port {running} already, and has one "
+            f"for all; use port={running}, or end it for everybody (`serve shutdown`)"
+        )
 
 
 def stop_endpoint(*, wait: bool = True) -> None:

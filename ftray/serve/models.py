@@ -51,7 +51,8 @@ class ModelNames:
             wanted = parse_reference(name)
             exact = str(self.registry.resolve(wanted))
         except UserError as error:
-            reason = str(error) if may_use is everything else "no adapter of that name"
+            # Only of what the caller may use: of others it does not even learn that they exist.
+            reason = str(error) if may_use(name.partition("@")[0]) else "no adapter of that name"
             raise self._unknown(name, reason, may_use) from None
         if wanted.alias is None:
             return ServedModel(exact, exact)

@@ -1,5 +1,6 @@
 """The endpoint on Ray Serve, through the official openai client."""
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -36,6 +37,7 @@ def config(registry, tiny_model, serve_port):
         f"kind: serve\nbase_model: {tiny_model}\nport: {serve_port}\n"
         "engine: {max_sequences: 32, context_tokens: 256, kv_cache_tokens: 8192, max_waiting: 100}\n"
         f"adapters: {{registry: {registry.location}, preload: [r4@prod], host_budget: 1MiB}}\n"
+        "limits: {body_timeout_s: 1}\n"
     )
     return parse_config(text, kind="serve", source="test")
 
@@ -95,6 +97,8 @@ def test_models_lists_base_versions_and_aliases(client, tiny_model):
 def test_an_unknown_model_is_404_with_the_near_names(client):
     with pytest.raises(openai.NotFoundError, match="r16@prod"):
         ask(client, "r61@prod", "hi")
+    with pytest.raises(openai.NotFoundError, match=r"r16@9: .*there are|r16@9.*1"):
+        ask(client, "r16@9", "hi")
 
 
 def test_an_adapter_of_another_base_is_refused_and_harms_nobody(client):
@@ -111,6 +115,27 @@ def test_bad_requests_have_openais_shape(client, url):
     with pytest.raises(openai.BadRequestError, match="role 'bot'"):
         client.chat.completions.create(model="r4", messages=[{"role": "bot", "content": "x"}])
     assert httpx.post(f"{url}/v1/chat/completions", content=b"{").status_code == 400
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+
+
+def test_a_client_that_sends_too_slowly_is_refused_and_holds_nobody_up(client, url):
+    host, port = url.removeprefix("http://").split(":")
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 200\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port)), timeout=30) as slow:
+        slow.sendall(head.encode() + b'{"model": ')
+        assert ask(client, "r4", "hi").model == "r4@1"
+        refused = slow.recv(4096)
+    assert refused.startswith(b"HTTP/1.1 408")
+    assert b"took longer than 1 s to arrive" in refused
+
+
+def test_another_port_than_that_of_the_running_serve_is_refused(url, config):
+    with pytest.raises(
+        UserError, match=f"port: {config.port + 1} is asked for, but Ray Serve runs .* port {config.port}"
+    ):
+        start_endpoint(config.model_copy(update={"port": config.port + 1}))
     assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
 
 

@@ -185,6 +185,39 @@ def test_a_redeployment_under_load_fails_nothing(client, config, expected):
     assert not before & set(engine_replicas())
 
 
+def test_replicas_come_and_go_with_the_load_and_nothing_fails(client, config, expected):
+    replicas = config.replicas.model_copy(update={"min": 1, "upscale_delay_s": 1, "downscale_delay_s": 2})
+    engine = config.engine.model_copy(update={"max_sequences": 4})
+    start_endpoint(config.model_copy(update={"replicas": replicas, "engine": engine}))
+    busy, stop = threading.Event(), threading.Event()
+    answers: list[str] = []
+
+    def load(*, until: threading.Event) -> None:
+        while not until.is_set():
+            answers.append(ask(client, "support@1").choices[0].message.content)
+
+    with ThreadPoolExecutor(24) as pool:
+        running = [pool.submit(load, until=busy) for _ in range(22)] + [pool.submit(load, until=stop) for _ in range(2)]
+        try:
+            wait_for_replicas(1)  # the redeployment's others have gone
+            wait_for_replicas(2)
+            busy.set()
+            wait_for_replicas(1)
+        finally:
+            busy.set()
+            stop.set()
+        for task in running:
+            task.result()  # raises what failed
+    assert set(answers) == {expected[0]}
+
+
+def wait_for_replicas(count: int, *, patience_s: float = 60) -> None:
+    began = time.monotonic()
+    while len(engine_replicas()) != count:
+        assert time.monotonic() - began < patience_s, f"{engine_replicas()}, not {count}"
+        time.sleep(0.1)
+
+
 def test_limits_and_allow_lists_over_http(url, keys):
     bolt = openai.OpenAI(base_url=f"{url}/v1", api_key=keys["bolt"], max_retries=0)
     assert {model.id.partition("@")[0] for model in bolt.models.list()} == {"tiny", "support"}

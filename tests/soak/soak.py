@@ -31,6 +31,7 @@ KILL_EVERY_S, FLIP_EVERY_S, MEASURE_EVERY_S = 30.0, 0.5, 5.0
 VANISH, STREAM = 0.05, 0.6  # shares of requests
 QUOTA = 30  # requests a minute of the tenant that asks for more
 QUESTION, TOKENS = "where is the refund", 12
+SETTLING_S = 300
 FLAT_MIB_PER_MINUTE = 1.0
 PART_OF_IT = ("ingress", "ledger", "engine", "ProxyActor", "ServeController")
 
@@ -151,11 +152,17 @@ class Soak:
                     continue
                 self.memory.setdefault(f"{what} {process.pid}", []).append((time.monotonic() - began, used))
 
+    def curves(self) -> dict[str, list[int]]:
+        """MiB of each process that lived for more than two minutes, every half minute."""
+        every = round(30 / MEASURE_EVERY_S)
+        long = {name: samples for name, samples in self.memory.items() if len(samples) > 120 / MEASURE_EVERY_S}
+        return {name: [round(used / 2**20) for _, used in samples[::every]] for name, samples in long.items()}
+
     def growth(self) -> dict[str, float]:
-        """MiB a minute of each process that lived long, after its first two minutes."""
+        """MiB a minute of each process that lived long, after its first minutes: until then caches fill."""
         found = {}
         for name, samples in self.memory.items():
-            late = [(at / 60, used / 2**20) for at, used in samples if at > samples[0][0] + 120]
+            late = [(at / 60, used / 2**20) for at, used in samples if at > samples[0][0] + SETTLING_S]
             if len(late) > 20:
                 found[name] = round(float(np.polyfit(*zip(*late, strict=True), 1)[0]), 2)
         return found
@@ -274,7 +281,8 @@ def main() -> int:
         "latency s (p50, p99, max)": [round(float(np.quantile(soak.latency_s, q)), 3) for q in (0.5, 0.99, 1.0)],
         **soak.counts,
         "ledger": ledger,
-        "memory growth, MiB/minute after two minutes": growth,
+        "memory growth, MiB/minute after five minutes": growth,
+        "memory, MiB every half minute": soak.curves(),
         "wrong": soak.wrong[:50],
         "num wrong": len(soak.wrong),
     }
