@@ -45,6 +45,10 @@ class ConflictError(FtrayError):
     """Another writer was first, or the name is taken."""
 
 
+class DivergedError(FtrayError):
+    """The loss is no number any more, or far above what it was; what was saved before stands."""
+
+
 class InterruptedRunError(FtrayError):
     """The user stopped the work; what was saved stands."""
 

@@ -12,8 +12,11 @@ from ftray.storage import read_json, verify_directory
 from ftray.storage.manifest import MANIFEST, build_manifest
 
 
-def publish_adapter(registry: Registry, name: str, directory: Path) -> AdapterVersion:
-    """Checks that the directory is whole and can be served, then copies it in as the next version of `name`."""
+def publish_adapter(
+    registry: Registry, name: str, directory: Path, *, lineage: dict[str, Any] | None = None
+) -> AdapterVersion:
+    """Checks that the directory is whole and can be served, then copies it in as the next version of `name`.
+    `lineage`: where it comes from, beyond its run."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give a PEFT adapter directory, such as runs/NAME/adapter")
     metadata: dict[str, Any] = {}
@@ -23,7 +26,10 @@ def publish_adapter(registry: Registry, name: str, directory: Path) -> AdapterVe
     adapter = read_adapter(directory, label=str(directory))
     metadata.setdefault("base_model", config.get("base_model_name_or_path"))
     metadata |= {"rank": adapter.max_rank, "num_bytes": adapter.num_bytes}
-    return registry.publish(name, directory, metadata=metadata | of_the_run(directory.parent))
+    metadata |= of_the_run(directory.parent)
+    if lineage is not None:
+        metadata["lineage"] = metadata.get("lineage", {}) | lineage
+    return registry.publish(name, directory, metadata=metadata)
 
 
 def of_the_run(path: Path) -> dict[str, Any]:
@@ -44,12 +50,20 @@ def of_the_run(path: Path) -> dict[str, Any]:
     return {"lineage": lineage, "metrics": metrics}
 
 
-def publish_once(registry: Registry, name: str, directory: Path, *, alias: str) -> AdapterVersion:
-    """The newest version, when it holds exactly these files; else the next one. The alias points at it afterwards."""
+def publish_if_new(
+    registry: Registry, name: str, directory: Path, *, lineage: dict[str, Any] | None = None
+) -> AdapterVersion:
+    """The newest version, when it holds exactly these files; else the next one."""
     numbers = registry.versions(name)
     version = registry.get(f"{name}@{numbers[-1]}") if numbers else None
     if version is None or version.manifest.files != build_manifest(directory, metadata={}).files:
-        version = publish_adapter(registry, name, directory)
+        version = publish_adapter(registry, name, directory, lineage=lineage)
+    return version
+
+
+def publish_once(registry: Registry, name: str, directory: Path, *, alias: str) -> AdapterVersion:
+    """As `publish_if_new`; the alias points at it afterwards."""
+    version = publish_if_new(registry, name, directory)
     if registry.aliases(name).get(alias) != version.number:
         registry.promote(str(version), alias)
     return version

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from ftray import __version__
-from ftray.cli import adapters, chat, doctor, evaluate, plan, quickstart, runs, serve, tenants, train
+from ftray.cli import adapters, chat, doctor, evaluate, plan, quickstart, runs, serve, sweep, tenants, train
 from ftray.errors import FtrayError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(train.train)
+app.command()(sweep.sweep)
 app.command()(plan.plan)
 app.command()(serve.serve)
 app.command("eval")(evaluate.evaluate)

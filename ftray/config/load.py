@@ -15,9 +15,10 @@ from ruamel.yaml.error import YAMLError
 
 from ftray.config.run import RunConfig
 from ftray.config.serve import ServeConfig
+from ftray.config.sweep import SweepConfig
 from ftray.errors import ConfigError
 
-KINDS: dict[str, type[BaseModel]] = {"run": RunConfig, "serve": ServeConfig}
+KINDS: dict[str, type[BaseModel]] = {"run": RunConfig, "serve": ServeConfig, "sweep": SweepConfig}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: str) -> Any:

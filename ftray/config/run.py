@@ -190,6 +190,7 @@ class GuardConfig(Strict):
 class TrackingConfig(Strict):
     wandb: Literal["off", "auto", "offline", "online"] = "off"  # auto: online with a key, else offline
     wandb_project: Text = "ftray"
+    wandb_group: Text | None = None  # a sweep gives its trials one: its name
     tensorboard: bool = False  # event files in the run directory
 
 

@@ -103,7 +103,6 @@ def label_of(name: str) -> str:
 
 def plot(curves: Sequence[tuple[str, list[dict[str, Any]], str]], *, ylabel: str) -> str:
     """`curves`: (label, records with a step, key)."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -120,6 +119,13 @@ def plot(curves: Sequence[tuple[str, list[dict[str, Any]], str]], *, ylabel: str
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    return svg(figure)
+
+
+def svg(figure: Any) -> str:
+    """A matplotlib figure, to stand in a page."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer)
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]

@@ -29,6 +29,7 @@ class Wandb:
         try:
             self._run = wandb.init(
                 project=config.wandb_project,
+                group=config.wandb_group,
                 name=run_name,
                 id=run_id(directory),
                 resume="allow",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftray.errors import FtrayError
+from ftray.errors import DivergedError
 from ftray.model.base import BaseModel
 from ftray.tracking.events import read_events, record_event
 from ftray.train.guard import GoBack, name_rows
@@ -62,12 +62,12 @@ class WorkerCallbacks:
         described = f"step {step}: {problem}; the rows {name_rows(rows)} of data.train were in the micro-batch"
         skipped = self._engine.gather(skipped_steps(self._job.run_directory))[0]
         if guard.on_bad_loss == "stop":
-            raise FtrayError(
+            raise DivergedError(
                 f"{described}. Look at them, lower optimizer.learning_rate, or set guard.on_bad_loss=skip; "
                 "the last checkpoint stands"
             )
         if len(skipped) >= guard.max_skips:
-            raise FtrayError(f"{described}, after {len(skipped)} skipped steps (guard.max_skips)")
+            raise DivergedError(f"{described}, after {len(skipped)} skipped steps (guard.max_skips)")
         if self._rank == 0:
             record_event(self._job.run_directory, SKIPPED, step=step, problem=problem, rows=rows)
         raise GoBack(described)

@@ -47,6 +47,13 @@ def check_resources(workers: WorkersConfig, *, say: Callable[[str], None]) -> No
     )
 
 
+def fitting_groups(workers: WorkersConfig) -> int:
+    """How many runs of so many workers the cluster holds at a time, at least one."""
+    need = {"CPU": float(workers.cpus_each), "GPU": float(workers.gpus_each)}
+    fitting = sum(workers_that_fit(node["Resources"], need) for node in ray.nodes() if node["Alive"])
+    return max(1, fitting // workers.max_count)
+
+
 def workers_that_fit(node: dict[str, Any], need: dict[str, float]) -> int:
     return min(int(node.get(name, 0) // amount) for name, amount in need.items() if amount > 0)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config import RunConfig
-from ftray.errors import FtrayError, UserError
+from ftray.errors import DivergedError, FtrayError, UserError
 from ftray.model.base import BaseModel
 from ftray.storage import check_sizes, read_json
 from ftray.tracking.events import record_event
@@ -181,7 +181,8 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> BaseE
     watcher.on_metrics(follower.poll())
     if (run_directory / WORKER_ERROR).is_file():
         failure = read_json(run_directory / WORKER_ERROR)
-        raise (UserError if failure["exit_code"] == 2 else FtrayError)(failure["message"])
+        kind = UserError if failure["exit_code"] == 2 else DivergedError if failure["diverged"] else FtrayError
+        raise kind(failure["message"])
     return outcome[0] if outcome else None
 
 

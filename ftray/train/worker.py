@@ -15,7 +15,7 @@ from ray.util.metrics import Gauge
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.plan import plan_steps
-from ftray.errors import FtrayError
+from ftray.errors import DivergedError, FtrayError
 from ftray.model.base import BaseModel, load_weights, prepare_base
 from ftray.model.hardware import Hardware, check_stage, choose_hardware, make_deterministic
 from ftray.model.lora import inject_lora, load_weights_from
@@ -58,7 +58,12 @@ def train_worker(job: TrainJob) -> None:
     except FtrayError as error:
         write_json(
             job.run_directory / WORKER_ERROR,
-            {"message": str(error), "exit_code": error.exit_code, "traceback": traceback.format_exc()},
+            {
+                "message": str(error),
+                "exit_code": error.exit_code,
+                "diverged": isinstance(error, DivergedError),
+                "traceback": traceback.format_exc(),
+            },
         )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ftray.config import RunConfig, ServeConfig, load_config, parse_config, to_yaml
+from ftray.config import RunConfig, ServeConfig, load_config, load_sweep, parse_config, to_yaml
 from ftray.config.advice import advise
 from ftray.errors import ConfigError
 
@@ -20,8 +20,11 @@ def problems(text: str, overrides=(), kind="run") -> list[str]:
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_every_shipped_config_loads(path):
+def test_every_shipped_config_loads(path, monkeypatch):
     kind = next(line.split()[1] for line in path.read_text().splitlines() if line.startswith("kind:"))
+    if kind == "sweep":
+        monkeypatch.chdir(ROOT)  # it names its run file from there
+        assert list(load_sweep(path)[1].free)
     config = load_config(path, kind=kind)
     assert parse_config(to_yaml(config), kind=kind, source="again") == config if kind == "run" else config
 

@@ -23,6 +23,10 @@ TABLE = {
         {"errors", "config", "storage", "data", "model", "objectives", "infer", "evaluate", "tracking"},
         {"deepspeed", "ray"},
     ),
+    "sweep": (
+        {"errors", "config", "storage", "data", "model", "objectives", "train", "evaluate", "tracking", "registry"},
+        {"deepspeed", "ray"},
+    ),
     "serve": ({"errors", "config", "storage", "model", "infer", "registry", "tracking"}, {"deepspeed", "ray"}),
 }
 # Where a package that a part must not import is at home.
@@ -34,6 +38,8 @@ AT_HOME = {
     "train/launch.py": {"ray"},
     "train/ray_trainer.py": {"ray"},
     "train/preflight.py": {"ray"},
+    "sweep/launch.py": {"ray"},
+    "sweep/tune_trials.py": {"ray"},
     "serve/app.py": {"ray"},
     "serve/ray_metrics.py": {"ray"},
     "serve/remote.py": {"ray"},

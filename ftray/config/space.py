@@ -1,0 +1,171 @@
+"""The points of a sweep, and the run that each stands for. All that can be wrong with them is said before the start."""
+
+import copy
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ftray.config.domains import Choice, Domain, Range, expression_order
+from ftray.config.expression import Expression
+from ftray.config.load import describe_problem, load_config, read_yaml
+from ftray.config.run import RunConfig
+from ftray.config.schema import Strict
+from ftray.config.sweep import SweepConfig
+from ftray.errors import ConfigError
+
+SAMPLED_POINTS = 200  # of a space that is not a grid: so many are checked against the run's schema before the start
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Space:
+    """The points of a sweep, and the run that each stands for."""
+
+    run: dict[str, Any]  # the run file's tree, with the sweep's overrides
+    domains: dict[str, Domain]
+
+    @property
+    def free(self) -> dict[str, Choice | Range]:
+        """What is chosen; the rest follows from it."""
+        return {key: domain for key, domain in self.domains.items() if not isinstance(domain, Expression)}
+
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """The last key changes fastest."""
+        for values in itertools.product(*(domain.grid for domain in self.free.values())):
+            yield dict(zip(self.free, values, strict=True))
+
+    def sample(self, chance: random.Random) -> dict[str, Any]:
+        return {key: sample(domain, chance) for key, domain in self.free.items()}
+
+    def overrides(self, point: dict[str, Any]) -> dict[str, Any]:
+        """The whole of what a point sets, expressions included. Raises ValueError."""
+        values = dict(point)
+        defaults = None
+        for key in expression_order(self.domains):
+            expression = self.domains[key]
+            assert isinstance(expression, Expression)
+            missing = [name for name in expression.keys if name not in values]
+            if missing and defaults is None:
+                defaults = RunConfig.model_validate(self._tree(values))
+            known = values | {name: value_at(defaults, name) for name in missing}
+            values[key] = expression.evaluate(known.__getitem__)
+        return values
+
+    def config(self, point: dict[str, Any], **more: Any) -> RunConfig:
+        """The run of a point. `more`: top-level keys. Raises ValueError, a `ValidationError` among them."""
+        return RunConfig.model_validate(self._tree(self.overrides(point)) | more)
+
+    def _tree(self, values: dict[str, Any]) -> dict[str, Any]:
+        tree = copy.deepcopy(self.run)
+        for key, value in values.items():
+            set_at(tree, key, copy.deepcopy(value))
+        return tree
+
+    def points_to_check(self, *, is_grid: bool) -> Iterator[dict[str, Any]]:
+        """All of a grid; else every choice and every end of a range beside a point, and points by chance."""
+        if is_grid:
+            yield from self.grid()
+            return
+        chance = random.Random(0)
+        first = {key: domain.extremes[0] for key, domain in self.free.items()}
+        for key, domain in self.free.items():
+            yield from (first | {key: value} for value in domain.extremes)
+        yield from (self.sample(chance) for _ in range(SAMPLED_POINTS))
+
+
+def sample(domain: Choice | Range, chance: random.Random) -> Any:
+    if isinstance(domain, Choice):
+        return chance.choice(domain.values)
+    if domain.is_log:
+        value = math.exp(chance.uniform(math.log(domain.low), math.log(domain.high)))
+    else:
+        value = chance.uniform(domain.low, domain.high)
+    return round(value) if domain.is_int else value
+
+
+def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Raises ValueError where a parent is a value. A section that is null is made anew."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise ValueError(f"{key}: {parent} is a value, not a section")
+    tree[last] = value
+
+
+def value_at(config: RunConfig | None, key: str) -> Any:
+    """What a run has there, its defaults included. Raises ValueError."""
+    found: Any = config
+    for part in key.split("."):
+        if isinstance(found, dict) and part in found:
+            found = found[part]
+        elif isinstance(found, Strict) and part in type(found).model_fields:
+            found = getattr(found, part)
+        else:
+            raise ValueError(f"a run has no key {key!r}")
+    return found
+
+
+def merged(tree: dict[str, Any], overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`overrides` as dotted keys, as sections, or both."""
+    result = copy.deepcopy(tree)
+    for key, value in overrides.items():
+        if isinstance(value, dict) and value:
+            for inner, leaf in value.items():
+                result = merged(result, {f"{key}.{inner}": leaf})
+        else:
+            set_at(result, key, value)
+    return result
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[SweepConfig, Space]:
+    """Raises `ConfigError` with every problem of the sweep's file, of its run's, and of the points."""
+    config: SweepConfig = load_config(path, overrides, kind="sweep")
+    load_config(config.run, kind="run")
+    tree = read_yaml(Path(config.run).read_text(encoding="utf-8"), source=config.run)
+    try:
+        space = Space(merged(tree, config.overrides), config.space)
+    except ValueError as error:
+        raise ConfigError(str(path), [f"overrides: {error}"]) from None
+    try:
+        RunConfig.model_validate(space.run)
+    except ValidationError as error:
+        problems = [f"overrides: {describe_problem(RunConfig, item)}" for item in error.errors()]
+        raise ConfigError(str(path), problems) from None
+    if problems := problems_of(space, config):
+        raise ConfigError(str(path), problems)
+    return config, space
+
+
+def problems_of(space: Space, config: SweepConfig) -> list[str]:
+    """What the run's schema refuses of the points: each rule once, at the first point that breaks it."""
+    found: dict[Any, str] = {}
+    for point in space.points_to_check(is_grid=config.search.algorithm == "grid"):
+        at = f"space: at {point_text(point)}"
+        try:
+            run = space.config(point)
+        except ValidationError as error:
+            for item in error.errors():
+                found.setdefault((item["loc"], item["type"]), f"{at}: {describe_problem(RunConfig, item)}")
+        except ValueError as error:
+            found.setdefault("expression", f"{at}: {error}")
+        else:
+            if config.search.metric == "eval_loss" and run.data.eval is None:
+                found["metric"] = "search.metric: eval_loss needs data.eval in the run; add it, or choose metric loss"
+    return list(found.values())[:SHOWN_PROBLEMS]
+
+
+def point_text(point: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={short(value)}" for key, value in point.items())
+
+
+def short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,87 @@
+"""`kind: sweep`: a run, a space over its keys, and how to search it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainSerializer, PlainValidator, model_validator
+
+from ftray.config.domains import Range, as_yaml, expression_order, parse_domain
+from ftray.config.expression import Expression
+from ftray.config.schema import Name, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
+
+SpaceValue = Annotated[Any, PlainValidator(parse_domain), PlainSerializer(as_yaml)]
+# A trial is told apart by these, or the sweep itself sets them.
+NOT_SWEPT = {
+    "kind": "it is the file's kind",
+    "name": "each trial gets its own",
+    "runs_dir": "trials lie in the sweep's directory",
+    "registry": "only the best trial is published",
+    "seed": "give `seeds` beside `space`",
+    "data.eval": "losses on other data cannot be compared",
+    "workers": "it does not change what is learned; give it in `overrides`",
+    "tracking": "it is the same for all trials; give it in `overrides`",
+}
+
+
+class BudgetConfig(Strict):
+    """Over all trials; the sweep ends with the first that is used up."""
+
+    steps: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+    hours: PositiveFloat | None = None
+
+
+class SearchConfig(Strict):
+    algorithm: Literal["grid", "random", "tpe"] = "tpe"
+    trials: PositiveInt | None = None  # points; each is run once for every seed. grid: null for all points
+    metric: Literal["eval_loss", "loss"] = "eval_loss"
+    mode: Literal["min", "max"] = "min"
+    seed: NonNegativeInt = 0
+    budget: BudgetConfig = BudgetConfig()
+    scheduler: Literal["none", "asha", "median"] = "none"
+    grace_steps: PositiveInt | None = None  # no trial is stopped before; null: at the first evaluation
+    reduction_factor: int = Field(default=3, ge=2)  # asha: one in so many goes on at each rung
+    max_concurrent: PositiveInt | None = None  # trials at a time; null: as many as the cluster has workers for
+
+    @model_validator(mode="after")
+    def agree(self):
+        budget = self.budget
+        if self.algorithm != "grid" and self.trials is None and budget.steps is budget.tokens is budget.hours is None:
+            raise ValueError(f"algorithm {self.algorithm} needs an end: give trials, or a budget of steps or tokens")
+        return self
+
+
+def check_seeds(value: Any) -> tuple[int, ...]:
+    """A number of seeds, or the seeds."""
+    seeds: Any = tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+    whole = isinstance(seeds, (list, tuple)) and all(isinstance(s, int) and 0 <= s < 2**31 for s in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError("give a number of seeds from 1 on, or a list of different ones")
+    return tuple(seeds)
+
+
+class SweepConfig(Strict):
+    kind: Literal["sweep"]
+    name: Name
+    run: Text  # the run file that every trial starts from
+    overrides: dict[str, Any] = Field(default_factory=dict)  # of the run's keys, the same in all trials
+    space: dict[str, SpaceValue] = Field(min_length=1)
+    seeds: Annotated[Any, PlainValidator(check_seeds), PlainSerializer(list)] = (0,)
+    search: SearchConfig
+
+    @model_validator(mode="after")
+    def agree(self):
+        for key in self.space:
+            for refused, reason in NOT_SWEPT.items():
+                if key == refused or key.startswith(f"{refused}."):
+                    raise ValueError(f"space.{key}: it cannot be swept: {reason}")
+            for other in self.space:
+                if key.startswith(f"{other}."):
+                    raise ValueError(f"space.{key}: {other} is swept as a whole already")
+        expression_order(self.space)
+        if all(isinstance(domain, Expression) for domain in self.space.values()):
+            raise ValueError("space: there are only expressions, and nothing to choose")
+        if self.search.algorithm == "grid":
+            for key, domain in self.space.items():
+                if isinstance(domain, Range) and domain.points is None:
+                    raise ValueError(f"space.{key}: a grid needs to know how many points: add `points: 5`")
+        return self

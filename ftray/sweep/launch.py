@@ -1,0 +1,112 @@
+"""The driver of a sweep: its directory, the cluster's room, the trials, and the answer."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ray
+
+from ftray.config import RunConfig, Space, SweepConfig
+from ftray.errors import InterruptedRunError, UserError
+from ftray.storage import read_json, write_json
+from ftray.sweep.report import write_sweep_report
+from ftray.sweep.study import Study
+from ftray.sweep.trials import trials_directory
+from ftray.sweep.tune_trials import TUNE_DIRECTORY, run_trials
+from ftray.tracking.environment import describe_environment
+from ftray.tracking.runs import differences
+from ftray.train.launch import TOKENS, check_before_anything, prepare_data, start_ray
+from ftray.train.preflight import check_nodes, check_resources, fitting_groups
+from ftray.train.run_directory import only_driver, refuse_unwritable, refuse_vanishing_directory, set_aside
+
+SWEEP = "sweep.json"
+# What may change when a sweep goes on: how long and how wide it is searched, not what is searched.
+MAY_CHANGE = ("sweep.search.trials", "sweep.search.budget", "sweep.search.max_concurrent")
+
+Say = Callable[[str], None]
+
+
+def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = False) -> Study:
+    """Runs, or goes on with, the sweep. Raises `InterruptedRunError` on Ctrl-C, when the study's journal stands."""
+    base_run = first_run(config, space)
+    check_before_anything(base_run)
+    refuse_vanishing_directory(base_run)
+    with only_driver(base_run):
+        directory = open_directory(config, space, base_run, fresh=fresh)
+        study = Study(config, space, directory)
+        if not study.is_over:
+            with ray_session(base_run):
+                try:
+                    search_in(directory, study, base_run, say=say)
+                finally:
+                    refresh(study, directory)
+        return study
+
+
+def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> None:
+    prepare_data(base_run, say, kept_in=trials_directory(directory) / TOKENS)
+    check_resources(base_run.workers, say=say)
+    check_nodes(trials_directory(directory), base_run.workers)
+    room = fitting_groups(base_run.workers)
+    limit = study.config.search.max_concurrent
+    at_a_time = room if limit is None else min(room, limit)
+    say(f"{study.describe_plan()}; {at_a_time} at a time, each on {base_run.workers.count} workers")
+    say(f"as it goes: {write_sweep_report(study, directory)}")
+    try:
+        run_trials(study, directory, max_concurrent=at_a_time, say=say, on_end=lambda: refresh(study, directory))
+    except KeyboardInterrupt:
+        raise InterruptedRunError(f"{study.config.name}: stopped; {study.describe_state()}") from None
+
+
+def refresh(study: Study, directory: Path) -> None:
+    """The page is not worth a sweep: on a full disk it stays as it was."""
+    with contextlib.suppress(OSError):
+        write_sweep_report(study, directory)
+
+
+def first_run(config: SweepConfig, space: Space) -> RunConfig:
+    """The sweep, as those parts see it that know runs: its data, workers and place."""
+    point = next(iter(space.points_to_check(is_grid=config.search.algorithm == "grid")))
+    return space.config(point, name=config.name)
+
+
+def sweep_directory(config: SweepConfig, space: Space) -> Path:
+    return (Path(first_run(config, space).runs_dir) / config.name).absolute()
+
+
+def open_directory(config: SweepConfig, space: Space, base_run: RunConfig, *, fresh: bool) -> Path:
+    """Makes or reopens `runs_dir/name`. Raises `UserError` when the name belongs to something else."""
+    directory = (Path(base_run.runs_dir) / config.name).absolute()
+    if directory.exists() and fresh:
+        set_aside(directory)
+    if (directory / "config.json").is_file():
+        raise UserError(f"name: {directory} holds a run of this name; choose another (name=...)")
+    refuse_unwritable(trials_directory(directory) / "scratch")
+    described = {"sweep": config.model_dump(mode="json"), "run": space.run}
+    if (directory / SWEEP).is_file():
+        changed = list(differences(read_json(directory / SWEEP), described))
+        refused = [f"{key}: was {a}, is {b}" for key, a, b in changed if not key.startswith(MAY_CHANGE)]
+        if refused:
+            raise UserError(
+                f"{directory} holds a sweep of this name with another config:\n"
+                + "\n".join(f"  - {line}" for line in refused)
+                + "\n  choose another name (name=...), or set that sweep aside with --fresh"
+            )
+    write_json(directory / SWEEP, described)
+    write_json(directory / "environment.json", describe_environment())
+    shutil.rmtree(directory / TUNE_DIRECTORY, ignore_errors=True)  # the journal is what a sweep goes on from
+    return directory
+
+
+@contextlib.contextmanager
+def ray_session(run: RunConfig) -> Iterator[None]:
+    """The caller's, or one of our own that ends here."""
+    own = not ray.is_initialized()
+    if own:
+        start_ray(run=run.name)
+    try:
+        yield
+    finally:
+        if own:
+            ray.shutdown()

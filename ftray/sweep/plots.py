@@ -1,0 +1,179 @@
+"""The plots of a sweep, as SVG."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ftray.config.domains import Choice, Range
+from ftray.config.space import short
+from ftray.sweep.study import Study
+from ftray.sweep.trials import Trial
+from ftray.tracking.report import svg
+
+BEST, OTHERS, ENDED = "#2563eb", "#64748b", "#cbd5e1"
+COLOURS = "viridis_r"  # dark is good
+
+
+def curves(study: Study) -> str:
+    """The metric of every run by step; the best trial stands out, those that were ended early are pale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    best = study.best
+    for trial in study.trials:
+        colour = BEST if trial is best else OTHERS if trial.is_finished or not trial.is_over else ENDED
+        for run in trial.runs:
+            points = [report.step for report in run.reports], [report.value for report in run.reports]
+            axes.plot(*points, color=colour, linewidth=2 if trial is best else 1, marker="o", markersize=2.5)
+            if run.reports and trial.status == "stopped":
+                axes.plot(points[0][-1], points[1][-1], marker="x", color="#b91c1c", markersize=6)
+    if best is not None:
+        axes.plot([], [], color=BEST, linewidth=2, label=f"{best.name}, the best")
+    axes.plot([], [], color="#b91c1c", marker="x", linestyle="", label="stopped by the scheduler")
+    axes.legend(frameon=False, fontsize=8)
+    values = [report.value for run in study.runs for report in run.reports]
+    if values and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel(study.config.search.metric.replace("_", " "))
+    return tidy(figure)
+
+
+def parallel_coordinates(study: Study) -> str:
+    """One line a trial through the values of all keys to its metric."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    trials = [trial for trial in study.trials if trial.mean is not None and math.isfinite(trial.mean)]
+    keys = list(study.space.free)
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    means = [trial.mean for trial in trials if trial.mean is not None]
+    heights = scaled(means)
+    shade = colormaps[COLOURS]
+    for trial, height in zip(trials, heights, strict=True):
+        line = [position(study.space.free[key], trial.point[key]) for key in keys]
+        good = 1 - height if study.config.search.mode == "min" else height
+        width = 2.5 if trial is study.best else 1
+        axes.plot([*line, height], color=shade(good), linewidth=width, alpha=1 if trial.is_finished else 0.45)
+    axes.set_xticks(range(len(keys) + 1), [*keys, study.config.search.metric], fontsize=8)
+    for index, key in enumerate(keys):
+        for at, text in marks(study.space.free[key]):
+            axes.text(index, at, f" {text}", fontsize=7, color="#334155", va="center")
+    if means:
+        for at, value in ((0, min(means)), (1, max(means))):
+            axes.text(len(keys), at, f" {value:.4g}", fontsize=7, color="#334155", va="center")
+    axes.set_yticks([])
+    axes.set_xlim(-0.1, len(keys) + 0.35)
+    return tidy(figure, grid=False)
+
+
+def heat_map(study: Study, keys: tuple[str, str]) -> str:
+    """The best mean of every pair of values, of two keys; a range is cut into bins."""
+    from matplotlib.figure import Figure
+
+    down, across = (study.space.free[key] for key in keys)
+    rows, columns = cells(down), cells(across)
+    grid = np.full((len(rows), len(columns)), np.nan)
+    better = min if study.config.search.mode == "min" else max
+    for trial in study.trials:
+        if trial.mean is not None and math.isfinite(trial.mean):
+            at = cell(down, trial.point[keys[0]], len(rows)), cell(across, trial.point[keys[1]], len(columns))
+            grid[at] = trial.mean if np.isnan(grid[at]) else better(grid[at], trial.mean)
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, cmap=COLOURS if study.config.search.mode == "max" else "viridis", aspect="auto")
+    middle = float(np.nanmean(grid)) if not np.isnan(grid).all() else 0.0
+    for (row, column), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            colour = "white" if (value < middle) == (study.config.search.mode == "min") else "black"
+            axes.text(column, row, f"{value:.4g}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_ylabel(keys[0], fontsize=8)
+    axes.set_xlabel(keys[1], fontsize=8)
+    figure.colorbar(image, label=study.config.search.metric.replace("_", " "))
+    return svg(figure)
+
+
+def importances(shares: dict[str, float]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 0.8 + 0.35 * len(shares)), layout="constrained")
+    axes = figure.add_subplot()
+    names = list(shares)[::-1]
+    axes.barh(names, [shares[name] for name in names], color=BEST)
+    axes.set_xlabel("share of what the trials differ by (Optuna, PED-ANOVA)", fontsize=8)
+    axes.tick_params(labelsize=8)
+    return tidy(figure)
+
+
+# -- values on an axis ---------------------------------------------------------------------------------------------
+
+BINS = 5  # of a range without points
+
+
+def position(domain: Choice | Range, value: Any) -> float:
+    """From 0 to 1."""
+    if isinstance(domain, Choice):
+        return domain.values.index(value) / max(1, len(domain.values) - 1)
+    if domain.is_log:
+        return math.log(value / domain.low) / math.log(domain.high / domain.low)
+    return (value - domain.low) / (domain.high - domain.low)
+
+
+def marks(domain: Choice | Range) -> list[tuple[float, str]]:
+    shown = domain.values if isinstance(domain, Choice) else (domain.low, domain.high)
+    return [(position(domain, value), short(value)) for value in shown]
+
+
+def cells(domain: Choice | Range) -> list[str]:
+    if isinstance(domain, Choice):
+        return [short(value) for value in domain.values]
+    if domain.points is not None:
+        return [short(value) for value in domain.grid]
+    edges = [edge(domain, i / BINS) for i in range(BINS + 1)]
+    return [f"{short(low)} to {short(high)}" for low, high in itertools.pairwise(edges)]
+
+
+def cell(domain: Choice | Range, value: Any, count: int) -> int:
+    if isinstance(domain, Choice):
+        return domain.values.index(value)
+    share = position(domain, value)
+    return round(share * (count - 1)) if domain.points is not None else min(count - 1, int(share * count))
+
+
+def edge(domain: Range, share: float) -> float:
+    if domain.is_log:
+        return domain.low * (domain.high / domain.low) ** share
+    return domain.low + (domain.high - domain.low) * share
+
+
+def scaled(values: Sequence[float]) -> list[float]:
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    return [(value - low) / (high - low) if high > low else 0.5 for value in values]
+
+
+def heat_map_keys(study: Study, shares: dict[str, float]) -> tuple[str, str] | None:
+    """Rank against rate where both are searched; else the two keys that matter most."""
+    keys = sorted(study.space.free, key=lambda key: -shares.get(key, 0.0))
+    wanted = ("adapter.rank", "optimizer.learning_rate")
+    if set(wanted) <= set(keys):
+        return wanted
+    return (keys[0], keys[1]) if len(keys) > 1 else None
+
+
+def tidy(figure: Any, *, grid: bool = True) -> str:
+    for axes in figure.axes:
+        if grid:
+            axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return svg(figure)
+
+
+def has_values(trials: Sequence[Trial]) -> bool:
+    return any(trial.mean is not None for trial in trials)

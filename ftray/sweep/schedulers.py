@@ -1,0 +1,80 @@
+"""Which runs go on. Values are losses here: lower is better."""
+
+import math
+import statistics
+from typing import Protocol
+
+import numpy as np
+
+from ftray.config.sweep import SearchConfig
+
+
+class Scheduler(Protocol):
+    def goes_on(self, run: str, *, step: int, value: float) -> bool:
+        """A run's next report, in the order in which they came."""
+        ...
+
+
+class NoScheduler:
+    def goes_on(self, run: str, *, step: int, value: float) -> bool:
+        return True
+
+
+class Asha:
+    """Asynchronous successive halving, with early stopping instead of promotion (Li et al. 2020, arXiv 1810.05934,
+    section 3; the rule of Ray Tune's `AsyncHyperBandScheduler` with one bracket).
+
+    Rungs lie at grace, grace x eta, grace x eta^2 ... steps. A run that arrives at a rung goes on when its value is
+    within the best 1 / eta of those that arrived there before it; the first of a rung always does.
+    """
+
+    def __init__(self, *, grace_steps: int, reduction_factor: int):
+        self._grace = grace_steps
+        self._eta = reduction_factor
+        self._rungs: dict[int, dict[str, float]] = {}
+
+    def goes_on(self, run: str, *, step: int, value: float) -> bool:
+        rung = self._rung_at(step)
+        if rung is None or run in self._rungs.setdefault(rung, {}):
+            return True
+        arrived = self._rungs[rung]
+        cutoff = np.quantile(list(arrived.values()), 1 / self._eta) if arrived else math.inf
+        arrived[run] = value
+        return bool(value <= cutoff)
+
+    def _rung_at(self, step: int) -> int | None:
+        """The highest that lies behind."""
+        rung = None
+        milestone = self._grace
+        while milestone <= step:
+            rung, milestone = milestone, milestone * self._eta
+        return rung
+
+
+class MedianStopping:
+    """A run whose best value so far is worse than the median of the others' means up to the same step is stopped
+    (Golovin et al. 2017, Google Vizier, section 3.2.2)."""
+
+    MIN_RUNS = 3  # that have come as far
+
+    def __init__(self, *, grace_steps: int):
+        self._grace = grace_steps
+        self._curves: dict[str, list[tuple[int, float]]] = {}
+
+    def goes_on(self, run: str, *, step: int, value: float) -> bool:
+        curve = self._curves.setdefault(run, [])
+        curve.append((step, value))
+        others = [c for name, c in self._curves.items() if name != run and c[-1][0] >= step]
+        if step < self._grace or len(others) < self.MIN_RUNS:
+            return True
+        means = [statistics.fmean(v for at, v in other if at <= step) for other in others]
+        return min(v for _, v in curve) <= statistics.median(means)
+
+
+def make_scheduler(search: SearchConfig, *, evaluate_every: int) -> Scheduler:
+    grace = search.grace_steps if search.grace_steps is not None else evaluate_every
+    if search.scheduler == "asha":
+        return Asha(grace_steps=grace, reduction_factor=search.reduction_factor)
+    if search.scheduler == "median":
+        return MedianStopping(grace_steps=grace)
+    return NoScheduler()

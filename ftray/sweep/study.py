@@ -1,0 +1,219 @@
+"""What a sweep knows and decides. No ray: it hears what runs report, and says what runs next and what ends.
+
+Everything that it hears is appended to `trials.jsonl`; reading that again gives the same study, so a sweep whose driver
+died goes on where it stood.
+"""
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ftray.config import RunConfig, Space, SweepConfig
+from ftray.config.space import point_text
+from ftray.storage import write_bytes
+from ftray.sweep.schedulers import make_scheduler
+from ftray.sweep.search import make_search
+from ftray.sweep.trials import Outcome, Report, SweepRun, Trial, run_name
+
+JOURNAL = "trials.jsonl"
+
+
+class Study:
+    def __init__(self, config: SweepConfig, space: Space, directory: Path, *, clock: Callable[[], float] = time.time):
+        self.config = config
+        self.space = space
+        self.trials: list[Trial] = []
+        self.spent_s = 0.0  # of earlier drivers
+        self._search = make_search(space, config.search)
+        every = space.config(
+            next(iter(space.points_to_check(is_grid=config.search.algorithm == "grid")))
+        ).evaluation.every
+        self._scheduler = make_scheduler(config.search, evaluate_every=every)
+        self._sign = 1.0 if config.search.mode == "min" else -1.0
+        self._given: set[str] = set()  # names of the runs that somebody works on
+        self._asked: dict[str, str] = {}  # why a run was asked to stop
+        self._clock = clock
+        self._began = clock()
+        self._path = directory / JOURNAL
+        self._replay()
+
+    # -- what runs next --------------------------------------------------------------------------------------------
+
+    def next_run(self) -> SweepRun | None:
+        """A run to work on: one that was cut off, another seed of a trial, or a new trial. None: there is nothing to
+        start, now or ever."""
+        if self.spent is not None:
+            return None
+        for run in self.runs:
+            if run.outcome is None and run.name not in self._given:
+                self._given.add(run.name)
+                return run
+        point = self._next_point()
+        if point is None:
+            return None
+        self._note({"event": "trial", "trial": len(self.trials), "point": point})
+        return self.next_run()
+
+    @property
+    def is_over(self) -> bool:
+        return self.spent is not None or (all(trial.is_over for trial in self.trials) and self._next_point() is None)
+
+    def _next_point(self) -> dict[str, Any] | None:
+        number, limit = len(self.trials), self.config.search.trials
+        return None if limit is not None and number >= limit else self._search.point(number, self.trials)
+
+    def report(self, name: str, report: Report) -> str | None:
+        """Returns why the run is to stop, or None. A run that resumed may tell again what it has told."""
+        run = self.run(name)
+        if run.last is None or report.step > run.last.step:
+            self._note({"event": "report", "run": name, **vars(report)})
+        return self._asked.get(name) or self.spent
+
+    def end(self, name: str, outcome: Outcome, message: str | None = None) -> SweepRun:
+        """One that stopped because the budget is spent has not ended: with a larger one it goes on."""
+        run = self.run(name)
+        if outcome != "stopped" or name in self._asked or self.spent is None:
+            message = message if outcome != "stopped" else self._asked.get(name, "by the user")
+            self._note({"event": "end", "run": name, "outcome": outcome, "message": message})
+        return run
+
+    def config_of(self, run: SweepRun, *, runs_dir: Path) -> RunConfig:
+        point = self.trials[run.trial].point
+        config = self.space.config(point, name=run.name, seed=run.seed, runs_dir=str(runs_dir))
+        group = config.tracking.wandb_group or self.config.name
+        return config.model_copy(update={"tracking": config.tracking.model_copy(update={"wandb_group": group})})
+
+    # -- what is known ---------------------------------------------------------------------------------------------
+
+    @property
+    def runs(self) -> list[SweepRun]:
+        return [run for trial in self.trials for run in trial.runs]
+
+    def run(self, name: str) -> SweepRun:
+        return next(run for run in self.runs if run.name == name)
+
+    @property
+    def best(self) -> Trial | None:
+        ranked = self.ranked
+        return ranked[0] if ranked and ranked[0].is_finished else None
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """Finished ones first, the best of them first; then those that were stopped, the farthest first."""
+
+        def key(trial: Trial) -> tuple[bool, int, float]:
+            mean = float("inf") if trial.mean is None else self._sign * trial.mean
+            return not trial.is_finished, 0 if trial.is_finished else -trial.step, mean
+
+        return sorted(self.trials, key=key)
+
+    @property
+    def best_run(self) -> SweepRun | None:
+        """Of the best trial's seeds the best."""
+        if self.best is None:
+            return None
+        return min(self.best.runs, key=lambda run: self._sign * (run.value if run.value is not None else math.inf))
+
+    @property
+    def tokens(self) -> int:
+        return sum(trial.tokens for trial in self.trials)
+
+    @property
+    def steps(self) -> int:
+        return sum(run.last.step for run in self.runs if run.last is not None)
+
+    @property
+    def seconds(self) -> float:
+        """Of all drivers of this sweep."""
+        return self.spent_s + self._clock() - self._began
+
+    @property
+    def spent(self) -> str | None:
+        """Which budget is used up."""
+        budget = self.config.search.budget
+        if budget.steps is not None and self.steps >= budget.steps:
+            return f"the budget of {budget.steps:,} steps is spent"
+        if budget.tokens is not None and self.tokens >= budget.tokens:
+            return f"the budget of {budget.tokens:,} tokens is spent"
+        if budget.hours is not None and self.seconds >= budget.hours * 3600:
+            return f"the budget of {budget.hours:g} hours is spent"
+        return None
+
+    def describe_plan(self) -> str:
+        search = self.config.search
+        count = "as many trials as the budget allows" if search.trials is None else f"{search.trials} trials"
+        if search.algorithm == "grid":
+            whole = sum(1 for _ in self.space.grid())
+            count = f"{whole if search.trials is None else min(whole, search.trials)} trials"
+        seeds = f" of {len(self.config.seeds)} seeds" if len(self.config.seeds) > 1 else ""
+        return f"{count}{seeds}, {search.algorithm} search, scheduler {search.scheduler}"
+
+    def describe_state(self) -> str:
+        counts = Counter(trial.status for trial in self.trials)
+        return ", ".join(f"{count} {status}" for status, count in counts.items()) or "no trial had begun"
+
+    def conclusion(self) -> str:
+        """The choice and how sure it is, in a sentence."""
+        best, metric = self.best, self.config.search.metric
+        if best is None:
+            return f"no trial has finished yet ({self.describe_state()})"
+        choice = point_text(best.point)
+        text = f"best: {best.name} ({choice}), {metric} {best.mean:.4f}"
+        others = [trial for trial in self.ranked[1:] if trial.is_finished]
+        if not others:
+            return f"{text}; it is the only one that finished"
+        next_best = others[0]
+        assert best.mean is not None
+        assert next_best.mean is not None
+        gap = abs(next_best.mean - best.mean)
+        text += f", {gap:.4f} ahead of {next_best.name} ({point_text(next_best.point)})"
+        if best.half_interval is None or next_best.half_interval is None:
+            return f"{text}; with one seed it is not known whether that is more than chance: give `seeds: 3`"
+        sure = gap > best.half_interval + next_best.half_interval
+        noise = "more" if sure else "not more"
+        return f"{text}, which is {noise} than their 95% intervals over {len(self.config.seeds)} seeds"
+
+    # -- the journal -----------------------------------------------------------------------------------------------
+
+    def _replay(self) -> None:
+        if not self._path.is_file():
+            return
+        lines = self._path.read_bytes().split(b"\n")
+        whole = [line for line in lines[:-1] if line]  # what follows the last newline was being written
+        write_bytes(self._path, b"".join(line + b"\n" for line in whole))
+        for line in whole:
+            event = json.loads(line)
+            self._apply(event)
+            self.spent_s = event["seconds_spent"]
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """Written before it counts."""
+        line = json.dumps({**event, "time": time.time(), "seconds_spent": round(self.seconds, 3)}) + "\n"
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._apply(event)
+
+    def _apply(self, event: dict[str, Any]) -> None:
+        if event["event"] == "trial":
+            trial = Trial(event["trial"], event["point"])
+            seeds = self.config.seeds
+            trial.runs = [
+                SweepRun(trial.number, seed, run_name(trial.number, seed, num_seeds=len(seeds))) for seed in seeds
+            ]
+            self.trials.append(trial)
+            return
+        run = self.run(event["run"])
+        if event["event"] == "end":
+            run.outcome, run.message = event["outcome"], event["message"]
+            return
+        report = Report(event["step"], event["value"], event["tokens"], event["seconds"])
+        run.reports.append(report)
+        if not self._scheduler.goes_on(run.name, step=report.step, value=self._sign * report.value):
+            self._asked.setdefault(run.name, f"{self.config.search.scheduler}, at step {report.step}")

@@ -1,0 +1,79 @@
+"""One run of a trial, told as reports of the sweep's metric."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ftray.config import RunConfig
+from ftray.errors import DivergedError, FtrayError, InterruptedRunError
+from ftray.sweep.trials import Outcome, Report
+from ftray.tracking.metrics import read_metrics
+from ftray.train.launch import launch
+from ftray.train.ray_trainer import Watcher
+
+Tell = Callable[[Report], None]
+
+
+def run_to_end(config: RunConfig, *, metric: str, tell: Tell) -> tuple[Outcome, str | None]:
+    """Returns its outcome, and why where it did not finish. A run that was cut off goes on from its checkpoint."""
+    reporter = Reporter(config, metric=metric, tell=tell)
+    watcher = Watcher(
+        say=lambda text: None,
+        on_metrics=lambda records: reporter.tell_news(records),
+        on_start=lambda first, count: reporter.begin(count),
+    )
+    try:
+        result = launch(config, watcher)
+    except InterruptedRunError:
+        return "stopped", None
+    except DivergedError as error:
+        return "diverged", str(error)
+    except FtrayError as error:
+        return "failed", str(error)
+    reporter.begin(result["steps"])
+    reporter.tell_all()  # where it had finished before, nothing was followed
+    return "finished", None
+
+
+class Reporter:
+    """Reads what is due from the run's own metrics, so that a run that resumes tells the same again."""
+
+    def __init__(self, config: RunConfig, *, metric: str, tell: Tell):
+        self._directory = Path(config.runs_dir) / config.name
+        self._every = config.evaluation.every
+        self._metric = metric
+        self._tell = tell
+        self._told = 0
+        self._num_steps = 0
+
+    def begin(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+
+    def tell_news(self, records: list[dict[str, Any]]) -> None:
+        if any(self._is_due(record) for record in records):
+            self.tell_all()
+
+    def tell_all(self) -> None:
+        for report in reports(read_metrics(self._directory), self._is_due, metric=self._metric, every=self._every):
+            if report.step > self._told:
+                self._told = report.step
+                self._tell(report)
+
+    def _is_due(self, record: dict[str, Any]) -> bool:
+        """Each evaluation; of the training loss, where an evaluation would be."""
+        if self._metric not in record:
+            return False
+        return self._metric == "eval_loss" or record["step"] % self._every == 0 or record["step"] == self._num_steps
+
+
+def reports(
+    records: list[dict[str, Any]], is_due: Callable[[dict[str, Any]], bool], *, metric: str, every: int
+) -> Iterator[Report]:
+    """The training loss is the mean of the last `every` steps: that of one step is mostly noise."""
+    steps = [record for record in records if "loss" in record]
+    for record in records:
+        if is_due(record):
+            until = [step for step in steps if step["step"] <= record["step"]]
+            value = record[metric] if metric != "loss" else statistics.fmean(s["loss"] for s in until[-every:])
+            yield Report(record["step"], value, sum(s["num_tokens"] for s in until), sum(s["seconds"] for s in until))

@@ -1,0 +1,122 @@
+"""A trial is a point of the space; it is run once for every seed."""
+
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Outcome = Literal["finished", "stopped", "diverged", "failed"]
+
+
+@dataclass(frozen=True)
+class Report:
+    step: int
+    value: float  # of the sweep's metric
+    tokens: int  # trained on so far
+    seconds: float  # of training so far
+
+
+@dataclass
+class SweepRun:
+    """One training run of a trial."""
+
+    trial: int
+    seed: int
+    name: str  # of its run directory
+    reports: list[Report] = field(default_factory=list)
+    outcome: Outcome | None = None  # None: not over
+    message: str | None = None  # why it ended before its end
+
+    @property
+    def last(self) -> Report | None:
+        return self.reports[-1] if self.reports else None
+
+    @property
+    def value(self) -> float | None:
+        """Its metric at the end, or where it is."""
+        return self.reports[-1].value if self.reports else None
+
+
+@dataclass
+class Trial:
+    number: int
+    point: dict[str, Any]
+    runs: list[SweepRun] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return trial_name(self.number)
+
+    @property
+    def is_over(self) -> bool:
+        return all(run.outcome is not None for run in self.runs)
+
+    @property
+    def is_finished(self) -> bool:
+        """Every seed ran to its end: only such trials can be the best."""
+        return all(run.outcome == "finished" for run in self.runs)
+
+    @property
+    def status(self) -> str:
+        """What is to be told first: a failure, a stop, or where it is."""
+        outcomes = [run.outcome for run in self.runs]
+        for outcome in ("failed", "diverged", "stopped"):
+            if outcome in outcomes:
+                return outcome
+        if self.is_finished:
+            return "finished"
+        return "running" if any(run.reports for run in self.runs) else "started"
+
+    @property
+    def values(self) -> list[float]:
+        return [run.value for run in self.runs if run.value is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """Over the seeds."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def half_interval(self) -> float | None:
+        """Of the mean's 95% interval over the seeds (Student's t); None with one seed."""
+        if len(self.values) < 2:
+            return None
+        return t_quantile(len(self.values) - 1) * statistics.stdev(self.values) / math.sqrt(len(self.values))
+
+    @property
+    def step(self) -> int:
+        return max((run.last.step for run in self.runs if run.last is not None), default=0)
+
+    @property
+    def tokens(self) -> int:
+        return sum(run.last.tokens for run in self.runs if run.last is not None)
+
+    @property
+    def seconds(self) -> float:
+        return sum(run.last.seconds for run in self.runs if run.last is not None)
+
+    @property
+    def message(self) -> str | None:
+        return next((run.message for run in self.runs if run.message is not None), None)
+
+
+def trial_name(number: int) -> str:
+    return f"t{number:03d}"
+
+
+def run_name(number: int, seed: int, *, num_seeds: int) -> str:
+    return trial_name(number) if num_seeds == 1 else f"{trial_name(number)}-seed{seed}"
+
+
+def trials_directory(sweep_directory: Path) -> Path:
+    """Its entries are run directories like any others."""
+    return sweep_directory / "trials"
+
+
+# Two-sided 95% quantiles of Student's t by degrees of freedom; beyond, the next smaller entry errs to the wide side.
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 20: 2.086}
+
+
+def t_quantile(degrees: int) -> float:
+    return T_95[max(known for known in T_95 if known <= degrees)]

@@ -1,0 +1,152 @@
+"""Trials as Ray Tune trials: each is a training run of its own, of one worker or many.
+
+Tune asks the study for the next run and tells it what runs report. A run that is to stop is asked to (`request_stop`):
+it saves and ends at its next step, and nothing of Ray has to be killed.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.search import Searcher
+
+from ftray.config import RunConfig
+from ftray.errors import FtrayError
+from ftray.sweep.study import Study
+from ftray.sweep.trials import Outcome, Report, trials_directory
+from ftray.train.job import request_stop
+
+# A driver of a trial only waits: it takes no CPU, and it runs where the sweep's own driver keeps its files.
+TRIAL_BUNDLE = {"node:__internal_head__": 0.0001}
+MAX_TRIAL_FAILURES = 3  # of a trial's driver; its workers have their own `workers.max_failures`
+POLL_S = 0.2
+TUNE_DIRECTORY = "ray-tune"
+# Without them it prints its own tables, keeps logs of its own, and moves every trial into another directory.
+QUIET_TUNE = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+Say = Callable[[str], None]
+OnEnd = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What a Tune trial gets. The run is JSON text: Tune would take a dict apart in everything that it prints."""
+
+    run: str
+    metric: str
+
+
+def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, on_end: OnEnd) -> None:
+    """Until the study has no more. `on_end`: called after each run."""
+    os.environ.update(QUIET_TUNE)
+    search = StudySearch(study, directory)
+    tuner = tune.Tuner(
+        tune.with_resources(run_trial, tune.PlacementGroupFactory([TRIAL_BUNDLE])),
+        tune_config=tune.TuneConfig(search_alg=search, num_samples=-1, max_concurrent_trials=max_concurrent),
+        run_config=tune.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=str(directory / TUNE_DIRECTORY),
+            failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
+            callbacks=[TellStudy(study, search, directory, say, on_end)],
+            verbose=0,
+        ),
+    )
+    outcome: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except Exception as error:  # noqa: BLE001  carried over to the main thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-tune-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+    if outcome:
+        raise FtrayError(f"Ray Tune failed: {(str(outcome[0]).strip().splitlines() or ['?'])[-1]}") from outcome[0]
+
+
+class StudySearch(Searcher):
+    """The study, as Ray Tune asks for trials."""
+
+    def __init__(self, study: Study, directory: Path):
+        super().__init__()
+        self._study = study
+        self._directory = directory
+        self.runs: dict[str, str] = {}  # by Tune's trial id
+
+    def suggest(self, trial_id: str) -> Any:
+        run = self._study.next_run()
+        if run is None:
+            return Searcher.FINISHED
+        self.runs[trial_id] = run.name
+        config = self._study.config_of(run, runs_dir=trials_directory(self._directory))
+        return vars(TrialSettings(config.model_dump_json(), self._study.config.search.metric))
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """The callback below hears it."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The study keeps its own journal."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a sweep goes on from its own journal")
+
+
+class TellStudy(tune.Callback):
+    def __init__(self, study: Study, search: StudySearch, directory: Path, say: Say, on_end: OnEnd):
+        self._study = study
+        self._search = search
+        self._directory = directory
+        self._say = say
+        self._on_end = on_end
+        self._ended: set[str] = set()
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        name = self._search.runs[trial.trial_id]
+        if "outcome" in result:
+            self._end(name, result["outcome"], result["message"])
+        elif "value" in result:
+            report = Report(result["step"], result["value"], result["tokens"], result["seconds"])
+            reason = self._study.report(name, report)
+            self._say(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
+            if reason is not None:
+                self._say(f"{name}  {reason}")
+                (trials_directory(self._directory) / name).mkdir(parents=True, exist_ok=True)
+                request_stop(trials_directory(self._directory) / name)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Its driver died more often than `MAX_TRIAL_FAILURES`."""
+        self._end(self._search.runs[trial.trial_id], "failed", f"its driver died {MAX_TRIAL_FAILURES + 1} times")
+
+    def _end(self, name: str, outcome: Outcome, message: str | None) -> None:
+        if name in self._ended:
+            return
+        self._ended.add(name)
+        run = self._study.end(name, outcome, message)
+        value = "" if run.value is None else f"  {self._study.config.search.metric} {run.value:.4f}"
+        self._say(f"{name}  {run.outcome or 'interrupted'}{value}{f'  {run.message}' if run.message else ''}")
+        self._on_end()
+
+
+def run_trial(settings: dict[str, Any]) -> None:
+    """In a Tune trial: the driver of one run. What goes wrong with the run is its outcome, not an error of Tune's."""
+    from ftray.sweep.trial_run import run_to_end
+
+    trial = TrialSettings(**settings)
+    outcome, message = run_to_end(
+        RunConfig.model_validate_json(trial.run), metric=trial.metric, tell=lambda report: tune.report(vars(report))
+    )
+    tune.report({"outcome": outcome, "message": message})

@@ -1,0 +1,94 @@
+"""Sweeps on Ray Tune, end to end, and our ASHA against Ray's."""
+
+import random
+
+import pytest
+from ray.tune.schedulers import AsyncHyperBandScheduler
+
+from ftray.cli.main import main
+from ftray.config import load_sweep
+from ftray.errors import UserError
+from ftray.storage import read_json
+from ftray.sweep.launch import run_sweep
+from ftray.sweep.schedulers import Asha
+from ftray.tracking.metrics import read_metrics
+
+
+@pytest.fixture
+def sweep_file(tiny_model, train_file, eval_file, tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"kind: run\nname: r\nbase_model: {tiny_model}\nmax_steps: 6\nruns_dir: {tmp_path}/runs\n"
+        f"data: {{train: {train_file}, eval: {eval_file}, max_example_tokens: 256}}\n"
+        "batch: {examples_per_step: 4, tokens_per_micro_batch: 512}\nevaluation: {every: 2}\n"
+    )
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        f"kind: sweep\nname: s\nrun: {run}\n"
+        "space:\n  adapter.rank: [4]\n  adapter.alpha: {expression: 2 * adapter.rank}\n"
+        "  optimizer.learning_rate: [5e-3, 1e-6, 1e+30]\n"
+        "search: {algorithm: grid, scheduler: asha, grace_steps: 2, reduction_factor: 2}\n"
+    )
+    return path
+
+
+def test_a_sweep_stops_the_bad_marks_what_diverges_and_goes_on(ray_session, sweep_file, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["sweep", str(sweep_file), "search.trials=2", "search.max_concurrent=1"])
+    out = capsys.readouterr().out
+    assert "best: t000 (adapter.rank=4, optimizer.learning_rate=0.005)" in out
+    trials = tmp_path / "runs/s/trials"
+    first = read_json(trials / "t000/result.json")
+    assert first["steps"] == 6
+    assert [r["step"] for r in read_metrics(trials / "t001") if "eval_loss" in r][-1] < 6  # stopped at a rung
+    assert not (trials / "t001/result.json").exists()
+    # With more trials it goes on; what was done is not done again.
+    with pytest.raises(SystemExit, match="0"):
+        main(["sweep", str(sweep_file), "search.trials=3", "search.max_concurrent=1"])
+    out = capsys.readouterr().out
+    assert read_json(trials / "t000/result.json") == first
+    assert "t000  step" not in out
+    assert "diverged: step" in out
+    with pytest.raises(UserError, match="another config"):
+        run_sweep(*load_sweep(sweep_file, ["search.seed=3"]), say=print)
+
+
+def test_asha_decides_as_rays_does():
+    assert disagreements(Asha(grace_steps=2, reduction_factor=3)) == 0
+
+
+def test_a_broken_asha_is_told_apart():
+    class Broken(Asha):
+        def _rung_at(self, step: int) -> int | None:
+            return super()._rung_at(step + 1)
+
+    assert disagreements(Broken(grace_steps=2, reduction_factor=3)) > 0
+
+
+def disagreements(asha: Asha) -> int:
+    """Over 200 runs whose reports come in a mixed order."""
+
+    class RayTrial:
+        def __init__(self, number: int):
+            self.trial_id = str(number)
+            self.floor = random.Random(number).random()
+            self.step = 0
+
+    theirs = AsyncHyperBandScheduler(time_attr="step", max_t=10**6, grace_period=2, reduction_factor=3)
+    theirs.set_search_properties("value", "min")
+    chance = random.Random(0)
+    waiting = [RayTrial(number) for number in range(200)]
+    running, count = [], 0
+    while waiting or running:
+        if waiting and len(running) < 8:
+            running.append(waiting.pop())
+            theirs.on_trial_add(None, running[-1])
+        trial = chance.choice(running)
+        trial.step += 1
+        value = trial.floor + chance.random() / trial.step
+        ours = asha.goes_on(trial.trial_id, step=trial.step, value=value)
+        decision = theirs.on_trial_result(None, trial, {"step": trial.step, "value": value})
+        count += ours != (decision == "CONTINUE")
+        if not ours or decision != "CONTINUE" or trial.step == 60:
+            running.remove(trial)
+    return count

@@ -1,0 +1,330 @@
+"""Sweeps without Ray: the space, the search, who is stopped, and the journal that a sweep goes on from."""
+
+import json
+import random
+
+import pytest
+
+from ftray.config import load_sweep
+from ftray.config.domains import Choice, Range, as_yaml, parse_domain
+from ftray.config.expression import Expression
+from ftray.errors import ConfigError
+from ftray.sweep.schedulers import Asha, MedianStopping
+from ftray.sweep.search import STARTUP_TRIALS, importance
+from ftray.sweep.study import JOURNAL, Study
+from ftray.sweep.trials import Report, SweepRun, Trial
+
+RUN = """
+kind: run
+name: r
+base_model: base
+max_steps: 40
+data: {train: train.jsonl, eval: eval.jsonl, max_example_tokens: 256}
+batch: {tokens_per_micro_batch: 512}
+evaluation: {every: 10}
+"""
+SPACE = """
+  adapter.rank: [2, 8]
+  adapter.alpha: {expression: 2 * adapter.rank}
+  optimizer.learning_rate: {log_uniform: [1e-4, 1e-2], points: 3}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text(RUN)
+
+    def load(search: str = "{algorithm: grid}", *, space: str = SPACE, more: str = "", overrides=()):
+        path = tmp_path / "sweep.yaml"
+        path.write_text(f"kind: sweep\nname: s\nrun: {run}\n{more}\nspace:{space}\nsearch: {search}\n")
+        return load_sweep(path, overrides)
+
+    return load
+
+
+def study_of(loaded, directory, **more) -> Study:
+    return Study(*loaded, directory, **more)
+
+
+def play(study: Study, value, *, steps=(10, 20, 30, 40), until: int | None = None) -> list[str]:
+    """One run after the other; `value(point, step)`. Returns the names in their order."""
+    names = []
+    while (run := study.next_run()) is not None:
+        names.append(run.name)
+        for step in steps:
+            if until is not None and len(names) == until and step == steps[-1]:
+                return names
+            report = Report(step, value(study.trials[run.trial].point, step), step * 100, step * 0.5)
+            if study.report(run.name, report) is not None:
+                study.end(run.name, "stopped")
+                break
+        else:
+            study.end(run.name, "finished")
+    return names
+
+
+# -- expressions and domains ---------------------------------------------------------------------------------------
+
+
+def test_an_expression_is_a_small_grammar_and_nothing_of_python_beyond_it():
+    values = {"adapter.rank": 16, "a": 3}
+    for text, expected in (
+        ("2 * adapter.rank", 32),
+        ("-a + 2 ** 3 // 3", -1),
+        ("min(adapter.rank, 8) / 4", 2.0),
+        ("round(sqrt(a * 3))", 3),
+        ("'dora' if adapter.rank >= 16 else 'lora'", "dora"),
+        ("5", 5),
+    ):
+        assert Expression(text).evaluate(values.__getitem__) == expected
+    assert Expression("min(a, b.c) + a").keys == ["a", "b.c"]
+    for text in (
+        "__import__('os').system('x')",
+        "a.b()",
+        "[a]",
+        "lambda: 1",
+        "a if a",
+        "min(a, key=a)",
+        "a and a",
+        "open('x')",
+        "a[0]",
+        "f'{a}'",
+        "1 < a < 2",
+        "",
+    ):
+        with pytest.raises(ValueError):
+            Expression(text)
+    with pytest.raises(ValueError, match="beyond 64"):
+        Expression("2 ** 999999999").evaluate(values.__getitem__)
+    with pytest.raises(ValueError, match="division by zero"):
+        Expression("1 / (a - 3)").evaluate(values.__getitem__)
+
+
+def test_domains_are_read_as_they_are_written_and_refused_with_the_rule():
+    for text in (
+        [4, None, {"rank": 2}],
+        {"log_uniform": [1e-5, 1e-3]},
+        {"int_uniform": [1, 9], "points": 3},
+        {"expression": "a"},
+    ):
+        assert as_yaml(parse_domain(text)) == text
+    assert parse_domain({"log_uniform": [1e-4, 1e-2], "points": 3}).grid == [1e-4, 1e-3, 1e-2]
+    assert parse_domain({"log_int_uniform": [1, 64], "points": 4}).grid == [1, 4, 16, 64]
+    assert parse_domain({"uniform": [0, 1], "points": 1}).grid == [0]
+    for value, rule in (
+        ([], "must not be empty"),
+        ([1, 1], "twice"),
+        (3, "give a list of choices"),
+        ({"uniform": [1, 0]}, "below HIGH"),
+        ({"log_uniform": [0, 1]}, "above 0"),
+        ({"int_uniform": [0.5, 1]}, "whole numbers"),
+        ({"uniform": [0, 1], "log_uniform": [1, 2]}, "give a list"),
+        ({"uniform": [0, 1], "step": 2}, "'step' is not understood"),
+        ({"uniform": [0, 1], "points": 0}, "from 1 on"),
+        ({"uniform": [0, float("inf")]}, "two numbers"),
+        ({"expression": "a", "points": 2}, "stands alone"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            parse_domain(value)
+
+
+# -- the file ------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_has_every_point_and_the_expressions_follow(load):
+    config, space = load()
+    points = list(space.grid())
+    assert len(points) == 6
+    run = space.config(points[-1], name="t005", seed=3)
+    assert (run.adapter.rank, run.adapter.alpha, run.optimizer.learning_rate) == (8, 16, 1e-2)
+    assert (run.name, run.seed, config.seeds) == ("t005", 3, (0,))
+
+
+def test_an_expression_may_use_what_the_run_says_or_its_defaults(load):
+    space = load(space="\n  optimizer.warmup_steps: {expression: max_steps // adapter.rank}\n  adapter.rank: [4, 8]\n")[
+        1
+    ]
+    assert [space.config(point).optimizer.warmup_steps for point in space.grid()] == [10, 5]
+    space = load(space="\n  adapter.alpha: {expression: 3 * adapter.rank}\n  epochs: [null]\n")[1]
+    assert [space.config(point).adapter.alpha for point in space.grid()] == [48]
+
+
+def test_overrides_are_dotted_keys_or_sections_and_the_command_line_sets_them(load):
+    more = "overrides: {adapter.dropout: 0.1, optimizer: {weight_decay: 0.5}}"
+    _, space = load(more=more, overrides=["overrides.max_steps=20", "overrides.batch.examples_per_step=4"])
+    run = space.config(next(space.grid()))
+    assert (run.adapter.dropout, run.optimizer.weight_decay, run.max_steps) == (0.1, 0.5, 20)
+    assert (run.batch.examples_per_step, run.batch.tokens_per_micro_batch) == (4, 512)
+
+
+def test_what_is_wrong_with_a_space_is_said_before_anything_starts(load):
+    def problems(**how) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(**how)
+        return str(caught.value)
+
+    assert "adapter.rnak: unknown key; did you mean 'rank'?" in problems(space="\n  adapter.rnak: [1]\n")
+    said = problems(space="\n  adapter.rank: [4, 0]\n  adapter.variant: [lora, lorra]\n")
+    assert "adapter.rank=0" in said
+    assert "greater than 0" in said
+    assert "did you mean 'lora'" in said
+    assert "did you mean 'adapter'" in problems(space="\n  adaptor.rank: [1]\n")
+    assert "cannot be swept: each trial gets its own" in problems(space="\n  name: [a, b]\n")
+    assert "cannot be swept: losses on other data" in problems(space="\n  data.eval: [a.jsonl]\n")
+    assert "give `seeds`" in problems(space="\n  seed: [1, 2]\n")
+    assert "swept as a whole" in problems(space="\n  adapter: [null]\n  adapter.rank: [1]\n")
+    assert "need each other" in problems(space="\n  a: {expression: b}\n  b: {expression: a}\n")
+    assert "only expressions" in problems(space="\n  adapter.rank: {expression: '4'}\n")
+    assert "add `points: 5`" in problems(space="\n  optimizer.learning_rate: {uniform: [0.1, 0.2]}\n")
+    assert "a run has no key 'adapter.rnk'" in problems(
+        space="\n  adapter.rank: [1]\n  adapter.alpha: {expression: adapter.rnk}\n"
+    )
+    assert "must be at most batch.tokens_per_micro_batch" in problems(space="\n  data.max_example_tokens: [64, 1024]\n")
+    assert "needs an end" in problems(search="{algorithm: tpe}")
+    assert "eval_loss needs data.eval" in problems(more="overrides: {data.eval: null}")
+    assert "overrides: max_stepz: unknown key" in problems(more="overrides: {max_stepz: 3}")
+    assert "seeds" in problems(more="seeds: [1, 1]")
+    ends = problems(search="{algorithm: random, trials: 3}", space="\n  adapter.dropout: {uniform: [0, 1.5]}\n")
+    assert "adapter.dropout: 1.5 is refused" in ends
+
+
+# -- search --------------------------------------------------------------------------------------------------------
+
+
+def test_random_and_tpe_points_are_in_the_space_and_a_function_of_what_was_before(load, tmp_path):
+    def quality(point, step):
+        return abs(point["adapter.rank"] - 8) + 1 / step
+
+    for algorithm in ("random", "tpe"):
+        found = []
+        for again in range(2):
+            directory = tmp_path / f"{algorithm}{again}"
+            directory.mkdir()
+            study = study_of(load(f"{{algorithm: {algorithm}, trials: 12}}"), directory)
+            play(study, quality)
+            found.append([trial.point for trial in study.trials])
+        assert found[0] == found[1]
+        assert len({json.dumps(point) for point in found[0]}) > 6
+        assert all(p["adapter.rank"] in (2, 8) and 1e-4 <= p["optimizer.learning_rate"] <= 1e-2 for p in found[0])
+        if algorithm == "tpe":  # it learns; chance would take rank 8 half of the times
+            assert sum(p["adapter.rank"] == 8 for p in found[0][STARTUP_TRIALS:]) >= 5
+
+
+def test_importance_finds_the_key_that_matters(load, tmp_path):
+    study = study_of(load("{algorithm: random, trials: 40}"), tmp_path)
+    play(study, lambda point, step: point["optimizer.learning_rate"] * 1000, steps=(40,))
+    told = importance(study.trials, study.space, study.config.search)
+    assert told["optimizer.learning_rate"] > 0.8
+    assert importance(study.trials[:3], study.space, study.config.search) == {}
+
+
+# -- schedulers ----------------------------------------------------------------------------------------------------
+
+
+def test_asha_lets_the_best_third_of_a_rung_go_on():
+    asha = Asha(grace_steps=10, reduction_factor=3)
+    assert asha.goes_on("a", step=5, value=9.0)  # before the first rung
+    assert asha.goes_on("a", step=10, value=1.0)  # the first of a rung
+    assert not asha.goes_on("b", step=10, value=2.0)
+    assert asha.goes_on("c", step=11, value=0.5)
+    assert asha.goes_on("a", step=20, value=9.0)  # between rungs
+    assert asha.goes_on("a", step=30, value=9.0)
+    assert asha.goes_on("c", step=30, value=0.4)
+
+
+def test_median_stopping_compares_with_the_others_at_the_same_step():
+    median = MedianStopping(grace_steps=20)
+    for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0)):
+        for step in (10, 20):
+            assert median.goes_on(name, step=step, value=value)
+    assert median.goes_on("d", step=10, value=5.0)  # its grace
+    assert not median.goes_on("d", step=20, value=5.0)
+    assert median.goes_on("e", step=20, value=1.5)
+
+
+# -- the study and its journal ---------------------------------------------------------------------------------------
+
+
+def test_a_study_that_was_cut_off_anywhere_goes_on_as_it_would_have(load, tmp_path):
+    def quality(point, step):
+        return random.Random(json.dumps([point, step])).random()
+
+    loaded = load("{algorithm: tpe, trials: 8, scheduler: asha}", more="seeds: 2")
+    (tmp_path / "whole").mkdir()
+    whole = study_of(loaded, tmp_path / "whole")
+    names = play(whole, quality)
+    journal = (tmp_path / "whole" / JOURNAL).read_bytes()
+    assert len(names) == 16
+    assert {run.outcome for run in whole.runs} == {"finished", "stopped"}
+    for cut in (1, len(journal) // 3, len(journal) // 2, len(journal) - 5):
+        directory = tmp_path / f"cut{cut}"
+        directory.mkdir()
+        (directory / JOURNAL).write_bytes(journal[:cut])
+        again = study_of(loaded, directory)
+        play(again, quality)
+        assert again.trials == whole.trials
+
+
+def test_a_budget_ends_the_sweep_and_a_larger_one_goes_on(load, tmp_path):
+    search = "{algorithm: random, budget: {steps: 100}}"
+    study = study_of(load(search), tmp_path)
+    play(study, lambda point, step: 1.0)
+    assert study.steps == 100
+    assert study.is_over
+    assert [run.outcome for run in study.runs] == ["finished", "finished", None]
+    study = study_of(load("{algorithm: random, budget: {steps: 130}}"), tmp_path)
+    assert study.next_run().name == "t002"
+    clock = iter(range(0, 10**6, 600))
+    (tmp_path / "hours").mkdir()
+    hours = study_of(load("{algorithm: random, budget: {hours: 1}}"), tmp_path / "hours", clock=lambda: next(clock))
+    play(hours, lambda point, step: 1.0)
+    assert "1 hours" in hours.spent
+
+
+def test_the_best_is_a_finished_trial_and_how_sure_it_is_depends_on_the_seeds(load, tmp_path):
+    study = study_of(load("{algorithm: grid}", more="seeds: 3"), tmp_path)
+    while (run := study.next_run()) is not None:
+        if run.trial == 0 and run.seed == 1:
+            study.end(run.name, "diverged", "step 3: the loss is nan")
+            continue
+        study.report(run.name, Report(40, run.trial * 0.5 + run.seed * 0.01, 100, 1.0))
+        study.end(run.name, "finished")
+    assert study.ranked[-1].number == 0
+    assert study.ranked[-1].status == "diverged"
+    assert study.best.name == "t001"
+    assert study.best.mean == pytest.approx(0.51)
+    assert study.best.half_interval == pytest.approx(4.303 * 0.01 / 3**0.5)
+    assert "which is more than their 95% intervals over 3 seeds" in study.conclusion()
+    assert [run.name for run in study.trials[1].runs] == ["t001-seed0", "t001-seed1", "t001-seed2"]
+
+
+def test_mode_max_turns_everything_round(load, tmp_path):
+    study = study_of(load("{algorithm: grid, mode: max, scheduler: asha}"), tmp_path)
+    play(study, lambda point, step: point["adapter.rank"])
+    assert study.best.point["adapter.rank"] == 8
+    assert {t.point["adapter.rank"] for t in study.trials if t.status == "stopped"} == set()
+
+
+def test_a_resumed_run_that_tells_again_changes_nothing(load, tmp_path):
+    study = study_of(load(), tmp_path)
+    run = study.next_run()
+    for step in (10, 20, 10, 20, 30):
+        study.report(run.name, Report(step, 1.0 / step, step, step))
+    assert [report.step for report in study.run(run.name).reports] == [10, 20, 30]
+
+
+def test_choices_may_be_sections_and_null(load, tmp_path):
+    space = "\n  adapter: [null, {rank: 4}, {rank: 8, targets: [q_proj]}]\n"
+    study = study_of(load("{algorithm: tpe, trials: 7}", space=space), tmp_path)
+    play(study, lambda point, step: 1.0 if point["adapter"] is None else 0.5)
+    again = study_of(load("{algorithm: tpe, trials: 7}", space=space), tmp_path)
+    assert again.trials == study.trials
+    assert study.best.point["adapter"] is not None
+    assert isinstance(study.space.domains["adapter"], Choice)
+    assert isinstance(parse_domain({"uniform": [0, 1]}), Range)
+
+
+def test_a_trial_of_one_seed_has_no_interval():
+    trial = Trial(0, {}, [SweepRun(0, 0, "t000", [Report(1, 2.0, 3, 4.0)], "finished")])
+    assert (trial.mean, trial.half_interval, trial.tokens) == (2.0, None, 3)
