@@ -105,5 +105,6 @@ def merge(
     print(f"next: base_model={output} in a run or serve config")
 
 
-for command in (rollout.promote, rollout.rollback, rollout.canary, rollout.tag, rollout.delete, rollout.card):
+for command in (rollout.promote, rollout.rollback, rollout.canary, rollout.delete, rollout.card):
     app.command()(command)
+app.command(context_settings={"ignore_unknown_options": True})(rollout.tag)  # a leading '-' takes a tag away

@@ -142,6 +142,13 @@ def alias_of(reference: str) -> tuple[str, str]:
     return parsed.name, parsed.alias
 
 
+def message_of(response: Any) -> str:
+    try:
+        return response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):  # of something in between, a proxy's page
+        return f"status {response.status_code}: {response.text[:200]}"
+
+
 def ask_endpoint(url: str, action: str, body: dict[str, Any]) -> dict[str, Any]:
     """One of the endpoint's own routes, for those who run it."""
     import httpx
@@ -155,5 +162,5 @@ def ask_endpoint(url: str, action: str, body: dict[str, Any]) -> dict[str, Any]:
     if response.status_code in (401, 403):
         raise UserError(f"--endpoint: {url} wants an admin key in the environment variable {API_KEY}")
     if response.status_code != 200:
-        raise FtrayError(f"--endpoint: {response.json()['error']['message']}")
+        raise FtrayError(f"--endpoint: {message_of(response)}")
     return response.json()

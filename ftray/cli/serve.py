@@ -78,8 +78,12 @@ def curl_line(url: str, model: str, message: str = "Hello!", *, system: str | No
 
 def show_plan(settings: ServeConfig) -> None:
     from ftray.registry import Registry
+    from ftray.serve.accounts import without_password
     from ftray.serve.models import ModelNames
 
-    print(to_yaml(settings))
+    database = settings.tenants.database
+    shown = settings.model_dump(mode="json")
+    shown["tenants"]["database"] = without_password(database) if database is not None else None
+    print(to_yaml(shown))
     names = ModelNames(settings.served_name or settings.base_model, Registry(settings.adapters.registry)).names()
     print(f"# would serve on http://{settings.host}:{settings.port}/v1: {', '.join(names)}")

@@ -24,7 +24,7 @@ class AccessLog:
     def __call__(self, exchange: Exchange) -> None:
         if exchange.path in UNLOGGED:
             return
-        line = json.dumps(record_of(exchange), ensure_ascii=False)
+        line = json.dumps(record_of(exchange))
         self._handler.emit(logging.makeLogRecord({"msg": line}))
 
 
@@ -46,7 +46,8 @@ def record_of(exchange: Exchange) -> dict[str, Any]:
             "model": answer.model.id,
             "canary": answer.model.is_canary or None,
             "outcome": answer.outcome if answer.prompt_tokens else None,
-            "error": answer.error,
+            # What a client did wrong is told to it alone: such messages quote what it sent.
+            "error": answer.error[:MAX_NAME] if answer.error is not None and answer.is_fault else None,
             "prompt_tokens": answer.prompt_tokens,
             "cached_tokens": answer.cached_tokens,
             "completion_tokens": answer.completion_tokens,

@@ -26,6 +26,7 @@ class Answer:
     last_token_s: float | None = None
     is_whole: bool = False
     error: str | None = None  # why it is not, where the client did not simply leave
+    is_fault: bool = False  # of the version or its replica
     settling: asyncio.Task[None] | None = None  # the ledger and the canary's watch are being told
 
     def start(self, event: Event) -> None:

@@ -5,13 +5,15 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ftray.config.serve import LimitsConfig
 from ftray.serve.body import BodyLimits
 from ftray.serve.exchange import Exchange, Watched, Watcher
+from ftray.serve.gate import BudgetSpent
 from ftray.serve.ingress import Ingress
 from ftray.serve.overview import Overview
 from ftray.serve.schemas import AdapterRequest, ChatRequest, CompletionRequest, error_body
@@ -120,12 +122,14 @@ def add_errors(api: FastAPI) -> None:
         rule = "this endpoint has no such parameter" if problem["type"] == "extra_forbidden" else problem["msg"]
         return JSONResponse(error_body(f"{parameter}: {rule}", status=400, param=parameter), status_code=400)
 
-    @api.exception_handler(HTTPException)
-    async def refused(_: Any, error: HTTPException) -> JSONResponse:
+    @api.exception_handler(StarletteHTTPException)  # FastAPI's too; unknown paths and methods
+    async def refused(_: Any, error: StarletteHTTPException) -> JSONResponse:
         param = "model" if error.status_code == 404 else None
-        busy = {"Retry-After": "1"} if error.status_code in (429, 503) else {}
+        is_spent = isinstance(error, BudgetSpent)
+        busy = {"Retry-After": "1"} if error.status_code in (429, 503) and not is_spent else {}
+        code = "insufficient_quota" if is_spent else None
         return JSONResponse(
-            error_body(str(error.detail), status=error.status_code, param=param),
+            error_body(str(error.detail), status=error.status_code, param=param, code=code),
             status_code=error.status_code,
             headers=busy | dict(error.headers or {}),
         )

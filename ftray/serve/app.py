@@ -2,9 +2,12 @@
 
 import contextlib
 import errno
+import gc
+import json
 import logging
 import os
 import socket
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +60,14 @@ class ReplicaDeployment(EngineReplica):
     async def reconfigure(self, _: Any) -> None:
         """Ray Serve calls it before the replica takes requests."""
         await self.preload()
+        keep_out_of_collections()
 
-    def look(self) -> dict[str, Any]:
-        return super().look() | {"id": serve.get_replica_context().replica_tag}
+    async def look(self) -> dict[str, Any]:
+        return await super().look() | {"id": serve.get_replica_context().replica_tag}
 
-    def record_routing_stats(self) -> dict[str, Any]:
+    async def record_routing_stats(self) -> dict[str, Any]:
         """Ray Serve asks every `STATS_PERIOD_S` and tells the routers."""
-        self.measure()
+        await self.measure()
         return {"adapters": self.residency.resident_keys}
 
     def __del__(self) -> None:
@@ -81,13 +85,21 @@ class IngressApp:
         backend = ReplicaBackend(replicas)
         gate = Gate(RemoteLedger(ledger) if ledger is not None else None)
         self._ingress = Ingress(names, backend, gate, timeout_s=config.limits.request_timeout_s)
-        self._texts = TextRoutes(names, backend, gate)
+        self._texts = TextRoutes(names, backend, gate, timeout_s=config.limits.request_timeout_s)
         self._traffic = RecentTraffic()
         self._overview = Overview(names, backend, gate, self._traffic)
+        keep_out_of_collections()
 
     def __serve_build_asgi_app__(self) -> Any:
         watchers = [self._traffic, *watchers_of(self._config)]
         return make_api(self._ingress, self._texts, self._overview, self._config.limits, watchers=watchers)
+
+
+def keep_out_of_collections() -> None:
+    """What a process holds when it is ready, half a million objects of libraries, stays: without it a full collection
+    takes a tenth of a second, so Python does few of them, and garbage piles up for minutes."""
+    gc.collect()
+    gc.freeze()
 
 
 def ray_log_directory() -> Path:
@@ -227,6 +239,9 @@ def check_endpoint(config: ServeConfig) -> None:
 
 
 def check_port(host: str, port: int) -> None:
+    """An endpoint that runs there already is deployed anew."""
+    if "RAY_ADDRESS" in os.environ and is_ray_serve(host, port):
+        return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -235,6 +250,18 @@ def check_port(host: str, port: int) -> None:
             if error.errno == errno.EADDRINUSE:
                 raise UserError(f"port: {port} on {host} is in use; choose another with port=NUMBER") from None
             raise UserError(f"host: {host}:{port} cannot be listened on: {error.strerror}") from None
+
+
+def is_ray_serve(host: str, port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{reachable(host)}:{port}/-/routes", timeout=5) as answer:
+            return isinstance(json.load(answer), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def reachable(host: str) -> str:
+    return "127.0.0.1" if host == "0.0.0.0" else host
 
 
 def start_endpoint(config: ServeConfig) -> str:
@@ -250,8 +277,7 @@ def start_endpoint(config: ServeConfig) -> str:
         serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config={"log_level": "WARNING"})
     except RuntimeError as error:
         raise FtrayError(f"the endpoint did not start: {deployment_message() or error}") from None
-    host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
-    return f"http://{host}:{config.port}"
+    return f"http://{reachable(config.host)}:{config.port}"
 
 
 def deployment_message() -> str | None:

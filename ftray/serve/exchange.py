@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftray.serve.answer import Answer
-from ftray.serve.body import Message, Receive, Scope, Send
+from ftray.serve.body import Message, Receive, Scope, Send, refuse
 from ftray.serve.gate import Headers
 
 CLIENT_LEFT = 499  # nginx's status for it
@@ -71,8 +71,12 @@ class Watched:
         exchange = Exchange(scope["method"], scope["path"], headers)
         scope.setdefault("state", {})["exchange"] = exchange
 
+        begun = False
+
         async def note(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 exchange.status = message["status"]
                 message["headers"] = [
                     *message.get("headers", []),
@@ -82,6 +86,11 @@ class Watched:
 
         try:
             await self._app(scope, receive, note)
+        except Exception:
+            if begun:
+                raise
+            log.exception("request %s failed", exchange.request_id)
+            await refuse(note, 500, f"the endpoint failed; its log has request {exchange.request_id}")
         finally:
             # A task of its own: where the client has left, this one is being cancelled, at every await anew.
             await asyncio.shield(detached(self._end(exchange)))

@@ -1,14 +1,20 @@
 """Who asks, and whether they may: an open endpoint, or one that wants keys."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from fastapi import HTTPException
 
+from ftray.errors import FtrayError
 from ftray.serve.accounts import Tenant, Usage
 from ftray.serve.limits import WANTS_KEY, Refusal
 
 ANYBODY = Tenant("")
+
+log = logging.getLogger("ftray.serve")
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,12 @@ class Gate:
         headers = exchange.headers
         tenant = ANYBODY
         if self.ledger is not None:
-            admitted = await self.ledger.admit(bearer(headers))
+            with ledger_errors():
+                admitted = await self.ledger.admit(bearer(headers))
             exchange.tenant = admitted.tenant if isinstance(admitted, Refusal) else admitted.name
             if isinstance(admitted, Refusal):
+                if admitted.status == 429 and admitted.retry_after_s is None:
+                    raise BudgetSpent(admitted.status, admitted.message)
                 retry = {} if admitted.retry_after_s is None else {"Retry-After": str(admitted.retry_after_s)}
                 raise HTTPException(admitted.status, admitted.message, headers=retry or None)
             tenant = admitted
@@ -55,7 +64,8 @@ class Gate:
         """For what costs nothing: listing, looking. Raises 401."""
         if self.ledger is None:
             return ANYBODY
-        tenant = await self.ledger.identify(bearer(exchange.headers))
+        with ledger_errors():
+            tenant = await self.ledger.identify(bearer(exchange.headers))
         if tenant is None:
             raise HTTPException(401, WANTS_KEY)
         exchange.tenant = tenant.name
@@ -70,6 +80,19 @@ class Gate:
     async def record(self, usage: Usage) -> None:
         if self.ledger is not None:
             await self.ledger.record(usage)
+
+
+class BudgetSpent(HTTPException):
+    """To ask again does not help."""
+
+
+@contextlib.contextmanager
+def ledger_errors() -> Iterator[None]:
+    try:
+        yield
+    except FtrayError as error:
+        log.error("the ledger cannot be asked: %s", error)
+        raise HTTPException(503, "this endpoint cannot check keys right now; try again") from None
 
 
 class Headers(Protocol):

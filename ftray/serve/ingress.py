@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from ftray.serve.shapes import ChatShape, CompletionShape, Shape, server_event
 from ftray.serve.tools import as_given
 
 MAX_TRIES = 3
+DEADLINE_PASSED = "the request's deadline has passed"
 # How often a replica tells of an answer that nobody watches: enough to know what was computed if it is cut short.
 UNSEEN_EVERY_S = 0.5
 
@@ -82,7 +84,7 @@ class Ingress:
         tools: tuple[dict[str, Any], ...] = (),
     ) -> Any:
         exchange.asked_model, exchange.is_stream = request.model, bool(request.stream)
-        deadline = self._deadline(exchange.headers)
+        deadline = deadline_of(exchange.headers, self.timeout_s)
         caller = await self.gate.admit(exchange, user=request.user)
         tenant = caller.tenant
         model = await resolved(self.names, request.model, key=caller.key, may_use=tenant.may_use)
@@ -123,11 +125,10 @@ class Ingress:
             events = self.backend.stream(replace(job, adapter=answer.model.adapter))
             first = await next_event(events, deadline)
             tried = answer.model
-            if "error" not in first or not tried.is_canary or not (first["status"] >= 500 or "adapter_failed" in first):
+            if not tried.is_canary or not is_fault(first):
                 return events, first
             await asyncio.to_thread(self.names.note, tried, failed=True, first_token_s=None)
-            assert tried.stable is not None
-            answer.model = replace(tried, id=tried.stable, adapter=tried.stable, is_canary=False)
+            answer.model = tried.fallback
 
     async def _whole(self, answer: Answer, job: GenerateJob, deadline: float | None) -> list[Event]:
         """The answers at once. A replica that dies on the way is tried again on another: nothing has been shown yet."""
@@ -168,7 +169,7 @@ class Ingress:
         opened: set[int] = set()
         async for event in until(events, deadline):
             if "error" in event:
-                answer.error = event["error"]
+                answer.error, answer.is_fault = event["error"], is_fault(event)
                 yield server_event(error_body(event["error"], status=event["status"]))
                 return
             answer.take(event)
@@ -190,32 +191,23 @@ class Ingress:
 
     async def _settle(self, answer: Answer) -> None:
         """Tells the ledger and the canary's watch, once, and to the end: the request's own task may be cancelled."""
-        if answer.settling is None and answer.prompt_tokens:
+        if answer.settling is None and (answer.prompt_tokens or answer.is_fault):
             answer.settling = detached(self._tell(answer))
         if answer.settling is not None:
             await asyncio.shield(answer.settling)
 
     async def _tell(self, answer: Answer) -> None:
-        # A client that leaves says nothing against the version that answered it.
-        if answer.model.canary is not None and (answer.is_whole or answer.error is not None):
+        if answer.prompt_tokens:
+            await self.gate.record(answer.usage())
+        # A client that leaves or is in a hurry says nothing against the version that answered it.
+        if answer.model.canary is not None and (answer.is_whole or answer.is_fault):
             failed = not answer.is_whole
             await asyncio.to_thread(self.names.note, answer.model, failed=failed, first_token_s=answer.first_token_s)
-        await self.gate.record(answer.usage())
 
     def _raise_if_error(self, event: Event, answer: Answer) -> None:
         if "error" in event:
-            answer.error = event["error"]
+            answer.error, answer.is_fault = event["error"], is_fault(event)
             raise HTTPException(event["status"], event["error"])
-
-    def _deadline(self, headers: Headers) -> float | None:
-        """On the event loop's clock: the caller's own, within the endpoint's."""
-        asked = headers.get("x-request-timeout")
-        try:
-            seconds = [float(asked)] if asked else []
-        except ValueError:
-            raise HTTPException(400, f"X-Request-Timeout: {asked!r} is no number of seconds") from None
-        seconds += [self.timeout_s] if self.timeout_s is not None else []
-        return asyncio.get_running_loop().time() + min(seconds) if seconds else None
 
 
 async def resolved(
@@ -236,6 +228,24 @@ def registry_errors() -> Iterator[None]:
         raise HTTPException(503, str(error)) from None
 
 
+def deadline_of(headers: Headers, timeout_s: float | None) -> float | None:
+    """On the event loop's clock: the caller's own, within the endpoint's."""
+    asked = headers.get("x-request-timeout")
+    try:
+        seconds = [float(asked)] if asked else []
+    except ValueError:
+        seconds = [math.nan]
+    if not all(math.isfinite(given) and given > 0 for given in seconds):
+        raise HTTPException(400, f"X-Request-Timeout: {asked!r} is no number of seconds")
+    seconds += [timeout_s] if timeout_s is not None else []
+    return asyncio.get_running_loop().time() + min(seconds) if seconds else None
+
+
+def is_fault(event: Event) -> bool:
+    """An error of the version or its replica; a busy endpoint or a deadline is none."""
+    return "error" in event and (event["status"] in (500, 502) or "adapter_failed" in event)
+
+
 def head(answer: Answer, shape: Shape) -> dict:
     return {"id": f"{shape.prefix}-{answer.request_id}", "created": int(time.time()), "model": answer.model.id}
 
@@ -249,7 +259,7 @@ async def next_event(events: AsyncIterator[Event], deadline: float | None) -> Ev
         async with asyncio.timeout_at(deadline):
             return await anext(events)
     except TimeoutError:
-        return {"error": "the request's deadline has passed", "status": 504}
+        return {"error": DEADLINE_PASSED, "status": 504}
 
 
 async def until(events: AsyncIterator[Event], deadline: float | None) -> AsyncIterator[Event]:

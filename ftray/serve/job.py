@@ -31,6 +31,7 @@ class GenerateJob:
 class EmbedJob:
     texts: list[str | list[int]]
     adapter: str | None
+    tenant: str = ""
     dimensions: int | None = None
 
 

@@ -2,6 +2,7 @@
 actor that keeps the ledger, so that limits hold however many ingresses there are."""
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,9 +52,14 @@ class Gatekeeper:
         self._requests: dict[str, Bucket] = {}
         self._tokens: dict[str, Bucket] = {}
         self._spent: dict[str, tuple[float, int]] = {}
+        self._lock = threading.RLock()  # Ray Serve calls from several threads
 
     def admit(self, key: str | None) -> Tenant | Refusal:
         """A request of whoever holds this key: counted, or refused."""
+        with self._lock:
+            return self._admit(key)
+
+    def _admit(self, key: str | None) -> Tenant | Refusal:
         tenant = self.identify(key)
         if tenant is None:
             return Refusal(401, WANTS_KEY)
@@ -80,6 +86,10 @@ class Gatekeeper:
     def identify(self, key: str | None) -> Tenant | None:
         if key is None:
             return None
+        with self._lock:
+            return self._identify(key)
+
+    def _identify(self, key: str) -> Tenant | None:
         now, known_by = self._clock(), digest(key)
         remembered = self._keys.get(known_by)
         if remembered is None or now - remembered[0] > KEY_MEMORY_S:
@@ -89,12 +99,13 @@ class Gatekeeper:
         return remembered[1]
 
     def record(self, usage: Usage) -> None:
-        self._accounts.record(usage)
-        if usage.tenant in self._tokens:
-            self._tokens[usage.tenant].take(usage.total_tokens, self._clock())
-        if usage.tenant in self._spent:
-            at, spent = self._spent[usage.tenant]
-            self._spent[usage.tenant] = at, spent + usage.total_tokens
+        with self._lock:
+            self._accounts.record(usage)
+            if usage.tenant in self._tokens:
+                self._tokens[usage.tenant].take(usage.total_tokens, self._clock())
+            if usage.tenant in self._spent:
+                at, spent = self._spent[usage.tenant]
+                self._spent[usage.tenant] = at, spent + usage.total_tokens
 
     def _spent_by(self, name: str) -> int:
         """Read again now and then: other endpoints may write to the same database."""

@@ -16,6 +16,8 @@ def renderable(messages: Sequence[Message]) -> list[Message]:
 
 def renderable_message(index: int, message: Message) -> Message:
     calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise DataError(f"message {index}: tool_calls must be a list")
     content = message.get("content")
     if isinstance(content, list):
         content = joined_text(index, content)
@@ -34,8 +36,8 @@ def joined_text(index: int, parts: Sequence[Any]) -> str:
     texts = []
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise DataError(f"message {index}: content of type {kind!r} is not served here; only text")
+            kind = repr(part.get("type"))[:40] if isinstance(part, dict) else type(part).__name__
+            raise DataError(f"message {index}: content of type {kind} is not served here; only text")
         texts.append(part["text"])
     return "".join(texts)
 

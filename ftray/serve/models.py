@@ -4,10 +4,11 @@ import difflib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftray.errors import FtrayError, NotFoundError, UserError
 from ftray.registry import Canary, Registry, parse_reference
+from ftray.registry.reference import Reference
 from ftray.serve.canary import CanaryWatch, is_chosen
 
 log = logging.getLogger("ftray.serve")
@@ -27,6 +28,11 @@ class ServedModel:
     canary: Canary | None = None  # that runs for the alias
     is_canary: bool = False
     stable: str | None = None  # where the canary's request goes if the canary cannot answer
+
+    @property
+    def fallback(self) -> "ServedModel":
+        assert self.stable is not None
+        return replace(self, id=self.stable, adapter=self.stable, is_canary=False)
 
 
 class ModelNames:
@@ -49,11 +55,12 @@ class ModelNames:
             return ServedModel(name, None)
         try:
             wanted = parse_reference(name)
-            exact = str(self.registry.resolve(wanted))
         except UserError as error:
-            # Only of what the caller may use: of others it does not even learn that they exist.
-            reason = str(error) if may_use(name.partition("@")[0]) else "no adapter of that name"
-            raise self._unknown(name, reason, may_use) from None
+            raise self._unknown(name, str(error), may_use) from None
+        try:
+            exact = str(self.registry.resolve(wanted))
+        except NotFoundError:
+            raise self._unknown(name, self._lacking(wanted, may_use), may_use) from None
         if wanted.alias is None:
             return ServedModel(exact, exact)
         alias = f"{wanted.name}@{wanted.alias}"
@@ -74,7 +81,7 @@ class ModelNames:
         reason = watch.verdict()
         if reason is not None:
             name, _, alias = model.alias.partition("@")
-            del self._watches[model.alias]
+            self._watches.pop(model.alias, None)  # another thread may have had the same verdict
             try:
                 self.registry.end_canary(name, alias, reason=reason, seq=model.canary.seq)
             except (
@@ -84,6 +91,15 @@ class ModelNames:
             else:
                 log.warning("the canary %s@%s of %s is taken back: %s", name, model.canary.number, model.alias, reason)
 
+    def _lacking(self, wanted: Reference, may_use: MayUse) -> str:
+        """In words of our own: the registry's name its place, and what others have."""
+        numbers = self.registry.versions(wanted.name) if may_use(wanted.name) else []
+        if not numbers:
+            return "no adapter of that name"
+        if wanted.alias is not None:
+            return f"{wanted.name} has {', '.join(self.registry.aliases(wanted.name)) or 'no'} as aliases"
+        return f"{wanted.name} has the versions {', '.join(map(str, numbers[-10:]))}"
+
     def _unknown(self, name: str, reason: str, may_use: MayUse) -> NotFoundError:
         """Names what is near, of what the caller may use."""
         names = self.names(may_use)
@@ -92,14 +108,17 @@ class ModelNames:
         return NotFoundError(f"model {name!r} is not served here ({reason}); {hint}")
 
     def names(self, may_use: MayUse = everything) -> list[str]:
+        """In one pass: there may be thousands."""
+        journal = self.registry.refresh()
+        aliases: dict[str, list[str]] = {}
+        for name, alias in sorted(journal.aliases):
+            aliases.setdefault(name, []).append(alias)
         found = [self.base_model]
-        for name in self.registry.names():
-            if not may_use(name):
-                continue
-            aliases = self.registry.aliases(name)
-            found += [name] if "prod" in aliases else []
-            found += [f"{name}@{alias}" for alias in aliases]
-            found += [f"{name}@{number}" for number in self.registry.versions(name)]
+        for name in sorted(filter(may_use, journal.versions)):
+            own = aliases.get(name, [])
+            found += [name] if "prod" in own else []
+            found += [f"{name}@{alias}" for alias in own]
+            found += [f"{name}@{number}" for number in sorted(journal.versions[name])]
         return found
 
     def listing(self, may_use: MayUse = everything) -> dict:

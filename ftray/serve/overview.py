@@ -2,6 +2,7 @@
 tenant sees what it may use, and its own traffic; an admin everything."""
 
 import asyncio
+import contextlib
 import statistics
 import time
 from collections import deque
@@ -94,7 +95,7 @@ class Overview:
         return {
             "base_model": self._names.base_model,
             "journal": journal.last_seq,  # when it changes, so may the list of models
-            "versions": {name: self._version(name, tenant) for name in names},
+            "versions": await asyncio.to_thread(lambda: {name: self._version(name, tenant) for name in names}),
             "aliases": dict(aliases_of(journal, tenant)),
             "replicas": [shown(replica, tenant) for replica in await self._look()],
             "traffic": self._traffic.by_model(tenant, sees_all=self._gate.is_open or tenant.is_admin),
@@ -123,7 +124,8 @@ class Overview:
     async def _look(self) -> list[dict[str, Any]]:
         async with self._looking:
             if time.monotonic() - self._looked_at > LOOK_EVERY_S:
-                self._seen = await self._replicas.look()
+                with contextlib.suppress(FtrayError):  # one died meanwhile: the next look tells
+                    self._seen = await self._replicas.look()
                 self._looked_at = time.monotonic()
         return self._seen
 
@@ -131,6 +133,7 @@ class Overview:
 def aliases_of(journal: Journal, tenant: Tenant) -> Iterator[tuple[str, dict[str, Any]]]:
     """NAME@ALIAS with its version and canary, those that moved last first."""
     told: set[tuple[str, str]] = set()
+    num_shown = 0
     for entry in reversed(journal.entries):
         key = entry.get("name", ""), entry.get("alias", "")
         if entry["type"] not in ("alias", "canary") or key in told or key not in journal.aliases:
@@ -139,10 +142,11 @@ def aliases_of(journal: Journal, tenant: Tenant) -> Iterator[tuple[str, dict[str
         name, alias = key
         if not tenant.may_use(name):
             continue
+        num_shown += 1
         canary = journal.canaries.get(key)
         trial = {"version": f"{name}@{canary.number}", "percent": canary.percent} if canary is not None else None
         yield f"{name}@{alias}", {"version": f"{name}@{journal.aliases[key]}", "canary": trial}
-        if len(told) == MAX_SHOWN:
+        if num_shown == MAX_SHOWN:
             return
 
 

@@ -1,6 +1,7 @@
 """Replicas and ledger behind their Ray Serve handles: what `Ingress` and `Gate` know as `Backend` and `Ledger`."""
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -17,6 +18,7 @@ from ftray.serve.limits import Refusal
 WARM_TIMEOUT_S = 100.0
 FAILED: Event = {"error": "the replica failed; see its log", "status": 500}
 NONE_ALIVE: Event = {"error": "no replica is alive; try again", "status": 503}
+GONE = (RayActorError, ActorUnavailableError)
 LEDGER_RETRIES_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 log = logging.getLogger("ftray.serve")
@@ -39,7 +41,7 @@ class ReplicaBackend:
                     begun = True
                     yield event
                 return
-            except (RayActorError, ActorUnavailableError) as error:
+            except GONE as error:
                 log.warning("a replica died: %s", type(error).__name__)
                 if begun:
                     died = {"error": "the replica that wrote this answer died; ask again", "status": 502}
@@ -58,7 +60,7 @@ class ReplicaBackend:
         for _ in range(MAX_TRIES):
             try:
                 return await handle.answer.remote(job)
-            except (RayActorError, ActorUnavailableError) as error:
+            except GONE as error:
                 log.warning("a replica died: %s", type(error).__name__)
             except RayTaskError as error:
                 log.error("a replica failed: %s", error)
@@ -78,7 +80,11 @@ class ReplicaBackend:
         return sorted(await self._on_all("look"), key=lambda replica: replica["id"])
 
     async def _on_all(self, method: str, *arguments: Any) -> list[Any]:
-        return await self._handle.broadcast(method, *arguments).results_async(timeout_s=WARM_TIMEOUT_S)
+        """Raises `FtrayError` when one dies meanwhile."""
+        try:
+            return await self._handle.broadcast(method, *arguments).results_async(timeout_s=WARM_TIMEOUT_S)
+        except (*GONE, TimeoutError) as error:
+            raise FtrayError(f"a replica does not answer ({type(error).__name__}); try again") from None
 
 
 class RemoteLedger:
@@ -94,13 +100,21 @@ class RemoteLedger:
         return await self._call("identify", key)
 
     async def record(self, usage: Usage) -> None:
-        await self._call("record", usage)
+        """Also through a database that is away for a while. What cannot be written at all is in the log."""
+        try:
+            await self._call("record", usage, also=FtrayError)
+        except (*GONE, FtrayError) as error:
+            log.error("usage that the ledger does not have: %s (%s)", json.dumps(vars(usage)), error)
 
-    async def _call(self, method: str, argument: Any) -> Any:
+    async def _call(self, method: str, argument: Any, *, also: type[Exception] = RayActorError) -> Any:
+        """`also`: what else is tried again."""
         for wait_s in LEDGER_RETRIES_S:
             try:
                 return await getattr(self._handle, method).remote(argument)
-            except (RayActorError, ActorUnavailableError) as error:
+            except (*GONE, also) as error:
                 log.warning("the ledger does not answer (%s)", type(error).__name__)
                 await asyncio.sleep(wait_s)
-        return await getattr(self._handle, method).remote(argument)
+        try:
+            return await getattr(self._handle, method).remote(argument)
+        except GONE as error:
+            raise FtrayError(f"the ledger does not answer ({type(error).__name__})") from None

@@ -22,6 +22,7 @@ from ftray.registry import Registry
 from ftray.serve.job import EmbedJob, Event, GenerateJob, QuickJob, TokenizeJob, TokenizerInfoJob
 from ftray.serve.messages import renderable
 from ftray.serve.metrics import UNMETERED, AdapterMetrics, EngineMetrics, Meter
+from ftray.serve.places import Places
 from ftray.serve.prefetch import Prefetcher
 from ftray.serve.residency import AdapterResidency
 from ftray.serve.runner import EngineRunner, merged
@@ -37,7 +38,7 @@ class EngineReplica:
         self.engine = engine
         self.renderer = ChatRenderer(engine.tokenizer)
         self.runner = EngineRunner(engine)
-        self._num_in_flight = 0  # answers running, waiting, or waiting for their adapter
+        self._places = Places(config.engine.max_sequences + config.engine.max_waiting)
         self.registry = Registry(config.adapters.registry, tolerant=True)
         self.residency = AdapterResidency(
             self._prepare,
@@ -58,12 +59,13 @@ class EngineReplica:
     async def generate(self, job: GenerateJob) -> AsyncGenerator[Event]:
         """First {"prompt_tokens", "adapter_s", "queue_s"}, then tokens of the answers (`_token_event`); or one
         {"error"}."""
-        if self._num_in_flight >= self.config.engine.max_sequences + self.config.engine.max_waiting:
-            yield {"error": "too many requests wait for this endpoint; try again", "status": 429}
+        if (refusal := self._places.refusal(job.tenant, job.num_answers)) is not None:
+            yield {"error": refusal[1], "status": refusal[0]}
             return
-        self._num_in_flight += job.num_answers
+        self._places.take(job.tenant, job.num_answers)
         try:
-            prompts = [self._prompt_ids(prompt, job) for prompt in job.prompts]
+            # In a thread: a text of megabytes takes seconds, and others wait for their tokens.
+            prompts = await asyncio.to_thread(lambda: [self._prompt_ids(prompt, job) for prompt in job.prompts])
             asked = time.perf_counter()
             # Closed in order when a client leaves: the engine lets go of the sequence before the adapter is unpinned.
             async with self._pinned(job.adapter):
@@ -74,7 +76,7 @@ class EngineReplica:
         except FtrayError as error:
             yield error_event(error)
         finally:
-            self._num_in_flight -= job.num_answers
+            self._places.give_back(job.tenant, job.num_answers)
 
     async def answer(self, job: QuickJob) -> Event:
         """What needs no queue: vectors, token ids, a text; or {"error"}."""
@@ -83,14 +85,23 @@ class EngineReplica:
                 case EmbedJob():
                     return await self._embed(job)
                 case TokenizeJob():
-                    return self._tokenize(job)
+                    return await asyncio.to_thread(self._tokenize, job)
                 case TokenizerInfoJob():
                     return self._tokenizer_info()
         except FtrayError as error:
             return error_event(error)
 
     async def _embed(self, job: EmbedJob) -> Event:
-        texts = [self._text_ids(text, key="input") for text in job.texts]
+        if (refusal := self._places.refusal(job.tenant, len(job.texts))) is not None:
+            return {"error": refusal[1], "status": refusal[0]}
+        self._places.take(job.tenant, len(job.texts))
+        try:
+            return await self._vectors(job)
+        finally:
+            self._places.give_back(job.tenant, len(job.texts))
+
+    async def _vectors(self, job: EmbedJob) -> Event:
+        texts = await asyncio.to_thread(lambda: [self._text_ids(text, key="input") for text in job.texts])
         context = self.config.engine.context_tokens
         longest = max(map(len, texts))
         if longest > context:
@@ -99,6 +110,9 @@ class EngineReplica:
         async with self._pinned(job.adapter):
             for group in groups_within(texts, self.config.engine.max_prefill_tokens):  # others decode in between
                 found_nE = await self.runner.call(partial(self.engine.embed, group, job.adapter))
+                size = found_nE.shape[1]
+                if job.dimensions is not None and job.dimensions > size:
+                    raise UserError(f"dimensions: {job.dimensions} is over this base's {size}")
                 if job.dimensions is not None:
                     found_nE = torch.nn.functional.normalize(found_nE[:, : job.dimensions], dim=-1)
                 vectors += found_nE.tolist()
@@ -138,11 +152,11 @@ class EngineReplica:
         """Requests that run with this adapter."""
         return self.residency.num_pins(key)
 
-    def measure(self) -> None:
+    async def measure(self) -> None:
         """Now and then: what is in memory and how busy the engine is, to the meter."""
         self._engine_metrics.measure(self.engine.stats(), self.residency)
 
-    def look(self) -> dict[str, Any]:
+    async def look(self) -> dict[str, Any]:
         """For people: how busy it is, and its adapters, the latest used first."""
         stats = self.engine.stats()
         on_device = set(stats.adapters_on_device)

@@ -18,16 +18,33 @@ MAX_LOGPROBS = 20
 MAX_ANSWERS = 128
 MAX_PROMPTS = 256
 MAX_TOOLS = 128
+MAX_STOPS = 16  # each is looked for in every step
+StopText = Annotated[str, Field(max_length=256)]
 
 
-class ApiRequest(BaseModel):
+class Body(BaseModel):
+    """Of a request."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def of_whole_characters(cls, given: Any) -> Any:
+        """JSON can say half of a surrogate pair, which is no text: neither a tokenizer nor an answer could hold it."""
+        try:
+            if isinstance(given, dict):
+                json.dumps(given, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise ValueError("the text holds half of a surrogate pair, which is no character") from None
+        return given
+
+
+class ApiRequest(Body):
     model: str
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: "StreamOptions | None" = None
     user: str | None = None
@@ -96,7 +113,7 @@ class ChatRequest(ApiRequest):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Choice | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Literal[True] | None = None  # how many a model writes is up to it
 
     @model_validator(mode="after")
     def a_choice_of_tools(self):
@@ -219,25 +236,22 @@ class CompletionRequest(ApiRequest):
         return bool(self.echo)
 
 
-class AdapterRequest(BaseModel):
+class AdapterRequest(Body):
     """Of the endpoint's own routes."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
 
 
-def error_body(message: str, *, status: int, param: str | None = None) -> dict[str, Any]:
+def error_body(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kinds = {
         401: "authentication_error",
         403: "permission_error",
         404: "not_found_error",
         429: "rate_limit_error",
-        503: "server_error",
-        500: "server_error",
     }
-    code = "model_not_found" if status == 404 and param == "model" else None
-    kind = kinds.get(status, "invalid_request_error")
+    if status == 404 and param == "model":
+        code = "model_not_found"
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -3,25 +3,24 @@
 import asyncio
 import base64
 import struct
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ftray.serve.answer import Answer
 from ftray.serve.exchange import Exchange, detached
 from ftray.serve.gate import Gate
-from ftray.serve.ingress import resolved
+from ftray.serve.ingress import DEADLINE_PASSED, deadline_of, is_fault, resolved
 from ftray.serve.job import EmbedJob, Event, QuickJob, TokenizeJob, TokenizerInfoJob
 from ftray.serve.models import ModelNames
-from ftray.serve.schemas import MAX_PROMPTS, Texts, as_list
+from ftray.serve.schemas import MAX_PROMPTS, Body, Texts, as_list
 from ftray.serve.tools import Tool, as_given
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(Body):
     """OpenAI's."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     input: Texts
@@ -30,10 +29,8 @@ class EmbeddingRequest(BaseModel):
     user: str | None = None
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Body):
     """vLLM's."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str | None = None  # all share one tokenizer
     prompt: str | None = None
@@ -43,9 +40,7 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class DetokenizeRequest(Body):
     model: str | None = None
     tokens: list[int]
 
@@ -57,10 +52,11 @@ class AskedReplica(Protocol):
 
 
 class TextRoutes:
-    def __init__(self, names: ModelNames, replica: AskedReplica, gate: Gate):
+    def __init__(self, names: ModelNames, replica: AskedReplica, gate: Gate, *, timeout_s: float | None = None):
         self._names = names
         self._replica = replica
         self._gate = gate
+        self._timeout_s = timeout_s
 
     async def embed(self, request: EmbeddingRequest, exchange: Exchange) -> dict[str, Any]:
         exchange.asked_model = request.model
@@ -68,10 +64,11 @@ class TextRoutes:
         caller = await self._gate.admit(exchange, user=request.user)
         model = await resolved(self._names, request.model, key=caller.key, may_use=caller.tenant.may_use)
         answer = exchange.answer = Answer(caller, model, exchange.request_id, exchange.began)
-        job = EmbedJob(texts, model.adapter, request.dimensions)
-        found = self._of(await self._replica.ask(job))
+        job = EmbedJob(texts, model.adapter, caller.tenant.name, request.dimensions)
+        found = await self._embedded(answer, job, deadline_of(exchange.headers, self._timeout_s))
         answer.prompt_tokens, answer.is_whole = found["prompt_tokens"], True
         await asyncio.shield(detached(self._gate.record(answer.usage())))  # also when the client has gone
+        model = answer.model
         told = base64_of if request.encoding_format == "base64" else list[float]
         return {
             "object": "list",
@@ -83,10 +80,27 @@ class TextRoutes:
             "usage": {"prompt_tokens": answer.prompt_tokens, "total_tokens": answer.prompt_tokens},
         }
 
+    async def _embedded(self, answer: Answer, job: EmbedJob, deadline: float | None) -> Event:
+        """What a canary cannot answer the stable version does."""
+        while True:
+            tried = answer.model
+            try:
+                async with asyncio.timeout_at(deadline):
+                    found = await self._replica.ask(replace(job, adapter=tried.adapter))
+            except TimeoutError:
+                raise HTTPException(504, DEADLINE_PASSED) from None
+            failed = is_fault(found)
+            if tried.canary is not None and (failed or "error" not in found):
+                # Vectors have no first token: only failures are compared.
+                await asyncio.to_thread(self._names.note, tried, failed=failed, first_token_s=None)
+            if not failed or not tried.is_canary:
+                return self._of(found)
+            answer.model = tried.fallback
+
     async def tokenize(self, request: TokenizeRequest, exchange: Exchange) -> dict[str, Any]:
         if (request.prompt is None) == (request.messages is None):
             raise HTTPException(400, "prompt or messages: give one of them")
-        await self._gate.tenant(exchange)
+        await self._gate.admit(exchange, user=None)
         job = TokenizeJob(
             request.prompt,
             request.messages,
@@ -104,7 +118,7 @@ class TextRoutes:
         return self._of(await self._replica.ask(TokenizerInfoJob()))
 
     async def detokenize(self, request: DetokenizeRequest, exchange: Exchange) -> dict[str, Any]:
-        await self._gate.tenant(exchange)
+        await self._gate.admit(exchange, user=None)
         return {"prompt": self._of(await self._replica.ask(TokenizeJob(ids=request.tokens)))["text"]}
 
     def _of(self, found: Event) -> Event:

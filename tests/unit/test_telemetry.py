@@ -111,7 +111,7 @@ def test_the_access_log_has_a_line_for_every_request_and_no_secret(client, log_f
     assert first["request_id"] == answered.headers["x-ftray-request-id"]
     assert (first["model"], first["tenant"], first["asked_model"]) == ("support@2", "acme", "support")
     assert (first["prompt_tokens"], first["completion_tokens"], first["outcome"]) == (3, 2, "whole")
-    assert refused["error"] == "too many"
+    assert "error" not in refused  # such messages quote what the client sent
     for secret in (key, "hi", "I am"):
         assert f'"{secret}' not in text
 
@@ -157,7 +157,7 @@ def test_a_client_that_leaves_says_nothing_against_a_canary(ingress, registry, k
     left = Answer(Caller(Tenant("acme"), None), model, "r1", prompt_tokens=3, completion_tokens=1)
     asyncio.run(ingress._settle(left))
     assert "prod" in registry.canaries("support")
-    failed = Answer(Caller(Tenant("acme"), None), model, "r2", prompt_tokens=3, error="the replica died")
+    failed = Answer(Caller(Tenant("acme"), None), model, "r2", prompt_tokens=3, error="the replica died", is_fault=True)
     asyncio.run(ingress._settle(failed))
     assert registry.canaries("support") == {}
 
