@@ -17,11 +17,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(train.train)
-app.command()(sweep.sweep)
 app.command()(plan.plan)
 app.command()(serve.serve)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(sweep.app, name="sweep")
 app.add_typer(runs.app, name="runs")
 app.add_typer(tenants.app, name="tenants")
 app.command()(tenants.usage)

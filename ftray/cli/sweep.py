@@ -2,19 +2,41 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ftray.cli.arguments import ConfigFile, DryRun, Overrides
 from ftray.config import Space, SweepConfig, load_sweep, to_yaml
-from ftray.errors import FtrayError, InterruptedRunError
+from ftray.errors import FtrayError, InterruptedRunError, UserError
 
 if TYPE_CHECKING:
     from ftray.sweep.study import Study
 
 
-def sweep(
+class ConfigOrCommand(TyperGroup):
+    """`ftray sweep CONFIG` beside `ftray sweep stop-trial`: what is no command is a file to run."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=ConfigOrCommand,
+    no_args_is_help=True,
+    subcommand_metavar="CONFIG [KEY.PATH=VALUE]... | COMMAND [ARGS]...",
+    help="Search for the best rank, rate or any other key of a run: `ftray sweep CONFIG`, which is `ftray sweep run`.",
+)
+RunsDir = Annotated[str, typer.Option("--runs-dir", help="Where the sweep's directory is.")]
+SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="Its name.")]
+TrialName = Annotated[str, typer.Argument(metavar="TRIAL", help="Such as t003.")]
+
+
+@app.command()
+def run(
     config: ConfigFile,
     overrides: Overrides = None,
     dry_run: DryRun = False,
@@ -27,15 +49,14 @@ def sweep(
     if dry_run:
         show_points(loaded, space)
         return
-    from ftray.sweep.launch import run_sweep, sweep_directory
+    from ftray.sweep.launch import look_into, run_sweep, sweep_directory
     from ftray.sweep.report import REPORT, train_command
-    from ftray.sweep.study import Study
 
     command = shlex.join(["ftray", "sweep", config, *(overrides or ())])
     try:
         study = run_sweep(loaded, space, say=lambda text: print(f"  {text}", flush=True), fresh=fresh)
     except InterruptedRunError as error:
-        show_answer(Study(loaded, space, sweep_directory(loaded, space)))
+        show_answer(look_into(sweep_directory(loaded, space)))
         raise type(error)(f"{error}\n  go on with: {command}") from None
     show_answer(study)
     directory = sweep_directory(loaded, space)
@@ -44,6 +65,57 @@ def sweep(
         raise FtrayError(f"{loaded.name}: no trial finished; see {directory}/trials")
     print(f"again by itself: {train_command(study, study.best)}")
     publish_best(study, directory)
+
+
+@app.command()
+def stop_trial(sweep: SweepName, trial: TrialName, runs_dir: RunsDir = "runs") -> None:
+    """End a trial that runs: it saves at its next step, and the sweep goes on with the next one."""
+    from ftray.sweep.launch import look_into
+    from ftray.sweep.trials import trials_directory
+    from ftray.train.job import request_stop
+
+    directory = Path(runs_dir) / sweep
+    found = look_into(directory).trial(trial)
+    open_runs = [one for one in found.runs if one.outcome is None]
+    if not open_runs:
+        raise UserError(f"{trial}: is {found.status}; there is nothing to stop")
+    for one in open_runs:
+        path = trials_directory(directory) / one.name
+        if not path.is_dir():
+            raise UserError(f"{one.name}: has not begun; try again when it has")
+        request_stop(path)
+        print(f"{one.name} is asked to stop")
+
+
+@app.command()
+def clone_trial(
+    sweep: SweepName,
+    trial: TrialName,
+    changes: Annotated[list[str], typer.Argument(metavar="KEY.PATH=VALUE...", help="What is to differ.")],
+    runs_dir: RunsDir = "runs",
+) -> None:
+    """Add a trial like another one with some keys changed, also while the sweep runs."""
+    from ftray.config.space import point_text
+    from ftray.sweep.launch import look_into
+
+    study = look_into(Path(runs_dir) / sweep)
+    point = study.clone(trial, parse_changes(changes))
+    print(
+        f"{sweep} will try {point_text(point)}; if it does not run now, the same `ftray sweep` command goes on with it"
+    )
+
+
+def parse_changes(words: list[str]) -> dict[str, Any]:
+    from ftray.config.load import apply_override
+
+    changes: dict[str, Any] = {}
+    for word in words:
+        key = word.partition("=")[0]
+        leaf: dict[str, Any] = {}
+        if (problem := apply_override(leaf, f"value={word.partition('=')[2]}" if "=" in word else word)) is not None:
+            raise UserError(problem)
+        changes[key] = leaf["value"]
+    return changes
 
 
 def publish_best(study: "Study", directory: Path) -> None:

@@ -48,6 +48,8 @@ class Space:
         values = dict(point)
         defaults = None
         for key in expression_order(self.domains):
+            if key in values:  # a cloned trial may set it by hand
+                continue
             expression = self.domains[key]
             assert isinstance(expression, Expression)
             missing = [name for name in expression.keys if name not in values]
@@ -60,6 +62,15 @@ class Space:
     def config(self, point: dict[str, Any], **more: Any) -> RunConfig:
         """The run of a point. `more`: top-level keys. Raises ValueError, a `ValidationError` among them."""
         return RunConfig.model_validate(self._tree(self.overrides(point)) | more)
+
+    def check_point(self, point: dict[str, Any], *, label: str) -> None:
+        """Raises `ConfigError` with what the run's schema refuses."""
+        try:
+            self.config(point)
+        except ValidationError as error:
+            raise ConfigError(label, [describe_problem(RunConfig, item) for item in error.errors()]) from None
+        except ValueError as error:
+            raise ConfigError(label, [str(error)]) from None
 
     def _tree(self, values: dict[str, Any]) -> dict[str, Any]:
         tree = copy.deepcopy(self.run)

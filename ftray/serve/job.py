@@ -31,8 +31,8 @@ class GenerateJob:
 class EmbedJob:
     texts: list[str | list[int]]
     adapter: str | None
-    tenant: str = ""
     dimensions: int | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True)

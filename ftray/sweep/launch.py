@@ -8,7 +8,7 @@ from pathlib import Path
 import ray
 
 from ftray.config import RunConfig, Space, SweepConfig
-from ftray.errors import InterruptedRunError, UserError
+from ftray.errors import InterruptedRunError, NotFoundError, UserError
 from ftray.storage import read_json, write_json
 from ftray.sweep.report import write_sweep_report
 from ftray.sweep.study import Study
@@ -57,6 +57,17 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -
         run_trials(study, directory, max_concurrent=at_a_time, say=say, on_end=lambda: refresh(study, directory))
     except KeyboardInterrupt:
         raise InterruptedRunError(f"{study.config.name}: stopped; {study.describe_state()}") from None
+
+
+def look_into(directory: Path) -> Study:
+    """A sweep as its directory has it, for those who are not its driver. Raises `NotFoundError`."""
+    if not (directory / SWEEP).is_file():
+        near = sorted(path.parent.name for path in directory.parent.glob(f"*/{SWEEP}"))
+        have = f"; {directory.parent} has {', '.join(near)}" if near else f"; {directory.parent} has none"
+        raise NotFoundError(f"{directory.name}: no such sweep{have}")
+    described = read_json(directory / SWEEP)
+    config = SweepConfig.model_validate(described["sweep"])
+    return Study(config, Space(described["run"], config.space), directory, is_driver=False)
 
 
 def refresh(study: Study, directory: Path) -> None:

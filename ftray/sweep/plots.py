@@ -48,7 +48,7 @@ def parallel_coordinates(study: Study) -> str:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    trials = [trial for trial in study.trials if trial.mean is not None and math.isfinite(trial.mean)]
+    trials = [trial for trial in of_the_space(study) if trial.mean is not None and math.isfinite(trial.mean)]
     keys = list(study.space.free)
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
@@ -80,7 +80,7 @@ def heat_map(study: Study, keys: tuple[str, str]) -> str:
     rows, columns = cells(down), cells(across)
     grid = np.full((len(rows), len(columns)), np.nan)
     better = min if study.config.search.mode == "min" else max
-    for trial in study.trials:
+    for trial in of_the_space(study):
         if trial.mean is not None and math.isfinite(trial.mean):
             at = cell(down, trial.point[keys[0]], len(rows)), cell(across, trial.point[keys[1]], len(columns))
             grid[at] = trial.mean if np.isnan(grid[at]) else better(grid[at], trial.mean)
@@ -173,6 +173,11 @@ def tidy(figure: Any, *, grid: bool = True) -> str:
             axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return svg(figure)
+
+
+def of_the_space(study: Study) -> list[Trial]:
+    """Without those that the user cloned, whose values may have no place on an axis."""
+    return [trial for trial in study.trials if trial.cloned_from is None]
 
 
 def has_values(trials: Sequence[Trial]) -> bool:

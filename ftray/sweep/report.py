@@ -5,9 +5,17 @@ from pathlib import Path
 
 import jinja2
 
-from ftray.config.space import short
+from ftray.config.space import point_text, short
 from ftray.storage import read_json, write_bytes
-from ftray.sweep.plots import curves, has_values, heat_map, heat_map_keys, importances, parallel_coordinates
+from ftray.sweep.plots import (
+    curves,
+    has_values,
+    heat_map,
+    heat_map_keys,
+    importances,
+    of_the_space,
+    parallel_coordinates,
+)
 from ftray.sweep.search import importance
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Trial
@@ -18,7 +26,7 @@ REPORT = "sweep.html"
 
 def write_sweep_report(study: Study, directory: Path) -> Path:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    shares = importance(study.trials, study.space, study.config.search)
+    shares = importance(of_the_space(study), study.space, study.config.search)
     keys = heat_map_keys(study, shares)
     plots = []
     if has_values(study.trials):
@@ -66,7 +74,10 @@ def metric_text(trial: Trial) -> str:
 
 
 def outcome_text(trial: Trial) -> str:
-    return trial.status if trial.message is None else f"{trial.status}: {trial.message.splitlines()[0]}"
+    told = trial.status if trial.message is None else f"{trial.status}: {trial.message.splitlines()[0]}"
+    if trial.cloned_from is None:
+        return told
+    return f"{told} (cloned from {trial.cloned_from}: {point_text(trial.point)})"
 
 
 def train_command(study: Study, trial: Trial) -> str:

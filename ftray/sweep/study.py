@@ -15,16 +15,27 @@ from typing import Any
 
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.config.space import point_text
-from ftray.storage import write_bytes
+from ftray.errors import NotFoundError
+from ftray.storage import read_json, write_bytes, write_json
 from ftray.sweep.schedulers import make_scheduler
 from ftray.sweep.search import make_search
 from ftray.sweep.trials import Outcome, Report, SweepRun, Trial, run_name
 
 JOURNAL = "trials.jsonl"
+REQUESTS = "requests"  # trials that the user asked for while the sweep runs
 
 
 class Study:
-    def __init__(self, config: SweepConfig, space: Space, directory: Path, *, clock: Callable[[], float] = time.time):
+    def __init__(
+        self,
+        config: SweepConfig,
+        space: Space,
+        directory: Path,
+        *,
+        is_driver: bool = True,
+        clock: Callable[[], float] = time.time,
+    ):
+        """`is_driver`: others look into the same directory, and leave the journal as it is."""
         self.config = config
         self.space = space
         self.trials: list[Trial] = []
@@ -39,8 +50,9 @@ class Study:
         self._asked: dict[str, str] = {}  # why a run was asked to stop
         self._clock = clock
         self._began = clock()
+        self._directory = directory
         self._path = directory / JOURNAL
-        self._replay()
+        self._replay(mend=is_driver)
 
     # -- what runs next --------------------------------------------------------------------------------------------
 
@@ -53,19 +65,40 @@ class Study:
             if run.outcome is None and run.name not in self._given:
                 self._given.add(run.name)
                 return run
+        for path in self._requests:
+            wanted = read_json(path)
+            self._note({"event": "trial", "trial": len(self.trials), **wanted})
+            path.unlink()
+            return self.next_run()
         point = self._next_point()
         if point is None:
             return None
-        self._note({"event": "trial", "trial": len(self.trials), "point": point})
+        self._note({"event": "trial", "trial": len(self.trials), "point": point, "cloned_from": None})
         return self.next_run()
+
+    def clone(self, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+        """Asks the sweep, also one that runs in another process, for a trial like this one with some keys changed.
+        Returns its point; raises `ConfigError` when the run's schema refuses it."""
+        trial = self.trial(name)
+        point = trial.point | changes
+        self.space.check_point(point, label=f"clone-trial {name}")
+        write_json(self._directory / REQUESTS / f"{time.time_ns()}.json", {"point": point, "cloned_from": trial.name})
+        return point
+
+    @property
+    def _requests(self) -> list[Path]:
+        return sorted((self._directory / REQUESTS).glob("*.json"))
 
     @property
     def is_over(self) -> bool:
-        return self.spent is not None or (all(trial.is_over for trial in self.trials) and self._next_point() is None)
+        if self.spent is not None:
+            return True
+        return all(trial.is_over for trial in self.trials) and not self._requests and self._next_point() is None
 
     def _next_point(self) -> dict[str, Any] | None:
-        number, limit = len(self.trials), self.config.search.trials
-        return None if limit is not None and number >= limit else self._search.point(number, self.trials)
+        own = [trial for trial in self.trials if trial.cloned_from is None]
+        limit = self.config.search.trials
+        return None if limit is not None and len(own) >= limit else self._search.point(len(own), own)
 
     def report(self, name: str, report: Report) -> str | None:
         """Returns why the run is to stop, or None. A run that resumed may tell again what it has told."""
@@ -93,6 +126,13 @@ class Study:
     @property
     def runs(self) -> list[SweepRun]:
         return [run for trial in self.trials for run in trial.runs]
+
+    def trial(self, name: str) -> Trial:
+        found = next((trial for trial in self.trials if trial.name == name), None)
+        if found is None:
+            known = ", ".join(trial.name for trial in self.trials)
+            raise NotFoundError(f"{name}: no such trial; {self.config.name} has {known or 'none yet'}")
+        return found
 
     def run(self, name: str) -> SweepRun:
         return next(run for run in self.runs if run.name == name)
@@ -180,12 +220,13 @@ class Study:
 
     # -- the journal -----------------------------------------------------------------------------------------------
 
-    def _replay(self) -> None:
+    def _replay(self, *, mend: bool) -> None:
         if not self._path.is_file():
             return
         lines = self._path.read_bytes().split(b"\n")
         whole = [line for line in lines[:-1] if line]  # what follows the last newline was being written
-        write_bytes(self._path, b"".join(line + b"\n" for line in whole))
+        if mend and lines[-1]:
+            write_bytes(self._path, b"".join(line + b"\n" for line in whole))
         for line in whole:
             event = json.loads(line)
             self._apply(event)
@@ -202,7 +243,7 @@ class Study:
 
     def _apply(self, event: dict[str, Any]) -> None:
         if event["event"] == "trial":
-            trial = Trial(event["trial"], event["point"])
+            trial = Trial(event["trial"], event["point"], event["cloned_from"])
             seeds = self.config.seeds
             trial.runs = [
                 SweepRun(trial.number, seed, run_name(trial.number, seed, num_seeds=len(seeds))) for seed in seeds

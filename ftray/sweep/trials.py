@@ -42,6 +42,7 @@ class SweepRun:
 class Trial:
     number: int
     point: dict[str, Any]
+    cloned_from: str | None = None  # by the user; its point may lie outside of the space
     runs: list[SweepRun] = field(default_factory=list)
 
     @property

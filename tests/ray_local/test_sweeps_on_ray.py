@@ -18,16 +18,16 @@ from ftray.tracking.metrics import read_metrics
 def sweep_file(tiny_model, train_file, eval_file, tmp_path):
     run = tmp_path / "run.yaml"
     run.write_text(
-        f"kind: run\nname: r\nbase_model: {tiny_model}\nmax_steps: 6\nruns_dir: {tmp_path}/runs\n"
+        f"kind: run\nname: r\nbase_model: {tiny_model}\nmax_steps: 200\nruns_dir: {tmp_path}/runs\n"
         f"data: {{train: {train_file}, eval: {eval_file}, max_example_tokens: 256}}\n"
-        "batch: {examples_per_step: 4, tokens_per_micro_batch: 512}\nevaluation: {every: 2}\n"
+        "batch: {examples_per_step: 4, tokens_per_micro_batch: 512}\nevaluation: {every: 20}\n"
     )
     path = tmp_path / "sweep.yaml"
     path.write_text(
         f"kind: sweep\nname: s\nrun: {run}\n"
         "space:\n  adapter.rank: [4]\n  adapter.alpha: {expression: 2 * adapter.rank}\n"
         "  optimizer.learning_rate: [5e-3, 1e-6, 1e+30]\n"
-        "search: {algorithm: grid, scheduler: asha, grace_steps: 2, reduction_factor: 2}\n"
+        "search: {algorithm: grid, scheduler: asha, grace_steps: 20, reduction_factor: 2}\n"
     )
     return path
 
@@ -39,8 +39,8 @@ def test_a_sweep_stops_the_bad_marks_what_diverges_and_goes_on(ray_session, swee
     assert "best: t000 (adapter.rank=4, optimizer.learning_rate=0.005)" in out
     trials = tmp_path / "runs/s/trials"
     first = read_json(trials / "t000/result.json")
-    assert first["steps"] == 6
-    assert [r["step"] for r in read_metrics(trials / "t001") if "eval_loss" in r][-1] < 6  # stopped at a rung
+    assert first["steps"] == 200
+    assert [r["step"] for r in read_metrics(trials / "t001") if "eval_loss" in r][-1] < 200  # stopped at a rung
     assert not (trials / "t001/result.json").exists()
     # With more trials it goes on; what was done is not done again.
     with pytest.raises(SystemExit, match="0"):

@@ -2,13 +2,17 @@
 
 import json
 import random
+import shlex
 
 import pytest
 
-from ftray.config import load_sweep
+from ftray.cli.main import main
+from ftray.config import load_config, load_sweep
 from ftray.config.domains import Choice, Range, as_yaml, parse_domain
 from ftray.config.expression import Expression
-from ftray.errors import ConfigError
+from ftray.errors import ConfigError, NotFoundError
+from ftray.storage import write_json
+from ftray.sweep.report import train_command, write_sweep_report
 from ftray.sweep.schedulers import Asha, MedianStopping
 from ftray.sweep.search import STARTUP_TRIALS, importance
 from ftray.sweep.study import JOURNAL, Study
@@ -326,5 +330,65 @@ def test_choices_may_be_sections_and_null(load, tmp_path):
 
 
 def test_a_trial_of_one_seed_has_no_interval():
-    trial = Trial(0, {}, [SweepRun(0, 0, "t000", [Report(1, 2.0, 3, 4.0)], "finished")])
+    trial = Trial(0, {}, runs=[SweepRun(0, 0, "t000", [Report(1, 2.0, 3, 4.0)], "finished")])
     assert (trial.mean, trial.half_interval, trial.tokens) == (2.0, None, 3)
+
+
+def test_a_cloned_trial_runs_next_and_leaves_the_search_as_it_was(load, tmp_path):
+    loaded = load("{algorithm: tpe, trials: 6}")
+
+    def quality(point, step):
+        return point["optimizer.learning_rate"]
+
+    (tmp_path / "plain").mkdir()
+    plain = study_of(loaded, tmp_path / "plain")
+    play(plain, quality)
+    study = study_of(loaded, tmp_path)
+    for _ in range(2):
+        run = study.next_run()
+        study.report(run.name, Report(40, quality(study.trials[run.trial].point, 40), 4000, 20.0))
+        study.end(run.name, "finished")
+    other = study_of(loaded, tmp_path, is_driver=False)  # another process
+    point = other.clone("t001", {"adapter.rank": 64, "optimizer.weight_decay": 0.1})
+    assert study.space.config(point).adapter.alpha == 128
+    with pytest.raises(ConfigError, match=r"adapter\.rank: 0 is refused"):
+        other.clone("t001", {"adapter.rank": 0})
+    with pytest.raises(NotFoundError, match="t009: no such trial; s has t000, t001"):
+        other.clone("t009", {})
+    play(study, quality)
+    assert study.trials[2].cloned_from == "t001"
+    assert study.trials[2].point == point
+    assert study.is_over
+    assert [trial.point for trial in study.trials if trial.cloned_from is None] == [t.point for t in plain.trials]
+    assert study_of(loaded, tmp_path).trials == study.trials
+    assert importance(study.trials[:2], study.space, study.config.search) == {}
+
+
+def test_the_report_shows_every_trial_and_how_to_run_the_best_again(load, tmp_path):
+    more = "overrides: {optimizer: {weight_decay: 0.5}, data.overlong: truncate}"
+    study = study_of(load("{algorithm: random, trials: 12}", more=more), tmp_path)
+    play(study, lambda point, step: point["optimizer.learning_rate"] + 1 / step)
+    study.clone("t001", {"adapter.rank": 64})
+    play(study, lambda point, step: 1.0)
+    write_json(tmp_path / "environment.json", {"packages": {"torch": "2"}})
+    page = write_sweep_report(study, tmp_path).read_text()
+    assert all(f"<td>{trial.name}</td>" in page for trial in study.trials)
+    assert "cloned from t001" in page
+    assert page.count("<svg") == 4
+    assert "http-equiv" not in page  # it is over
+    words = shlex.split(train_command(study, study.best))
+    run = load_config(words[2], words[3:], kind="run")
+    wanted = study.config_of(study.best_run, runs_dir=tmp_path)
+    for key in ("adapter", "optimizer", "data", "seed", "max_steps"):
+        assert getattr(run, key) == getattr(wanted, key)
+
+
+def test_a_command_of_a_sweep_or_a_file(tmp_path, capsys):
+    for words, said in (
+        (["sweep", "stop-trial", "s", "t001", "--runs-dir", str(tmp_path)], "s: no such sweep"),
+        (["sweep", "clone-trial", "s", "t001", "a=1", "--runs-dir", str(tmp_path)], "s: no such sweep"),
+        (["sweep", str(tmp_path / "nothing.yaml")], "no such file"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        assert said in capsys.readouterr().err
