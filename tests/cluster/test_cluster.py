@@ -4,6 +4,7 @@ a run does not change its result. `make test-cluster`."""
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -189,6 +190,38 @@ def test_a_directory_that_the_hosts_do_not_share_is_refused(cluster, train, tmp_
     assert process.returncode == 2, out
     assert "runs_dir: /tmp/ray/runs/lost is not on storage that all nodes share: node 10.77.0." in out
     assert "Traceback" not in out
+
+
+def test_a_sweep_whose_driver_dies_goes_on_where_it_stood(cluster, tiny_model, train_file, eval_file, tmp_path):
+    run, sweep = tmp_path / "run.yaml", tmp_path / "sweep.yaml"
+    run.write_text(
+        f"kind: run\nname: demo\nbase_model: {tiny_model}\nmax_steps: 300\nruns_dir: {tmp_path}/runs\n"
+        f"data: {{train: {train_file}, eval: {eval_file}}}\nworkers: {{count: 2}}\nregistry: {tmp_path}/registry\n"
+        "batch: {examples_per_step: 4}\ncheckpoint: {every: 10}\nevaluation: {every: 50}\n"
+    )
+    sweep.write_text(
+        f"kind: sweep\nname: rates\nrun: {run}\nspace: {{optimizer.learning_rate: [1e-5, 5e-3]}}\n"
+        "search: {algorithm: grid, max_concurrent: 1}\n"
+    )
+
+    def ftray(*words: str) -> subprocess.Popen:
+        return cluster.run(
+            str(BIN / "ftray"), *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
+        )
+
+    process = ftray("sweep", str(sweep))
+    trials = tmp_path / "runs/rates/trials"
+    wait_for_step(trials / "t001", 60, process)
+    first = read_json(trials / "t000/result.json")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    out = ended(ftray("sweep", str(sweep)))
+    assert "best: t001 (optimizer.learning_rate=0.005)" in out
+    assert "published rates@1" in out
+    assert read_json(trials / "t000/result.json") == first
+    again = next(line for line in out.splitlines() if line.startswith("again by itself: "))
+    ended(ftray(*shlex.split(again.removeprefix("again by itself: "))[1:]))
+    same(tmp_path / "runs/rates-t001", trials / "t001")
 
 
 def fill(path: Path) -> None:
