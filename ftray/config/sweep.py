@@ -40,6 +40,8 @@ class SearchConfig(Strict):
     scheduler: Literal["none", "asha", "median"] = "none"
     grace_steps: PositiveInt | None = None  # no trial is stopped before; null: at the first evaluation
     reduction_factor: int = Field(default=3, ge=2)  # asha: one in so many goes on at each rung
+    # LoRA trials side by side over one base, so many at a time. auto: 8, where the keys allow it; off: a process each
+    fused: Literal["auto", "off"] | PositiveInt = "auto"
     max_concurrent: PositiveInt | None = None  # trials at a time; null: as many as the cluster has workers for
 
     @model_validator(mode="after")

@@ -9,20 +9,25 @@ import ray
 
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.errors import InterruptedRunError, NotFoundError, UserError
+from ftray.model.base import BaseModel
 from ftray.storage import read_json, write_json
+from ftray.sweep.fusable import why_not_fused
+from ftray.sweep.fused_trials import group_of, run_fused
 from ftray.sweep.report import write_sweep_report
 from ftray.sweep.study import Study
 from ftray.sweep.trials import trials_directory
 from ftray.sweep.tune_trials import TUNE_DIRECTORY, run_trials
 from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import differences
+from ftray.train.finish import PreparedData
 from ftray.train.launch import TOKENS, check_before_anything, prepare_data, start_ray
 from ftray.train.preflight import check_nodes, check_resources, fitting_groups
 from ftray.train.run_directory import only_driver, refuse_unwritable, refuse_vanishing_directory, set_aside
 
 SWEEP = "sweep.json"
+FUSED_SLOTS = 8
 # What may change when a sweep goes on: how long and how wide it is searched, not what is searched.
-MAY_CHANGE = ("sweep.search.trials", "sweep.search.budget", "sweep.search.max_concurrent")
+MAY_CHANGE = ("sweep.search.trials", "sweep.search.budget", "sweep.search.max_concurrent", "sweep.search.fused")
 
 Say = Callable[[str], None]
 
@@ -40,23 +45,60 @@ def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = Fals
                 try:
                     search_in(directory, study, base_run, say=say)
                 finally:
+                    study = look_into(directory)  # a fused sweep's desk has written on
                     refresh(study, directory)
         return study
 
 
 def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> None:
-    prepare_data(base_run, say, kept_in=trials_directory(directory) / TOKENS)
+    config = study.config
+    base, data = prepare_data(base_run, say, kept_in=trials_directory(directory) / TOKENS)
     check_resources(base_run.workers, say=say)
     check_nodes(trials_directory(directory), base_run.workers)
-    room = fitting_groups(base_run.workers)
-    limit = study.config.search.max_concurrent
-    at_a_time = room if limit is None else min(room, limit)
-    say(f"{study.describe_plan()}; {at_a_time} at a time, each on {base_run.workers.count} workers")
-    say(f"as it goes: {write_sweep_report(study, directory)}")
+    reason = "search.fused: off" if config.search.fused == "off" else why_not_fused(config, study.space)
     try:
-        run_trials(study, directory, max_concurrent=at_a_time, say=say, on_end=lambda: refresh(study, directory))
+        if reason is None:
+            run_group(directory, study, group_of(base_run), base, data, say=say)
+        else:
+            run_apart(directory, study, base_run, reason=reason, say=say)
     except KeyboardInterrupt:
-        raise InterruptedRunError(f"{study.config.name}: stopped; {study.describe_state()}") from None
+        state = look_into(directory).describe_state()
+        raise InterruptedRunError(f"{config.name}: stopped; {state}") from None
+
+
+def run_group(
+    directory: Path, study: Study, base_run: RunConfig, base: BaseModel, data: PreparedData, *, say: Say
+) -> None:
+    """LoRA trials side by side over one base."""
+    wanted = study.config.search.fused
+    slots = FUSED_SLOTS if wanted == "auto" else int(wanted)
+    assert data.train.directory is not None
+    say(f"{study.describe_plan()}; fused: {slots} at a time over one base, on {described(base_run)}")
+    say(f"as it goes: {write_sweep_report(study, directory)}")
+    job = {
+        "base_run": base_run,
+        "base_name": str(base.directory) if Path(base_run.base_model).exists() else base_run.base_model,
+        "train_data": data.train.directory,
+        "eval_data": data.eval.directory if data.eval is not None else None,
+        "data_digest": data.digest,
+    }
+    run_fused(study, directory, job, slots=slots, say=say, on_end=lambda: refresh(look_into(directory), directory))
+
+
+def run_apart(directory: Path, study: Study, base_run: RunConfig, *, reason: str, say: Say) -> None:
+    """A process group for every trial."""
+    room, limit = fitting_groups(base_run.workers), study.config.search.max_concurrent
+    at_a_time = room if limit is None else min(room, limit)
+    say(f"{study.describe_plan()}; {at_a_time} at a time, each on {described(base_run)} ({reason})")
+    say(f"as it goes: {write_sweep_report(study, directory)}")
+    run_trials(study, directory, max_concurrent=at_a_time, say=say, on_end=lambda: refresh(study, directory))
+
+
+def described(run: RunConfig) -> str:
+    workers = run.workers
+    each = f"{workers.gpus_each} GPU" if workers.gpus_each else f"{workers.cpus_each} CPU"
+    plural = "s" if workers.count != 1 else ""
+    return f"{workers.count} worker{plural} of {each}{'s' if max(workers.gpus_each, workers.cpus_each) > 1 else ''}"
 
 
 def look_into(directory: Path) -> Study:

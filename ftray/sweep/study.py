@@ -85,6 +85,10 @@ class Study:
         write_json(self._directory / REQUESTS / f"{time.time_ns()}.json", {"point": point, "cloned_from": trial.name})
         return point
 
+    def take_back(self) -> None:
+        """Whoever worked on runs has died: those that have not ended are given out again."""
+        self._given.clear()
+
     @property
     def _requests(self) -> list[Path]:
         return sorted((self._directory / REQUESTS).glob("*.json"))
@@ -192,6 +196,10 @@ class Study:
             count = f"{whole if search.trials is None else min(whole, search.trials)} trials"
         seeds = f" of {len(self.config.seeds)} seeds" if len(self.config.seeds) > 1 else ""
         return f"{count}{seeds}, {search.algorithm} search, scheduler {search.scheduler}"
+
+    def describe_end(self, run: SweepRun) -> str:
+        value = "" if run.value is None else f"  {self.config.search.metric} {run.value:.4f}"
+        return f"{run.name}  {run.outcome or 'interrupted'}{value}{f'  {run.message}' if run.message else ''}"
 
     def describe_state(self) -> str:
         counts = Counter(trial.status for trial in self.trials)

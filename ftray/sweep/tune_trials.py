@@ -135,9 +135,7 @@ class TellStudy(tune.Callback):
         if name in self._ended:
             return
         self._ended.add(name)
-        run = self._study.end(name, outcome, message)
-        value = "" if run.value is None else f"  {self._study.config.search.metric} {run.value:.4f}"
-        self._say(f"{name}  {run.outcome or 'interrupted'}{value}{f'  {run.message}' if run.message else ''}")
+        self._say(self._study.describe_end(self._study.end(name, outcome, message)))
         self._on_end()
 
 

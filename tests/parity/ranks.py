@@ -88,19 +88,8 @@ def run_rank(
     dist.destroy_process_group()
 
 
-def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: str, train_file: str) -> dict[str, Any]:
+def config_of(record: Record, *, base_directory: str, train_file: str) -> Any:
     from ftray.config import parse_config
-    from ftray.data.plan import plan_steps
-    from ftray.data.tokens import tokenize_source
-    from ftray.model.base import load_tokenizer, prepare_base
-    from ftray.model.chat import ChatRenderer
-    from ftray.model.hardware import choose_hardware
-    from ftray.train.checkpoint import read_state, restore
-    from ftray.train.guard import LossGuard
-    from ftray.train.loop import Schedule, evaluation_rows, train
-    from ftray.train.saver import Saver
-    from ftray.train.schedule import make_schedule
-    from ftray.train.worker import make_engine
 
     text = f"kind: run\nname: parity\nbase_model: {base_directory}\ndata: {{train: {train_file}}}\n"
     sequences = 2 if "objective" in record.settings else 1
@@ -117,7 +106,23 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
         "optimizer.max_grad_norm": 0.5,
         "adapter": "null" if record.full else f"{{rank: 4, alpha: 8, dropout: {record.dropout}}}",
     } | record.settings
-    config = parse_config(text, [f"{k}={v}" for k, v in settings.items()], kind="run", source="parity")
+    return parse_config(text, [f"{k}={v}" for k, v in settings.items()], kind="run", source="parity")
+
+
+def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: str, train_file: str) -> dict[str, Any]:
+    from ftray.data.plan import plan_steps
+    from ftray.data.tokens import tokenize_source
+    from ftray.model.base import load_tokenizer, prepare_base
+    from ftray.model.chat import ChatRenderer
+    from ftray.model.hardware import choose_hardware
+    from ftray.train.checkpoint import read_state, restore
+    from ftray.train.guard import LossGuard
+    from ftray.train.loop import Schedule, evaluation_rows, train
+    from ftray.train.saver import Saver
+    from ftray.train.schedule import make_schedule
+    from ftray.train.worker import make_engine
+
+    config = config_of(record, base_directory=base_directory, train_file=train_file)
     base = prepare_base(base_directory)
     renderer = ChatRenderer(load_tokenizer(base))
     source, objective = config.data.train, config.objective.type

@@ -1,6 +1,7 @@
 """Sweeps on Ray Tune, end to end, and our ASHA against Ray's."""
 
 import random
+from pathlib import Path
 
 import pytest
 from ray.tune.schedulers import AsyncHyperBandScheduler
@@ -18,7 +19,8 @@ from ftray.tracking.metrics import read_metrics
 def sweep_file(tiny_model, train_file, eval_file, tmp_path):
     run = tmp_path / "run.yaml"
     run.write_text(
-        f"kind: run\nname: r\nbase_model: {tiny_model}\nmax_steps: 200\nruns_dir: {tmp_path}/runs\n"
+        f"kind: run\nname: r\nbase_model: {tiny_model}\nmax_steps: 200\n"
+        f"runs_dir: {tmp_path}/runs\nregistry: {tmp_path}/registry\n"
         f"data: {{train: {train_file}, eval: {eval_file}, max_example_tokens: 256}}\n"
         "batch: {examples_per_step: 4, tokens_per_micro_batch: 512}\nevaluation: {every: 20}\n"
     )
@@ -32,25 +34,53 @@ def sweep_file(tiny_model, train_file, eval_file, tmp_path):
     return path
 
 
-def test_a_sweep_stops_the_bad_marks_what_diverges_and_goes_on(ray_session, sweep_file, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["sweep", str(sweep_file), "search.trials=2", "search.max_concurrent=1"])
-    out = capsys.readouterr().out
+def test_fused_trials_stop_diverge_and_go_on(ray_session, sweep_file, tmp_path, capsys):
+    how = ["search.fused=2"]
+    out = run_sweep_command(sweep_file, "search.trials=2", *how, capsys=capsys)
+    assert "fused: 2 at a time over one base" in out
+    assert "published s@1" in out
     assert "best: t000 (adapter.rank=4, optimizer.learning_rate=0.005)" in out
     trials = tmp_path / "runs/s/trials"
     first = read_json(trials / "t000/result.json")
     assert first["steps"] == 200
-    assert [r["step"] for r in read_metrics(trials / "t001") if "eval_loss" in r][-1] < 200  # stopped at a rung
+    assert last_evaluation(trials / "t001") < 200  # stopped at a rung
     assert not (trials / "t001/result.json").exists()
     # With more trials it goes on; what was done is not done again.
-    with pytest.raises(SystemExit, match="0"):
-        main(["sweep", str(sweep_file), "search.trials=3", "search.max_concurrent=1"])
-    out = capsys.readouterr().out
+    out = run_sweep_command(sweep_file, "search.trials=3", *how, capsys=capsys)
     assert read_json(trials / "t000/result.json") == first
     assert "t000  step" not in out
     assert "diverged: step" in out
+    assert "published s@1" in out  # the same files: no second version
     with pytest.raises(UserError, match="another config"):
         run_sweep(*load_sweep(sweep_file, ["search.seed=3"]), say=print)
+
+
+def test_trials_of_a_process_each_learn_the_same(ray_session, sweep_file, tmp_path, capsys):
+    settings = ["search.fused=off", "search.scheduler=none", "overrides.max_steps=40"]
+    out = run_sweep_command(sweep_file, *settings, "name=apart", capsys=capsys)
+    assert "3 at a time" in out or "4 at a time" in out
+    assert "diverged: step" in out
+    settings[0] = "search.fused=3"
+    run_sweep_command(sweep_file, *settings, "name=fused", capsys=capsys)
+    for trial in ("t000", "t001"):
+        apart, fused = (losses(tmp_path / "runs" / name / "trials" / trial) for name in ("apart", "fused"))
+        assert len(apart) == 40
+        assert fused == pytest.approx(apart, rel=1e-3)  # 40 steps of a high rate
+        assert fused[:5] == pytest.approx(apart[:5], rel=1e-5)
+
+
+def run_sweep_command(*words: object, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        main(["sweep", *map(str, words)])
+    return capsys.readouterr().out
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run) if "loss" in record]
+
+
+def last_evaluation(run: Path) -> int:
+    return max(record["step"] for record in read_metrics(run) if "eval_loss" in record)
 
 
 def test_asha_decides_as_rays_does():

@@ -39,6 +39,8 @@ AT_HOME = {
     "train/ray_trainer.py": {"ray"},
     "train/preflight.py": {"ray"},
     "sweep/launch.py": {"ray"},
+    "sweep/fused_trials.py": {"ray"},
+    "sweep/fused_worker.py": {"ray"},
     "sweep/tune_trials.py": {"ray"},
     "serve/app.py": {"ray"},
     "serve/ray_metrics.py": {"ray"},

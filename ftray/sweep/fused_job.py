@@ -1,0 +1,26 @@
+"""What the driver hands to each worker of a fused group."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.config import RunConfig
+
+
+@dataclass(frozen=True)
+class FusedJob:
+    base_run: RunConfig  # what all members share
+    base_name: str
+    train_data: Path  # directory of a TokenizedDataset
+    eval_data: Path | None
+    data_digest: str
+    metric: str
+    slots: int  # members at a time
+    desk: Any  # handle of a `fused_trials.Desk`
+
+
+def run_fused_in_worker(settings: dict[str, FusedJob]) -> None:
+    """Ray Train's train function. The driver pickles it by name, so torch loads only in the workers."""
+    from ftray.sweep.fused_worker import fused_worker
+
+    fused_worker(settings["job"])

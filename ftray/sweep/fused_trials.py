@@ -1,0 +1,131 @@
+"""Fused trials from the driver's side: a desk that knows the study, and process groups that take runs from it."""
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ftray.config import RunConfig, Space, SweepConfig
+from ftray.errors import FtrayError
+from ftray.sweep.fused_job import FusedJob, run_fused_in_worker
+from ftray.sweep.study import Study
+from ftray.sweep.trials import Outcome, Report, trials_directory
+from ftray.train.ray_trainer import last_line, worker_environment
+
+Say = Callable[[str], None]
+POLL_S = 0.2
+TRAIN_DIRECTORY = "ray-train"
+
+
+class Desk:
+    """The study, in an actor on the driver's node: it alone writes the journal."""
+
+    def __init__(self, config: SweepConfig, space: Space, directory: Path):
+        self._study = Study(config, space, directory)
+        self._directory = directory
+        self._lines: list[str] = []
+        self._num_ended = 0
+
+    def start_over(self) -> None:
+        """What was handed out and has not ended is handed out again: its group has died."""
+        self._study.take_back()
+
+    def take(self, count: int) -> list[str]:
+        """So many runs at most, as JSON of their configs."""
+        taken = []
+        while len(taken) < count and (run := self._study.next_run()) is not None:
+            config = self._study.config_of(run, runs_dir=trials_directory(self._directory))
+            taken.append(config.model_dump_json())
+        return taken
+
+    def report(self, name: str, report: Report) -> str | None:
+        reason = self._study.report(name, report)
+        self._lines.append(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
+        if reason is not None:
+            self._lines.append(f"{name}  {reason}")
+        return reason
+
+    def end(self, name: str, outcome: Outcome, message: str | None) -> None:
+        self._lines.append(self._study.describe_end(self._study.end(name, outcome, message)))
+        self._num_ended += 1
+
+    def news(self) -> tuple[list[str], int]:
+        """Lines since the last look, and how many runs have ended."""
+        lines, self._lines = self._lines, []
+        return lines, self._num_ended
+
+
+def run_fused(
+    study: Study, directory: Path, job: dict[str, Any], *, slots: int, say: Say, on_end: Callable[[], None]
+) -> None:
+    """`job`: what of a `FusedJob` the caller knows. Until the study has no more."""
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    desk: Any = ray.remote(num_cpus=0, max_restarts=0)(Desk)
+    desk = desk.options(scheduling_strategy=here).remote(study.config, study.space, directory)
+    fused = FusedJob(metric=study.config.search.metric, slots=slots, desk=desk, **job)
+    shutil.rmtree(directory / TRAIN_DIRECTORY, ignore_errors=True)
+    trainer = make_group(fused, directory)
+    outcome: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001  carried over to the main thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, name="fused-fit", daemon=True)
+    thread.start()
+    known = 0
+    while thread.is_alive():
+        thread.join(POLL_S)
+        lines, num_ended = ray.get(desk.news.remote())
+        for line in lines:
+            say(line)
+        if num_ended != known:
+            known = num_ended
+            on_end()
+    for line in ray.get(desk.news.remote())[0]:
+        say(line)
+    with contextlib.suppress(RayError):
+        ray.kill(desk)
+    if outcome:
+        raise FtrayError(f"the fused group failed: {last_line(outcome[0])}") from outcome[0]
+
+
+def make_group(job: FusedJob, directory: Path) -> TorchTrainer:
+    workers = job.base_run.workers
+    bundle = {"CPU": float(workers.cpus_each)} | ({"GPU": float(workers.gpus_each)} if workers.gpus_each else {})
+    return TorchTrainer(
+        run_fused_in_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if workers.gpus_each else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.max_count, use_gpu=workers.gpus_each > 0, resources_per_worker=bundle
+        ),
+        run_config=RayRunConfig(
+            name="group",
+            storage_path=str(directory / TRAIN_DIRECTORY),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},
+        ),
+    )
+
+
+def group_of(base_run: RunConfig) -> RunConfig:
+    """Without GPUs one group takes a node's cores: more groups would hold the base more often, and be no faster."""
+    workers = base_run.workers
+    if workers.gpus_each or not isinstance(workers.count, int):
+        return base_run
+    cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    each = max(workers.cpus_each, cores // workers.count)
+    return base_run.model_copy(update={"workers": workers.model_copy(update={"cpus_each": each})})

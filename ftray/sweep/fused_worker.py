@@ -1,0 +1,194 @@
+"""What every worker of a fused group runs. Rank 0 speaks with the desk, which knows the study, and writes the members'
+run directories; the others follow what it says."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from ftray.config import RunConfig
+from ftray.data.dataset import open_dataset
+from ftray.model.base import load_weights, prepare_base
+from ftray.model.flops import count_flops, measure_gemm_rate
+from ftray.model.fused_lora import FusedLora
+from ftray.model.hardware import choose_hardware, make_deterministic
+from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
+from ftray.objectives import OBJECTIVES
+from ftray.sweep.fused_group import FusedGroup, MemberStep
+from ftray.sweep.fused_job import FusedJob
+from ftray.sweep.member import Member, make_member, save
+from ftray.sweep.trial_run import Reporter
+from ftray.tracking.metrics import MetricsLog
+from ftray.train.checkpoint import newest_whole_checkpoint
+from ftray.train.finish import PreparedData, finish
+from ftray.train.job import STOP_REQUEST
+from ftray.train.loop import StepRecord, peak_memory_gib
+from ftray.train.run_directory import open_run_directory
+
+
+def fused_worker(job: FusedJob) -> None:
+    rank = ray.train.get_context().get_world_rank()
+    use_gpu = job.base_run.workers.gpus_each > 0
+    if use_gpu:
+        torch.cuda.set_device(ray.train.torch.get_device())
+    hardware = choose_hardware(use_gpu=use_gpu)
+    make_deterministic(num_threads=job.base_run.workers.cpus_each)
+    base = prepare_base(job.base_name)
+    model = prepare_layers(load_weights(base, hardware, attention=register_packed_attention()), job.base_run.memory)
+    fused = FusedLora(model)
+    objective = OBJECTIVES[job.base_run.objective.type](**job.base_run.objective.model_dump(exclude={"type"}))
+    budget = job.base_run.batch.tokens_per_micro_batch
+    group = FusedGroup(PackedCausalLM(model), fused, objective, hardware, token_budget=budget)
+    train_data = open_dataset(job.train_data)
+    eval_data = open_dataset(job.eval_data) if job.eval_data is not None else None
+    data = PreparedData(train_data, eval_data, job.data_digest)
+    flops, rate = count_flops(model), measure_gemm_rate(hardware) * dist.get_world_size()
+    clerk = Clerk(job, base, data, flops=flops, rate=rate) if rank == 0 else None
+    members: list[Member] = []
+    while True:
+        begun = agreed(clerk.take(job.slots - len(members)) if clerk is not None else None)
+        for text in begun:
+            config = RunConfig.model_validate_json(text)
+            assert config.adapter is not None
+            members.append(make_member(config, fused.add(config.name, config.adapter, seed=config.seed), train_data))
+            if clerk is not None:
+                clerk.begin(members[-1])
+        if not members:
+            break
+        over: dict[str, tuple[str, str | None]] = {}
+        running = [member for member in members if not member.is_done]
+        for name, told in (group.step(running, train_data) if running else {}).items():
+            if isinstance(told, str):
+                over[name] = "diverged", f"{told}; lower optimizer.learning_rate"
+            elif clerk is not None:
+                clerk.record(named(members, name), told)
+        running = [member for member in running if member.name not in over]
+        due = [member for member in running if member.is_evaluated]
+        for name, loss in (group.evaluate(due, eval_data) if due and eval_data is not None else {}).items():
+            if clerk is not None:
+                clerk.evaluated(named(members, name), loss)
+        stopping = agreed(clerk.stopping(running) if clerk is not None else None)
+        over |= {name: ("stopped", None) for name in stopping if not named(members, name).is_done}
+        for member in [member for member in members if member.name in over or member.is_done]:
+            over.setdefault(member.name, ("finished", None))
+        if clerk is not None:
+            for member in running:
+                if member.is_saved or member.name in over:
+                    save(member, base, data_digest=job.data_digest)
+            for name, (outcome, message) in over.items():
+                clerk.end(named(members, name), outcome, message)
+        for name in over:
+            fused.remove(name)
+        members = [member for member in members if member.name not in over]
+    if clerk is not None:
+        clerk.close()
+
+
+def named(members: list[Member], name: str) -> Member:
+    return next(member for member in members if member.name == name)
+
+
+def agreed(value: Any) -> Any:
+    """Rank 0's, on every rank."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class Clerk:
+    """Rank 0's paperwork: the desk, and the members' run directories."""
+
+    def __init__(self, job: FusedJob, base: Any, data: PreparedData, *, flops: Any, rate: float):
+        self._job = job
+        self._base = base
+        self._data = data
+        self._flops = flops
+        self._rate = rate
+        self._reporters: dict[str, Reporter] = {}
+        self._asked: set[str] = set()  # names of members that are to stop
+        self._began: dict[str, float] = {}
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish")
+        self._finishing: list[Future[None]] = []
+        ray.get(job.desk.start_over.remote())  # what a group before this one had begun
+
+    def take(self, count: int) -> list[str]:
+        return ray.get(self._job.desk.take.remote(count)) if count > 0 else []
+
+    def begin(self, member: Member) -> None:
+        open_run_directory(member.config, fresh=False)
+        (member.directory / STOP_REQUEST).unlink(missing_ok=True)
+        member.metrics = MetricsLog(member.directory, resume_step=member.step)
+        reporter = Reporter(member.config, metric=self._job.metric, tell=lambda report: self._tell(member, report))
+        reporter.begin(member.num_steps)
+        self._reporters[member.name] = reporter
+        self._began[member.name] = time.time()
+        reporter.tell_all()
+
+    def record(self, member: Member, told: MemberStep) -> None:
+        examples = member.plan.examples(member.step - 1, end=member.end_position)
+        lengths = self._data.train.sequence_lengths.reshape(len(self._data.train), -1)[examples]
+        flops = self._flops.step(
+            num_tokens=told.num_tokens,
+            num_trained=told.num_trained_tokens,
+            sum_squared_lengths=int((lengths**2).sum()),
+            trains_base=False,
+            reference=member.config.objective.type == "dpo",
+        )
+        record = StepRecord(
+            step=member.step,
+            loss=told.loss,
+            learning_rate=told.learning_rate,
+            grad_norm=told.grad_norm,
+            num_tokens=told.num_tokens,
+            num_trained_tokens=told.num_trained_tokens,
+            tokens_per_s=told.num_tokens / told.seconds,
+            seconds=told.seconds,
+            time=time.time(),
+            mfu=flops / told.seconds / self._rate,
+            memory_gib=peak_memory_gib(),
+            metrics=told.metrics,
+        )
+        self._append(member, record.as_dict())
+
+    def evaluated(self, member: Member, loss: float) -> None:
+        self._append(member, {"step": member.step, "eval_loss": loss, "time": time.time()})
+
+    def stopping(self, members: list[Member]) -> list[str]:
+        """By the study, or by the user."""
+        found = [m.name for m in members if m.name in self._asked or (m.directory / STOP_REQUEST).is_file()]
+        return found
+
+    def end(self, member: Member, outcome: str, message: str | None) -> None:
+        """The result is written beside the training of the others."""
+        assert member.metrics is not None
+        member.metrics.close()
+        self._finishing.append(self._writer.submit(self._finish, member, outcome, message))
+
+    def close(self) -> None:
+        for future in self._finishing:
+            future.result()
+        self._writer.shutdown()
+
+    def _finish(self, member: Member, outcome: str, message: str | None) -> None:
+        if outcome == "finished":
+            checkpoint: Path | None = newest_whole_checkpoint(member.directory)
+            seconds = time.time() - self._began[member.name]
+            finish(member.config, member.directory, checkpoint, self._base, self._data, seconds=seconds)
+        ray.get(self._job.desk.end.remote(member.name, outcome, message))
+
+    def _append(self, member: Member, record: dict[str, Any]) -> None:
+        assert member.metrics is not None
+        member.metrics.append(record)
+        self._reporters[member.name].tell_news([record])
+
+    def _tell(self, member: Member, report: Any) -> None:
+        if ray.get(self._job.desk.report.remote(member.name, report)) is not None:
+            self._asked.add(member.name)
