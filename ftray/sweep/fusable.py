@@ -3,6 +3,7 @@
 from typing import Any
 
 from ftray.config import RunConfig, Space, SweepConfig
+from ftray.config.space import value_at
 
 # What members of a group share, and a space must therefore leave alone.
 SHARED = ("base_model", "data", "objective", "workers", "memory")
@@ -46,6 +47,5 @@ def why_not(run: RunConfig) -> str | None:
         "tracking.wandb": run.tracking.wandb == "off",  # one run a process
         "guard.on_bad_loss": run.guard.on_bad_loss == "stop",
     }
-    return next(
-        (f"{key} of a trial needs a process of its own" for key, is_plain in plain.items() if not is_plain), None
-    )
+    odd = next((key for key, is_plain in plain.items() if not is_plain), None)
+    return None if odd is None else f"{odd}: {value_at(run, odd)} cannot be fused"

@@ -15,6 +15,7 @@ class FusedJob:
     eval_data: Path | None
     data_digest: str
     metric: str
+    group: int  # its number, where several share a sweep
     slots: int  # members at a time
     desk: Any  # handle of a `fused_trials.Desk`
 

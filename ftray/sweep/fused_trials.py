@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ftray.errors import FtrayError
 from ftray.sweep.fused_job import FusedJob, run_fused_in_worker
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Outcome, Report, trials_directory
+from ftray.train.preflight import fitting_groups
 from ftray.train.ray_trainer import last_line, worker_environment
 
 Say = Callable[[str], None]
@@ -34,15 +36,17 @@ class Desk:
         self._directory = directory
         self._lines: list[str] = []
         self._num_ended = 0
+        self._taken: dict[int, set[str]] = {}  # names of runs, by group
 
-    def start_over(self) -> None:
-        """What was handed out and has not ended is handed out again: its group has died."""
-        self._study.take_back()
+    def start_over(self, group: int) -> None:
+        """What this group had and has not ended is handed out again: its workers have died."""
+        self._study.take_back(self._taken.pop(group, set()))
 
-    def take(self, count: int) -> list[str]:
+    def take(self, group: int, count: int) -> list[str]:
         """So many runs at most, as JSON of their configs."""
         taken = []
         while len(taken) < count and (run := self._study.next_run()) is not None:
+            self._taken.setdefault(group, set()).add(run.name)
             config = self._study.config_of(run, runs_dir=trials_directory(self._directory))
             taken.append(config.model_dump_json())
         return taken
@@ -65,28 +69,37 @@ class Desk:
 
 
 def run_fused(
-    study: Study, directory: Path, job: dict[str, Any], *, slots: int, say: Say, on_end: Callable[[], None]
+    study: Study,
+    directory: Path,
+    job: dict[str, Any],
+    *,
+    num_groups: int,
+    slots: int,
+    say: Say,
+    on_end: Callable[[], None],
 ) -> None:
     """`job`: what of a `FusedJob` the caller knows. Until the study has no more."""
     here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
     desk: Any = ray.remote(num_cpus=0, max_restarts=0)(Desk)
     desk = desk.options(scheduling_strategy=here).remote(study.config, study.space, directory)
-    fused = FusedJob(metric=study.config.search.metric, slots=slots, desk=desk, **job)
     shutil.rmtree(directory / TRAIN_DIRECTORY, ignore_errors=True)
-    trainer = make_group(fused, directory)
     outcome: list[BaseException] = []
 
-    def fit() -> None:
+    def fit(group: int) -> None:
         try:
-            trainer.fit()
+            own = FusedJob(metric=study.config.search.metric, group=group, slots=slots, desk=desk, **job)
+            make_group(own, directory).fit()
         except Exception as error:  # noqa: BLE001  carried over to the main thread
             outcome.append(error)
 
-    thread = threading.Thread(target=fit, name="fused-fit", daemon=True)
-    thread.start()
+    threads = [
+        threading.Thread(target=fit, args=(group,), name=f"fused-{group}", daemon=True) for group in range(num_groups)
+    ]
+    for thread in threads:
+        thread.start()
     known = 0
-    while thread.is_alive():
-        thread.join(POLL_S)
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(POLL_S)
         lines, num_ended = ray.get(desk.news.remote())
         for line in lines:
             say(line)
@@ -112,7 +125,7 @@ def make_group(job: FusedJob, directory: Path) -> TorchTrainer:
             num_workers=workers.max_count, use_gpu=workers.gpus_each > 0, resources_per_worker=bundle
         ),
         run_config=RayRunConfig(
-            name="group",
+            name=f"group-{job.group}",
             storage_path=str(directory / TRAIN_DIRECTORY),
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
@@ -121,11 +134,12 @@ def make_group(job: FusedJob, directory: Path) -> TorchTrainer:
     )
 
 
-def group_of(base_run: RunConfig) -> RunConfig:
-    """Without GPUs one group takes a node's cores: more groups would hold the base more often, and be no faster."""
+def groups_of(base_run: RunConfig) -> tuple[RunConfig, int]:
+    """The run with a group's workers, and how many groups the cluster holds. Without GPUs a group takes a node's cores:
+    more groups on it would hold the base more often, and be no faster."""
     workers = base_run.workers
-    if workers.gpus_each or not isinstance(workers.count, int):
-        return base_run
-    cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    each = max(workers.cpus_each, cores // workers.count)
-    return base_run.model_copy(update={"workers": workers.model_copy(update={"cpus_each": each})})
+    if not workers.gpus_each and isinstance(workers.count, int):
+        cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        each = max(workers.cpus_each, cores // workers.count)
+        workers = workers.model_copy(update={"cpus_each": each})
+    return base_run.model_copy(update={"workers": workers}), fitting_groups(workers)

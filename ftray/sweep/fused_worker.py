@@ -1,6 +1,7 @@
 """What every worker of a fused group runs. Rank 0 speaks with the desk, which knows the study, and writes the members'
 run directories; the others follow what it says."""
 
+import contextlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +24,10 @@ from ftray.objectives import OBJECTIVES
 from ftray.sweep.fused_group import FusedGroup, MemberStep
 from ftray.sweep.fused_job import FusedJob
 from ftray.sweep.member import Member, make_member, save
-from ftray.sweep.trial_run import Reporter
+from ftray.sweep.trial_run import Reporter, drop_checkpoints
+from ftray.tracking.events import record_event
 from ftray.tracking.metrics import MetricsLog
+from ftray.train.callbacks import SAVE_FAILED
 from ftray.train.checkpoint import newest_whole_checkpoint
 from ftray.train.finish import PreparedData, finish
 from ftray.train.job import STOP_REQUEST
@@ -80,7 +83,7 @@ def fused_worker(job: FusedJob) -> None:
         if clerk is not None:
             for member in running:
                 if member.is_saved or member.name in over:
-                    save(member, base, data_digest=job.data_digest)
+                    clerk.save(member)
             for name, (outcome, message) in over.items():
                 clerk.end(named(members, name), outcome, message)
         for name in over:
@@ -117,10 +120,10 @@ class Clerk:
         self._began: dict[str, float] = {}
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish")
         self._finishing: list[Future[None]] = []
-        ray.get(job.desk.start_over.remote())  # what a group before this one had begun
+        ray.get(job.desk.start_over.remote(job.group))  # what its workers before these had begun
 
     def take(self, count: int) -> list[str]:
-        return ray.get(self._job.desk.take.remote(count)) if count > 0 else []
+        return ray.get(self._job.desk.take.remote(self._job.group, count)) if count > 0 else []
 
     def begin(self, member: Member) -> None:
         open_run_directory(member.config, fresh=False)
@@ -163,13 +166,23 @@ class Clerk:
 
     def stopping(self, members: list[Member]) -> list[str]:
         """By the study, or by the user."""
-        found = [m.name for m in members if m.name in self._asked or (m.directory / STOP_REQUEST).is_file()]
-        return found
+        return [m.name for m in members if m.name in self._asked or (m.directory / STOP_REQUEST).is_file()]
+
+    def save(self, member: Member) -> None:
+        """One that fails, on a full disk, is told and left out; only the last one must succeed."""
+        try:
+            save(member, self._base, data_digest=self._job.data_digest)
+        except OSError as error:
+            if member.is_done:
+                raise
+            with contextlib.suppress(OSError):
+                record_event(member.directory, SAVE_FAILED, step=member.step, message=str(error))
 
     def end(self, member: Member, outcome: str, message: str | None) -> None:
         """The result is written beside the training of the others."""
         assert member.metrics is not None
         member.metrics.close()
+        del self._reporters[member.name]
         self._finishing.append(self._writer.submit(self._finish, member, outcome, message))
 
     def close(self) -> None:
@@ -182,6 +195,7 @@ class Clerk:
             checkpoint: Path | None = newest_whole_checkpoint(member.directory)
             seconds = time.time() - self._began[member.name]
             finish(member.config, member.directory, checkpoint, self._base, self._data, seconds=seconds)
+            drop_checkpoints(member.directory)
         ray.get(self._job.desk.end.remote(member.name, outcome, message))
 
     def _append(self, member: Member, record: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from ftray.errors import InterruptedRunError, NotFoundError, UserError
 from ftray.model.base import BaseModel
 from ftray.storage import read_json, write_json
 from ftray.sweep.fusable import why_not_fused
-from ftray.sweep.fused_trials import group_of, run_fused
+from ftray.sweep.fused_trials import groups_of, run_fused
 from ftray.sweep.report import write_sweep_report
 from ftray.sweep.study import Study
 from ftray.sweep.trials import trials_directory
@@ -58,7 +58,7 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -
     reason = "search.fused: off" if config.search.fused == "off" else why_not_fused(config, study.space)
     try:
         if reason is None:
-            run_group(directory, study, group_of(base_run), base, data, say=say)
+            run_groups(directory, study, base_run, base, data, say=say)
         else:
             run_apart(directory, study, base_run, reason=reason, say=say)
     except KeyboardInterrupt:
@@ -66,14 +66,19 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -
         raise InterruptedRunError(f"{config.name}: stopped; {state}") from None
 
 
-def run_group(
+def run_groups(
     directory: Path, study: Study, base_run: RunConfig, base: BaseModel, data: PreparedData, *, say: Say
 ) -> None:
     """LoRA trials side by side over one base."""
-    wanted = study.config.search.fused
+    base_run, num_groups = groups_of(base_run)
+    wanted, planned = study.config.search.fused, study.num_planned_runs
     slots = FUSED_SLOTS if wanted == "auto" else int(wanted)
+    if planned is not None:
+        num_groups = min(num_groups, planned)
+        slots = min(slots, -(-planned // num_groups))  # no group takes what others could
     assert data.train.directory is not None
-    say(f"{study.describe_plan()}; fused: {slots} at a time over one base, on {described(base_run)}")
+    groups = f", in {num_groups} groups" if num_groups > 1 else ""
+    say(f"{study.describe_plan()}; fused: {slots} at a time over one base, on {described(base_run)}{groups}")
     say(f"as it goes: {write_sweep_report(study, directory)}")
     job = {
         "base_run": base_run,
@@ -82,7 +87,15 @@ def run_group(
         "eval_data": data.eval.directory if data.eval is not None else None,
         "data_digest": data.digest,
     }
-    run_fused(study, directory, job, slots=slots, say=say, on_end=lambda: refresh(look_into(directory), directory))
+    run_fused(
+        study,
+        directory,
+        job,
+        num_groups=num_groups,
+        slots=slots,
+        say=say,
+        on_end=lambda: refresh(look_into(directory), directory),
+    )
 
 
 def run_apart(directory: Path, study: Study, base_run: RunConfig, *, reason: str, say: Say) -> None:

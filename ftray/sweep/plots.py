@@ -33,8 +33,10 @@ def curves(study: Study) -> str:
                 axes.plot(points[0][-1], points[1][-1], marker="x", color="#b91c1c", markersize=6)
     if best is not None:
         axes.plot([], [], color=BEST, linewidth=2, label=f"{best.name}, the best")
-    axes.plot([], [], color="#b91c1c", marker="x", linestyle="", label="stopped by the scheduler")
-    axes.legend(frameon=False, fontsize=8)
+    if any(trial.status == "stopped" for trial in study.trials):
+        axes.plot([], [], color="#b91c1c", marker="x", linestyle="", label="stopped")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
     values = [report.value for run in study.runs for report in run.reports]
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
@@ -61,9 +63,12 @@ def parallel_coordinates(study: Study) -> str:
         width = 2.5 if trial is study.best else 1
         axes.plot([*line, height], color=shade(good), linewidth=width, alpha=1 if trial.is_finished else 0.45)
     axes.set_xticks(range(len(keys) + 1), [*keys, study.config.search.metric], fontsize=8)
+    for index in range(len(keys) + 1):
+        axes.axvline(index, color="#94a3b8", linewidth=0.8, zorder=0)
+    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1}
     for index, key in enumerate(keys):
         for at, text in marks(study.space.free[key]):
-            axes.text(index, at, f" {text}", fontsize=7, color="#334155", va="center")
+            axes.text(index + 0.03, at, text, fontsize=7, color="#334155", va="center", bbox=paper)
     if means:
         for at, value in ((0, min(means)), (1, max(means))):
             axes.text(len(keys), at, f" {value:.4g}", fontsize=7, color="#334155", va="center")

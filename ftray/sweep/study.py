@@ -85,9 +85,9 @@ class Study:
         write_json(self._directory / REQUESTS / f"{time.time_ns()}.json", {"point": point, "cloned_from": trial.name})
         return point
 
-    def take_back(self) -> None:
-        """Whoever worked on runs has died: those that have not ended are given out again."""
-        self._given.clear()
+    def take_back(self, names: set[str]) -> None:
+        """Whoever worked on these runs has died: those that have not ended are given out again."""
+        self._given -= names
 
     @property
     def _requests(self) -> list[Path]:
@@ -188,12 +188,22 @@ class Study:
             return f"the budget of {budget.hours:g} hours is spent"
         return None
 
+    @property
+    def num_planned(self) -> int | None:
+        """Trials in all; None: as many as the budget allows."""
+        search = self.config.search
+        if search.algorithm != "grid":
+            return search.trials
+        whole = sum(1 for _ in self.space.grid())
+        return whole if search.trials is None else min(whole, search.trials)
+
+    @property
+    def num_planned_runs(self) -> int | None:
+        return None if self.num_planned is None else self.num_planned * len(self.config.seeds)
+
     def describe_plan(self) -> str:
         search = self.config.search
-        count = "as many trials as the budget allows" if search.trials is None else f"{search.trials} trials"
-        if search.algorithm == "grid":
-            whole = sum(1 for _ in self.space.grid())
-            count = f"{whole if search.trials is None else min(whole, search.trials)} trials"
+        count = "as many trials as the budget allows" if self.num_planned is None else f"{self.num_planned} trials"
         seeds = f" of {len(self.config.seeds)} seeds" if len(self.config.seeds) > 1 else ""
         return f"{count}{seeds}, {search.algorithm} search, scheduler {search.scheduler}"
 

@@ -1,5 +1,6 @@
 """One run of a trial, told as reports of the sweep's metric."""
 
+import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from ftray.config import RunConfig
 from ftray.errors import DivergedError, FtrayError, InterruptedRunError
 from ftray.sweep.trials import Outcome, Report
 from ftray.tracking.metrics import read_metrics
+from ftray.train.checkpoint import CHECKPOINTS
 from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher
 
@@ -33,7 +35,13 @@ def run_to_end(config: RunConfig, *, metric: str, tell: Tell) -> tuple[Outcome, 
         return "failed", str(error)
     reporter.begin(result["steps"])
     reporter.tell_all()  # where it had finished before, nothing was followed
+    drop_checkpoints(Path(config.runs_dir) / config.name)
     return "finished", None
+
+
+def drop_checkpoints(run_directory: Path) -> None:
+    """Of a run that has its result: many trials of many checkpoints each would fill the disk."""
+    shutil.rmtree(run_directory / CHECKPOINTS, ignore_errors=True)
 
 
 class Reporter:

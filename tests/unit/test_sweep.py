@@ -12,6 +12,7 @@ from ftray.config.domains import Choice, Range, as_yaml, parse_domain
 from ftray.config.expression import Expression
 from ftray.errors import ConfigError, NotFoundError
 from ftray.storage import write_json
+from ftray.sweep.fusable import why_not_fused
 from ftray.sweep.report import train_command, write_sweep_report
 from ftray.sweep.schedulers import Asha, MedianStopping
 from ftray.sweep.search import STARTUP_TRIALS, importance
@@ -392,3 +393,18 @@ def test_a_command_of_a_sweep_or_a_file(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(words)
         assert said in capsys.readouterr().err
+
+
+def test_what_can_be_fused_and_why_not(load):
+    assert why_not_fused(*load()) is None
+    for how, reason in (
+        ({"space": "\n  adapter: [{rank: 4}, null]\n"}, "trains the base itself"),
+        ({"space": "\n  adapter.variant: [lora, dora]\n"}, "adapter.variant: dora cannot be fused"),
+        ({"space": "\n  adapter.dropout: [0.0, 0.1]\n"}, "adapter.dropout"),
+        ({"space": "\n  objective: [{type: sft}, {type: domain}]\n"}, "the space changes objective"),
+        ({"space": "\n  base_model: [a, b]\n"}, "the space changes base_model"),
+        ({"more": "overrides: {zero.stage: 3}"}, "zero.stage"),
+        ({"more": "overrides: {tracking.wandb: offline}"}, "tracking.wandb"),
+        ({"more": "overrides: {workers.count: [1, 2]}"}, "workers.count"),
+    ):
+        assert reason in why_not_fused(*load(**how))

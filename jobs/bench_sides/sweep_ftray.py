@@ -1,0 +1,5 @@
+"""Fused trials over one base."""
+
+from sweep_side import measure
+
+measure("algorithm: grid, fused: 8")

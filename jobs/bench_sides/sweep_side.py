@@ -1,0 +1,87 @@
+"""One sweep of 8 trials, rank and rate, on the quickstart's intents, as a user starts it: wall time from the command to
+the answer, and the peak memory of its driver and workers."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+TRIALS, EPOCHS = 8, 1
+SPACE = """
+  adapter.rank: [4, 16]
+  adapter.alpha: {expression: 2 * adapter.rank}
+  optimizer.learning_rate: {log_uniform: [2e-4, 5e-3], points: 4}
+"""
+
+
+def measure(search: str, *, overrides: str = "") -> None:
+    """Prints one line of JSON. `tokens_per_s`: all that the 8 trials would train on to their ends, over the wall time,
+    so that a scheduler that stops trials is as much faster as it is sooner."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = Path(scratch) / "sweep.yaml"
+        config.write_text(
+            f"kind: sweep\nname: s\nrun: {ROOT}/configs/quickstart/run.yaml\nspace:{SPACE}search: {{{search}}}\n"
+            f"overrides: {{epochs: {EPOCHS}, runs_dir: {scratch}/runs, registry: {scratch}/registry, workers.count: 1, "
+            f"zero.stage: 0, evaluation.every: 8, evaluation.samples: 0{overrides}}}\n"
+        )
+        began = time.perf_counter()
+        command = [str(Path(sys.executable).parent / "ftray"), "sweep", str(config)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        watch = PeakMemory(process.pid)
+        out, _ = process.communicate()
+        seconds = time.perf_counter() - began
+        if process.returncode != 0:
+            sys.exit(out)
+        trials = Path(scratch) / "runs/s/trials"
+        whole = [
+            json.loads((path / "result.json").read_text())
+            for path in trials.glob("t*")
+            if (path / "result.json").exists()
+        ]
+        tokens = whole[0]["data"]["train"]["tokens"] * EPOCHS * TRIALS
+        told = {
+            "seconds": round(seconds, 1),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "peak_gib": watch.stop(),
+            "finished": len(whole),
+            "best_eval_loss": round(min(result["final_eval_loss"] for result in whole), 4),
+        }
+        print(json.dumps(told))
+
+
+class PeakMemory:
+    """Of a driver and Ray's workers under it: proportional set size, sampled. Ray's own services are the same on all
+    sides and left out."""
+
+    def __init__(self, pid: int):
+        self._root = psutil.Process(pid)
+        self._peak = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> float:
+        self._over.set()
+        self._thread.join()
+        return round(self._peak / 2**30, 2)
+
+    def _sample(self) -> None:
+        while not self._over.wait(0.5):
+            used = 0
+            try:
+                for process in [self._root, *self._root.children(recursive=True)]:
+                    if process == self._root or "ray::" in " ".join(process.cmdline()):
+                        used += process.memory_full_info().pss
+            except psutil.Error:
+                continue
+            self._peak = max(self._peak, used)
+
+
+CORES = os.cpu_count() or 1
