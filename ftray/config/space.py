@@ -147,10 +147,12 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[SweepCo
     except ValueError as error:
         raise ConfigError(str(path), [f"overrides: {error}"]) from None
     try:
-        RunConfig.model_validate(space.run)
+        run = RunConfig.model_validate(space.run)
     except ValidationError as error:
         problems = [f"overrides: {describe_problem(RunConfig, item)}" for item in error.errors()]
         raise ConfigError(str(path), problems) from None
+    if not config.seeds:
+        config = config.model_copy(update={"seeds": (run.seed,)})
     if problems := problems_of(space, config):
         raise ConfigError(str(path), problems)
     return config, space

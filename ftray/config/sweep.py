@@ -22,6 +22,11 @@ NOT_SWEPT = {
 }
 
 
+def why_not_swept(key: str) -> str | None:
+    found = (reason for refused, reason in NOT_SWEPT.items() if key == refused or key.startswith(f"{refused}."))
+    return next(found, None)
+
+
 class BudgetConfig(Strict):
     """Over all trials; the sweep ends with the first that is used up."""
 
@@ -54,9 +59,11 @@ class SearchConfig(Strict):
 
 def check_seeds(value: Any) -> tuple[int, ...]:
     """A number of seeds, or the seeds."""
+    if value in (0, []):
+        raise ValueError("give a number of seeds from 1 on, or a list of different ones")
     seeds: Any = tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
     whole = isinstance(seeds, (list, tuple)) and all(isinstance(s, int) and 0 <= s < 2**31 for s in seeds)
-    if not whole or not seeds or len(set(seeds)) < len(seeds):
+    if not whole or len(set(seeds)) < len(seeds):
         raise ValueError("give a number of seeds from 1 on, or a list of different ones")
     return tuple(seeds)
 
@@ -67,15 +74,14 @@ class SweepConfig(Strict):
     run: Text  # the run file that every trial starts from
     overrides: dict[str, Any] = Field(default_factory=dict)  # of the run's keys, the same in all trials
     space: dict[str, SpaceValue] = Field(min_length=1)
-    seeds: Annotated[Any, PlainValidator(check_seeds), PlainSerializer(list)] = (0,)
+    seeds: Annotated[Any, PlainValidator(check_seeds), PlainSerializer(list)] = ()  # not given: the run's own
     search: SearchConfig
 
     @model_validator(mode="after")
     def agree(self):
         for key in self.space:
-            for refused, reason in NOT_SWEPT.items():
-                if key == refused or key.startswith(f"{refused}."):
-                    raise ValueError(f"space.{key}: it cannot be swept: {reason}")
+            if (reason := why_not_swept(key)) is not None:
+                raise ValueError(f"space.{key}: it cannot be swept: {reason}")
             for other in self.space:
                 if key.startswith(f"{other}."):
                     raise ValueError(f"space.{key}: {other} is swept as a whole already")

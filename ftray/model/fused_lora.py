@@ -38,6 +38,9 @@ class FusedLora:
         """A new adapter, with the start that a run of its own would give it. Returns its parameters by name."""
         refuse_unfusable(config)
         injected = inject_beside(self._model, config, seed=seed)
+        head = self._model.get_output_embeddings()
+        if any(layer.get_base_layer() is head for layer in injected.values()):
+            raise AdapterError("adapter.targets: the output head sees trained tokens only, and cannot be fused")
         for module_name, layer in injected.items():
             fused = self._layers.get(module_name)
             if fused is None:
@@ -60,7 +63,8 @@ class FusedLora:
 
     @contextlib.contextmanager
     def apply(self, stretches: Sequence[Stretch]) -> Iterator[None]:
-        """For the forward of one row: whose its tokens are, in order. Its backward needs it no more."""
+        """For the forward of one row: whose its tokens are, in order; and for its backward, where activations are
+        computed again."""
         self.stretches = list(stretches)
         try:
             yield
@@ -123,9 +127,10 @@ class FusedLinear(nn.Module):
         self.scale: dict[str, float] = {}
 
     def take(self, name: str, layer: Any) -> None:
-        """PEFT's adapter `default` of this layer."""
-        self.a[name] = layer.lora_A["default"].weight
-        self.b[name] = layer.lora_B["default"].weight
+        """PEFT's adapter `default` of this layer, in float32 whatever the base has: small updates would be lost in
+        bfloat16."""
+        self.a[name] = nn.Parameter(layer.lora_A["default"].weight.detach().float())
+        self.b[name] = nn.Parameter(layer.lora_B["default"].weight.detach().float())
         self.scale[name] = layer.scaling["default"]
 
     def drop(self, name: str) -> None:
@@ -142,6 +147,7 @@ class FusedLinear(nn.Module):
                 factors += [self.a[name], self.b[name]]
             start += count
         x_TI = x.reshape(-1, x.shape[-1])
+        assert start in (0, len(x_TI)), f"{start} tokens are spoken for, the layer sees {len(x_TI)}"
         out_TO = FusedLinearFunction.apply(x_TI, self.base.weight, self.base.bias, spans, *factors)
         return out_TO.view(*x.shape[:-1], -1)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 

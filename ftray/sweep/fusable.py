@@ -25,6 +25,17 @@ def why_not_fused(config: SweepConfig, space: Space) -> str | None:
     return None
 
 
+def why_not_beside(config: SweepConfig, space: Space, point: dict[str, Any]) -> str | None:
+    """Of a point that the user adds to a sweep; None also where the sweep's trials are not fused anyway."""
+    if config.search.fused == "off" or why_not_fused(config, space) is not None:
+        return None
+    own, others = space.config(point), space.config(next(iter(space.points_to_check(is_grid=False))))
+    if (reason := why_not(own)) is not None:
+        return reason
+    differing = [key for key in SHARED if getattr(own, key) != getattr(others, key)]
+    return f"{differing[0]}: it is shared by all that are fused" if differing else None
+
+
 def why_not(run: RunConfig) -> str | None:
     """Of one run."""
     adapter = run.adapter

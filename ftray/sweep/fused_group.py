@@ -16,7 +16,7 @@ from torch import Tensor
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
 from ftray.data.plan import MicroBatch, divide
-from ftray.model.fused_lora import FusedLora
+from ftray.model.fused_lora import FusedLora, Stretch
 from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedCausalLM
 from ftray.objectives import LogProbs, Loss, Objective
@@ -71,9 +71,10 @@ class FusedGroup:
         sums = {member.name: torch.zeros(0, dtype=torch.float64) for member in members}
         names: dict[str, list[str]] = {}
         for together in self._rows(work, dataset):
-            losses = self._losses(together, dataset)
+            losses, stretches = self._losses(together, dataset)
             shares = [loss.sum / counts[member.name] for (member, _), loss in zip(together, losses, strict=True)]
-            torch.stack(shares).sum().backward()
+            with self._fused.apply(stretches):  # activation checkpointing computes layers again
+                torch.stack(shares).sum().backward()
             for (member, _), loss in zip(together, losses, strict=True):
                 told = torch.stack([loss.sum.detach(), *loss.metrics.values()]).double().cpu()
                 sums[member.name] = told if not len(sums[member.name]) else sums[member.name] + told
@@ -116,7 +117,7 @@ class FusedGroup:
         work = [(member, micro_batch) for micro_batch in shares[self._rank] if micro_batch for member in members]
         sums = {member.name: torch.zeros(2, dtype=torch.float64) for member in members}
         for together in self._rows(work, dataset):
-            for (member, _), loss in zip(together, self._losses(together, dataset), strict=True):
+            for (member, _), loss in zip(together, self._losses(together, dataset)[0], strict=True):
                 sums[member.name] += torch.stack([loss.sum, loss.count]).double().cpu()
         return {name: (total / count).item() for name, (total, count) in self._reduce_sums(sums).items()}
 
@@ -137,8 +138,8 @@ class FusedGroup:
         if row:
             yield row
 
-    def _losses(self, together: Sequence[Work], dataset: TokenizedDataset) -> list[Loss]:
-        """One forward for all; each member's loss from its own part."""
+    def _losses(self, together: Sequence[Work], dataset: TokenizedDataset) -> tuple[list[Loss], list[Stretch]]:
+        """One forward for all; each member's loss from its own part, and whose the row's tokens are."""
         parts = [pack(dataset, micro_batch).to(self._hardware.device) for _, micro_batch in together]
         row = pack(dataset, [index for _, micro_batch in together for index in micro_batch]).to(self._hardware.device)
         stretches = [(member.name, len(part.ids_T)) for (member, _), part in zip(together, parts, strict=True)]
@@ -150,7 +151,7 @@ class FusedGroup:
             with torch.no_grad():
                 reference = self._model(row).split(sizes)  # no stretches: the base alone
         given = zip(policy, reference, parts, strict=True)
-        return [self._objective.loss(LogProbs(own, base), part) for own, base, part in given]
+        return [self._objective.loss(LogProbs(own, base), part) for own, base, part in given], stretches
 
     def _reduce_gradients(self, members: Sequence[Member]) -> None:
         """One all-reduce: adapters are small, and many small ones would wait for each other's latency."""

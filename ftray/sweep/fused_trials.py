@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ftray.train.ray_trainer import last_line, worker_environment
 Say = Callable[[str], None]
 POLL_S = 0.2
 TRAIN_DIRECTORY = "ray-train"
+MAX_HAND_OUTS = 3
 
 
 class Desk:
@@ -37,6 +39,7 @@ class Desk:
         self._lines: list[str] = []
         self._num_ended = 0
         self._taken: dict[int, set[str]] = {}  # names of runs, by group
+        self._handed_out: Counter[str] = Counter()
 
     def start_over(self, group: int) -> None:
         """What this group had and has not ended is handed out again: its workers have died."""
@@ -46,6 +49,10 @@ class Desk:
         """So many runs at most, as JSON of their configs."""
         taken = []
         while len(taken) < count and (run := self._study.next_run()) is not None:
+            self._handed_out[run.name] += 1
+            if self._handed_out[run.name] > MAX_HAND_OUTS:  # it may be what kills its group
+                self.end(run.name, "failed", f"its workers died {MAX_HAND_OUTS} times")
+                continue
             self._taken.setdefault(group, set()).add(run.name)
             config = self._study.config_of(run, runs_dir=trials_directory(self._directory))
             taken.append(config.model_dump_json())
@@ -100,7 +107,10 @@ def run_fused(
     known = 0
     while any(thread.is_alive() for thread in threads):
         time.sleep(POLL_S)
-        lines, num_ended = ray.get(desk.news.remote())
+        try:
+            lines, num_ended = ray.get(desk.news.remote())
+        except RayError as error:
+            raise FtrayError(f"the sweep's desk died ({type(error).__name__}); the same command goes on") from None
         for line in lines:
             say(line)
         if num_ended != known:
@@ -140,6 +150,7 @@ def groups_of(base_run: RunConfig) -> tuple[RunConfig, int]:
     workers = base_run.workers
     if not workers.gpus_each and isinstance(workers.count, int):
         cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-        each = max(workers.cpus_each, cores // workers.count)
+        free = min(cores, int(ray.available_resources().get("CPU", 0)))  # others may have taken some for good
+        each = max(workers.cpus_each, free // workers.count)
         workers = workers.model_copy(update={"cpus_each": each})
     return base_run.model_copy(update={"workers": workers}), fitting_groups(workers)

@@ -4,6 +4,7 @@ run directories; the others follow what it says."""
 import contextlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from ftray.config import RunConfig
-from ftray.data.dataset import open_dataset
+from ftray.data.dataset import TokenizedDataset, open_dataset
+from ftray.errors import FtrayError
 from ftray.model.base import load_weights, prepare_base
 from ftray.model.flops import count_flops, measure_gemm_rate
 from ftray.model.fused_lora import FusedLora
@@ -25,14 +27,16 @@ from ftray.sweep.fused_group import FusedGroup, MemberStep
 from ftray.sweep.fused_job import FusedJob
 from ftray.sweep.member import Member, make_member, save
 from ftray.sweep.trial_run import Reporter, drop_checkpoints
+from ftray.sweep.trials import Report
 from ftray.tracking.events import record_event
-from ftray.tracking.metrics import MetricsLog
+from ftray.tracking.metrics import MetricsLog, read_metrics
 from ftray.train.callbacks import SAVE_FAILED
-from ftray.train.checkpoint import newest_whole_checkpoint
+from ftray.train.checkpoint import newest_whole_checkpoint, read_state
 from ftray.train.finish import PreparedData, finish
+from ftray.train.guard import WINDOW_STEPS
 from ftray.train.job import STOP_REQUEST
 from ftray.train.loop import StepRecord, peak_memory_gib
-from ftray.train.run_directory import open_run_directory
+from ftray.train.run_directory import check_same_data, open_run_directory
 
 
 def fused_worker(job: FusedJob) -> None:
@@ -56,12 +60,15 @@ def fused_worker(job: FusedJob) -> None:
     members: list[Member] = []
     while True:
         begun = agreed(clerk.take(job.slots - len(members)) if clerk is not None else None)
-        for text in begun:
-            config = RunConfig.model_validate_json(text)
-            assert config.adapter is not None
-            members.append(make_member(config, fused.add(config.name, config.adapter, seed=config.seed), train_data))
-            if clerk is not None:
-                clerk.begin(members[-1])
+        for assignment in begun:
+            try:
+                members.append(join(assignment, fused, train_data))
+            except FtrayError as error:  # the same on every rank: the member's own fault
+                if clerk is not None:
+                    clerk.refuse(assignment.config.name, str(error))
+            else:
+                if clerk is not None:
+                    clerk.begin(members[-1])
         if not members:
             break
         over: dict[str, tuple[str, str | None]] = {}
@@ -93,6 +100,25 @@ def fused_worker(job: FusedJob) -> None:
         clerk.close()
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """A run to take up, as rank 0 found it: a shared disk may show another rank another newest checkpoint."""
+
+    config: RunConfig
+    checkpoint: Path | None
+    earlier_losses: tuple[float, ...]
+
+
+def join(assignment: Assignment, fused: FusedLora, dataset: TokenizedDataset) -> Member:
+    """Raises `FtrayError` where its adapter cannot be made."""
+    config = assignment.config
+    assert config.adapter is not None
+    parameters = fused.add(config.name, config.adapter, seed=config.seed)
+    return make_member(
+        config, parameters, dataset, checkpoint=assignment.checkpoint, earlier_losses=assignment.earlier_losses
+    )
+
+
 def named(members: list[Member], name: str) -> Member:
     return next(member for member in members if member.name == name)
 
@@ -122,14 +148,38 @@ class Clerk:
         self._finishing: list[Future[None]] = []
         ray.get(job.desk.start_over.remote(job.group))  # what its workers before these had begun
 
-    def take(self, count: int) -> list[str]:
-        return ray.get(self._job.desk.take.remote(self._job.group, count)) if count > 0 else []
+    def take(self, count: int) -> list[Assignment]:
+        """What the desk has. A run that has its result already, whose end was not noted, is told and not taken up."""
+        texts = ray.get(self._job.desk.take.remote(self._job.group, count)) if count > 0 else []
+        found = [self._assignment(RunConfig.model_validate_json(text)) for text in texts]
+        return [assignment for assignment in found if assignment is not None]
+
+    def _assignment(self, config: RunConfig) -> Assignment | None:
+        try:
+            directory = open_run_directory(config, fresh=False)
+            if directory.finished is None and directory.resume_from is not None:
+                check_same_data(directory.resume_from, self._job.data_digest)
+        except FtrayError as error:
+            self.refuse(config.name, str(error))
+            return None
+        if directory.finished is not None:
+            reporter = Reporter(config, metric=self._job.metric, tell=lambda report: self._tell(config.name, report))
+            reporter.begin(directory.finished["steps"])
+            reporter.tell_all()
+            ray.get(self._job.desk.end.remote(config.name, "finished", None))
+            return None
+        (directory.path / STOP_REQUEST).unlink(missing_ok=True)
+        checkpoint = directory.resume_from
+        start = read_state(checkpoint).step if checkpoint is not None else 0
+        losses = [r["loss"] for r in read_metrics(directory.path) if "loss" in r and r["step"] <= start]
+        return Assignment(config, checkpoint, tuple(losses[-WINDOW_STEPS:]))
+
+    def refuse(self, name: str, message: str) -> None:
+        ray.get(self._job.desk.end.remote(name, "failed", message))
 
     def begin(self, member: Member) -> None:
-        open_run_directory(member.config, fresh=False)
-        (member.directory / STOP_REQUEST).unlink(missing_ok=True)
         member.metrics = MetricsLog(member.directory, resume_step=member.step)
-        reporter = Reporter(member.config, metric=self._job.metric, tell=lambda report: self._tell(member, report))
+        reporter = Reporter(member.config, metric=self._job.metric, tell=lambda report: self._tell(member.name, report))
         reporter.begin(member.num_steps)
         self._reporters[member.name] = reporter
         self._began[member.name] = time.time()
@@ -203,6 +253,6 @@ class Clerk:
         member.metrics.append(record)
         self._reporters[member.name].tell_news([record])
 
-    def _tell(self, member: Member, report: Any) -> None:
-        if ray.get(self._job.desk.report.remote(member.name, report)) is not None:
-            self._asked.add(member.name)
+    def _tell(self, name: str, report: Report) -> None:
+        if ray.get(self._job.desk.report.remote(name, report)) is not None:
+            self._asked.add(name)

@@ -19,13 +19,15 @@ from ftray.sweep.trials import trials_directory
 from ftray.sweep.tune_trials import TUNE_DIRECTORY, run_trials
 from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import differences
+from ftray.train.checkpoint import data_digest
 from ftray.train.finish import PreparedData
 from ftray.train.launch import TOKENS, check_before_anything, prepare_data, start_ray
 from ftray.train.preflight import check_nodes, check_resources, fitting_groups
 from ftray.train.run_directory import only_driver, refuse_unwritable, refuse_vanishing_directory, set_aside
 
-SWEEP = "sweep.json"
+SWEEP, DATA = "sweep.json", "data.json"
 FUSED_SLOTS = 8
+TPE_ROUNDS = 3  # of trials side by side at least: it learns from those that have ended
 # What may change when a sweep goes on: how long and how wide it is searched, not what is searched.
 MAY_CHANGE = ("sweep.search.trials", "sweep.search.budget", "sweep.search.max_concurrent", "sweep.search.fused")
 
@@ -52,11 +54,12 @@ def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = Fals
 
 def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> None:
     config = study.config
-    base, data = prepare_data(base_run, say, kept_in=trials_directory(directory) / TOKENS)
-    check_resources(base_run.workers, say=say)
-    check_nodes(trials_directory(directory), base_run.workers)
     reason = "search.fused: off" if config.search.fused == "off" else why_not_fused(config, study.space)
     try:
+        base, data = prepare_data(base_run, say, kept_in=trials_directory(directory) / TOKENS)
+        check_data_of_sweep(directory, data)
+        check_resources(base_run.workers, say=say)
+        check_nodes(trials_directory(directory), base_run.workers)
         if reason is None:
             run_groups(directory, study, base_run, base, data, say=say)
         else:
@@ -66,16 +69,29 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -
         raise InterruptedRunError(f"{config.name}: stopped; {state}") from None
 
 
+def check_data_of_sweep(directory: Path, data: PreparedData) -> None:
+    """Trials on other data could not be compared with those that are done. Raises `UserError`."""
+    digests = {"train": data.digest, "eval": data_digest(data.eval) if data.eval is not None else None}
+    if (directory / DATA).is_file() and read_json(directory / DATA) != digests:
+        raise UserError(
+            f"{directory}: its data have changed since its first trials (rows, template or tokenizer); put the old "
+            "files back, choose another name, or start over with --fresh"
+        )
+    write_json(directory / DATA, digests)
+
+
 def run_groups(
     directory: Path, study: Study, base_run: RunConfig, base: BaseModel, data: PreparedData, *, say: Say
 ) -> None:
     """LoRA trials side by side over one base."""
     base_run, num_groups = groups_of(base_run)
     wanted, planned = study.config.search.fused, study.num_planned_runs
+    limits = [limit for limit in (planned, study.config.search.max_concurrent) if limit is not None]
+    if wanted == "auto" and study.config.search.algorithm == "tpe" and planned is not None:
+        limits.append(-(-planned // TPE_ROUNDS))
+    num_groups = min(num_groups, *limits)
     slots = FUSED_SLOTS if wanted == "auto" else int(wanted)
-    if planned is not None:
-        num_groups = min(num_groups, planned)
-        slots = min(slots, -(-planned // num_groups))  # no group takes what others could
+    slots = min([slots, *(-(-limit // num_groups) for limit in limits)])  # no group takes what others could
     assert data.train.directory is not None
     groups = f", in {num_groups} groups" if num_groups > 1 else ""
     say(f"{study.describe_plan()}; fused: {slots} at a time over one base, on {described(base_run)}{groups}")
@@ -173,6 +189,11 @@ def ray_session(run: RunConfig) -> Iterator[None]:
         start_ray(run=run.name)
     try:
         yield
-    finally:
+    except InterruptedRunError:
+        raise  # a thread still waits for Ray, which would end the process before its message is printed
+    except BaseException:
         if own:
             ray.shutdown()
+        raise
+    if own:
+        ray.shutdown()

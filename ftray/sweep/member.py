@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from ftray.train.checkpoint import (
     TrainerState,
     complete_checkpoint,
     list_checkpoints,
-    newest_whole_checkpoint,
     read_state,
     write_snapshot,
 )
@@ -83,8 +82,15 @@ class Member:
         return norm
 
 
-def make_member(config: RunConfig, parameters: dict[str, nn.Parameter], dataset: TokenizedDataset) -> Member:
-    """At its newest whole checkpoint, or at the start."""
+def make_member(
+    config: RunConfig,
+    parameters: dict[str, nn.Parameter],
+    dataset: TokenizedDataset,
+    *,
+    checkpoint: Path | None = None,
+    earlier_losses: Sequence[float] = (),
+) -> Member:
+    """At its checkpoint, with the losses of the steps before it, or at the start."""
     plan = plan_steps(config, dataset.lengths)
     num_steps = plan.num_steps(epochs=config.epochs, max_steps=config.max_steps)
     member = Member(
@@ -95,9 +101,8 @@ def make_member(config: RunConfig, parameters: dict[str, nn.Parameter], dataset:
         end_position=None if config.epochs is None else config.epochs * len(dataset),
         optimizer=make_optimizer(parameters, config.optimizer),
         learning_rate=make_schedule(config.optimizer, num_steps=num_steps),
-        guard=LossGuard(config.guard),
+        guard=LossGuard(config.guard, earlier_losses=earlier_losses),
     )
-    checkpoint = newest_whole_checkpoint(member.directory)
     if checkpoint is not None:
         restore(member, checkpoint)
     return member

@@ -1,5 +1,7 @@
 """`sweep.html`: the table, the plots and the choice. One file, no network."""
 
+import json
+import re
 import shlex
 from pathlib import Path
 
@@ -103,4 +105,6 @@ def yaml_text(value: object) -> str:
         return "[" + ", ".join(yaml_text(item) for item in value) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {yaml_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and (not re.fullmatch(r"[A-Za-z][\w./@-]*", value) or value in ("null", "true", "false")):
+        return json.dumps(value)
     return str(value)

@@ -77,17 +77,24 @@ def as_optuna_study(trials: Sequence[Trial], space: Space, search: SearchConfig,
         elif not trial.is_over:
             state = TrialState.RUNNING
         else:
-            state = TrialState.PRUNED if trial.status == "stopped" and trial.values else TrialState.FAIL
+            # Without a value the sampler takes it for the worst; of a failed one it learns nothing.
+            state = TrialState.FAIL if trial.status == "failed" else TrialState.PRUNED
         study.add_trial(
             optuna.trial.create_trial(
                 state=state,
                 params={key: parameter_of(domain, trial.point[key]) for key, domain in space.free.items()},
                 distributions=distributions(space),
-                value=trial.mean if state in (TrialState.COMPLETE, TrialState.PRUNED) else None,
-                intermediate_values={trial.step: trial.mean} if state == TrialState.PRUNED and trial.mean else {},
+                value=trial.mean if state == TrialState.COMPLETE else None,
+                intermediate_values=reached(trial),
             )
         )
     return study
+
+
+def reached(trial: Trial) -> dict[int, float]:
+    """By a trial that was stopped, at its last step."""
+    mean = trial.mean if trial.is_over and trial.status == "stopped" else None
+    return {} if mean is None else {trial.step: mean}
 
 
 def distributions(space: Space) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Everything that it hears is appended to `trials.jsonl`; reading that again gives
 died goes on where it stood.
 """
 
+import errno
 import json
 import math
 import os
@@ -15,8 +16,10 @@ from typing import Any
 
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.config.space import point_text
-from ftray.errors import NotFoundError
+from ftray.config.sweep import why_not_swept
+from ftray.errors import ConfigError, NotFoundError
 from ftray.storage import read_json, write_bytes, write_json
+from ftray.sweep.fusable import why_not_beside
 from ftray.sweep.schedulers import make_scheduler
 from ftray.sweep.search import make_search
 from ftray.sweep.trials import Outcome, Report, SweepRun, Trial, run_name
@@ -48,6 +51,7 @@ class Study:
         self._sign = 1.0 if config.search.mode == "min" else -1.0
         self._given: set[str] = set()  # names of the runs that somebody works on
         self._asked: dict[str, str] = {}  # why a run was asked to stop
+        self._diverged: dict[str, str] = {}  # whose metric is no number any more
         self._clock = clock
         self._began = clock()
         self._directory = directory
@@ -74,6 +78,11 @@ class Study:
         if point is None:
             return None
         self._note({"event": "trial", "trial": len(self.trials), "point": point, "cloned_from": None})
+        try:
+            self.space.check_point(point, label=self.trials[-1].name)
+        except ConfigError as error:  # of a range, not all points were checked before the start
+            for run in self.trials[-1].runs:
+                self.end(run.name, "failed", "; ".join(error.problems))
         return self.next_run()
 
     def clone(self, name: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +90,13 @@ class Study:
         Returns its point; raises `ConfigError` when the run's schema refuses it."""
         trial = self.trial(name)
         point = trial.point | changes
-        self.space.check_point(point, label=f"clone-trial {name}")
+        label = f"clone-trial {name}"
+        refused = [f"{key}: {reason}" for key in changes if (reason := why_not_swept(key)) is not None]
+        if refused:
+            raise ConfigError(label, refused)
+        self.space.check_point(point, label=label)
+        if (reason := why_not_beside(self.config, self.space, point)) is not None:
+            raise ConfigError(label, [f"{reason}, and this sweep is; run it by itself with `ftray train`"])
         write_json(self._directory / REQUESTS / f"{time.time_ns()}.json", {"point": point, "cloned_from": trial.name})
         return point
 
@@ -107,13 +122,18 @@ class Study:
     def report(self, name: str, report: Report) -> str | None:
         """Returns why the run is to stop, or None. A run that resumed may tell again what it has told."""
         run = self.run(name)
-        if run.last is None or report.step > run.last.step:
+        if not math.isfinite(report.value):
+            told = f"step {report.step}: {self.config.search.metric} is {report.value}"
+            self._asked[name] = self._diverged[name] = told
+        elif run.last is None or report.step > run.last.step:
             self._note({"event": "report", "run": name, **vars(report)})
         return self._asked.get(name) or self.spent
 
     def end(self, name: str, outcome: Outcome, message: str | None = None) -> SweepRun:
         """One that stopped because the budget is spent has not ended: with a larger one it goes on."""
         run = self.run(name)
+        if name in self._diverged:
+            outcome, message = "diverged", self._diverged[name]
         if outcome != "stopped" or name in self._asked or self.spent is None:
             message = message if outcome != "stopped" else self._asked.get(name, "by the user")
             self._note({"event": "end", "run": name, "outcome": outcome, "message": message})
@@ -253,10 +273,15 @@ class Study:
     def _note(self, event: dict[str, Any]) -> None:
         """Written before it counts."""
         line = json.dumps({**event, "time": time.time(), "seconds_spent": round(self.seconds, 3)}) + "\n"
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        with self._path.open("ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line.encode()) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(start)  # half a line would spoil what comes after it
+                raise
         self._apply(event)
 
     def _apply(self, event: dict[str, Any]) -> None:

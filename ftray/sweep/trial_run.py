@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config import RunConfig
-from ftray.errors import DivergedError, FtrayError, InterruptedRunError
-from ftray.sweep.trials import Outcome, Report
+from ftray.errors import DivergedError, FtrayError, InterruptedRunError, UserError
+from ftray.sweep.trials import Report
 from ftray.tracking.metrics import read_metrics
 from ftray.train.checkpoint import CHECKPOINTS
+from ftray.train.job import WORKER_ERROR
 from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher
 
+REFUSED = "refused"  # by the machine, before it began: a disk without room, say. Another time it may run
 Tell = Callable[[Report], None]
 
 
-def run_to_end(config: RunConfig, *, metric: str, tell: Tell) -> tuple[Outcome, str | None]:
+def run_to_end(config: RunConfig, *, metric: str, tell: Tell) -> tuple[str, str | None]:
     """Returns its outcome, and why where it did not finish. A run that was cut off goes on from its checkpoint."""
     reporter = Reporter(config, metric=metric, tell=tell)
     watcher = Watcher(
@@ -31,6 +33,9 @@ def run_to_end(config: RunConfig, *, metric: str, tell: Tell) -> tuple[Outcome, 
         return "stopped", None
     except DivergedError as error:
         return "diverged", str(error)
+    except UserError as error:
+        workers_said = (Path(config.runs_dir) / config.name / WORKER_ERROR).is_file()
+        return ("failed" if workers_said else REFUSED), str(error)
     except FtrayError as error:
         return "failed", str(error)
     reporter.begin(result["steps"])

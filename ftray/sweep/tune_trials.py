@@ -16,9 +16,10 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from ftray.config import RunConfig
-from ftray.errors import FtrayError
+from ftray.errors import FtrayError, UserError
 from ftray.sweep.study import Study
-from ftray.sweep.trials import Outcome, Report, trials_directory
+from ftray.sweep.trial_run import REFUSED
+from ftray.sweep.trials import Report, trials_directory
 from ftray.train.job import request_stop
 
 # A driver of a trial only waits: it takes no CPU, and it runs where the sweep's own driver keeps its files.
@@ -74,6 +75,8 @@ def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, 
     thread.start()
     while thread.is_alive():
         thread.join(POLL_S)
+    if search.refusal is not None:
+        raise UserError(f"{search.refusal}\n  the same command goes on")
     if outcome:
         raise FtrayError(f"Ray Tune failed: {(str(outcome[0]).strip().splitlines() or ['?'])[-1]}") from outcome[0]
 
@@ -86,9 +89,10 @@ class StudySearch(Searcher):
         self._study = study
         self._directory = directory
         self.runs: dict[str, str] = {}  # by Tune's trial id
+        self.refusal: str | None = None  # why the machine takes no more
 
     def suggest(self, trial_id: str) -> Any:
-        run = self._study.next_run()
+        run = self._study.next_run() if self.refusal is None else None
         if run is None:
             return Searcher.FINISHED
         self.runs[trial_id] = run.name
@@ -131,10 +135,13 @@ class TellStudy(tune.Callback):
         """Its driver died more often than `MAX_TRIAL_FAILURES`."""
         self._end(self._search.runs[trial.trial_id], "failed", f"its driver died {MAX_TRIAL_FAILURES + 1} times")
 
-    def _end(self, name: str, outcome: Outcome, message: str | None) -> None:
+    def _end(self, name: str, outcome: Any, message: str | None) -> None:
         if name in self._ended:
             return
         self._ended.add(name)
+        if outcome == REFUSED:
+            self._search.refusal = message
+            return
         self._say(self._study.describe_end(self._study.end(name, outcome, message)))
         self._on_end()
 

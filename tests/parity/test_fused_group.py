@@ -71,17 +71,20 @@ def run_group(
     token_budget: int = 4096,
     stop_early: str | None = None,
     save_at: int | None = None,
+    checkpointed: bool = False,
     share_a_norm: bool = False,
 ) -> dict[str, dict[str, Any]]:
+    from ftray.config.run import MemoryConfig
     from ftray.data.tokens import tokenize_source
     from ftray.model.base import load_tokenizer, load_weights, prepare_base
     from ftray.model.chat import ChatRenderer
     from ftray.model.fused_lora import FusedLora
     from ftray.model.hardware import choose_hardware
-    from ftray.model.packed import PackedCausalLM, register_packed_attention
+    from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
     from ftray.objectives import OBJECTIVES
     from ftray.sweep.fused_group import FusedGroup, MemberStep
     from ftray.sweep.member import make_member, save
+    from ftray.train.checkpoint import newest_whole_checkpoint
 
     configs = {}
     for record in MEMBERS:
@@ -91,9 +94,15 @@ def run_group(
     first = next(iter(configs.values()))
     dataset = tokenize_source("data.train", train_file, first.data, ChatRenderer(load_tokenizer(base)))
     model = load_weights(base, choose_hardware(), attention=register_packed_attention())
+    prepare_layers(model, MemoryConfig(activation_checkpointing=checkpointed))
     fused = FusedLora(model)
     members = [
-        make_member(config, fused.add(name, config.adapter, seed=config.seed), dataset)
+        make_member(
+            config,
+            fused.add(name, config.adapter, seed=config.seed),
+            dataset,
+            checkpoint=newest_whole_checkpoint(out / "runs" / name),
+        )
         for name, config in configs.items()
     ]
     group = FusedGroup(PackedCausalLM(model), fused, OBJECTIVES["sft"](), choose_hardware(), token_budget=token_budget)
@@ -163,8 +172,8 @@ def compare(found: dict[str, Trained], alone: dict[str, Trained], *, without: st
 
 @pytest.mark.parametrize(
     ("world_size", "how"),
-    [(1, {}), (2, {"token_budget": 150}), (1, {"stop_early": "wide"})],
-    ids=["one rank", "two ranks, small rows", "one stopped early"],
+    [(1, {}), (2, {"token_budget": 150}), (1, {"stop_early": "wide", "checkpointed": True})],
+    ids=["one rank", "two ranks, small rows", "one stopped early, activations computed again"],
 )
 def test_members_of_a_group_are_the_runs_alone(world_size, how, fixed, alone, tmp_path):
     compare(fused_on_ranks(world_size, tmp_path, **fixed, **how), alone, without=how.get("stop_early"))

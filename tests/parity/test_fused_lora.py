@@ -120,3 +120,25 @@ def test_what_is_no_plain_sum_over_the_base_is_refused(tiny_base, settings):
     fused = FusedLora(load(tiny_base))
     with pytest.raises(AdapterError, match=f"adapter.{next(iter(settings))}"):
         fused.add("a", AdapterConfig(**settings), seed=0)
+
+
+def test_adapters_and_so_their_moments_are_float32_over_a_bfloat16_base(tiny_base):
+    fused = FusedLora(load(tiny_base).to(torch.bfloat16))
+    parameters = fused.add("a", AdapterConfig(), seed=0)
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    with fused.apply([("a", 5)]):
+        layer = next(iter(fused._layers.values()))
+        out = layer(torch.ones(5, layer.base.in_features, dtype=torch.bfloat16, requires_grad=True))
+        out.sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert next(iter(parameters.values())).grad.dtype == torch.float32
+
+
+def test_the_output_head_is_refused(tmp_path):
+    from tiny import write_tiny_model
+
+    from ftray.model.base import prepare_base
+
+    fused = FusedLora(load(prepare_base(str(write_tiny_model(tmp_path, tied=False)))))
+    with pytest.raises(AdapterError, match="output head"):
+        fused.add("a", AdapterConfig(targets=["q_proj", "lm_head"]), seed=0)

@@ -1,5 +1,7 @@
 """`ftray plan` against measured peaks of the same settings (all of them: tests/parity/memory.py; docs/plan.md)."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from memory import CASES, measure, planned, write_model
 
@@ -11,7 +13,9 @@ MEASURED = ["full-z2", "full-z3-2-ranks", "lora-z2", "lora-z2-checkpointed"]
 def peaks(tmp_path_factory):
     scratch = tmp_path_factory.mktemp("memory")
     base = write_model(scratch / "model")
-    return base, {name: measure(*CASES[name], base, scratch / "out.pt") for name in MEASURED}
+    with ThreadPoolExecutor(max_workers=2) as pool:  # a rank has one thread
+        found = pool.map(lambda name: measure(*CASES[name], base, scratch / f"{name}.pt"), MEASURED)
+        return base, dict(zip(MEASURED, found, strict=True))
 
 
 @pytest.mark.parametrize("name", MEASURED)

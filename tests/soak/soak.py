@@ -28,6 +28,7 @@ from tiny import write_peft_adapter, write_tiny_model
 
 NUM_WEIGHTS, NUM_NAMES, CLIENTS = 4, 12, 24
 KILL_EVERY_S, FLIP_EVERY_S, MEASURE_EVERY_S = 30.0, 0.5, 5.0
+PUBLISH_EVERY = 40  # flips: three versions a minute
 VANISH, STREAM = 0.05, 0.6  # shares of requests
 QUOTA = 30  # requests a minute of the tenant that asks for more
 QUESTION, TOKENS = "where is the refund", 12
@@ -125,7 +126,7 @@ class Soak:
         while time.monotonic() < until:
             await asyncio.sleep(FLIP_EVERY_S)
             name = f"a{chance.randrange(NUM_NAMES)}"
-            if number % 8 == 0:  # a version more, with the weights that its number stands for
+            if number % PUBLISH_EVERY == 0:  # a version more, with the weights that its number stands for
                 latest = registry.versions(name)[-1]
                 await asyncio.to_thread(publish_adapter, registry, name, adapters[latest % NUM_WEIGHTS])
                 self.counts["published"] += 1

@@ -408,3 +408,76 @@ def test_what_can_be_fused_and_why_not(load):
         ({"more": "overrides: {workers.count: [1, 2]}"}, "workers.count"),
     ):
         assert reason in why_not_fused(*load(**how))
+
+
+def test_a_metric_that_is_no_number_ends_a_trial_and_harms_no_other(load, tmp_path):
+    for algorithm in ("tpe", "random"):
+        directory = tmp_path / algorithm
+        directory.mkdir()
+        loaded = load(f"{{algorithm: {algorithm}, trials: 12, scheduler: asha}}")
+        study = study_of(loaded, directory)
+        while (run := study.next_run()) is not None:
+            for step in (10, 20, 30, 40):
+                value = float("nan") if run.trial % 3 == 0 and step >= 20 else 10.0 / (run.trial + 1) / step
+                if study.report(run.name, Report(step, value, step, step)) is not None:
+                    study.end(run.name, "stopped")
+                    break
+            else:
+                study.end(run.name, "finished")
+        statuses = [trial.status for trial in study.trials]
+        assert {statuses[number] for number in (0, 3, 6, 9)} == {"diverged"}
+        assert statuses.count("finished") == 8
+        assert "eval_loss is nan" in study.trials[0].message
+        assert study_of(loaded, directory).trials == study.trials
+        assert study.best.number == 11
+
+
+def test_a_finished_run_whose_last_metric_is_no_number_has_diverged(load, tmp_path):
+    study = study_of(load(), tmp_path)
+    run = study.next_run()
+    study.report(run.name, Report(40, float("inf"), 1, 1.0))
+    assert study.end(run.name, "finished").outcome == "diverged"
+
+
+def test_clones_keep_to_what_a_sweep_has_in_common(load, tmp_path):
+    study = study_of(load(), tmp_path)
+    study.next_run()
+    for changes, reason in (
+        ({"seed": 7}, "give `seeds`"),
+        ({"data.eval": "other.jsonl"}, "cannot be compared"),
+        ({"runs_dir": "/q"}, "trials lie in"),
+        ({"data.train": "other.jsonl"}, "data: it is shared by all that are fused"),
+        ({"adapter.dropout": 0.1}, "adapter.dropout: 0.1 cannot be fused"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            study.clone("t000", changes)
+    apart = study_of(load("{algorithm: grid, fused: off}"), tmp_path)
+    apart.clone("t000", {"adapter.dropout": 0.1})  # trials of a process each need not agree
+
+
+def test_a_point_that_the_schema_refuses_fails_alone(load, tmp_path):
+    study = study_of(load("{algorithm: random, trials: 2}"), tmp_path)
+    study._search.point = lambda number, earlier: {"adapter.rank": number * 4, "optimizer.learning_rate": 1e-3}
+    assert play(study, lambda point, step: 1.0) == ["t001"]
+    assert [trial.status for trial in study.trials] == ["failed", "finished"]
+    assert "adapter.rank: 0 is refused" in study.trials[0].message
+
+
+def test_half_a_line_on_a_full_disk_is_taken_back(load, tmp_path, monkeypatch):
+    study = study_of(load(), tmp_path)
+    run = study.next_run()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError):
+            study.report(run.name, Report(10, 1.0, 1, 1.0))
+    study.report(run.name, Report(10, 1.0, 1, 1.0))
+    assert [report.step for report in study_of(load(), tmp_path).run(run.name).reports] == [10]
+
+
+def test_without_seeds_a_trial_has_the_runs_own(load):
+    assert load(more="overrides: {seed: 42}")[0].seeds == (42,)
+    assert load(more="seeds: 2")[0].seeds == (0, 1)
