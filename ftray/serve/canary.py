@@ -12,6 +12,8 @@ from ftray.registry import Canary
 KEPT = 500  # latest answers of each side that are compared
 # Of the stable version, before its latency or errors are compared with; fewer count as no errors and no latency.
 MIN_STABLE = 5
+# A first token that comes later by less harms nobody; medians are compared after every answer, and there is noise.
+NOTICED_S = 0.05
 
 
 def is_chosen(canary: Canary, *, alias: str, key: str | None) -> bool:
@@ -60,7 +62,7 @@ class CanaryWatch:
             )
         if tried.first_token_s and len(stable.first_token_s) >= MIN_STABLE:
             ours, theirs = statistics.median(tried.first_token_s), statistics.median(stable.first_token_s)
-            if ours > theirs * limits.max_latency_ratio:
+            if ours > theirs * limits.max_latency_ratio and ours > theirs + NOTICED_S:
                 return (
                     f"the first token took {ours * 1000:.0f} ms, against {theirs * 1000:.0f} ms of the stable version; "
                     f"the limit is {limits.max_latency_ratio:g} times"
