@@ -158,17 +158,15 @@ def show_answer(study: "Study") -> None:
     from rich.table import Table
 
     from ftray.config.space import short
+    from ftray.sweep.report import metric_text, status_text
 
     table = Table(box=box.SIMPLE, pad_edge=False)
     keys = list(study.space.free)
     for column in ("trial", *keys, study.config.search.metric, "steps", "tokens", "time", "outcome"):
         table.add_column(column, justify="left" if column in ("trial", "outcome") else "right", overflow="fold")
     for trial in study.ranked:
-        value = "" if trial.mean is None else f"{trial.mean:.4f}"
-        interval = "" if trial.half_interval is None else f" ± {trial.half_interval:.4f}"
-        outcome = trial.status if trial.message is None else f"{trial.status}: {trial.message.splitlines()[0]}"
         values = [short(trial.point[key]) for key in keys]
         spent = [str(trial.step), f"{trial.tokens:,}", f"{trial.seconds:.0f} s"]
-        table.add_row(trial.name, *values, value + interval, *spent, outcome)
+        table.add_row(trial.name, *values, metric_text(trial), *spent, status_text(trial))
     Console(highlight=False, width=None if Console().is_terminal else 140).print(table)
     print(study.conclusion())

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from ftray.sweep.fused_job import FusedJob, run_fused_in_worker
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Outcome, Report, trials_directory
 from ftray.train.preflight import fitting_groups
-from ftray.train.ray_trainer import last_line, worker_environment
+from ftray.train.ray_trainer import Fit, bundle_of, last_line, worker_environment
 
 Say = Callable[[str], None]
 POLL_S = 0.2
@@ -90,20 +89,11 @@ def run_fused(
     desk: Any = ray.remote(num_cpus=0, max_restarts=0)(Desk)
     desk = desk.options(scheduling_strategy=here).remote(study.config, study.space, directory)
     shutil.rmtree(directory / TRAIN_DIRECTORY, ignore_errors=True)
-    outcome: list[BaseException] = []
-
-    def fit(group: int) -> None:
-        try:
-            own = FusedJob(metric=study.config.search.metric, group=group, slots=slots, desk=desk, **job)
-            make_group(own, directory).fit()
-        except Exception as error:  # noqa: BLE001  carried over to the main thread
-            outcome.append(error)
-
-    threads = [
-        threading.Thread(target=fit, args=(group,), name=f"fused-{group}", daemon=True) for group in range(num_groups)
+    jobs = [
+        FusedJob(metric=study.config.search.metric, group=group, slots=slots, desk=desk, **job)
+        for group in range(num_groups)
     ]
-    for thread in threads:
-        thread.start()
+    threads = [Fit(make_group(own, directory)) for own in jobs]
     known = 0
     while any(thread.is_alive() for thread in threads):
         time.sleep(POLL_S)
@@ -120,19 +110,19 @@ def run_fused(
         say(line)
     with contextlib.suppress(RayError):
         ray.kill(desk)
-    if outcome:
-        raise FtrayError(f"the fused group failed: {last_line(outcome[0])}") from outcome[0]
+    failures = [thread.failure for thread in threads if thread.failure is not None]
+    if failures:
+        raise FtrayError(f"the fused group failed: {last_line(failures[0])}") from failures[0]
 
 
 def make_group(job: FusedJob, directory: Path) -> TorchTrainer:
     workers = job.base_run.workers
-    bundle = {"CPU": float(workers.cpus_each)} | ({"GPU": float(workers.gpus_each)} if workers.gpus_each else {})
     return TorchTrainer(
         run_fused_in_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if workers.gpus_each else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers.max_count, use_gpu=workers.gpus_each > 0, resources_per_worker=bundle
+            num_workers=workers.max_count, use_gpu=workers.gpus_each > 0, resources_per_worker=bundle_of(workers)
         ),
         run_config=RayRunConfig(
             name=f"group-{job.group}",

@@ -23,6 +23,7 @@ from ftray.train.checkpoint import data_digest
 from ftray.train.finish import PreparedData
 from ftray.train.launch import TOKENS, check_before_anything, prepare_data, start_ray
 from ftray.train.preflight import check_nodes, check_resources, fitting_groups
+from ftray.train.ray_trainer import name_for_workers
 from ftray.train.run_directory import only_driver, refuse_unwritable, refuse_vanishing_directory, set_aside
 
 SWEEP, DATA = "sweep.json", "data.json"
@@ -98,7 +99,7 @@ def run_groups(
     say(f"as it goes: {write_sweep_report(study, directory)}")
     job = {
         "base_run": base_run,
-        "base_name": str(base.directory) if Path(base_run.base_model).exists() else base_run.base_model,
+        "base_name": name_for_workers(base_run, base),
         "train_data": data.train.directory,
         "eval_data": data.eval.directory if data.eval is not None else None,
         "data_digest": data.digest,

@@ -75,11 +75,14 @@ def metric_text(trial: Trial) -> str:
     return f"{trial.mean:.4f}" + ("" if trial.half_interval is None else f" ± {trial.half_interval:.4f}")
 
 
+def status_text(trial: Trial) -> str:
+    return trial.status if trial.message is None else f"{trial.status}: {trial.message.splitlines()[0]}"
+
+
 def outcome_text(trial: Trial) -> str:
-    told = trial.status if trial.message is None else f"{trial.status}: {trial.message.splitlines()[0]}"
     if trial.cloned_from is None:
-        return told
-    return f"{told} (cloned from {trial.cloned_from}: {point_text(trial.point)})"
+        return status_text(trial)
+    return f"{status_text(trial)} (cloned from {trial.cloned_from}: {point_text(trial.point)})"
 
 
 def train_command(study: Study, trial: Trial) -> str:

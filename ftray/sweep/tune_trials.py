@@ -5,7 +5,6 @@ it saves and ends at its next step, and nothing of Ray has to be killed.
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ftray.sweep.study import Study
 from ftray.sweep.trial_run import REFUSED
 from ftray.sweep.trials import Report, trials_directory
 from ftray.train.job import request_stop
+from ftray.train.ray_trainer import Fit, last_line
 
 # A driver of a trial only waits: it takes no CPU, and it runs where the sweep's own driver keeps its files.
 TRIAL_BUNDLE = {"node:__internal_head__": 0.0001}
@@ -63,22 +63,13 @@ def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, 
             verbose=0,
         ),
     )
-    outcome: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            tuner.fit()
-        except Exception as error:  # noqa: BLE001  carried over to the main thread
-            outcome.append(error)
-
-    thread = threading.Thread(target=fit, name="ray-tune-fit", daemon=True)
-    thread.start()
+    thread = Fit(tuner)
     while thread.is_alive():
         thread.join(POLL_S)
     if search.refusal is not None:
         raise UserError(f"{search.refusal}\n  the same command goes on")
-    if outcome:
-        raise FtrayError(f"Ray Tune failed: {(str(outcome[0]).strip().splitlines() or ['?'])[-1]}") from outcome[0]
+    if thread.failure is not None:
+        raise FtrayError(f"Ray Tune failed: {last_line(thread.failure)}") from thread.failure
 
 
 class StudySearch(Searcher):

@@ -29,7 +29,7 @@ MAX_CLOCK_DIFFERENCE_S = 30.0
 
 def check_resources(workers: WorkersConfig, *, say: Callable[[str], None]) -> None:
     """Every worker must fit on a node beside those already placed there; raises `UserError` with what is missing."""
-    need = {"CPU": float(workers.cpus_each), "GPU": float(workers.gpus_each)}
+    need = need_of(workers)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fitting = sum(workers_that_fit(node, need) for node in nodes)
     if fitting >= workers.min_count:
@@ -49,9 +49,12 @@ def check_resources(workers: WorkersConfig, *, say: Callable[[str], None]) -> No
 
 def fitting_groups(workers: WorkersConfig) -> int:
     """How many runs of so many workers the cluster holds at a time, at least one."""
-    need = {"CPU": float(workers.cpus_each), "GPU": float(workers.gpus_each)}
-    fitting = sum(workers_that_fit(node["Resources"], need) for node in ray.nodes() if node["Alive"])
+    fitting = sum(workers_that_fit(node["Resources"], need_of(workers)) for node in ray.nodes() if node["Alive"])
     return max(1, fitting // workers.max_count)
+
+
+def need_of(workers: WorkersConfig) -> dict[str, float]:
+    return {"CPU": float(workers.cpus_each), "GPU": float(workers.gpus_each)}
 
 
 def workers_that_fit(node: dict[str, Any], need: dict[str, float]) -> int:
@@ -79,7 +82,7 @@ class NodeReport:
 
 def check_nodes(run_directory: Path, workers: WorkersConfig) -> None:
     """Asks every node that may get a worker; raises `UserError` naming the one that differs. One node needs none."""
-    need = {"CPU": float(workers.cpus_each), "GPU": float(workers.gpus_each)}
+    need = need_of(workers)
     nodes = [n for n in ray.nodes() if n["Alive"] and workers_that_fit(n["Resources"], need) > 0]
     here = ray.get_runtime_context().get_node_id()
     if all(node["NodeID"] == here for node in nodes):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config import RunConfig
+from ftray.config.run import WorkersConfig
 from ftray.errors import DivergedError, FtrayError, UserError
 from ftray.model.base import BaseModel
 from ftray.storage import check_sizes, read_json
@@ -70,7 +71,7 @@ def train_on_ray(
     job = TrainJob(
         config=config,
         run_directory=directory.path,
-        base_name=str(base.directory) if Path(config.base_model).exists() else config.base_model,
+        base_name=name_for_workers(config, base),
         init_from=init_from,
         data_digest=data.digest,
         train_data=data.train.directory,
@@ -100,7 +101,6 @@ def make_trainer(job: TrainJob) -> Any:
 
     workers, guard = job.config.workers, job.config.guard
     skips = guard.max_skips if guard.on_bad_loss == "skip" else 0  # each is a restart
-    bundle = {"CPU": float(workers.cpus_each)} | ({"GPU": float(workers.gpus_each)} if workers.gpus_each else {})
     return TorchTrainer(
         run_in_worker,
         train_loop_config={"job": job},
@@ -108,7 +108,7 @@ def make_trainer(job: TrainJob) -> Any:
         scaling_config=ScalingConfig(
             num_workers=workers.count if isinstance(workers.count, int) else (workers.min_count, workers.max_count),
             use_gpu=workers.gpus_each > 0,
-            resources_per_worker=bundle,
+            resources_per_worker=bundle_of(workers),
             elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
         ),
         run_config=RayRunConfig(
@@ -119,6 +119,15 @@ def make_trainer(job: TrainJob) -> Any:
             worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},
         ),
     )
+
+
+def bundle_of(workers: WorkersConfig) -> dict[str, float]:
+    return {"CPU": float(workers.cpus_each)} | ({"GPU": float(workers.gpus_each)} if workers.gpus_each else {})
+
+
+def name_for_workers(config: RunConfig, base: BaseModel) -> str:
+    """Of the base: a path holds whatever directory a worker starts in."""
+    return str(base.directory) if Path(config.base_model).exists() else config.base_model
 
 
 def clear_ray_notes(checkpoints: Path) -> None:
@@ -151,21 +160,12 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> BaseE
 
     `fit` runs in a thread (in the main one it would take over Ctrl-C); here the metrics are followed meanwhile.
     """
-    outcome: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:  # noqa: BLE001  carried over to the main thread
-            outcome.append(error)
-
     (run_directory / HARDWARE).unlink(missing_ok=True)
     clear_hangs(run_directory)
     workers: dict[str, Any] | None = None  # as rank 0 described them at their last start
     follower, hangs = MetricsFollower(run_directory), HangReader(run_directory)
     follower.poll()  # what an earlier part wrote
-    thread = threading.Thread(target=fit, name="ray-train-fit", daemon=True)
-    thread.start()
+    thread = Fit(trainer)
     while thread.is_alive():
         thread.join(POLL_S)
         if (run_directory / HARDWARE).is_file() and (found := read_json(run_directory / HARDWARE)) != workers:
@@ -183,7 +183,23 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> BaseE
         failure = read_json(run_directory / WORKER_ERROR)
         kind = UserError if failure["exit_code"] == 2 else DivergedError if failure["diverged"] else FtrayError
         raise kind(failure["message"])
-    return outcome[0] if outcome else None
+    return thread.failure
+
+
+class Fit(threading.Thread):
+    """`fit` of a trainer or tuner, begun beside the main thread; what it raises is kept."""
+
+    def __init__(self, fitted: Any):
+        super().__init__(name="ray-fit", daemon=True)
+        self._fitted = fitted
+        self.failure: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._fitted.fit()
+        except Exception as error:  # noqa: BLE001  carried over to the main thread
+            self.failure = error
 
 
 def last_line(error: BaseException) -> str:
