@@ -1,12 +1,14 @@
 """Entry point: one table of commands, and one place where errors become messages and exit codes."""
 
+import os
 import sys
+from typing import NoReturn
 
 import typer
 
 from ftray import __version__
 from ftray.cli import adapters, chat, doctor, evaluate, plan, quickstart, runs, serve, sweep, tenants, train
-from ftray.errors import FtrayError
+from ftray.errors import FtrayError, InterruptedRunError
 
 app = typer.Typer(
     name="ftray",
@@ -64,8 +66,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def fail(message: str, *, code: int, debug: bool, error: BaseException | None) -> None:
+def fail(message: str, *, code: int, debug: bool, error: BaseException | None) -> NoReturn:
     if debug and error is not None:
         raise error
     print(f"error: {message}", file=sys.stderr, flush=True)
+    if isinstance(error, InterruptedRunError):
+        # A thread may still wait in Ray: taking Ray down under it can crash the process, which would change the exit
+        # code. The kernel ends the processes of a Ray session of our own with this one.
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
