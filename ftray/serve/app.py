@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from ftray.serve.exchange import Watcher
 from ftray.serve.gate import Gate
 from ftray.serve.ingress import Ingress
 from ftray.serve.limits import Gatekeeper
+from ftray.serve.memory import give_back_free_memory, keep_out_of_collections
 from ftray.serve.metrics import OF_REPLICAS, OF_REQUESTS
 from ftray.serve.models import ModelNames
 from ftray.serve.overview import Overview, RecentTraffic
@@ -70,6 +70,11 @@ class ReplicaDeployment(EngineReplica):
         await self.measure()
         return {"adapters": self.residency.resident_keys}
 
+    def check_health(self) -> None:
+        """Ray Serve calls it every few seconds."""
+        super().check_health()
+        give_back_free_memory()
+
     def __del__(self) -> None:
         """Ray Serve calls it when the replica goes."""
         with contextlib.suppress(AttributeError):  # it was never whole
@@ -90,16 +95,13 @@ class IngressApp:
         self._overview = Overview(names, backend, gate, self._traffic)
         keep_out_of_collections()
 
+    def check_health(self) -> None:
+        """Ray Serve calls it every few seconds."""
+        give_back_free_memory()
+
     def __serve_build_asgi_app__(self) -> Any:
         watchers = [self._traffic, *watchers_of(self._config)]
         return make_api(self._ingress, self._texts, self._overview, self._config.limits, watchers=watchers)
-
-
-def keep_out_of_collections() -> None:
-    """What a process holds when it is ready, half a million objects of libraries, stays: without it a full collection
-    takes a tenth of a second, so Python does few of them, and garbage piles up for minutes."""
-    gc.collect()
-    gc.freeze()
 
 
 def ray_log_directory() -> Path:

@@ -9,6 +9,7 @@ holds. Random weights: what is tried here is everything but the model.
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import sqlite3
@@ -45,7 +46,8 @@ class Soak:
     counts: Counter[str] = field(default_factory=Counter)
     whole: dict[str, tuple[str, str, int, int]] = field(default_factory=dict)  # by request id: what the client counted
     wrong: list[str] = field(default_factory=list)
-    latency_s: list[float] = field(default_factory=list)
+    latency_s: list[tuple[float, float]] = field(default_factory=list)  # whole answers; and since the last kill
+    killed_at: float = -math.inf
     memory: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
 
     async def client(self, http: httpx.AsyncClient, number: int, until: float) -> None:
@@ -56,29 +58,31 @@ class Soak:
             name = f"a{chance.randrange(NUM_NAMES)}"
             model = name if chance.random() < 0.7 else f"{name}@{1 + chance.randrange(NUM_WEIGHTS)}"
             body = body_of(model)
-            began = time.monotonic()
+            began, whole = time.monotonic(), False
             try:
                 if chance.random() < STREAM:
-                    await self.streamed(http, tenant, body, vanish=chance.random() < VANISH)
+                    whole = await self.streamed(http, tenant, body, vanish=chance.random() < VANISH)
                 else:
-                    await self.asked(http, tenant, body)
+                    whole = await self.asked(http, tenant, body)
             except httpx.HTTPError as error:
                 self.wrong.append(f"{model}: {type(error).__name__} {error}")
-            self.latency_s.append(time.monotonic() - began)
+            if whole:
+                self.latency_s.append((time.monotonic() - began, began - self.killed_at))
 
-    async def asked(self, http: httpx.AsyncClient, tenant: str, body: dict) -> None:
+    async def asked(self, http: httpx.AsyncClient, tenant: str, body: dict) -> bool:
         response = await http.post("/v1/chat/completions", json=body, headers=self.headers(tenant))
         if await self.is_refused(response, tenant, body["model"]):
-            return
+            return False
         answer = response.json()
         self.note(tenant, answer, answer["choices"][0]["message"]["content"], answer["usage"])
+        return True
 
-    async def streamed(self, http: httpx.AsyncClient, tenant: str, body: dict, *, vanish: bool) -> None:
+    async def streamed(self, http: httpx.AsyncClient, tenant: str, body: dict, *, vanish: bool) -> bool:
         body = body | {"stream": True, "stream_options": {"include_usage": True}}
         text, usage, event, num_seen = "", None, {}, 0
         async with http.stream("POST", "/v1/chat/completions", json=body, headers=self.headers(tenant)) as response:
             if await self.is_refused(response, tenant, body["model"]):
-                return
+                return False
             async for line in response.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
@@ -87,17 +91,18 @@ class Soak:
                     self.counts["streams cut by a killed replica, told so"] += 1
                     if "died" not in event["error"]["message"]:
                         self.wrong.append(f"{body['model']}: {event['error']['message']}")
-                    return
+                    return False
                 usage = event["usage"] or usage
                 text += event["choices"][0]["delta"].get("content") or "" if event["choices"] else ""
                 num_seen += 1
                 if vanish and num_seen == 4:
                     self.counts["clients that vanished"] += 1
-                    return
+                    return False
         if usage is None:
             self.wrong.append(f"{body['model']}: a stream ended without its end")
-            return
+            return False
         self.note(tenant, event, text, usage)
+        return True
 
     async def is_refused(self, response: httpx.Response, tenant: str, model: str) -> bool:
         """Only the tenant over its quota may be; it waits as it is told to, at most two seconds."""
@@ -141,6 +146,7 @@ class Soak:
             replicas = [process for what, process in parts() if what == "engine"]
             if len(replicas) > 1:  # the younger one: the other's memory is followed over the whole time
                 max(replicas, key=lambda process: process.create_time()).kill()
+                self.killed_at = time.monotonic()
                 self.counts["replicas killed"] += 1
 
     async def measure(self, began: float, until: float) -> None:
@@ -160,12 +166,16 @@ class Soak:
         return {name: [round(used / 2**20) for _, used in samples[::every]] for name, samples in long.items()}
 
     def growth(self) -> dict[str, float]:
-        """MiB a minute of each process that lived long, after its first minutes: until then caches fill."""
+        """MiB a minute of each process that lived long, after its first minutes: until then caches fill. Of the least
+        in each minute: what is free within the allocator comes and goes."""
         found = {}
         for name, samples in self.memory.items():
-            late = [(at / 60, used / 2**20) for at, used in samples if at > samples[0][0] + SETTLING_S]
+            late = [(at, used / 2**20) for at, used in samples if at > samples[0][0] + SETTLING_S]
+            least: dict[int, float] = {}
+            for at, used in late:
+                least[int(at // 60)] = min(used, least.get(int(at // 60), math.inf))
             if len(late) > 20:
-                found[name] = round(float(np.polyfit(*zip(*late, strict=True), 1)[0]), 2)
+                found[name] = round(float(np.polyfit(list(least), list(least.values()), 1)[0]), 2)
         return found
 
 
@@ -279,7 +289,10 @@ def main() -> int:
         "whole answers": len(soak.whole),
         "answers/s": round(len(soak.whole) / seconds, 1),
         "completion tokens/s": round(tokens / seconds, 1),
-        "latency s (p50, p99, max)": [round(float(np.quantile(soak.latency_s, q)), 3) for q in (0.5, 0.99, 1.0)],
+        "latency s (p50, p99, max)": np.quantile([s for s, _ in soak.latency_s], (0.5, 0.99, 1.0)).round(3).tolist(),
+        "slowest: s, asked so many s after the last kill": [
+            [round(value, 1) for value in pair] for pair in sorted(soak.latency_s, reverse=True)[:5]
+        ],
         **soak.counts,
         "ledger": ledger,
         "memory growth, MiB/minute after five minutes": growth,
