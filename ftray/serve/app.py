@@ -44,6 +44,7 @@ APP_NAME = "ftray"
 # Above the engine's own queue, so that the engine, which knows its load, is the one that answers 429.
 SPARE_REQUESTS = 64
 STATS_PERIOD_S = 1.0
+HEALTH_PERIOD_S = 5.0
 LOOK_BACK_S = 5.0  # the load is the mean of so long
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -150,7 +151,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         ray_actor_options={"num_cpus": replicas.cpus_each, "num_gpus": replicas.gpus_each},
         max_ongoing_requests=config.engine.max_sequences + config.engine.max_waiting + SPARE_REQUESTS,
         user_config={},
-        health_check_period_s=5,
+        health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=replicas.drain_s,
         max_surge_percent=replicas.max_surge_percent,
         request_router_config=RequestRouterConfig(**router),
@@ -161,6 +162,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         name="ingress",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100_000,
+        health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=replicas.drain_s,
         max_surge_percent=100,
     )
