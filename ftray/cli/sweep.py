@@ -60,6 +60,7 @@ def run(
         raise type(error)(f"{error}\n  go on with: {command}") from None
     show_answer(study)
     directory = sweep_directory(loaded, space)
+    show_comparison(study, directory)
     print(f"  {directory / REPORT}")
     if study.best is None:
         raise FtrayError(f"{loaded.name}: no trial finished; see {directory}/trials")
@@ -125,7 +126,7 @@ def publish_best(study: "Study", directory: Path) -> None:
 
     run = study.best_run
     assert run is not None
-    config = study.config_of(run, runs_dir=trials_directory(directory))
+    config = study.config_of(run)
     output = trials_directory(directory) / run.name
     if config.adapter is None:
         print(f"next: ftray serve SERVE.yaml base_model={output / 'model'}")
@@ -150,6 +151,26 @@ def show_points(config: SweepConfig, space: Space) -> None:
     print(f"# would try {len(points)} points, each with {len(config.seeds)} seed(s):")
     for point in points:
         print(f"#   {point_text(space.overrides(point))}")
+
+
+def show_comparison(study: "Study", directory: Path) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from ftray.sweep.comparison import read_comparison
+    from ftray.sweep.report import comparison_table
+
+    compared = comparison_table(read_comparison(study, directory))
+    if compared is None:
+        return
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for index, column in enumerate(compared.columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in compared.rows:
+        table.add_row(*row)
+    Console(highlight=False, width=None if Console().is_terminal else 140).print(table)
+    print("\n".join(compared.verdicts))
 
 
 def show_answer(study: "Study") -> None:

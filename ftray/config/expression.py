@@ -23,8 +23,11 @@ OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.NotEq: operator.ne,
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "sqrt": math.sqrt, "round": round}
-GRAMMAR = f"numbers, strings, dotted keys, + - * / // **, comparisons, A if CONDITION else B, {', '.join(FUNCTIONS)}()"
+GRAMMAR = (
+    f"numbers, strings, null, dotted keys, + - * / // **, comparisons, A if CONDITION else B, {', '.join(FUNCTIONS)}()"
+)
 MAX_EXPONENT = 64
+NULL = "null"
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def dotted(node: ast.AST) -> str | None:
 def keys_of(node: ast.AST) -> Iterator[str]:
     name = dotted(node)
     if name is not None:
-        yield name
+        yield from () if name == NULL else (name,)
         return
     children = node.args if isinstance(node, ast.Call) else ast.iter_child_nodes(node)
     for child in children:
@@ -95,7 +98,7 @@ def keys_of(node: ast.AST) -> Iterator[str]:
 def evaluate(node: ast.AST, value_of: Callable[[str], Any]) -> Any:
     name = dotted(node)
     if name is not None:
-        return value_of(name)
+        return None if name == NULL else value_of(name)
     match node:
         case ast.Constant():
             return node.value

@@ -2,8 +2,10 @@
 
 import copy
 import itertools
+import json
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from ftray.config.expression import Expression
 from ftray.config.load import describe_problem, load_config, read_yaml
 from ftray.config.run import RunConfig
 from ftray.config.schema import Strict
-from ftray.config.sweep import SweepConfig
+from ftray.config.sweep import SweepConfig, is_variable
 from ftray.errors import ConfigError
 
 SAMPLED_POINTS = 200  # of a space that is not a grid: so many are checked against the run's schema before the start
@@ -44,20 +46,24 @@ class Space:
         return {key: sample(domain, chance) for key, domain in self.free.items()}
 
     def overrides(self, point: dict[str, Any]) -> dict[str, Any]:
-        """The whole of what a point sets, expressions included. Raises ValueError."""
+        """The whole of what a point sets in a run: expressions are in it, variables are not. Raises ValueError."""
         values = dict(point)
-        defaults = None
         for key in expression_order(self.domains):
-            if key in values:  # a cloned trial may set it by hand
-                continue
-            expression = self.domains[key]
-            assert isinstance(expression, Expression)
-            missing = [name for name in expression.keys if name not in values]
-            if missing and defaults is None:
-                defaults = RunConfig.model_validate(self._tree(values))
-            known = values | {name: value_at(defaults, name) for name in missing}
-            values[key] = expression.evaluate(known.__getitem__)
-        return values
+            if key not in values:  # a cloned trial may set it by hand
+                expression = self.domains[key]
+                assert isinstance(expression, Expression)
+                values[key] = expression.evaluate(lambda name: self._known(values, name))
+        return {key: value for key, value in values.items() if not is_variable(key)}
+
+    def _known(self, values: dict[str, Any], key: str) -> Any:
+        """What a point, the run's file or the run's defaults have there. Raises ValueError."""
+        if key in values:
+            return values[key]
+        tree = self._tree({name: value for name, value in values.items() if not is_variable(name)})
+        try:
+            return value_at(tree, key)
+        except ValueError:
+            return value_at(RunConfig.model_validate(tree), key)
 
     def config(self, point: dict[str, Any], **more: Any) -> RunConfig:
         """The run of a point. `more`: top-level keys. Raises ValueError, a `ValidationError` among them."""
@@ -112,8 +118,8 @@ def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def value_at(config: RunConfig | None, key: str) -> Any:
-    """What a run has there, its defaults included. Raises ValueError."""
+def value_at(config: RunConfig | dict[str, Any], key: str) -> Any:
+    """What a run has there, its defaults included, or a tree. Raises ValueError."""
     found: Any = config
     for part in key.split("."):
         if isinstance(found, dict) and part in found:
@@ -181,4 +187,17 @@ def point_text(point: dict[str, Any]) -> str:
 
 
 def short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else flow_text(value)
+
+
+def flow_text(value: Any) -> str:
+    """YAML on one line, as an override is read."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return "[" + ", ".join(flow_text(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {flow_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and (not re.fullmatch(r"[A-Za-z][\w./@-]*", value) or value in ("null", "true", "false")):
+        return json.dumps(value)
+    return str(value)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
-from ftray.config.domains import Range, as_yaml, expression_order, parse_domain
+from ftray.config.domains import Choice, Range, as_yaml, expression_order, parse_domain
 from ftray.config.expression import Expression
 from ftray.config.schema import Name, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
 
@@ -20,6 +20,13 @@ NOT_SWEPT = {
     "workers": "it does not change what is learned; give it in `overrides`",
     "tracking": "it is the same for all trials; give it in `overrides`",
 }
+
+
+VARIABLES = "variables."  # keys that no run has: values that expressions use
+
+
+def is_variable(key: str) -> bool:
+    return key.startswith(VARIABLES)
 
 
 def why_not_swept(key: str) -> str | None:
@@ -68,6 +75,13 @@ def check_seeds(value: Any) -> tuple[int, ...]:
     return tuple(seeds)
 
 
+class CompareConfig(Strict):
+    """Which of a few ways is best, each at its own best point: LoRA or full fine-tuning, say."""
+
+    key: Text  # of the space; the first of its choices is what the others are compared with
+    general_text: Text | None = None  # rows of plain text: the loss on them tells what tuning has broken
+
+
 class SweepConfig(Strict):
     kind: Literal["sweep"]
     name: Name
@@ -76,9 +90,14 @@ class SweepConfig(Strict):
     space: dict[str, SpaceValue] = Field(min_length=1)
     seeds: Annotated[Any, PlainValidator(check_seeds), PlainSerializer(list)] = ()  # not given: the run's own
     search: SearchConfig
+    compare: CompareConfig | None = None
 
     @model_validator(mode="after")
     def agree(self):
+        if self.compare is not None and not isinstance(self.space.get(self.compare.key), Choice):
+            choices = [key for key, domain in self.space.items() if isinstance(domain, Choice)]
+            have = f"the space has {', '.join(choices)}" if choices else "the space has none"
+            raise ValueError(f"compare.key: {self.compare.key} is no list of choices in the space; {have}")
         for key in self.space:
             if (reason := why_not_swept(key)) is not None:
                 raise ValueError(f"space.{key}: it cannot be swept: {reason}")

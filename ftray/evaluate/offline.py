@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ftray.config.run import DataConfig
+from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
 from ftray.data.plan import first_fit
 from ftray.data.tokens import tokenize_source
@@ -34,7 +35,17 @@ def held_out_loss(engine: TorchEngine, data: DataConfig, renderer: ChatRenderer,
     """Mean negative log-likelihood per answer token: what training reports as eval_loss."""
     assert data.eval is not None
     dataset = tokenize_source("data.eval", data.eval, data, renderer)
-    budget = max(SCORE_TOKENS, data.max_example_tokens)
+    return mean_loss(engine, dataset, adapter=adapter, budget=max(SCORE_TOKENS, data.max_example_tokens))
+
+
+def text_loss(engine: TorchEngine, key: str, source: str, *, max_tokens: int, adapter: str | None) -> float:
+    """Mean negative log-likelihood per token of plain text, in pieces of `max_tokens`. `key`: for messages."""
+    data = DataConfig(train=source, max_example_tokens=max_tokens, overlong="split")
+    dataset = tokenize_source(key, source, data, ChatRenderer(engine.tokenizer), objective="domain")
+    return mean_loss(engine, dataset, adapter=adapter, budget=max(SCORE_TOKENS, max_tokens))
+
+
+def mean_loss(engine: TorchEngine, dataset: TokenizedDataset, *, adapter: str | None, budget: int) -> float:
     total, count = 0.0, 0
     for examples in first_fit(range(len(dataset)), dataset.lengths, budget):
         log_probs = engine.score(pack(dataset, examples), adapter)

@@ -76,6 +76,15 @@ def matching_modules(model: nn.Module, targets: list[str]) -> list[str]:
     return sorted(found)
 
 
+def num_lora_parameters(model: Any, config: AdapterConfig) -> int:
+    """Of the plain base's adapter; at most, where ranks differ by module: the largest counts for all."""
+    head = model.get_output_embeddings()
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    names = linear if isinstance(config.targets, str) else matching_modules(model, config.targets)
+    rank = max(config.rank, *config.rank_pattern.values()) if config.rank_pattern else config.rank
+    return sum(rank * (linear[name].in_features + linear[name].out_features) for name in names if name in linear)
+
+
 def check_saved_modules(model: nn.Module, config: AdapterConfig) -> None:
     names = [name for name, _ in model.named_parameters()]
     for wanted in config.modules_to_save:

@@ -1,39 +1,46 @@
 """Which trials can train side by side in one process group, over one frozen base."""
 
-from typing import Any
+from dataclasses import dataclass
 
 from ftray.config import RunConfig, Space, SweepConfig
+from ftray.config.run import AdapterConfig
 from ftray.config.space import value_at
 
 # What members of a group share, and a space must therefore leave alone.
 SHARED = ("base_model", "data", "objective", "workers", "memory")
 
 
-def why_not_fused(config: SweepConfig, space: Space) -> str | None:
-    """The first key that stands against it; None: all points can be fused."""
-    shared: dict[str, Any] | None = None
-    for point in space.points_to_check(is_grid=config.search.algorithm == "grid"):
-        run = space.config(point)
-        if (reason := why_not(run)) is not None:
-            return reason
-        own = run.model_dump(include=set(SHARED))
-        if shared is None:
-            shared = own
-        differing = [key for key in SHARED if own[key] != shared[key]]
-        if differing:
-            return f"the space changes {differing[0]}, which one group has in common"
-    return None
+@dataclass(frozen=True)
+class Fusing:
+    """Which runs of a sweep train in groups; the others get a process group each."""
+
+    example: RunConfig | None  # whose shared keys a group has; None: nothing is fused
+    reason: str | None  # why some or all are not; None: all are
+    adapters: tuple[AdapterConfig, ...] = ()  # what they may have, each once; of a range, its ends and samples
+
+    def holds(self, run: RunConfig) -> bool:
+        return self.example is not None and why_not(run) is None and differing(run, self.example) is None
 
 
-def why_not_beside(config: SweepConfig, space: Space, point: dict[str, Any]) -> str | None:
-    """Of a point that the user adds to a sweep; None also where the sweep's trials are not fused anyway."""
-    if config.search.fused == "off" or why_not_fused(config, space) is not None:
-        return None
-    own, others = space.config(point), space.config(next(iter(space.points_to_check(is_grid=False))))
-    if (reason := why_not(own)) is not None:
-        return reason
-    differing = [key for key in SHARED if getattr(own, key) != getattr(others, key)]
-    return f"{differing[0]}: it is shared by all that are fused" if differing else None
+def fusing_of(config: SweepConfig, space: Space) -> Fusing:
+    if config.search.fused == "off":
+        return Fusing(None, "search.fused: off")
+    runs = [space.config(point) for point in space.points_to_check(is_grid=config.search.algorithm == "grid")]
+    example = next((run for run in runs if why_not(run) is None), None)
+    if example is None:
+        return Fusing(None, why_not(runs[0]))
+    found = (why_not(run) or differing(run, example) for run in runs)
+    reason = next((reason for reason in found if reason is not None), None)
+    if reason is not None and config.search.algorithm == "tpe":
+        return Fusing(None, f"{reason}; tpe learns from all trials, so they run in the order of their numbers")
+    fused = (run.adapter for run in runs if why_not(run) is None and differing(run, example) is None)
+    adapters = {adapter.model_dump_json(): adapter for adapter in fused if adapter is not None}
+    return Fusing(example, reason, tuple(adapters.values()))
+
+
+def differing(run: RunConfig, example: RunConfig) -> str | None:
+    key = next((key for key in SHARED if getattr(run, key) != getattr(example, key)), None)
+    return None if key is None else f"{key}: it is shared by all that are fused, and differs"
 
 
 def why_not(run: RunConfig) -> str | None:

@@ -23,6 +23,7 @@ from ftray.objectives import LogProbs, Loss, Objective
 from ftray.sweep.member import Member
 
 Work = tuple[Member, MicroBatch]
+STEPS_TO_COMPARE = 3  # of each way
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,30 @@ class MemberStep:
     seconds: float  # its share of the group's step, by tokens
 
 
+class RowSharing:
+    """Whether micro-batches of several members share a row. Results are the same either way, so the first steps take
+    turns and the faster way stays; a sweep that goes on keeps to it."""
+
+    def __init__(self, is_faster: bool | None = None):
+        self.is_faster = is_faster  # None: not known yet
+        self.rates: dict[bool, list[float]] = {True: [], False: []}  # tokens/s
+        self._num_steps = 0
+
+    @property
+    def now(self) -> bool:
+        return self._num_steps % 2 == 0 if self.is_faster is None else self.is_faster
+
+    def note(self, tokens_per_s: float, *, num_members: int) -> None:
+        """Of a step; nothing is learned from one of a single member, nor from the first two, which warm up."""
+        if self.is_faster is not None or num_members < 2:
+            return
+        if self._num_steps >= 2:
+            self.rates[self.now].append(tokens_per_s)
+        self._num_steps += 1
+        if all(len(rates) == STEPS_TO_COMPARE for rates in self.rates.values()):
+            self.is_faster = max(self.rates[True]) >= max(self.rates[False])
+
+
 class FusedGroup:
     def __init__(
         self,
@@ -47,12 +72,14 @@ class FusedGroup:
         hardware: Hardware,
         *,
         token_budget: int,  # of one forward: several members' micro-batches go together up to it
+        sharing: RowSharing | None = None,  # None: they always do
     ):
         self._model = model
         self._fused = fused
         self._objective = objective
         self._hardware = hardware
         self._token_budget = token_budget
+        self.sharing = sharing or RowSharing(is_faster=True)
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def step(self, members: Sequence[Member], dataset: TokenizedDataset) -> dict[str, MemberStep | str]:
@@ -83,6 +110,7 @@ class FusedGroup:
         totals = self._reduce_sums(sums)
         seconds = time.perf_counter() - began
         tokens = {name: int(dataset.lengths[of].sum()) for name, of in examples.items()}
+        self.sharing.note(sum(tokens.values()) / seconds, num_members=len(members))
         outcome: dict[str, MemberStep | str] = {}
         for member in members:
             loss, *metrics = (totals[member.name] / counts[member.name]).tolist()
@@ -130,7 +158,7 @@ class FusedGroup:
         used = 0
         for member, micro_batch in work:
             size = int(dataset.lengths[micro_batch].sum())
-            if row and used + size > self._token_budget:
+            if row and (not self.sharing.now or used + size > self._token_budget):
                 yield row
                 row, used = [], 0
             row.append((member, micro_batch))

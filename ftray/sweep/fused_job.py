@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config import RunConfig
+from ftray.config.run import AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,9 @@ class FusedJob:
     data_digest: str
     metric: str
     group: int  # its number, where several share a sweep
-    slots: int  # members at a time
+    slots: int  # members at a time, where memory holds them
+    adapters: tuple[AdapterConfig, ...]  # what members may have
+    shares_rows: bool | None  # None: to be measured
     desk: Any  # handle of a `fused_trials.Desk`
 
 

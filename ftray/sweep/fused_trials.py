@@ -17,15 +17,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.errors import FtrayError
+from ftray.storage import read_json, write_json
+from ftray.sweep.fusable import fusing_of
 from ftray.sweep.fused_job import FusedJob, run_fused_in_worker
 from ftray.sweep.study import Study
-from ftray.sweep.trials import Outcome, Report, trials_directory
+from ftray.sweep.trials import Outcome, Report
 from ftray.train.preflight import fitting_groups
 from ftray.train.ray_trainer import Fit, bundle_of, last_line, worker_environment
 
 Say = Callable[[str], None]
 POLL_S = 0.2
 TRAIN_DIRECTORY = "ray-train"
+SHARING = "sharing.json"
 MAX_HAND_OUTS = 3
 
 
@@ -35,6 +38,7 @@ class Desk:
     def __init__(self, config: SweepConfig, space: Space, directory: Path):
         self._study = Study(config, space, directory)
         self._directory = directory
+        self._fusing = fusing_of(config, space)
         self._lines: list[str] = []
         self._num_ended = 0
         self._taken: dict[int, set[str]] = {}  # names of runs, by group
@@ -47,15 +51,20 @@ class Desk:
     def take(self, group: int, count: int) -> list[str]:
         """So many runs at most, as JSON of their configs."""
         taken = []
-        while len(taken) < count and (run := self._study.next_run()) is not None:
+        while len(taken) < count and (run := self._study.next_run(self._fusing.holds)) is not None:
             self._handed_out[run.name] += 1
             if self._handed_out[run.name] > MAX_HAND_OUTS:  # it may be what kills its group
                 self.end(run.name, "failed", f"its workers died {MAX_HAND_OUTS} times")
                 continue
             self._taken.setdefault(group, set()).add(run.name)
-            config = self._study.config_of(run, runs_dir=trials_directory(self._directory))
-            taken.append(config.model_dump_json())
+            taken.append(self._study.config_of(run).model_dump_json())
         return taken
+
+    def say(self, line: str) -> None:
+        self._lines.append(line)
+
+    def keep_sharing(self, is_faster: bool) -> None:
+        write_json(self._directory / SHARING, {"shares_rows": is_faster})
 
     def report(self, name: str, report: Report) -> str | None:
         reason = self._study.report(name, report)
@@ -89,8 +98,9 @@ def run_fused(
     desk: Any = ray.remote(num_cpus=0, max_restarts=0)(Desk)
     desk = desk.options(scheduling_strategy=here).remote(study.config, study.space, directory)
     shutil.rmtree(directory / TRAIN_DIRECTORY, ignore_errors=True)
+    kept = read_json(directory / SHARING)["shares_rows"] if (directory / SHARING).is_file() else None
     jobs = [
-        FusedJob(metric=study.config.search.metric, group=group, slots=slots, desk=desk, **job)
+        FusedJob(metric=study.config.search.metric, group=group, slots=slots, desk=desk, shares_rows=kept, **job)
         for group in range(num_groups)
     ]
     threads = [Fit(make_group(own, directory)) for own in jobs]

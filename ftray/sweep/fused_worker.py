@@ -23,9 +23,10 @@ from ftray.model.fused_lora import FusedLora
 from ftray.model.hardware import choose_hardware, make_deterministic
 from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
 from ftray.objectives import OBJECTIVES
-from ftray.sweep.fused_group import FusedGroup, MemberStep
+from ftray.sweep.fused_group import FusedGroup, MemberStep, RowSharing
 from ftray.sweep.fused_job import FusedJob
 from ftray.sweep.member import Member, make_member, save
+from ftray.sweep.member_room import MemberRoom
 from ftray.sweep.trial_run import Reporter, drop_checkpoints
 from ftray.sweep.trials import Report
 from ftray.tracking.events import record_event
@@ -48,18 +49,24 @@ def fused_worker(job: FusedJob) -> None:
     make_deterministic(num_threads=job.base_run.workers.cpus_each)
     base = prepare_base(job.base_name)
     model = prepare_layers(load_weights(base, hardware, attention=register_packed_attention()), job.base_run.memory)
+    room = MemberRoom(model, job.adapters, hardware, world_size=dist.get_world_size())
     fused = FusedLora(model)
     objective = OBJECTIVES[job.base_run.objective.type](**job.base_run.objective.model_dump(exclude={"type"}))
     budget = job.base_run.batch.tokens_per_micro_batch
-    group = FusedGroup(PackedCausalLM(model), fused, objective, hardware, token_budget=budget)
+    sharing = RowSharing(job.shares_rows)
+    group = FusedGroup(PackedCausalLM(model), fused, objective, hardware, token_budget=budget, sharing=sharing)
     train_data = open_dataset(job.train_data)
     eval_data = open_dataset(job.eval_data) if job.eval_data is not None else None
     data = PreparedData(train_data, eval_data, job.data_digest)
     flops, rate = count_flops(model), measure_gemm_rate(hardware) * dist.get_world_size()
     clerk = Clerk(job, base, data, flops=flops, rate=rate) if rank == 0 else None
     members: list[Member] = []
+    has_trained = False
+    if clerk is not None:
+        clerk.say(room.describe(slots=job.slots))
     while True:
-        begun = agreed(clerk.take(job.slots - len(members)) if clerk is not None else None)
+        count = min(job.slots - len(members), room.left(len(members), has_trained=has_trained))
+        begun = agreed(clerk.take(count) if clerk is not None else None)
         for assignment in begun:
             try:
                 members.append(join(assignment, fused, train_data))
@@ -71,6 +78,7 @@ def fused_worker(job: FusedJob) -> None:
                     clerk.begin(members[-1])
         if not members:
             break
+        has_trained = True
         over: dict[str, tuple[str, str | None]] = {}
         running = [member for member in members if not member.is_done]
         for name, told in (group.step(running, train_data) if running else {}).items():
@@ -79,6 +87,8 @@ def fused_worker(job: FusedJob) -> None:
             elif clerk is not None:
                 clerk.record(named(members, name), told)
         running = [member for member in running if member.name not in over]
+        if clerk is not None:
+            clerk.compare(sharing)
         due = [member for member in running if member.is_evaluated]
         for name, loss in (group.evaluate(due, eval_data) if due and eval_data is not None else {}).items():
             if clerk is not None:
@@ -144,6 +154,7 @@ class Clerk:
         self._reporters: dict[str, Reporter] = {}
         self._asked: set[str] = set()  # names of members that are to stop
         self._began: dict[str, float] = {}
+        self._told_sharing = False
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish")
         self._finishing: list[Future[None]] = []
         ray.get(job.desk.start_over.remote(job.group))  # what its workers before these had begun
@@ -184,6 +195,20 @@ class Clerk:
         self._reporters[member.name] = reporter
         self._began[member.name] = time.time()
         reporter.tell_all()
+
+    def say(self, line: str) -> None:
+        ray.get(self._job.desk.say.remote(line))
+
+    def compare(self, sharing: RowSharing) -> None:
+        """Tells, once it is known, whether sharing rows is faster."""
+        if self._told_sharing or sharing.is_faster is None:
+            return
+        self._told_sharing = True
+        if self._job.shares_rows is None:
+            shared, single = (max(sharing.rates[way]) for way in (True, False))
+            way = "share rows" if sharing.is_faster else "have rows of their own"
+            self.say(f"trials {way}: {shared:.0f} tokens/s shared, {single:.0f} each by itself")
+            ray.get(self._job.desk.keep_sharing.remote(sharing.is_faster))
 
     def record(self, member: Member, told: MemberStep) -> None:
         examples = member.plan.examples(member.step - 1, end=member.end_position)

@@ -8,11 +8,14 @@ from pathlib import Path
 import ray
 
 from ftray.config import RunConfig, Space, SweepConfig
+from ftray.data.sources import check_source
 from ftray.errors import InterruptedRunError, NotFoundError, UserError
 from ftray.model.base import BaseModel
 from ftray.storage import read_json, write_json
-from ftray.sweep.fusable import why_not_fused
+from ftray.sweep.comparison import is_measured
+from ftray.sweep.fusable import fusing_of
 from ftray.sweep.fused_trials import groups_of, run_fused
+from ftray.sweep.measure import measure_methods
 from ftray.sweep.report import write_sweep_report
 from ftray.sweep.study import Study
 from ftray.sweep.trials import trials_directory
@@ -39,11 +42,13 @@ def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = Fals
     """Runs, or goes on with, the sweep. Raises `InterruptedRunError` on Ctrl-C, when the study's journal stands."""
     base_run = first_run(config, space)
     check_before_anything(base_run)
+    if config.compare is not None and config.compare.general_text is not None:
+        check_source("compare.general_text", config.compare.general_text)
     refuse_vanishing_directory(base_run)
     with only_driver(base_run):
         directory = open_directory(config, space, base_run, fresh=fresh)
         study = Study(config, space, directory)
-        if not study.is_over:
+        if not study.is_over or (config.compare is not None and not is_measured(study, directory)):
             with ray_session(base_run):
                 try:
                     search_in(directory, study, base_run, say=say)
@@ -55,16 +60,21 @@ def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = Fals
 
 def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> None:
     config = study.config
-    reason = "search.fused: off" if config.search.fused == "off" else why_not_fused(config, study.space)
+    fusing = fusing_of(config, study.space)
     try:
         base, data = prepare_data(base_run, say, kept_in=trials_directory(directory) / TOKENS)
         check_data_of_sweep(directory, data)
         check_resources(base_run.workers, say=say)
         check_nodes(trials_directory(directory), base_run.workers)
-        if reason is None:
-            run_groups(directory, study, base_run, base, data, say=say)
-        else:
-            run_apart(directory, study, base_run, reason=reason, say=say)
+        say(study.describe_plan())
+        say(f"as it goes: {write_sweep_report(study, directory)}")
+        if fusing.example is not None and not study.is_over:
+            run_groups(directory, study, fusing.example, base, data, say=say)
+            study = Study(config, study.space, directory)  # the desk has written on
+        if not study.is_over:
+            run_apart(directory, study, base_run, reason=fusing.reason or "the rest", say=say)
+        if config.compare is not None:
+            measure_methods(study, directory, base, say=say)
     except KeyboardInterrupt:
         state = look_into(directory).describe_state()
         raise InterruptedRunError(f"{config.name}: stopped; {state}") from None
@@ -95,14 +105,14 @@ def run_groups(
     slots = min([slots, *(-(-limit // num_groups) for limit in limits)])  # no group takes what others could
     assert data.train.directory is not None
     groups = f", in {num_groups} groups" if num_groups > 1 else ""
-    say(f"{study.describe_plan()}; fused: {slots} at a time over one base, on {described(base_run)}{groups}")
-    say(f"as it goes: {write_sweep_report(study, directory)}")
+    say(f"fused: {slots} at a time over one base, on {described(base_run)}{groups}")
     job = {
         "base_run": base_run,
         "base_name": name_for_workers(base_run, base),
         "train_data": data.train.directory,
         "eval_data": data.eval.directory if data.eval is not None else None,
         "data_digest": data.digest,
+        "adapters": fusing_of(study.config, study.space).adapters,
     }
     run_fused(
         study,
@@ -119,8 +129,7 @@ def run_apart(directory: Path, study: Study, base_run: RunConfig, *, reason: str
     """A process group for every trial."""
     room, limit = fitting_groups(base_run.workers), study.config.search.max_concurrent
     at_a_time = room if limit is None else min(room, limit)
-    say(f"{study.describe_plan()}; {at_a_time} at a time, each on {described(base_run)} ({reason})")
-    say(f"as it goes: {write_sweep_report(study, directory)}")
+    say(f"apart: {at_a_time} at a time, each on {described(base_run)} ({reason})")
     run_trials(study, directory, max_concurrent=at_a_time, say=say, on_end=lambda: refresh(study, directory))
 
 

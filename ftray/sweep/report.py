@@ -1,14 +1,14 @@
 """`sweep.html`: the table, the plots and the choice. One file, no network."""
 
-import json
-import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
-from ftray.config.space import point_text, short
+from ftray.config.space import flow_text, point_text, short
 from ftray.storage import read_json, write_bytes
+from ftray.sweep.comparison import Comparison, Method, read_comparison
 from ftray.sweep.plots import (
     curves,
     has_values,
@@ -18,6 +18,7 @@ from ftray.sweep.plots import (
     of_the_space,
     parallel_coordinates,
 )
+from ftray.sweep.scores import Score
 from ftray.sweep.search import importance
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Trial
@@ -50,6 +51,7 @@ def write_sweep_report(study: Study, directory: Path) -> Path:
         minutes=study.seconds / 60,
         plots=plots,
         environment=read_json(directory / "environment.json"),
+        comparison=comparison_table(read_comparison(study, directory)),
     )
     path = directory / REPORT
     write_bytes(path, page.encode())
@@ -67,6 +69,52 @@ def row_of(trial: Trial, study: Study) -> dict:
         "outcome": outcome_text(trial),
         "is_best": trial is study.best,
     }
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    columns: list[str]
+    rows: list[list[str]]
+    verdicts: list[str]
+
+
+def comparison_table(comparison: Comparison | None) -> ComparisonTable | None:
+    """What of it is known, as text."""
+    if comparison is None:
+        return None
+    columns = [comparison.key, "trial", "learning rate", comparison.metric, "deviation"]
+    columns += ["exact match", "general text, loss", "tokens/s alone", "GiB alone"]
+    rows = [method_row(method, comparison.base) for method in comparison.methods]
+    if comparison.base is not None:
+        base = comparison.base
+        untuned = [percent(base.accuracy), number(base.general_loss)]
+        rows.insert(0, ["the base, untuned", *[""] * 4, *untuned, "", ""])
+    return ComparisonTable(columns, rows, comparison.verdicts())
+
+
+def method_row(method: Method, base: Score | None) -> list[str]:
+    general = number(method.general_loss)
+    if method.general_loss is not None and base is not None and base.general_loss is not None:
+        general += f" ({method.general_loss - base.general_loss:+.4f})"
+    return [
+        short(method.value),
+        method.best.name if method.best is not None else "none finished",
+        "" if method.rate is None else f"{method.rate:.3g}",
+        "" if method.best is None else metric_text(method.best),
+        number(method.deviation),
+        percent(method.accuracy),
+        general,
+        "" if method.alone is None else f"{method.alone.tokens_per_s:.0f}",
+        "" if method.alone is None else f"{method.alone.memory_gib:.2f}",
+    ]
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def metric_text(trial: Trial) -> str:
@@ -89,7 +137,7 @@ def train_command(study: Study, trial: Trial) -> str:
     """What runs the trial again by itself, its first seed."""
     config = study.config
     set_keys = {**flat(config.overrides), **study.space.overrides(trial.point), "seed": config.seeds[0]}
-    words = [f"{key}={yaml_text(value)}" for key, value in set_keys.items()]
+    words = [f"{key}={flow_text(value)}" for key, value in set_keys.items()]
     return shlex.join(["ftray", "train", config.run, f"name={config.name}-{trial.name}", *words])
 
 
@@ -98,16 +146,3 @@ def flat(overrides: dict, prefix: str = "") -> dict:
     for key, value in overrides.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return found
-
-
-def yaml_text(value: object) -> str:
-    """On one line, as an override is read."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list):
-        return "[" + ", ".join(yaml_text(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {yaml_text(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and (not re.fullmatch(r"[A-Za-z][\w./@-]*", value) or value in ("null", "true", "false")):
-        return json.dumps(value)
-    return str(value)

@@ -19,10 +19,9 @@ from ftray.config.space import point_text
 from ftray.config.sweep import why_not_swept
 from ftray.errors import ConfigError, NotFoundError
 from ftray.storage import read_json, write_bytes, write_json
-from ftray.sweep.fusable import why_not_beside
 from ftray.sweep.schedulers import make_scheduler
 from ftray.sweep.search import make_search
-from ftray.sweep.trials import Outcome, Report, SweepRun, Trial, run_name
+from ftray.sweep.trials import Outcome, Report, SweepRun, Trial, run_name, trials_directory
 
 JOURNAL = "trials.jsonl"
 REQUESTS = "requests"  # trials that the user asked for while the sweep runs
@@ -60,30 +59,34 @@ class Study:
 
     # -- what runs next --------------------------------------------------------------------------------------------
 
-    def next_run(self) -> SweepRun | None:
-        """A run to work on: one that was cut off, another seed of a trial, or a new trial. None: there is nothing to
-        start, now or ever."""
-        if self.spent is not None:
-            return None
-        for run in self.runs:
-            if run.outcome is None and run.name not in self._given:
-                self._given.add(run.name)
-                return run
+    def next_run(self, fits: Callable[[RunConfig], bool] = lambda run: True) -> SweepRun | None:
+        """A run to work on: one that was cut off, another seed of a trial, or a new trial; `fits`: by its config. None:
+        there is nothing to start, now or ever. New trials that do not fit wait for somebody else."""
+        while self.spent is None:
+            for run in self.runs:
+                if run.outcome is None and run.name not in self._given and fits(self.config_of(run)):
+                    self._given.add(run.name)
+                    return run
+            if not self._add_trial():
+                return None
+        return None
+
+    def _add_trial(self) -> bool:
+        """One that the user asked for, or the search's next."""
         for path in self._requests:
-            wanted = read_json(path)
-            self._note({"event": "trial", "trial": len(self.trials), **wanted})
+            self._note({"event": "trial", "trial": len(self.trials), **read_json(path)})
             path.unlink()
-            return self.next_run()
+            return True
         point = self._next_point()
         if point is None:
-            return None
+            return False
         self._note({"event": "trial", "trial": len(self.trials), "point": point, "cloned_from": None})
         try:
             self.space.check_point(point, label=self.trials[-1].name)
         except ConfigError as error:  # of a range, not all points were checked before the start
             for run in self.trials[-1].runs:
                 self.end(run.name, "failed", "; ".join(error.problems))
-        return self.next_run()
+        return True
 
     def clone(self, name: str, changes: dict[str, Any]) -> dict[str, Any]:
         """Asks the sweep, also one that runs in another process, for a trial like this one with some keys changed.
@@ -95,8 +98,6 @@ class Study:
         if refused:
             raise ConfigError(label, refused)
         self.space.check_point(point, label=label)
-        if (reason := why_not_beside(self.config, self.space, point)) is not None:
-            raise ConfigError(label, [f"{reason}, and this sweep is; run it by itself with `ftray train`"])
         write_json(self._directory / REQUESTS / f"{time.time_ns()}.json", {"point": point, "cloned_from": trial.name})
         return point
 
@@ -139,9 +140,10 @@ class Study:
             self._note({"event": "end", "run": name, "outcome": outcome, "message": message})
         return run
 
-    def config_of(self, run: SweepRun, *, runs_dir: Path) -> RunConfig:
+    def config_of(self, run: SweepRun) -> RunConfig:
         point = self.trials[run.trial].point
-        config = self.space.config(point, name=run.name, seed=run.seed, runs_dir=str(runs_dir))
+        runs_dir = str(trials_directory(self._directory))
+        config = self.space.config(point, name=run.name, seed=run.seed, runs_dir=runs_dir)
         group = config.tracking.wandb_group or self.config.name
         return config.model_copy(update={"tracking": config.tracking.model_copy(update={"wandb_group": group})})
 

@@ -87,7 +87,7 @@ class StudySearch(Searcher):
         if run is None:
             return Searcher.FINISHED
         self.runs[trial_id] = run.name
-        config = self._study.config_of(run, runs_dir=trials_directory(self._directory))
+        config = self._study.config_of(run)
         return vars(TrialSettings(config.model_dump_json(), self._study.config.search.metric))
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:

@@ -122,3 +122,53 @@ def disagreements(asha: Asha) -> int:
         if not ours or decision != "CONTINUE" or trial.step == 60:
             running.remove(trial)
     return count
+
+
+def test_lora_and_full_fine_tuning_side_by_side(ray_session, sweep_file, eval_file, tmp_path, capsys):
+    """LoRA in a group, full fine-tuning apart, and both compared on what they learned, broke and cost."""
+    general = tmp_path / "general.jsonl"
+    general.write_text('{"text": "the quick brown fox jumps over the lazy dog"}\n')
+    sweep_file.write_text(
+        f"kind: sweep\nname: c\nrun: {tmp_path}/run.yaml\noverrides: {{max_steps: 20}}\n"
+        "space:\n  adapter: [null, {rank: 4}]\n  variables.rate: [1e-3, 1e-2]\n"
+        "  optimizer.learning_rate: {expression: variables.rate * (1 if adapter == null else 2)}\n"
+        f"search: {{algorithm: grid}}\ncompare: {{key: adapter, general_text: {general}}}\n"
+    )
+    out = run_sweep_command(sweep_file, capsys=capsys)
+    assert "fused: 2 at a time" in out
+    assert "apart: " in out
+    assert "adapter: null trains the base itself" in out
+    assert "adapter {rank: 4}: eval_loss" in out
+    directory = tmp_path / "runs/c"
+    measured = read_json(directory / "comparison.json")
+    assert len(measured["scores"]) == 3
+    assert len({score["general_loss"] for score in measured["scores"].values()}) == 3
+    assert measured["scores"]["base"]["general_loss"] == pytest.approx(loss_of_text(tmp_path, general), rel=1e-4)
+    assert all(alone["tokens_per_s"] > 0 and alone["memory_gib"] > 0 for alone in measured["alone"].values())
+    changed = (directory / "comparison.json").stat().st_mtime_ns
+    again = run_sweep_command(sweep_file, capsys=capsys)
+    assert "scoring" not in again
+    assert (directory / "comparison.json").stat().st_mtime_ns == changed
+
+
+def loss_of_text(tmp_path: Path, general: Path) -> float:
+    """transformers' own, of the base: bos, the text and eos as objective domain encodes them."""
+    import json
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ftray.config import load_config
+    from ftray.config.run import DataConfig
+    from ftray.data.tokens import tokenize_source
+    from ftray.model.base import load_tokenizer, prepare_base
+    from ftray.model.chat import ChatRenderer
+
+    base = load_config(tmp_path / "run.yaml", kind="run").base_model
+    data = DataConfig(train=str(general), overlong="split", max_example_tokens=256)
+    renderer = ChatRenderer(load_tokenizer(prepare_base(base)))
+    ids = torch.tensor([tokenize_source("t", str(general), data, renderer, objective="domain").example(0)[0].tolist()])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert json.loads(general.read_text())["text"] in renderer.tokenizer.decode(ids[0])
+    with torch.no_grad():
+        return float(model(input_ids=ids, labels=ids).loss)

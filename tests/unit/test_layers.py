@@ -24,7 +24,8 @@ TABLE = {
         {"deepspeed", "ray"},
     ),
     "sweep": (
-        {"errors", "config", "storage", "data", "model", "objectives", "train", "evaluate", "tracking", "registry"},
+        {"errors", "config", "storage", "data", "model", "objectives", "train", "infer", "evaluate", "tracking"}
+        | {"registry"},
         {"deepspeed", "ray"},
     ),
     "serve": ({"errors", "config", "storage", "model", "infer", "registry", "tracking"}, {"deepspeed", "ray"}),
@@ -39,6 +40,7 @@ AT_HOME = {
     "train/ray_trainer.py": {"ray"},
     "train/preflight.py": {"ray"},
     "sweep/launch.py": {"ray"},
+    "sweep/measure.py": {"ray"},
     "sweep/fused_trials.py": {"ray"},
     "sweep/fused_worker.py": {"ray"},
     "sweep/tune_trials.py": {"ray"},

@@ -10,9 +10,13 @@ from ftray.cli.main import main
 from ftray.config import load_config, load_sweep
 from ftray.config.domains import Choice, Range, as_yaml, parse_domain
 from ftray.config.expression import Expression
+from ftray.config.run import AdapterConfig
 from ftray.errors import ConfigError, NotFoundError
+from ftray.model.hardware import choose_hardware
 from ftray.storage import write_json
-from ftray.sweep.fusable import why_not_fused
+from ftray.sweep.fusable import fusing_of
+from ftray.sweep.fused_group import RowSharing
+from ftray.sweep.member_room import MemberRoom
 from ftray.sweep.report import train_command, write_sweep_report
 from ftray.sweep.schedulers import Asha, MedianStopping
 from ftray.sweep.search import STARTUP_TRIALS, importance
@@ -73,7 +77,7 @@ def play(study: Study, value, *, steps=(10, 20, 30, 40), until: int | None = Non
 
 
 def test_an_expression_is_a_small_grammar_and_nothing_of_python_beyond_it():
-    values = {"adapter.rank": 16, "a": 3}
+    values = {"adapter.rank": 16, "a": 3, "b": None}
     for text, expected in (
         ("2 * adapter.rank", 32),
         ("-a + 2 ** 3 // 3", -1),
@@ -81,9 +85,11 @@ def test_an_expression_is_a_small_grammar_and_nothing_of_python_beyond_it():
         ("round(sqrt(a * 3))", 3),
         ("'dora' if adapter.rank >= 16 else 'lora'", "dora"),
         ("5", 5),
+        ("1 if b == null else 2", 1),
+        ("1 if a == null else 2", 2),
     ):
         assert Expression(text).evaluate(values.__getitem__) == expected
-    assert Expression("min(a, b.c) + a").keys == ["a", "b.c"]
+    assert Expression("min(a, b.c) + a if a == null else 0").keys == ["a", "b.c"]
     for text in (
         "__import__('os').system('x')",
         "a.b()",
@@ -379,7 +385,7 @@ def test_the_report_shows_every_trial_and_how_to_run_the_best_again(load, tmp_pa
     assert "http-equiv" not in page  # it is over
     words = shlex.split(train_command(study, study.best))
     run = load_config(words[2], words[3:], kind="run")
-    wanted = study.config_of(study.best_run, runs_dir=tmp_path)
+    wanted = study.config_of(study.best_run)
     for key in ("adapter", "optimizer", "data", "seed", "max_steps"):
         assert getattr(run, key) == getattr(wanted, key)
 
@@ -396,18 +402,49 @@ def test_a_command_of_a_sweep_or_a_file(tmp_path, capsys):
 
 
 def test_what_can_be_fused_and_why_not(load):
-    assert why_not_fused(*load()) is None
+    whole = fusing_of(*load())
+    assert whole.reason is None
+    assert whole.example is not None
+    for how, reason in (
+        ({"space": "\n  adapter: [null]\n"}, "trains the base itself"),
+        ({"more": "overrides: {zero.stage: 3}"}, "zero.stage"),
+        ({"more": "overrides: {tracking.wandb: offline}"}, "tracking.wandb"),
+        ({"more": "overrides: {workers.count: [1, 2]}"}, "workers.count"),
+        ({"search": "{algorithm: grid, fused: off}"}, "search.fused: off"),
+        ({"search": "{algorithm: tpe, trials: 4}", "space": "\n  adapter: [{rank: 4}, null]\n"}, "tpe learns from all"),
+    ):
+        fusing = fusing_of(*load(**how))
+        assert fusing.example is None
+        assert reason in fusing.reason
     for how, reason in (
         ({"space": "\n  adapter: [{rank: 4}, null]\n"}, "trains the base itself"),
         ({"space": "\n  adapter.variant: [lora, dora]\n"}, "adapter.variant: dora cannot be fused"),
         ({"space": "\n  adapter.dropout: [0.0, 0.1]\n"}, "adapter.dropout"),
-        ({"space": "\n  objective: [{type: sft}, {type: domain}]\n"}, "the space changes objective"),
-        ({"space": "\n  base_model: [a, b]\n"}, "the space changes base_model"),
-        ({"more": "overrides: {zero.stage: 3}"}, "zero.stage"),
-        ({"more": "overrides: {tracking.wandb: offline}"}, "tracking.wandb"),
-        ({"more": "overrides: {workers.count: [1, 2]}"}, "workers.count"),
+        ({"space": "\n  objective: [{type: sft}, {type: domain}]\n"}, "objective: it is shared"),
+        ({"space": "\n  base_model: [a, b]\n"}, "base_model: it is shared"),
     ):
-        assert reason in why_not_fused(*load(**how))
+        loaded = load(**how)
+        fusing = fusing_of(*loaded)
+        assert reason in fusing.reason
+        space = loaded[1]
+        assert [fusing.holds(space.config(point)) for point in space.grid()] == [True, False]
+
+
+def test_some_trials_in_groups_and_the_rest_apart(load, tmp_path):
+    """Groups take what fits and leave the rest to a process each; a sweep that was cut off between goes on."""
+    space = "\n  adapter: [null, {rank: 4}]\n  optimizer.learning_rate: [1e-3, 1e-2]\n"
+    study = study_of(load(space=space, more="seeds: 2"), tmp_path)
+    fusing = fusing_of(study.config, study.space)
+    grouped = []
+    while (run := study.next_run(fusing.holds)) is not None:
+        grouped.append(run.name)
+        study.report(run.name, Report(40, 1.0, 1, 1.0))
+        study.end(run.name, "finished")
+    assert grouped == ["t002-seed0", "t002-seed1", "t003-seed0", "t003-seed1"]
+    assert not study.is_over
+    again = study_of(load(space=space, more="seeds: 2"), tmp_path)
+    assert play(again, lambda point, step: 1.0) == ["t000-seed0", "t000-seed1", "t001-seed0", "t001-seed1"]
+    assert again.is_over
 
 
 def test_a_metric_that_is_no_number_ends_a_trial_and_harms_no_other(load, tmp_path):
@@ -446,13 +483,18 @@ def test_clones_keep_to_what_a_sweep_has_in_common(load, tmp_path):
         ({"seed": 7}, "give `seeds`"),
         ({"data.eval": "other.jsonl"}, "cannot be compared"),
         ({"runs_dir": "/q"}, "trials lie in"),
-        ({"data.train": "other.jsonl"}, "data: it is shared by all that are fused"),
-        ({"adapter.dropout": 0.1}, "adapter.dropout: 0.1 cannot be fused"),
+        ({"data.tran": "other.jsonl"}, "data.tran"),
     ):
         with pytest.raises(ConfigError, match=reason):
             study.clone("t000", changes)
-    apart = study_of(load("{algorithm: grid, fused: off}"), tmp_path)
-    apart.clone("t000", {"adapter.dropout": 0.1})  # trials of a process each need not agree
+    study.clone("t000", {"adapter.dropout": 0.1})  # it cannot be fused: it waits until the groups are done
+    fits = fusing_of(study.config, study.space).holds
+    names = []
+    while (run := study.next_run(fits)) is not None:
+        names.append(run.name)
+    assert len(names) == 5
+    assert study.trials[1].point["adapter.dropout"] == 0.1
+    assert study.next_run().name == "t001"
 
 
 def test_a_point_that_the_schema_refuses_fails_alone(load, tmp_path):
@@ -481,3 +523,74 @@ def test_half_a_line_on_a_full_disk_is_taken_back(load, tmp_path, monkeypatch):
 def test_without_seeds_a_trial_has_the_runs_own(load):
     assert load(more="overrides: {seed: 42}")[0].seeds == (42,)
     assert load(more="seeds: 2")[0].seeds == (0, 1)
+
+
+def test_variables_are_values_that_expressions_use_and_no_run_has(load, tmp_path):
+    space = """
+  adapter: [null, {rank: 8}]
+  variables.rate: {log_uniform: [1e-5, 1e-3], points: 3}
+  optimizer.learning_rate: {expression: variables.rate * (1 if adapter == null else 10)}
+"""
+    config, loaded = load(space=space)
+    rates = [loaded.config(point).optimizer.learning_rate for point in loaded.grid()]
+    assert rates == pytest.approx([1e-5, 1e-4, 1e-3, 1e-4, 1e-3, 1e-2])
+    study = Study(config, loaded, tmp_path)
+    study.next_run()
+    assert "variables." not in train_command(study, study.trials[0])
+    with pytest.raises(ConfigError, match=r"a run has no key 'variables\.other'"):
+        load(space=space.replace("variables.rate *", "variables.other *"))
+
+
+def test_an_expression_finds_what_the_runs_file_has_and_defaults(load):
+    space = """
+  optimizer.learning_rate: [1e-3]
+  adapter.alpha: {expression: adapter.rank * 2}
+  optimizer.warmup_steps: {expression: max_steps // 10}
+"""
+    _, loaded = load(space=space)
+    assert loaded.overrides({"optimizer.learning_rate": 1e-3}) == {
+        "optimizer.learning_rate": 1e-3,
+        "adapter.alpha": 32,
+        "optimizer.warmup_steps": 4,
+    }
+
+
+def test_rows_are_shared_where_that_is_faster():
+    """The first steps take turns; the first two warm up, and steps of one member tell nothing."""
+    for shared, single, faster in ((300.0, 200.0, True), (200.0, 300.0, False)):
+        sharing = RowSharing()
+        ways = []
+        for step in range(20):
+            ways.append(sharing.now)
+            sharing.note(9999.0 if step < 2 else shared if sharing.now else single, num_members=2)
+            sharing.note(1e9, num_members=1)
+        assert sharing.is_faster is faster
+        assert ways[:8] == [True, False] * 4
+        assert ways[8:] == [faster] * 12
+    kept = RowSharing(is_faster=False)
+    assert not kept.now
+
+
+def test_no_more_members_than_memory_holds(monkeypatch):
+    from torch import nn
+
+    class Base(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(1000, 1000), nn.Linear(1000, 5000)
+
+        def get_output_embeddings(self):
+            return self.head
+
+    adapters = [AdapterConfig(rank=4), AdapterConfig(rank=8, targets=["layer"]), AdapterConfig(targets=["nothing"])]
+    room = MemberRoom(Base(), adapters, choose_hardware(use_gpu=False), world_size=1)
+    assert room.largest == 8 * 2000 * 16
+    for free, members, has_trained, left in (
+        (10 * room.largest, 0, False, 5),
+        (10 * room.largest, 3, True, 9),
+        (0, 0, True, 1),
+        (0, 1, True, 0),
+    ):
+        monkeypatch.setattr(MemberRoom, "free", free)
+        assert room.left(members, has_trained=has_trained) == left
+    assert MemberRoom(Base(), adapters, choose_hardware(use_gpu=False), world_size=2).largest == 8 * 2000 * 24

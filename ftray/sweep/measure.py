@@ -1,0 +1,85 @@
+"""The measurements behind `compare`: products scored in Ray tasks, and short runs alone."""
+
+import shutil
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+
+from ftray.config import RunConfig
+from ftray.model.base import BaseModel
+from ftray.sweep.comparison import BASE, Alone, best_trials, note_measured, read_measured
+from ftray.sweep.scores import ScoreJob, score_products
+from ftray.sweep.study import Study
+from ftray.sweep.trials import SweepRun, trials_directory
+from ftray.tracking.metrics import read_metrics
+from ftray.train.launch import launch
+from ftray.train.ray_trainer import Watcher, name_for_workers
+
+ALONE = "alone"
+STEPS_ALONE = 6
+WARM_UP_STEPS = 2
+NEVER = 10**9  # steps
+QUIET = Watcher(say=lambda text: None, on_metrics=lambda records: None, on_start=lambda first, count: None)
+
+Say = Callable[[str], None]
+
+
+def measure_methods(study: Study, directory: Path, base: BaseModel, *, say: Say) -> None:
+    """What is not in the sweep's comparison yet, of each method's best trial."""
+    methods = [(value, trial) for value, trial in best_trials(study) if trial is not None]
+    for job in score_jobs(study, directory, base, [run for _, trial in methods for run in trial.runs]):
+        say(f"scoring {', '.join(job.adapters)}")
+        note_measured(directory, "scores", ray.get(as_task(score_products, job)))
+    for _, trial in methods:
+        if trial.name not in read_measured(directory)["alone"]:
+            say(f"{STEPS_ALONE} steps of {trial.name} alone")
+            config = study.config_of(trial.runs[0])
+            note_measured(directory, "alone", {trial.name: measure_alone(config, directory / ALONE)})
+
+
+def as_task(function, job: ScoreJob):
+    return ray.remote(function).options(**job.needs).remote(job)
+
+
+def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepRun]) -> list[ScoreJob]:
+    """All adapters over one base in a job, and the untuned base with them; each trained model in a job of its own."""
+    compare = study.config.compare
+    assert compare is not None
+    done = read_measured(directory)["scores"]
+    shared = study.config_of(runs[0]) if runs else None
+    if shared is None:
+        return []
+    base_name = name_for_workers(shared, base)
+    adapters: dict[str, Path | None] = {} if BASE in done else {BASE: None}
+    jobs = []
+    for run in runs:
+        if run.name in done:
+            continue
+        config, product = study.config_of(run), trials_directory(directory) / run.name
+        if config.adapter is not None:
+            adapters[run.name] = product / "adapter"
+        else:
+            jobs.append(ScoreJob(str(product / "model"), {run.name: None}, config, compare.general_text))
+    return [ScoreJob(base_name, adapters, shared, compare.general_text), *jobs] if adapters else jobs
+
+
+def measure_alone(config: RunConfig, runs_dir: Path) -> Alone:
+    data = config.data.model_copy(update={"eval": None})
+    short = config.model_copy(
+        update={
+            "runs_dir": str(runs_dir),
+            "epochs": None,
+            "max_steps": STEPS_ALONE,
+            "data": data,
+            "checkpoint": config.checkpoint.model_copy(update={"every": NEVER}),
+            "evaluation": config.evaluation.model_copy(update={"every": NEVER, "samples": 0}),
+        }
+    )
+    launch(short, QUIET)
+    path = runs_dir / config.name
+    steps = [record for record in read_metrics(path) if "loss" in record]
+    shutil.rmtree(path)
+    rates = [step["tokens_per_s"] for step in steps[WARM_UP_STEPS:]] or [step["tokens_per_s"] for step in steps]
+    return Alone(statistics.median(rates), max(step["memory_gib"] for step in steps))
