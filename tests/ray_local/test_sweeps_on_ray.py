@@ -135,7 +135,7 @@ def test_lora_and_full_fine_tuning_side_by_side(ray_session, sweep_file, eval_fi
         f"search: {{algorithm: grid}}\ncompare: {{key: adapter, general_text: {general}}}\n"
     )
     out = run_sweep_command(sweep_file, capsys=capsys)
-    assert "fused: 2 at a time" in out
+    assert "fused: 4 at a time" in out
     assert "apart: " in out
     assert "adapter: null trains the base itself" in out
     assert "adapter {rank: 4}: eval_loss" in out
