@@ -16,7 +16,8 @@ from ftray.sweep.trials import Trial
 COMPARISON = "comparison.json"
 BASE = "base"  # the untuned model, among the scores
 RATE = "optimizer.learning_rate"
-CLOSE, DEVIATIONS = 0.01, 2.0  # as good as: within this share of the metric, or so many standard deviations over seeds
+CLOSE = 0.01  # as good as: within this share of the metric
+DEVIATIONS = 2.0  # over seeds: fewer between two methods do not tell them apart
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,19 @@ class Comparison:
         deviations = [method.deviation for method in (method, self.reference) if method.deviation is not None]
         spread = max(deviations, default=None)
         text += f", {worse / spread:+.1f} standard deviations over seeds)" if spread else ")"
-        is_close = share <= CLOSE or (spread is not None and worse <= DEVIATIONS * spread)
-        text += f", {'as good as' if is_close else 'worse than'} {reference}"
+        text += f", {self._relation(worse, share, spread)} {reference}"
+        text += "" if spread else " as far as one seed tells"
         if method.rate and self.reference.rate and method.rate != self.reference.rate:
             text += f"; its best {RATE} is {method.rate / self.reference.rate:.3g} times as high"
         return text
+
+    @staticmethod
+    def _relation(worse: float, share: float, spread: float | None) -> str:
+        if abs(share) <= CLOSE:
+            return "as good as"
+        if spread is not None and abs(worse) <= DEVIATIONS * spread:
+            return "not told apart from"
+        return "worse than" if worse > 0 else "better than"
 
     def _name(self, method: Method) -> str:
         return f"{self.key} {short(method.value)}"
@@ -150,7 +159,11 @@ def is_measured(study: Study, directory: Path) -> bool:
 
 def edges(study: Study, trial: Trial) -> list[str]:
     """Ranges at whose end it lies, where the range was searched at more than its ends."""
-    ranges = {key: domain for key, domain in study.space.free.items() if isinstance(domain, Range)}
+    ranges = {
+        key: domain
+        for key, domain in study.space.free.items()
+        if isinstance(domain, Range) and (domain.points is None or domain.points > 2)
+    }
     return [key for key, domain in ranges.items() if trial.point[key] in domain.extremes]
 
 

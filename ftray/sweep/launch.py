@@ -100,7 +100,7 @@ def run_groups(
     limits = [limit for limit in (planned, study.config.search.max_concurrent) if limit is not None]
     if wanted == "auto" and study.config.search.algorithm == "tpe" and planned is not None:
         limits.append(-(-planned // TPE_ROUNDS))
-    num_groups = min(num_groups, *limits)
+    num_groups = min([num_groups, *limits])
     slots = FUSED_SLOTS if wanted == "auto" else int(wanted)
     slots = min([slots, *(-(-limit // num_groups) for limit in limits)])  # no group takes what others could
     assert data.train.directory is not None

@@ -48,21 +48,33 @@ def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepR
     compare = study.config.compare
     assert compare is not None
     done = read_measured(directory)["scores"]
-    shared = study.config_of(runs[0]) if runs else None
-    if shared is None:
+    if not runs:
         return []
+    shared = with_absolute_data(study.config_of(runs[0]))
+    general = absolute(compare.general_text) if compare.general_text is not None else None
     base_name = name_for_workers(shared, base)
     adapters: dict[str, Path | None] = {} if BASE in done else {BASE: None}
     jobs = []
     for run in runs:
         if run.name in done:
             continue
-        config, product = study.config_of(run), trials_directory(directory) / run.name
+        config, product = with_absolute_data(study.config_of(run)), trials_directory(directory) / run.name
         if config.adapter is not None:
             adapters[run.name] = product / "adapter"
         else:
-            jobs.append(ScoreJob(str(product / "model"), {run.name: None}, config, compare.general_text))
-    return [ScoreJob(base_name, adapters, shared, compare.general_text), *jobs] if adapters else jobs
+            jobs.append(ScoreJob(str(product / "model"), {run.name: None}, config, general))
+    return [ScoreJob(base_name, adapters, shared, general), *jobs] if adapters else jobs
+
+
+def with_absolute_data(config: RunConfig) -> RunConfig:
+    """A task does not run where the driver does."""
+    evaluation = absolute(config.data.eval) if config.data.eval is not None else None
+    return config.model_copy(update={"data": config.data.model_copy(update={"eval": evaluation})})
+
+
+def absolute(source: str) -> str:
+    """A hub id stays as it is."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
 
 
 def measure_alone(config: RunConfig, runs_dir: Path) -> Alone:

@@ -130,12 +130,12 @@ def test_lora_and_full_fine_tuning_side_by_side(ray_session, sweep_file, eval_fi
     general.write_text('{"text": "the quick brown fox jumps over the lazy dog"}\n')
     sweep_file.write_text(
         f"kind: sweep\nname: c\nrun: {tmp_path}/run.yaml\noverrides: {{max_steps: 20}}\n"
-        "space:\n  adapter: [null, {rank: 4}]\n  variables.rate: [1e-3, 1e-2]\n"
+        "space:\n  adapter: [null, {rank: 4}]\n  variables.rate: [1e-2]\n"
         "  optimizer.learning_rate: {expression: variables.rate * (1 if adapter == null else 2)}\n"
         f"search: {{algorithm: grid}}\ncompare: {{key: adapter, general_text: {general}}}\n"
     )
     out = run_sweep_command(sweep_file, capsys=capsys)
-    assert "fused: 4 at a time" in out
+    assert "fused: 2 at a time" in out
     assert "apart: " in out
     assert "adapter: null trains the base itself" in out
     assert "adapter {rank: 4}: eval_loss" in out

@@ -78,8 +78,18 @@ def test_noise_beyond_the_difference_and_a_best_at_the_edge_are_told(load, tmp_p
     study = Study(*load(), tmp_path)
     play(study, best_rate=1e-3, spread=0.2)
     told = read_comparison(study, tmp_path).verdicts()
-    assert "+1.5 standard deviations over seeds), as good as" in told[1]
+    assert "+1.5 standard deviations over seeds), not told apart from adapter null" in told[1]
     assert sum("variables.rate is the end of the range: widen it" in line for line in told) == 3
+
+
+def test_a_better_way_is_called_better(load, tmp_path, monkeypatch):
+    monkeypatch.setitem(METRIC, 64, 0.7)
+    study = Study(*load(), tmp_path)
+    play(study)
+    assert (
+        "-300.0 standard deviations over seeds), better than adapter null"
+        in read_comparison(study, tmp_path).verdicts()[0]
+    )
 
 
 def test_a_way_of_which_nothing_finished_is_not_judged(load, tmp_path):
