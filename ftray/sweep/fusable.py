@@ -33,6 +33,8 @@ def fusing_of(config: SweepConfig, space: Space) -> Fusing:
     reason = next((reason for reason in found if reason is not None), None)
     if reason is not None and config.search.algorithm == "tpe":
         return Fusing(None, f"{reason}; tpe learns from all trials, so they run in the order of their numbers")
+    if reason is not None and config.search.algorithm == "random" and config.search.trials is None:
+        return Fusing(None, f"{reason}; a budget without a number of trials would be spent before those that run apart")
     fused = (run.adapter for run in runs if why_not(run) is None and differing(run, example) is None)
     adapters = {adapter.model_dump_json(): adapter for adapter in fused if adapter is not None}
     return Fusing(example, reason, tuple(adapters.values()))

@@ -411,6 +411,10 @@ def test_what_can_be_fused_and_why_not(load):
         ({"more": "overrides: {tracking.wandb: offline}"}, "tracking.wandb"),
         ({"more": "overrides: {workers.count: [1, 2]}"}, "workers.count"),
         ({"search": "{algorithm: grid, fused: off}"}, "search.fused: off"),
+        (
+            {"search": "{algorithm: random, budget: {steps: 9}}", "space": "\n  adapter: [{rank: 4}, null]\n"},
+            "without a number of trials",
+        ),
         ({"search": "{algorithm: tpe, trials: 4}", "space": "\n  adapter: [{rank: 4}, null]\n"}, "tpe learns from all"),
     ):
         fusing = fusing_of(*load(**how))
