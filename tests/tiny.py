@@ -18,6 +18,16 @@ SIZES = {
     "num_key_value_heads": 2,
 }
 INITIALIZER_RANGE = 0.15  # wide enough that the most likely token is never a near tie
+# What the trials of a sweep start from, where nothing trains: its files need not exist.
+RUN_OF_SWEEPS = """
+kind: run
+name: r
+base_model: base
+max_steps: 40
+data: {train: train.jsonl, eval: eval.jsonl, max_example_tokens: 256}
+batch: {tokens_per_micro_batch: 512}
+evaluation: {every: 10}
+"""
 
 
 def make_tokenizer():

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from ftray.config.serve import AdaptersConfig, EngineConfig
-from ftray.infer.engines import load_adapter
+from ftray.infer.engines import load_adapter, make_local_engine
 from ftray.infer.torch_engine import TorchEngine
-from ftray.model.base import context_limit, prepare_base
+from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
 from ftray.serve.replica import check_base
@@ -28,9 +27,7 @@ def load_engine(
             version = store.get(adapter)
             key, directory, metadata = str(version), store.directory(version), version.metadata
         check_base(key, metadata, base)
-    context = min(context_tokens, context_limit(base) or context_tokens)
-    settings = EngineConfig(context_tokens=context, kv_cache_tokens=max(16384, context))
-    engine = TorchEngine(base, choose_hardware(), settings, AdaptersConfig())
+    engine = make_local_engine(base, choose_hardware(), context_tokens=context_tokens)
     if key is not None and directory is not None:
         load_adapter(engine, key, directory)
     return engine, key

@@ -1,6 +1,7 @@
 """`ftray sweep`"""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,40 +155,38 @@ def show_points(config: SweepConfig, space: Space) -> None:
 
 
 def show_comparison(study: "Study", directory: Path) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from ftray.sweep.comparison import read_comparison
     from ftray.sweep.report import comparison_table
 
     compared = comparison_table(read_comparison(study, directory))
-    if compared is None:
-        return
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for index, column in enumerate(compared.columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in compared.rows:
-        table.add_row(*row)
-    Console(highlight=False, width=None if Console().is_terminal else 140).print(table)
-    print("\n".join(compared.verdicts))
+    if compared is not None:
+        print_table(compared.columns, compared.rows, to_the_left=compared.columns[:1])
+        print("\n".join(compared.verdicts))
 
 
 def show_answer(study: "Study") -> None:
+    from ftray.config.space import short
+    from ftray.sweep.report import metric_text, status_text
+
+    keys = list(study.space.free)
+    columns = ["trial", *keys, study.config.search.metric, "steps", "tokens", "time", "outcome"]
+    rows = []
+    for trial in study.ranked:
+        values = [short(trial.point[key]) for key in keys]
+        spent = [str(trial.step), f"{trial.tokens:,}", f"{trial.seconds:.0f} s"]
+        rows.append([trial.name, *values, metric_text(trial), *spent, status_text(trial)])
+    print_table(columns, rows, to_the_left=["trial", "outcome"])
+    print(study.conclusion())
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_the_left: Sequence[str]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from ftray.config.space import short
-    from ftray.sweep.report import metric_text, status_text
-
     table = Table(box=box.SIMPLE, pad_edge=False)
-    keys = list(study.space.free)
-    for column in ("trial", *keys, study.config.search.metric, "steps", "tokens", "time", "outcome"):
-        table.add_column(column, justify="left" if column in ("trial", "outcome") else "right", overflow="fold")
-    for trial in study.ranked:
-        values = [short(trial.point[key]) for key in keys]
-        spent = [str(trial.step), f"{trial.tokens:,}", f"{trial.seconds:.0f} s"]
-        table.add_row(trial.name, *values, metric_text(trial), *spent, status_text(trial))
+    for column in columns:
+        table.add_column(column, justify="left" if column in to_the_left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     Console(highlight=False, width=None if Console().is_terminal else 140).print(table)
-    print(study.conclusion())

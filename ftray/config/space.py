@@ -53,13 +53,13 @@ class Space:
                 expression = self.domains[key]
                 assert isinstance(expression, Expression)
                 values[key] = expression.evaluate(lambda name: self._known(values, name))
-        return {key: value for key, value in values.items() if not is_variable(key)}
+        return without_variables(values)
 
     def _known(self, values: dict[str, Any], key: str) -> Any:
         """What a point, the run's file or the run's defaults have there. Raises ValueError."""
         if key in values:
             return values[key]
-        tree = self._tree({name: value for name, value in values.items() if not is_variable(name)})
+        tree = self._tree(without_variables(values))
         try:
             return value_at(tree, key)
         except ValueError:
@@ -94,6 +94,10 @@ class Space:
         for key, domain in self.free.items():
             yield from (first | {key: value} for value in domain.extremes)
         yield from (self.sample(chance) for _ in range(SAMPLED_POINTS))
+
+
+def without_variables(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if not is_variable(key)}
 
 
 def sample(domain: Choice | Range, chance: random.Random) -> Any:

@@ -20,6 +20,11 @@ def evaluate_offline(
     engine: TorchEngine, questions: Sequence[Question], data: DataConfig, *, adapter: str | None, model: str
 ) -> Evaluation:
     """`adapter`: the key it is loaded under in the engine, or None for the base model."""
+    answers = answer_questions(engine, questions, adapter=adapter)
+    return Evaluation(model, answers, held_out_loss(engine, data, ChatRenderer(engine.tokenizer), adapter=adapter))
+
+
+def answer_questions(engine: TorchEngine, questions: Sequence[Question], *, adapter: str | None) -> list[Answer]:
     renderer = ChatRenderer(engine.tokenizer)
     sampling = Sampling(temperature=0, max_tokens=answer_tokens(questions, renderer))
     requests = [
@@ -27,25 +32,25 @@ def evaluate_offline(
         for i, question in enumerate(questions)
     ]
     texts = generate(engine, requests)
-    answers = [Answer(q.text, q.expected, texts[str(i)]) for i, q in enumerate(questions)]
-    return Evaluation(model, answers, held_out_loss(engine, data, renderer, adapter=adapter))
+    return [Answer(q.text, q.expected, texts[str(i)]) for i, q in enumerate(questions)]
 
 
 def held_out_loss(engine: TorchEngine, data: DataConfig, renderer: ChatRenderer, *, adapter: str | None) -> float:
     """Mean negative log-likelihood per answer token: what training reports as eval_loss."""
     assert data.eval is not None
     dataset = tokenize_source("data.eval", data.eval, data, renderer)
-    return mean_loss(engine, dataset, adapter=adapter, budget=max(SCORE_TOKENS, data.max_example_tokens))
+    return mean_loss(engine, dataset, adapter=adapter, max_example_tokens=data.max_example_tokens)
 
 
-def text_loss(engine: TorchEngine, key: str, source: str, *, max_tokens: int, adapter: str | None) -> float:
-    """Mean negative log-likelihood per token of plain text, in pieces of `max_tokens`. `key`: for messages."""
-    data = DataConfig(train=source, max_example_tokens=max_tokens, overlong="split")
-    dataset = tokenize_source(key, source, data, ChatRenderer(engine.tokenizer), objective="domain")
-    return mean_loss(engine, dataset, adapter=adapter, budget=max(SCORE_TOKENS, max_tokens))
+def tokenize_text(engine: TorchEngine, key: str, source: str, *, max_example_tokens: int) -> TokenizedDataset:
+    """Plain text in pieces, every token of them scored. `key`: for messages."""
+    data = DataConfig(train=source, max_example_tokens=max_example_tokens, overlong="split")
+    return tokenize_source(key, source, data, ChatRenderer(engine.tokenizer), objective="domain")
 
 
-def mean_loss(engine: TorchEngine, dataset: TokenizedDataset, *, adapter: str | None, budget: int) -> float:
+def mean_loss(engine: TorchEngine, dataset: TokenizedDataset, *, adapter: str | None, max_example_tokens: int) -> float:
+    """Mean negative log-likelihood per trained token of the dataset."""
+    budget = max(SCORE_TOKENS, max_example_tokens)
     total, count = 0.0, 0
     for examples in first_fit(range(len(dataset)), dataset.lengths, budget):
         log_probs = engine.score(pack(dataset, examples), adapter)

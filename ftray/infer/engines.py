@@ -2,13 +2,18 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import UserError
 from ftray.infer.protocol import Engine, Request
-from ftray.model.base import BaseModel
+from ftray.model.base import BaseModel, context_limit
 from ftray.model.hardware import Hardware
+
+if TYPE_CHECKING:  # importing it loads the model code
+    from ftray.infer.torch_engine import TorchEngine
+
+LOCAL_KV_CACHE_TOKENS = 16384
 
 
 def check_engine(config: EngineConfig) -> None:
@@ -26,6 +31,15 @@ def make_engine(base: BaseModel, hardware: Hardware, config: EngineConfig, adapt
     from ftray.infer.torch_engine import TorchEngine
 
     return TorchEngine(base, hardware, config, adapters)
+
+
+def make_local_engine(base: BaseModel, hardware: Hardware, *, context_tokens: int) -> "TorchEngine":
+    """For one thread's own questions, with the context that is asked for as far as the model has it."""
+    from ftray.infer.torch_engine import TorchEngine
+
+    context = min(context_tokens, context_limit(base) or context_tokens)
+    settings = EngineConfig(context_tokens=context, kv_cache_tokens=max(LOCAL_KV_CACHE_TOKENS, context))
+    return TorchEngine(base, hardware, settings, AdaptersConfig())
 
 
 def load_adapter(engine: Any, key: str, directory: Path) -> None:

@@ -81,7 +81,7 @@ def num_lora_parameters(model: Any, config: AdapterConfig) -> int:
     head = model.get_output_embeddings()
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     names = linear if isinstance(config.targets, str) else matching_modules(model, config.targets)
-    rank = max(config.rank, *config.rank_pattern.values()) if config.rank_pattern else config.rank
+    rank = max([config.rank, *config.rank_pattern.values()])
     return sum(rank * (linear[name].in_features + linear[name].out_features) for name in names if name in linear)
 
 

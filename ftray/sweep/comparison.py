@@ -131,28 +131,34 @@ def read_comparison(study: Study, directory: Path) -> Comparison | None:
     if compare is None:
         return None
     measured = read_measured(directory)
-    methods = []
-    for value, best in best_trials(study):
-        scores = [measured["scores"].get(run.name) for run in best.runs] if best is not None else []
-        alone = measured["alone"].get(best.name) if best is not None else None
-        methods.append(
-            Method(
-                value=value,
-                best=best,
-                rate=study.space.config(best.point).optimizer.learning_rate if best is not None else None,
-                at_edge=tuple(edges(study, best)) if best is not None else (),
-                scores=tuple(Score(**score) for score in scores if score is not None),
-                alone=Alone(**alone) if alone is not None else None,
-            )
-        )
+    methods = tuple(method_of(study, value, best, measured) for value, best in best_trials(study))
     base = measured["scores"].get(BASE)
     metric = study.config.search.metric
-    return Comparison(compare.key, metric, tuple(methods), Score(**base) if base is not None else None)
+    return Comparison(compare.key, metric, methods, Score(**base) if base is not None else None)
+
+
+def method_of(study: Study, value: Any, best: Trial | None, measured: dict[str, dict[str, Any]]) -> Method:
+    if best is None:
+        return Method(value, None, rate=None, at_edge=(), scores=(), alone=None)
+    scores = [measured["scores"].get(run.name) for run in best.runs]
+    alone = measured["alone"].get(best.name)
+    return Method(
+        value,
+        best,
+        rate=study.space.config(best.point).optimizer.learning_rate,
+        at_edge=tuple(edges(study, best)),
+        scores=tuple(Score(**score) for score in scores if score is not None),
+        alone=Alone(**alone) if alone is not None else None,
+    )
+
+
+def compared_trials(study: Study) -> list[Trial]:
+    """The best of each choice of which one has finished."""
+    return [trial for _, trial in best_trials(study) if trial is not None]
 
 
 def is_measured(study: Study, directory: Path) -> bool:
-    measured = read_measured(directory)
-    trials = [trial for _, trial in best_trials(study) if trial is not None]
+    measured, trials = read_measured(directory), compared_trials(study)
     scored = all(run.name in measured["scores"] for trial in trials for run in trial.runs)
     return scored and all(trial.name in measured["alone"] for trial in trials)
 

@@ -19,7 +19,7 @@ class Fusing:
     adapters: tuple[AdapterConfig, ...] = ()  # what they may have, each once; of a range, its ends and samples
 
     def holds(self, run: RunConfig) -> bool:
-        return self.example is not None and why_not(run) is None and differing(run, self.example) is None
+        return self.example is not None and why_not_beside(run, self.example) is None
 
 
 def fusing_of(config: SweepConfig, space: Space) -> Fusing:
@@ -29,18 +29,21 @@ def fusing_of(config: SweepConfig, space: Space) -> Fusing:
     example = next((run for run in runs if why_not(run) is None), None)
     if example is None:
         return Fusing(None, why_not(runs[0]))
-    found = (why_not(run) or differing(run, example) for run in runs)
-    reason = next((reason for reason in found if reason is not None), None)
+    reasons = [why_not_beside(run, example) for run in runs]
+    reason = next((reason for reason in reasons if reason is not None), None)
     if reason is not None and config.search.algorithm == "tpe":
         return Fusing(None, f"{reason}; tpe learns from all trials, so they run in the order of their numbers")
     if reason is not None and config.search.algorithm == "random" and config.search.trials is None:
         return Fusing(None, f"{reason}; a budget without a number of trials would be spent before those that run apart")
-    fused = (run.adapter for run in runs if why_not(run) is None and differing(run, example) is None)
+    fused = (run.adapter for run, reason in zip(runs, reasons, strict=True) if reason is None)
     adapters = {adapter.model_dump_json(): adapter for adapter in fused if adapter is not None}
     return Fusing(example, reason, tuple(adapters.values()))
 
 
-def differing(run: RunConfig, example: RunConfig) -> str | None:
+def why_not_beside(run: RunConfig, example: RunConfig) -> str | None:
+    """In one group with a run that can be fused."""
+    if (reason := why_not(run)) is not None:
+        return reason
     key = next((key for key in SHARED if getattr(run, key) != getattr(example, key)), None)
     return None if key is None else f"{key}: it is shared by all that are fused, and differs"
 

@@ -154,7 +154,7 @@ class Clerk:
         self._reporters: dict[str, Reporter] = {}
         self._asked: set[str] = set()  # names of members that are to stop
         self._began: dict[str, float] = {}
-        self._told_sharing = False
+        self._told_sharing = job.shares_rows is not None  # an earlier part of the sweep has told it
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish")
         self._finishing: list[Future[None]] = []
         ray.get(job.desk.start_over.remote(job.group))  # what its workers before these had begun
@@ -204,11 +204,10 @@ class Clerk:
         if self._told_sharing or sharing.is_faster is None:
             return
         self._told_sharing = True
-        if self._job.shares_rows is None:
-            shared, single = (max(sharing.rates[way]) for way in (True, False))
-            way = "share rows" if sharing.is_faster else "have rows of their own"
-            self.say(f"trials {way}: {shared:.0f} tokens/s shared, {single:.0f} each by itself")
-            ray.get(self._job.desk.keep_sharing.remote(sharing.is_faster))
+        shared, single = (max(sharing.rates[way]) for way in (True, False))
+        way = "share rows" if sharing.is_faster else "have rows of their own"
+        self.say(f"trials {way}: {shared:.0f} tokens/s shared, {single:.0f} each by itself")
+        ray.get(self._job.desk.keep_sharing.remote(sharing.is_faster))
 
     def record(self, member: Member, told: MemberStep) -> None:
         examples = member.plan.examples(member.step - 1, end=member.end_position)

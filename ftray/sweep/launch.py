@@ -13,7 +13,7 @@ from ftray.errors import InterruptedRunError, NotFoundError, UserError
 from ftray.model.base import BaseModel
 from ftray.storage import read_json, write_json
 from ftray.sweep.comparison import is_measured
-from ftray.sweep.fusable import fusing_of
+from ftray.sweep.fusable import Fusing, fusing_of
 from ftray.sweep.fused_trials import groups_of, run_fused
 from ftray.sweep.measure import measure_methods
 from ftray.sweep.report import write_sweep_report
@@ -69,7 +69,7 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -
         say(study.describe_plan())
         say(f"as it goes: {write_sweep_report(study, directory)}")
         if fusing.example is not None and not study.is_over:
-            run_groups(directory, study, fusing.example, base, data, say=say)
+            run_groups(directory, study, fusing, base, data, say=say)
             study = Study(config, study.space, directory)  # the desk has written on
         if not study.is_over:
             run_apart(directory, study, base_run, reason=fusing.reason or "the rest", say=say)
@@ -91,11 +91,10 @@ def check_data_of_sweep(directory: Path, data: PreparedData) -> None:
     write_json(directory / DATA, digests)
 
 
-def run_groups(
-    directory: Path, study: Study, base_run: RunConfig, base: BaseModel, data: PreparedData, *, say: Say
-) -> None:
+def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, data: PreparedData, *, say: Say) -> None:
     """LoRA trials side by side over one base."""
-    base_run, num_groups = groups_of(base_run)
+    assert fusing.example is not None
+    base_run, num_groups = groups_of(fusing.example)
     wanted, planned = study.config.search.fused, study.num_planned_runs
     limits = [limit for limit in (planned, study.config.search.max_concurrent) if limit is not None]
     if wanted == "auto" and study.config.search.algorithm == "tpe" and planned is not None:
@@ -112,7 +111,7 @@ def run_groups(
         "train_data": data.train.directory,
         "eval_data": data.eval.directory if data.eval is not None else None,
         "data_digest": data.digest,
-        "adapters": fusing_of(study.config, study.space).adapters,
+        "adapters": fusing.adapters,
     }
     run_fused(
         study,

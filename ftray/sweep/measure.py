@@ -9,7 +9,7 @@ import ray
 
 from ftray.config import RunConfig
 from ftray.model.base import BaseModel
-from ftray.sweep.comparison import BASE, Alone, best_trials, note_measured, read_measured
+from ftray.sweep.comparison import BASE, Alone, compared_trials, note_measured, read_measured
 from ftray.sweep.scores import ScoreJob, score_products
 from ftray.sweep.study import Study
 from ftray.sweep.trials import SweepRun, trials_directory
@@ -28,19 +28,16 @@ Say = Callable[[str], None]
 
 def measure_methods(study: Study, directory: Path, base: BaseModel, *, say: Say) -> None:
     """What is not in the sweep's comparison yet, of each method's best trial."""
-    methods = [(value, trial) for value, trial in best_trials(study) if trial is not None]
-    for job in score_jobs(study, directory, base, [run for _, trial in methods for run in trial.runs]):
+    trials = compared_trials(study)
+    for job in score_jobs(study, directory, base, [run for trial in trials for run in trial.runs]):
         say(f"scoring {', '.join(job.adapters)}")
-        note_measured(directory, "scores", ray.get(as_task(score_products, job)))
-    for _, trial in methods:
+        scoring = ray.remote(score_products).options(**job.needs)
+        note_measured(directory, "scores", ray.get(scoring.remote(job)))
+    for trial in trials:
         if trial.name not in read_measured(directory)["alone"]:
             say(f"{STEPS_ALONE} steps of {trial.name} alone")
             config = study.config_of(trial.runs[0])
             note_measured(directory, "alone", {trial.name: measure_alone(config, directory / ALONE)})
-
-
-def as_task(function, job: ScoreJob):
-    return ray.remote(function).options(**job.needs).remote(job)
 
 
 def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepRun]) -> list[ScoreJob]:

@@ -4,9 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftray.config.run import RunConfig
-from ftray.config.serve import AdaptersConfig, EngineConfig
-
-KV_CACHE_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -32,32 +29,30 @@ class Score:
 
 def score_products(job: ScoreJob) -> dict[str, Score]:
     """In a Ray task. The base is loaded once for all."""
-    from ftray.evaluate.offline import evaluate_offline, text_loss
-    from ftray.evaluate.task import load_questions
-    from ftray.infer.engines import load_adapter
-    from ftray.infer.torch_engine import TorchEngine
-    from ftray.model.base import context_limit, prepare_base
+    from ftray.evaluate.offline import answer_questions, mean_loss, tokenize_text
+    from ftray.evaluate.task import Evaluation, load_questions
+    from ftray.infer.engines import load_adapter, make_local_engine
+    from ftray.model.base import prepare_base
     from ftray.model.hardware import choose_hardware
 
-    data = job.run.data
+    data, tokens = job.run.data, job.run.data.max_example_tokens
     asks = job.run.objective.type == "sft" and data.eval is not None
     questions = load_questions(data) if asks else []
-    base = prepare_base(job.base_model)
-    context = min(2 * data.max_example_tokens, context_limit(base) or 2 * data.max_example_tokens)
-    settings = EngineConfig(context_tokens=context, kv_cache_tokens=max(KV_CACHE_TOKENS, context))
     hardware = choose_hardware(use_gpu=job.run.workers.gpus_each > 0)
-    engine = TorchEngine(base, hardware, settings, AdaptersConfig())
+    engine = make_local_engine(prepare_base(job.base_model), hardware, context_tokens=2 * tokens)
+    text = None
+    if job.general_text is not None:
+        text = tokenize_text(engine, "compare.general_text", job.general_text, max_example_tokens=tokens)
     scores = {}
     for name, directory in job.adapters.items():
         key = name if directory is not None else None
         if directory is not None:
             load_adapter(engine, name, directory)
-        accuracy = evaluate_offline(engine, questions, data, adapter=key, model=name).accuracy if asks else None
-        general = None
-        if job.general_text is not None:
-            source, tokens = job.general_text, data.max_example_tokens
-            general = text_loss(engine, "compare.general_text", source, max_tokens=tokens, adapter=key)
-        scores[name] = Score(accuracy, general)
+        answers = answer_questions(engine, questions, adapter=key) if asks else None
+        scores[name] = Score(
+            accuracy=Evaluation(name, answers, loss=None).accuracy if answers is not None else None,
+            general_loss=mean_loss(engine, text, adapter=key, max_example_tokens=tokens) if text is not None else None,
+        )
         if key is not None:
             engine.unload_adapter(key)
     engine.close()

@@ -1,6 +1,7 @@
 """Ways compared, each at its own best point: who is found, what is said, and what is doubted."""
 
 import pytest
+from tiny import RUN_OF_SWEEPS
 
 from ftray.config import load_sweep
 from ftray.errors import ConfigError
@@ -23,20 +24,12 @@ seeds: 3
 search: {{algorithm: grid}}
 compare: {{key: {key}}}
 """
-RUN = """
-kind: run
-name: r
-base_model: base
-max_steps: 40
-data: {train: train.jsonl, eval: eval.jsonl, max_example_tokens: 256}
-batch: {tokens_per_micro_batch: 512}
-"""
 METRIC = {None: 1.0, 64: 1.005, 1: 1.3}
 
 
 @pytest.fixture
 def load(tmp_path):
-    (tmp_path / "run.yaml").write_text(RUN)
+    (tmp_path / "run.yaml").write_text(RUN_OF_SWEEPS)
 
     def load(key: str = "adapter"):
         (tmp_path / "sweep.yaml").write_text(SWEEP.format(run=tmp_path / "run.yaml", key=key))

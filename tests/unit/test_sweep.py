@@ -5,6 +5,7 @@ import random
 import shlex
 
 import pytest
+from tiny import RUN_OF_SWEEPS
 
 from ftray.cli.main import main
 from ftray.config import load_config, load_sweep
@@ -23,15 +24,6 @@ from ftray.sweep.search import STARTUP_TRIALS, importance
 from ftray.sweep.study import JOURNAL, Study
 from ftray.sweep.trials import Report, SweepRun, Trial
 
-RUN = """
-kind: run
-name: r
-base_model: base
-max_steps: 40
-data: {train: train.jsonl, eval: eval.jsonl, max_example_tokens: 256}
-batch: {tokens_per_micro_batch: 512}
-evaluation: {every: 10}
-"""
 SPACE = """
   adapter.rank: [2, 8]
   adapter.alpha: {expression: 2 * adapter.rank}
@@ -42,7 +34,7 @@ SPACE = """
 @pytest.fixture
 def load(tmp_path):
     run = tmp_path / "run.yaml"
-    run.write_text(RUN)
+    run.write_text(RUN_OF_SWEEPS)
 
     def load(search: str = "{algorithm: grid}", *, space: str = SPACE, more: str = "", overrides=()):
         path = tmp_path / "sweep.yaml"
