@@ -63,6 +63,20 @@ class SearchConfig(Strict):
             raise ValueError(f"algorithm {self.algorithm} needs an end: give trials, or a budget of steps or tokens")
         return self
 
+    def refuse_unequal_chances(self, sweeps_base: bool) -> None:
+        """What is compared must be searched alike. Raises ValueError."""
+        budget = self.budget
+        unequal = {
+            "search.algorithm: tpe seldom tries what looks worse; give grid or random": self.algorithm == "tpe",
+            f"search.scheduler: {self.scheduler} stops what learns late; give none": self.scheduler != "none",
+            "search.budget: it may be spent before the last choice had its trials; give search.trials": not (
+                budget.steps is budget.tokens is budget.hours is None
+            ),
+            "space.base_model: losses under different tokenizers cannot be compared": sweeps_base,
+        }
+        if problem := next((text for text, is_so in unequal.items() if is_so), None):
+            raise ValueError(f"compare: {problem}")
+
 
 def check_seeds(value: Any) -> tuple[int, ...]:
     """A number of seeds, or the seeds."""
@@ -98,6 +112,8 @@ class SweepConfig(Strict):
             choices = [key for key, domain in self.space.items() if isinstance(domain, Choice)]
             have = f"the space has {', '.join(choices)}" if choices else "the space has none"
             raise ValueError(f"compare.key: {self.compare.key} is no list of choices in the space; {have}")
+        if self.compare is not None:
+            self.search.refuse_unequal_chances("base_model" in self.space)
         for key in self.space:
             if (reason := why_not_swept(key)) is not None:
                 raise ValueError(f"space.{key}: it cannot be swept: {reason}")

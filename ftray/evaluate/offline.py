@@ -42,12 +42,6 @@ def held_out_loss(engine: TorchEngine, data: DataConfig, renderer: ChatRenderer,
     return mean_loss(engine, dataset, adapter=adapter, max_example_tokens=data.max_example_tokens)
 
 
-def tokenize_text(engine: TorchEngine, key: str, source: str, *, max_example_tokens: int) -> TokenizedDataset:
-    """Plain text in pieces, every token of them scored. `key`: for messages."""
-    data = DataConfig(train=source, max_example_tokens=max_example_tokens, overlong="split")
-    return tokenize_source(key, source, data, ChatRenderer(engine.tokenizer), objective="domain")
-
-
 def mean_loss(engine: TorchEngine, dataset: TokenizedDataset, *, adapter: str | None, max_example_tokens: int) -> float:
     """Mean negative log-likelihood per trained token of the dataset."""
     budget = max(SCORE_TOKENS, max_example_tokens)

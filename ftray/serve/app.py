@@ -30,7 +30,7 @@ from ftray.serve.exchange import Watcher
 from ftray.serve.gate import Gate
 from ftray.serve.ingress import Ingress
 from ftray.serve.limits import Gatekeeper
-from ftray.serve.memory import give_back_free_memory, keep_out_of_collections
+from ftray.serve.memory import give_back_free_memory, keep_few_arenas, keep_out_of_collections
 from ftray.serve.metrics import OF_REPLICAS, OF_REQUESTS
 from ftray.serve.models import ModelNames
 from ftray.serve.overview import Overview, RecentTraffic
@@ -56,6 +56,7 @@ class LedgerDeployment(Gatekeeper):
 
 class ReplicaDeployment(EngineReplica):
     def __init__(self, config: ServeConfig):
+        keep_few_arenas()
         super().__init__(config, meter=RayMeter(OF_REPLICAS))
 
     async def reconfigure(self, _: Any) -> None:
@@ -86,6 +87,7 @@ class IngressApp:
     """`serve.ingress` makes a deployment of it: Ray Serve asks for the HTTP application once it is made."""
 
     def __init__(self, config: ServeConfig, replicas: DeploymentHandle, ledger: DeploymentHandle | None):
+        keep_few_arenas()
         self._config = config
         names = ModelNames(config.served_name or config.base_model, Registry(config.adapters.registry, tolerant=True))
         backend = ReplicaBackend(replicas)

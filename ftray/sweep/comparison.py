@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftray.config.domains import Choice, Range
+from ftray.config.domains import Choice, is_number
 from ftray.config.space import short
 from ftray.storage import read_json, write_json
 from ftray.sweep.scores import Score
@@ -35,7 +35,7 @@ class Method:
     value: Any
     best: Trial | None  # the best of its trials that finished
     rate: float | None  # learning rate of that one
-    at_edge: tuple[str, ...]  # keys whose best value is an end of their range: the true best may lie beyond
+    at_edge: tuple[str, ...]  # keys whose best value is the last that was tried: the true best may lie beyond
     scores: tuple[Score, ...]  # of that trial's seeds
     alone: Alone | None
 
@@ -48,6 +48,10 @@ class Method:
         return mean_or_none([score.general_loss for score in self.scores])
 
     @property
+    def problems(self) -> list[str]:
+        return list(dict.fromkeys(score.problem for score in self.scores if score.problem is not None))
+
+    @property
     def deviation(self) -> float | None:
         """Of the metric over the seeds."""
         values = self.best.values if self.best is not None else []
@@ -58,6 +62,7 @@ class Method:
 class Comparison:
     key: str
     metric: str
+    is_lower_better: bool
     methods: tuple[Method, ...]
     base: Score | None
 
@@ -70,9 +75,10 @@ class Comparison:
         lines = [self._verdict(method) for method in self.methods[1:]]
         for method in self.methods:
             lines += [
-                f"{self._name(method)}: its best {key} is the end of the range: widen it before this is believed"
+                f"{self._name(method)}: its best {key} is the last that was tried: try more before this is believed"
                 for key in method.at_edge
             ]
+            lines += [f"{self._name(method)}: not scored: {problem}" for problem in method.problems]
         return lines
 
     def _verdict(self, method: Method) -> str:
@@ -83,25 +89,24 @@ class Comparison:
         own, other = method.best.mean, self.reference.best.mean
         assert own is not None
         assert other is not None
-        worse = own - other
-        share = worse / abs(other) if other else 0.0
+        difference = own - other
+        share = difference / abs(other) if other else 0.0
         text = f"{name}: {self.metric} {own:.4f} against {other:.4f} ({share:+.1%}"
         deviations = [method.deviation for method in (method, self.reference) if method.deviation is not None]
         spread = max(deviations, default=None)
-        text += f", {worse / spread:+.1f} standard deviations over seeds)" if spread else ")"
-        text += f", {self._relation(worse, share, spread)} {reference}"
+        text += f", {difference / spread:+.1f} standard deviations over seeds)" if spread else ")"
+        text += f", {self._relation(difference, share, spread)} {reference}"
         text += "" if spread else " as far as one seed tells"
         if method.rate and self.reference.rate and method.rate != self.reference.rate:
             text += f"; its best {RATE} is {method.rate / self.reference.rate:.3g} times as high"
         return text
 
-    @staticmethod
-    def _relation(worse: float, share: float, spread: float | None) -> str:
+    def _relation(self, difference: float, share: float, spread: float | None) -> str:
         if abs(share) <= CLOSE:
             return "as good as"
-        if spread is not None and abs(worse) <= DEVIATIONS * spread:
+        if spread is not None and abs(difference) <= DEVIATIONS * spread:
             return "not told apart from"
-        return "worse than" if worse > 0 else "better than"
+        return "worse than" if (difference > 0) is self.is_lower_better else "better than"
 
     def _name(self, method: Method) -> str:
         return f"{self.key} {short(method.value)}"
@@ -112,17 +117,22 @@ def mean_or_none(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def best_trials(study: Study) -> list[tuple[Any, Trial | None]]:
-    """Of each choice of the compared key."""
-    compare = study.config.compare
-    assert compare is not None
-    domain = study.space.domains[compare.key]
+def choices_of(study: Study) -> tuple[Any, ...]:
+    assert study.config.compare is not None
+    domain = study.space.domains[study.config.compare.key]
     assert isinstance(domain, Choice)
-    found = []
-    for value in domain.values:
-        own = [trial for trial in study.ranked if trial.is_finished and trial.point[compare.key] == value]
-        found.append((value, own[0] if own else None))
-    return found
+    return domain.values
+
+
+def trials_of(study: Study, value: Any) -> list[Trial]:
+    """With this choice, the best first. A clone that changes a key beside the space's is another way altogether."""
+    assert study.config.compare is not None
+    key = study.config.compare.key
+    return [t for t in study.ranked if t.point.keys() <= study.space.domains.keys() and t.point[key] == value]
+
+
+def best_trial(study: Study, value: Any) -> Trial | None:
+    return next((trial for trial in trials_of(study, value) if trial.is_finished), None)
 
 
 def read_comparison(study: Study, directory: Path) -> Comparison | None:
@@ -131,13 +141,19 @@ def read_comparison(study: Study, directory: Path) -> Comparison | None:
     if compare is None:
         return None
     measured = read_measured(directory)
-    methods = tuple(method_of(study, value, best, measured) for value, best in best_trials(study))
+    methods = tuple(method_of(study, value, measured) for value in choices_of(study))
     base = measured["scores"].get(BASE)
-    metric = study.config.search.metric
-    return Comparison(compare.key, metric, methods, Score(**base) if base is not None else None)
+    return Comparison(
+        compare.key,
+        study.config.search.metric,
+        study.config.search.mode == "min",
+        methods,
+        Score(**base) if base is not None else None,
+    )
 
 
-def method_of(study: Study, value: Any, best: Trial | None, measured: dict[str, dict[str, Any]]) -> Method:
+def method_of(study: Study, value: Any, measured: dict[str, dict[str, Any]]) -> Method:
+    best = best_trial(study, value)
     if best is None:
         return Method(value, None, rate=None, at_edge=(), scores=(), alone=None)
     scores = [measured["scores"].get(run.name) for run in best.runs]
@@ -146,7 +162,7 @@ def method_of(study: Study, value: Any, best: Trial | None, measured: dict[str, 
         value,
         best,
         rate=study.space.config(best.point).optimizer.learning_rate,
-        at_edge=tuple(edges(study, best)),
+        at_edge=tuple(edges(study, best, trials_of(study, value))),
         scores=tuple(Score(**score) for score in scores if score is not None),
         alone=Alone(**alone) if alone is not None else None,
     )
@@ -154,7 +170,8 @@ def method_of(study: Study, value: Any, best: Trial | None, measured: dict[str, 
 
 def compared_trials(study: Study) -> list[Trial]:
     """The best of each choice of which one has finished."""
-    return [trial for _, trial in best_trials(study) if trial is not None]
+    found = (best_trial(study, value) for value in choices_of(study))
+    return [trial for trial in found if trial is not None]
 
 
 def is_measured(study: Study, directory: Path) -> bool:
@@ -163,14 +180,14 @@ def is_measured(study: Study, directory: Path) -> bool:
     return scored and all(trial.name in measured["alone"] for trial in trials)
 
 
-def edges(study: Study, trial: Trial) -> list[str]:
-    """Ranges at whose end it lies, where the range was searched at more than its ends."""
-    ranges = {
-        key: domain
-        for key, domain in study.space.free.items()
-        if isinstance(domain, Range) and (domain.points is None or domain.points > 2)
-    }
-    return [key for key, domain in ranges.items() if trial.point[key] in domain.extremes]
+def edges(study: Study, best: Trial, trials: Sequence[Trial]) -> list[str]:
+    """Keys of which the best has the lowest or the highest number that its way was tried with, of three at least."""
+    found = []
+    for key in study.space.free:
+        values = {trial.point[key] for trial in trials if trial.is_over and is_number(trial.point[key])}
+        if len(values) > 2 and best.point[key] in (min(values), max(values)):
+            found.append(key)
+    return found
 
 
 def read_measured(directory: Path) -> dict[str, dict[str, Any]]:

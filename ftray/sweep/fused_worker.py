@@ -49,7 +49,8 @@ def fused_worker(job: FusedJob) -> None:
     make_deterministic(num_threads=job.base_run.workers.cpus_each)
     base = prepare_base(job.base_name)
     model = prepare_layers(load_weights(base, hardware, attention=register_packed_attention()), job.base_run.memory)
-    room = MemberRoom(model, job.adapters, hardware, world_size=dist.get_world_size())
+    ranks_per_node = ray.train.get_context().get_local_world_size()
+    room = MemberRoom(model, job.adapters, hardware, world_size=dist.get_world_size(), ranks_per_node=ranks_per_node)
     fused = FusedLora(model)
     objective = OBJECTIVES[job.base_run.objective.type](**job.base_run.objective.model_dump(exclude={"type"}))
     budget = job.base_run.batch.tokens_per_micro_batch

@@ -10,13 +10,15 @@ import ray
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.data.sources import check_source
 from ftray.errors import InterruptedRunError, NotFoundError, UserError
-from ftray.model.base import BaseModel
+from ftray.model.base import BaseModel, load_tokenizer
+from ftray.model.chat import ChatRenderer
 from ftray.storage import read_json, write_json
 from ftray.sweep.comparison import is_measured
 from ftray.sweep.fusable import Fusing, fusing_of
 from ftray.sweep.fused_trials import groups_of, run_fused
 from ftray.sweep.measure import measure_methods
 from ftray.sweep.report import write_sweep_report
+from ftray.sweep.scores import tokenize_text
 from ftray.sweep.study import Study
 from ftray.sweep.trials import trials_directory
 from ftray.sweep.tune_trials import TUNE_DIRECTORY, run_trials
@@ -68,8 +70,9 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -
         check_nodes(trials_directory(directory), base_run.workers)
         say(study.describe_plan())
         say(f"as it goes: {write_sweep_report(study, directory)}")
+        check_general_text(config, base_run, base)
         if fusing.example is not None and not study.is_over:
-            run_groups(directory, study, fusing, base, data, say=say)
+            run_groups(directory, study, fusing, *of_groups(fusing.example, directory, base_run, base, data), say=say)
             study = Study(config, study.space, directory)  # the desk has written on
         if not study.is_over:
             run_apart(directory, study, base_run, reason=fusing.reason or "the rest", say=say)
@@ -78,6 +81,22 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -
     except KeyboardInterrupt:
         state = look_into(directory).describe_state()
         raise InterruptedRunError(f"{config.name}: stopped; {state}") from None
+
+
+def of_groups(
+    example: RunConfig, directory: Path, base_run: RunConfig, base: BaseModel, data: PreparedData
+) -> tuple[BaseModel, PreparedData]:
+    """Base and data that groups share; they need not be those of the sweep's first run, which are given."""
+    if (example.base_model, example.data) == (base_run.base_model, base_run.data):
+        return base, data
+    return prepare_data(example, lambda text: None, kept_in=trials_directory(directory) / TOKENS)
+
+
+def check_general_text(config: SweepConfig, base_run: RunConfig, base: BaseModel) -> None:
+    """As it will be scored at the end, hours from now. Raises `UserError`."""
+    if config.compare is not None and config.compare.general_text is not None:
+        renderer, tokens = ChatRenderer(load_tokenizer(base)), base_run.data.max_example_tokens
+        tokenize_text(renderer, config.compare.general_text, max_example_tokens=tokens)
 
 
 def check_data_of_sweep(directory: Path, data: PreparedData) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
 from ftray.config import RunConfig
 from ftray.model.base import BaseModel
@@ -15,7 +16,7 @@ from ftray.sweep.study import Study
 from ftray.sweep.trials import SweepRun, trials_directory
 from ftray.tracking.metrics import read_metrics
 from ftray.train.launch import launch
-from ftray.train.ray_trainer import Watcher, name_for_workers
+from ftray.train.ray_trainer import Watcher, last_line, name_for_workers, worker_environment
 
 ALONE = "alone"
 STEPS_ALONE = 6
@@ -31,8 +32,12 @@ def measure_methods(study: Study, directory: Path, base: BaseModel, *, say: Say)
     trials = compared_trials(study)
     for job in score_jobs(study, directory, base, [run for trial in trials for run in trial.runs]):
         say(f"scoring {', '.join(job.adapters)}")
-        scoring = ray.remote(score_products).options(**job.needs)
-        note_measured(directory, "scores", ray.get(scoring.remote(job)))
+        environment = {"env_vars": worker_environment(job.run.workers.gpus_each)}
+        scoring = ray.remote(score_products).options(**job.needs, runtime_env=environment)
+        try:
+            note_measured(directory, "scores", ray.get(scoring.remote(job)))
+        except RayError as error:  # not noted: the same command tries again
+            say(f"not scored: {', '.join(job.adapters)}: {last_line(error)}")
     for trial in trials:
         if trial.name not in read_measured(directory)["alone"]:
             say(f"{STEPS_ALONE} steps of {trial.name} alone")
@@ -41,7 +46,7 @@ def measure_methods(study: Study, directory: Path, base: BaseModel, *, say: Say)
 
 
 def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepRun]) -> list[ScoreJob]:
-    """All adapters over one base in a job, and the untuned base with them; each trained model in a job of its own."""
+    """All adapters in a job, and the untuned base with them; each trained model in a job of its own."""
     compare = study.config.compare
     assert compare is not None
     done = read_measured(directory)["scores"]

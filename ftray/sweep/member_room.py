@@ -19,7 +19,9 @@ SHARE_AFTER = 0.9
 
 
 class MemberRoom:
-    def __init__(self, model: Any, adapters: Sequence[AdapterConfig], hardware: Hardware, *, world_size: int):
+    def __init__(
+        self, model: Any, adapters: Sequence[AdapterConfig], hardware: Hardware, *, world_size: int, ranks_per_node: int
+    ):
         """`model`: the base, before any member is on it. `adapters`: what members may have."""
         each = BYTES_EACH + (BYTES_REDUCED if world_size > 1 else 0)
         sizes = [1]
@@ -28,10 +30,15 @@ class MemberRoom:
                 sizes.append(num_lora_parameters(model, adapter))
         self.largest = max(sizes) * each  # bytes
         self._on_gpu = hardware.device.type == "cuda"
+        self._ranks_per_node = ranks_per_node  # a node's memory is theirs together; a GPU is one rank's
+        self._most = 0  # members so far, at a time
 
     def left(self, num_members: int, *, has_trained: bool) -> int:
         """For so many more, though one member at least is tried."""
+        self._most = max(self._most, num_members)
         count = int(self.free * (SHARE_AFTER if has_trained else SHARE_BEFORE) // self.largest)
+        if self._on_gpu:
+            count += self._most - num_members  # the peak counts those that have left
         return max(count, 0 if num_members else 1)
 
     @property
@@ -40,7 +47,7 @@ class MemberRoom:
         if self._on_gpu:
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             return total - torch.cuda.max_memory_reserved()
-        return psutil.virtual_memory().available
+        return psutil.virtual_memory().available // self._ranks_per_node
 
     def describe(self, *, slots: int) -> str:
         fits = self.left(0, has_trained=False)

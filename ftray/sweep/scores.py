@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftray.config.run import RunConfig
+from ftray.config.run import DataConfig, RunConfig
+from ftray.data.dataset import TokenizedDataset
+from ftray.data.tokens import tokenize_source
+from ftray.errors import FtrayError
+from ftray.model.chat import ChatRenderer
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,18 @@ class ScoreJob:
 class Score:
     accuracy: float | None  # exact match on data.eval; None: the objective asks no questions
     general_loss: float | None  # per token of `compare.general_text`
+    problem: str | None = None  # why there are none: the engine cannot host such a product, say
+
+
+def tokenize_text(renderer: ChatRenderer, general_text: str, *, max_example_tokens: int) -> TokenizedDataset:
+    """In pieces, every token of them scored. Raises `UserError`."""
+    data = DataConfig(train=general_text, max_example_tokens=max_example_tokens, overlong="split")
+    return tokenize_source("compare.general_text", general_text, data, renderer, objective="domain")
 
 
 def score_products(job: ScoreJob) -> dict[str, Score]:
-    """In a Ray task. The base is loaded once for all."""
-    from ftray.evaluate.offline import answer_questions, mean_loss, tokenize_text
+    """In a Ray task. The base is loaded once for all; a product that cannot be scored spoils no other's score."""
+    from ftray.evaluate.offline import answer_questions, mean_loss
     from ftray.evaluate.task import Evaluation, load_questions
     from ftray.infer.engines import load_adapter, make_local_engine
     from ftray.model.base import prepare_base
@@ -42,12 +53,16 @@ def score_products(job: ScoreJob) -> dict[str, Score]:
     engine = make_local_engine(prepare_base(job.base_model), hardware, context_tokens=2 * tokens)
     text = None
     if job.general_text is not None:
-        text = tokenize_text(engine, "compare.general_text", job.general_text, max_example_tokens=tokens)
+        text = tokenize_text(ChatRenderer(engine.tokenizer), job.general_text, max_example_tokens=tokens)
     scores = {}
     for name, directory in job.adapters.items():
         key = name if directory is not None else None
-        if directory is not None:
-            load_adapter(engine, name, directory)
+        try:
+            if directory is not None:
+                load_adapter(engine, name, directory)
+        except FtrayError as error:
+            scores[name] = Score(None, None, problem=str(error))
+            continue
         answers = answer_questions(engine, questions, adapter=key) if asks else None
         scores[name] = Score(
             accuracy=Evaluation(name, answers, loss=None).accuracy if answers is not None else None,

@@ -72,7 +72,42 @@ def test_noise_beyond_the_difference_and_a_best_at_the_edge_are_told(load, tmp_p
     play(study, best_rate=1e-3, spread=0.2)
     told = read_comparison(study, tmp_path).verdicts()
     assert "+1.5 standard deviations over seeds), not told apart from adapter null" in told[1]
-    assert sum("variables.rate is the end of the range: widen it" in line for line in told) == 3
+    assert sum("variables.rate is the last that was tried: try more" in line for line in told) == 3
+
+
+def test_of_a_metric_that_is_to_be_high_more_is_better(load, tmp_path):
+    config, space = load()
+    search = config.search.model_copy(update={"mode": "max"})
+    study = Study(config.model_copy(update={"search": search}), space, tmp_path)
+    play(study, best_rate=0.0)
+    assert read_comparison(study, tmp_path).verdicts()[1].split(", ")[-1].startswith("better than adapter null")
+
+
+def test_a_clone_beside_the_space_is_another_way(load, tmp_path):
+    """With more steps it has an unfair chance; with another rate it counts."""
+    study = Study(*load(), tmp_path)
+    play(study)
+    for name, changes in (("t001", {"max_steps": 80}), ("t001", {"optimizer.learning_rate": 3e-5})):
+        study.clone(name, changes)
+        run = study.next_run()
+        value = 0.1 if "max_steps" in changes else 0.5
+        while run is not None:
+            study.report(run.name, Report(40, value, 100, 1.0))
+            study.end(run.name, "finished")
+            run = study.next_run()
+    full = read_comparison(study, tmp_path).methods[0]
+    assert full.best.name == "t010"
+    assert full.rate == pytest.approx(3e-5)
+
+
+def test_a_product_that_cannot_be_scored_is_told(load, tmp_path):
+    study = Study(*load(), tmp_path)
+    play(study)
+    first, second, _ = (run.name for run in study.trials[4].runs)
+    note_measured(tmp_path, "scores", {first: Score(None, None, problem="no DoRA here"), second: Score(0.5, 2.0)})
+    compared = read_comparison(study, tmp_path)
+    assert "adapter {rank: 64}: not scored: no DoRA here" in compared.verdicts()
+    assert compared.methods[1].accuracy == 0.5
 
 
 def test_a_better_way_is_called_better(load, tmp_path, monkeypatch):
@@ -117,6 +152,25 @@ def test_the_table_tells_what_was_gained_and_what_was_broken(load, tmp_path):
     page = write_sweep_report(study, tmp_path).read_text()
     assert "3.2500 (+0.2500)" in page
     assert "as good as adapter null" in page
+
+
+@pytest.mark.parametrize(
+    ("written", "unequal", "told"),
+    [
+        ("search: {{algorithm: grid}}", "search: {{algorithm: tpe, trials: 9}}", "tpe seldom tries what looks worse"),
+        ("search: {{algorithm: grid}}", "search: {{algorithm: grid, scheduler: asha}}", "asha stops what learns late"),
+        (
+            "search: {{algorithm: grid}}",
+            "search: {{algorithm: grid, budget: {{steps: 9}}}}",
+            "it may be spent",
+        ),
+        ("space:", "space:\n  base_model: [a, b]", "losses under different tokenizers"),
+    ],
+)
+def test_what_would_not_be_searched_alike_is_not_compared(load, monkeypatch, written, unequal, told):
+    monkeypatch.setattr("test_comparison.SWEEP", SWEEP.replace(written, unequal))
+    with pytest.raises(ConfigError, match=told):
+        load()
 
 
 def test_what_is_compared_must_be_a_list_of_choices(load):

@@ -579,7 +579,7 @@ def test_no_more_members_than_memory_holds(monkeypatch):
             return self.head
 
     adapters = [AdapterConfig(rank=4), AdapterConfig(rank=8, targets=["layer"]), AdapterConfig(targets=["nothing"])]
-    room = MemberRoom(Base(), adapters, choose_hardware(use_gpu=False), world_size=1)
+    room = MemberRoom(Base(), adapters, choose_hardware(use_gpu=False), world_size=1, ranks_per_node=1)
     assert room.largest == 8 * 2000 * 16
     for free, members, has_trained, left in (
         (10 * room.largest, 0, False, 5),
@@ -589,4 +589,5 @@ def test_no_more_members_than_memory_holds(monkeypatch):
     ):
         monkeypatch.setattr(MemberRoom, "free", free)
         assert room.left(members, has_trained=has_trained) == left
-    assert MemberRoom(Base(), adapters, choose_hardware(use_gpu=False), world_size=2).largest == 8 * 2000 * 24
+    two = MemberRoom(Base(), adapters, choose_hardware(use_gpu=False), world_size=2, ranks_per_node=2)
+    assert two.largest == 8 * 2000 * 24
