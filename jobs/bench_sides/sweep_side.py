@@ -3,6 +3,7 @@ the answer, and the peak memory of its driver and workers."""
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import psutil
+
+from ftray.tracking.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 TRIALS, EPOCHS = 8, 1
@@ -31,7 +34,7 @@ def measure(search: str, *, overrides: str = "") -> None:
             f"overrides: {{epochs: {EPOCHS}, runs_dir: {scratch}/runs, registry: {scratch}/registry, workers.count: 1, "
             f"zero.stage: 0, evaluation.every: 8, evaluation.samples: 0{overrides}}}\n"
         )
-        began = time.perf_counter()
+        began, began_at = time.perf_counter(), time.time()
         command = [str(Path(sys.executable).parent / "ftray"), "sweep", str(config)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         watch = PeakMemory(process.pid)
@@ -45,12 +48,16 @@ def measure(search: str, *, overrides: str = "") -> None:
             for path in trials.glob("t*")
             if (path / "result.json").exists()
         ]
+        records = [record for path in sorted(trials.glob("t*")) for record in read_metrics(path) if "loss" in record]
+        first = min(records, key=lambda record: record["time"])
         tokens = whole[0]["data"]["train"]["tokens"] * EPOCHS * TRIALS
         told = {
             "seconds": round(seconds, 1),
             "tokens_per_s": round(tokens / seconds, 1),
             "peak_gib": watch.stop(),
             "finished": len(whole),
+            "start_s": round(first["time"] - first["seconds"] - began_at, 1),
+            "step_s": round(statistics.fmean(record["seconds"] for record in records), 3),  # in a group: its share
             "best_eval_loss": round(min(result["final_eval_loss"] for result in whole), 4),
         }
         print(json.dumps(told))
