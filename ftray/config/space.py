@@ -183,6 +183,9 @@ def problems_of(space: Space, config: SweepConfig) -> list[str]:
         else:
             if config.search.metric == "eval_loss" and run.data.eval is None:
                 found["metric"] = "search.metric: eval_loss needs data.eval in the run; add it, or choose metric loss"
+            steps, every = config.search.generation_steps, run.evaluation.every
+            if steps is not None and steps % every:
+                found["generation"] = f"search.generation_steps: {steps} is no multiple of evaluation.every ({every})"
     return list(found.values())[:SHOWN_PROBLEMS]
 
 

@@ -49,9 +49,10 @@ class SearchConfig(Strict):
     mode: Literal["min", "max"] = "min"
     seed: NonNegativeInt = 0
     budget: BudgetConfig = BudgetConfig()
-    scheduler: Literal["none", "asha", "median"] = "none"
+    scheduler: Literal["none", "asha", "median", "pbt"] = "none"  # pbt: population-based training of the learning rate
     grace_steps: PositiveInt | None = None  # no trial is stopped before; null: at the first evaluation
     reduction_factor: int = Field(default=3, ge=2)  # asha: one in so many goes on at each rung
+    generation_steps: PositiveInt | None = None  # pbt: trials take over from each other so often; null: each evaluation
     # LoRA trials side by side over one base, so many at a time. auto: 8, where the keys allow it; off: a process each
     fused: Literal["auto", "off"] | PositiveInt = "auto"
     max_concurrent: PositiveInt | None = None  # trials at a time; null: as many as the cluster has workers for
@@ -61,6 +62,12 @@ class SearchConfig(Strict):
         budget = self.budget
         if self.algorithm != "grid" and self.trials is None and budget.steps is budget.tokens is budget.hours is None:
             raise ValueError(f"algorithm {self.algorithm} needs an end: give trials, or a budget of steps or tokens")
+        if self.scheduler == "pbt" and self.algorithm == "tpe":
+            raise ValueError("scheduler pbt starts all trials at once: choose algorithm random or grid")
+        if self.scheduler == "pbt" and self.algorithm == "random" and self.trials is None:
+            raise ValueError("scheduler pbt needs to know the size of its population: give trials")
+        if self.generation_steps is not None and self.scheduler != "pbt":
+            raise ValueError(f"generation_steps is for scheduler pbt; this is {self.scheduler}")
         return self
 
     def refuse_unequal_chances(self, sweeps_base: bool) -> None:
@@ -120,6 +127,8 @@ class SweepConfig(Strict):
             for other in self.space:
                 if key.startswith(f"{other}."):
                     raise ValueError(f"space.{key}: {other} is swept as a whole already")
+        if self.search.scheduler == "pbt":
+            self._check_population()
         expression_order(self.space)
         if all(isinstance(domain, Expression) for domain in self.space.values()):
             raise ValueError("space: there are only expressions, and nothing to choose")
@@ -128,3 +137,19 @@ class SweepConfig(Strict):
                 if isinstance(domain, Range) and domain.points is None:
                     raise ValueError(f"space.{key}: a grid needs to know how many points: add `points: 5`")
         return self
+
+    def _check_population(self) -> None:
+        """Trials take over each other's weights and rates."""
+        if not isinstance(self.space.get("optimizer.learning_rate"), Range):
+            raise ValueError("search.scheduler pbt changes optimizer.learning_rate: give it a range in the space")
+        for key in self.space:
+            if not key.startswith(("optimizer.", VARIABLES)):
+                raise ValueError(
+                    f"space.{key}: with search.scheduler pbt trials take over each other's weights: it must not differ"
+                )
+        if len(self.seeds) > 1:
+            raise ValueError(
+                "seeds: with search.scheduler pbt each trial is one member of the population: give one seed"
+            )
+        if self.compare is not None:
+            raise ValueError("compare: with search.scheduler pbt trials mix, and cannot be compared")

@@ -35,6 +35,8 @@ def fusing_of(config: SweepConfig, space: Space) -> Fusing:
         return Fusing(None, f"{reason}; tpe learns from all trials, so they run in the order of their numbers")
     if reason is not None and config.search.algorithm == "random" and config.search.trials is None:
         return Fusing(None, f"{reason}; a budget without a number of trials would be spent before those that run apart")
+    if reason is not None and config.search.scheduler == "pbt":
+        return Fusing(None, f"{reason}; the trials of a population run alike")
     fused = (run.adapter for run, reason in zip(runs, reasons, strict=True) if reason is None)
     adapters = {adapter.model_dump_json(): adapter for adapter in fused if adapter is not None}
     return Fusing(example, reason, tuple(adapters.values()))

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.errors import FtrayError
 from ftray.storage import read_json, write_json
+from ftray.sweep.describe import describe_end
 from ftray.sweep.fusable import fusing_of
 from ftray.sweep.fused_job import FusedJob, run_fused_in_worker
 from ftray.sweep.study import Study
@@ -30,6 +32,13 @@ POLL_S = 0.2
 TRAIN_DIRECTORY = "ray-train"
 SHARING = "sharing.json"
 MAX_HAND_OUTS = 3
+
+
+@dataclass(frozen=True)
+class Taken:
+    runs: list[str]  # JSON of their configs
+    until_step: int | None  # they save there, and wait for others
+    waits: bool  # there will be more when others have come so far
 
 
 class Desk:
@@ -48,8 +57,8 @@ class Desk:
         """What this group had and has not ended is handed out again: its workers have died."""
         self._study.take_back(self._taken.pop(group, set()))
 
-    def take(self, group: int, count: int) -> list[str]:
-        """So many runs at most, as JSON of their configs."""
+    def take(self, group: int, count: int) -> "Taken":
+        """So many runs at most."""
         taken = []
         while len(taken) < count and (run := self._study.next_run(self._fusing.holds)) is not None:
             self._handed_out[run.name] += 1
@@ -58,7 +67,7 @@ class Desk:
                 continue
             self._taken.setdefault(group, set()).add(run.name)
             taken.append(self._study.config_of(run).model_dump_json())
-        return taken
+        return Taken(taken, self._study.until_step, waits=self._study.waits)
 
     def say(self, line: str) -> None:
         self._lines.append(line)
@@ -74,7 +83,8 @@ class Desk:
         return reason
 
     def end(self, name: str, outcome: Outcome, message: str | None) -> None:
-        self._lines.append(self._study.describe_end(self._study.end(name, outcome, message)))
+        self._lines.append(describe_end(self._study, self._study.end(name, outcome, message)))
+        del self._handed_out[name]  # its workers have lived
         self._num_ended += 1
 
     def news(self) -> tuple[list[str], int]:

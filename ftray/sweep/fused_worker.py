@@ -39,6 +39,8 @@ from ftray.train.job import STOP_REQUEST
 from ftray.train.loop import StepRecord, peak_memory_gib
 from ftray.train.run_directory import check_same_data, open_run_directory
 
+WAIT_S = 0.2
+
 
 def fused_worker(job: FusedJob) -> None:
     rank = ray.train.get_context().get_world_rank()
@@ -62,21 +64,26 @@ def fused_worker(job: FusedJob) -> None:
     flops, rate = count_flops(model), measure_gemm_rate(hardware) * dist.get_world_size()
     clerk = Clerk(job, base, data, flops=flops, rate=rate) if rank == 0 else None
     members: list[Member] = []
+    until: dict[str, int | None] = {}  # by member: where it waits for the others of its population
     has_trained = False
     if clerk is not None:
         clerk.say(room.describe(slots=job.slots))
     while True:
         count = min(job.slots - len(members), room.left(len(members), has_trained=has_trained))
-        begun = agreed(clerk.take(count) if clerk is not None else None)
+        begun, waits = agreed(clerk.take(count) if clerk is not None else None)
         for assignment in begun:
             try:
                 members.append(join(assignment, fused, train_data))
+                until[members[-1].name] = assignment.until_step
             except FtrayError as error:  # the same on every rank: the member's own fault
                 if clerk is not None:
                     clerk.refuse(assignment.config.name, str(error))
             else:
                 if clerk is not None:
                     clerk.begin(members[-1])
+        if not members and waits:
+            time.sleep(WAIT_S)
+            continue
         if not members:
             break
         has_trained = True
@@ -95,6 +102,7 @@ def fused_worker(job: FusedJob) -> None:
             if clerk is not None:
                 clerk.evaluated(named(members, name), loss)
         stopping = agreed(clerk.stopping(running) if clerk is not None else None)
+        stopping += [member.name for member in running if member.step == until[member.name]]
         over |= {name: ("stopped", None) for name in stopping if not named(members, name).is_done}
         for member in [member for member in members if member.name in over or member.is_done]:
             over.setdefault(member.name, ("finished", None))
@@ -118,6 +126,7 @@ class Assignment:
     config: RunConfig
     checkpoint: Path | None
     earlier_losses: tuple[float, ...]
+    until_step: int | None
 
 
 def join(assignment: Assignment, fused: FusedLora, dataset: TokenizedDataset) -> Member:
@@ -160,13 +169,16 @@ class Clerk:
         self._finishing: list[Future[None]] = []
         ray.get(job.desk.start_over.remote(job.group))  # what its workers before these had begun
 
-    def take(self, count: int) -> list[Assignment]:
-        """What the desk has. A run that has its result already, whose end was not noted, is told and not taken up."""
-        texts = ray.get(self._job.desk.take.remote(self._job.group, count)) if count > 0 else []
-        found = [self._assignment(RunConfig.model_validate_json(text)) for text in texts]
-        return [assignment for assignment in found if assignment is not None]
+    def take(self, count: int) -> tuple[list[Assignment], bool]:
+        """What the desk has, and whether it will have more. A run that has come to its end already, which was not
+        noted, is told and not taken up."""
+        if count <= 0:
+            return [], True
+        taken: Any = ray.get(self._job.desk.take.remote(self._job.group, count))
+        found = [self._assignment(RunConfig.model_validate_json(text), taken.until_step) for text in taken.runs]
+        return [assignment for assignment in found if assignment is not None], taken.waits
 
-    def _assignment(self, config: RunConfig) -> Assignment | None:
+    def _assignment(self, config: RunConfig, until_step: int | None) -> Assignment | None:
         try:
             directory = open_run_directory(config, fresh=False)
             if directory.finished is None and directory.resume_from is not None:
@@ -174,17 +186,19 @@ class Clerk:
         except FtrayError as error:
             self.refuse(config.name, str(error))
             return None
-        if directory.finished is not None:
-            reporter = Reporter(config, metric=self._job.metric, tell=lambda report: self._tell(config.name, report))
-            reporter.begin(directory.finished["steps"])
-            reporter.tell_all()
-            ray.get(self._job.desk.end.remote(config.name, "finished", None))
-            return None
-        (directory.path / STOP_REQUEST).unlink(missing_ok=True)
         checkpoint = directory.resume_from
         start = read_state(checkpoint).step if checkpoint is not None else 0
+        has_come = until_step is not None and start >= until_step
+        if directory.finished is not None or has_come:
+            reporter = Reporter(config, metric=self._job.metric, tell=lambda report: self._tell(config.name, report))
+            reporter.begin(directory.finished["steps"] if directory.finished is not None else 0)
+            reporter.tell_all()
+            outcome = "finished" if directory.finished is not None else "stopped"
+            ray.get(self._job.desk.end.remote(config.name, outcome, None))
+            return None
+        (directory.path / STOP_REQUEST).unlink(missing_ok=True)
         losses = [r["loss"] for r in read_metrics(directory.path) if "loss" in r and r["step"] <= start]
-        return Assignment(config, checkpoint, tuple(losses[-WINDOW_STEPS:]))
+        return Assignment(config, checkpoint, tuple(losses[-WINDOW_STEPS:]), until_step)
 
     def refuse(self, name: str, message: str) -> None:
         ray.get(self._job.desk.end.remote(name, "failed", message))

@@ -14,6 +14,7 @@ from ftray.model.base import BaseModel, load_tokenizer
 from ftray.model.chat import ChatRenderer
 from ftray.storage import read_json, write_json
 from ftray.sweep.comparison import is_measured
+from ftray.sweep.describe import describe_plan, describe_state
 from ftray.sweep.fusable import Fusing, fusing_of
 from ftray.sweep.fused_trials import groups_of, run_fused
 from ftray.sweep.measure import measure_methods
@@ -68,7 +69,7 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -
         check_data_of_sweep(directory, data)
         check_resources(base_run.workers, say=say)
         check_nodes(trials_directory(directory), base_run.workers)
-        say(study.describe_plan())
+        say(describe_plan(study))
         say(f"as it goes: {write_sweep_report(study, directory)}")
         check_general_text(config, base_run, base)
         if fusing.example is not None and not study.is_over:
@@ -79,7 +80,7 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -
         if config.compare is not None:
             measure_methods(study, directory, base, say=say)
     except KeyboardInterrupt:
-        state = look_into(directory).describe_state()
+        state = describe_state(look_into(directory))
         raise InterruptedRunError(f"{config.name}: stopped; {state}") from None
 
 

@@ -9,6 +9,7 @@ import jinja2
 from ftray.config.space import flow_text, point_text, short
 from ftray.storage import read_json, write_bytes
 from ftray.sweep.comparison import Comparison, Method, read_comparison
+from ftray.sweep.describe import conclusion, describe_plan, describe_state
 from ftray.sweep.plots import (
     curves,
     has_values,
@@ -41,11 +42,11 @@ def write_sweep_report(study: Study, directory: Path) -> Path:
         config=study.config,
         keys=list(study.space.free),
         rows=[row_of(trial, study) for trial in study.ranked],
-        conclusion=study.conclusion(),
+        conclusion=conclusion(study),
         best=study.best,
         command=train_command(study, study.best) if study.best is not None else None,
-        plan=study.describe_plan(),
-        state=study.describe_state(),
+        plan=describe_plan(study),
+        state=describe_state(study),
         num_runs=len(study.runs),
         tokens=study.tokens,
         minutes=study.seconds / 60,

@@ -4,21 +4,20 @@ Everything that it hears is appended to `trials.jsonl`; reading that again gives
 died goes on where it stood.
 """
 
-import errno
-import json
 import math
-import os
 import time
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ftray.config import RunConfig, Space, SweepConfig
-from ftray.config.space import point_text
+from ftray.config.domains import Range
 from ftray.config.sweep import why_not_swept
 from ftray.errors import ConfigError, NotFoundError
-from ftray.storage import read_json, write_bytes, write_json
+from ftray.storage import read_json, write_json
+from ftray.sweep.journal import Journal
+from ftray.sweep.population import RATE, Moved, choose_moves, take_over
 from ftray.sweep.schedulers import make_scheduler
 from ftray.sweep.search import make_search
 from ftray.sweep.trials import Outcome, Report, SweepRun, Trial, run_name, trials_directory
@@ -41,12 +40,15 @@ class Study:
         self.config = config
         self.space = space
         self.trials: list[Trial] = []
+        self.moves: list[Moved] = []  # of a population
         self.spent_s = 0.0  # of earlier drivers
         self._search = make_search(space, config.search)
         every = space.config(
             next(iter(space.points_to_check(is_grid=config.search.algorithm == "grid")))
         ).evaluation.every
         self._scheduler = make_scheduler(config.search, evaluate_every=every)
+        self._generation_steps = config.search.generation_steps or every if config.search.scheduler == "pbt" else None
+        self._generation = 1  # that trains now
         self._sign = 1.0 if config.search.mode == "min" else -1.0
         self._given: set[str] = set()  # names of the runs that somebody works on
         self._asked: dict[str, str] = {}  # why a run was asked to stop
@@ -54,8 +56,10 @@ class Study:
         self._clock = clock
         self._began = clock()
         self._directory = directory
-        self._path = directory / JOURNAL
+        self._journal = Journal(directory / JOURNAL)
         self._replay(mend=is_driver)
+        if is_driver:
+            self._turn_generation()
 
     # -- what runs next --------------------------------------------------------------------------------------------
 
@@ -64,7 +68,7 @@ class Study:
         there is nothing to start, now or ever. New trials that do not fit wait for somebody else."""
         while self.spent is None:
             for run in self.runs:
-                if run.outcome is None and run.name not in self._given and fits(self.config_of(run)):
+                if run.outcome is None and not run.waits and run.name not in self._given and fits(self.config_of(run)):
                     self._given.add(run.name)
                     return run
             if not self._add_trial():
@@ -133,17 +137,60 @@ class Study:
     def end(self, name: str, outcome: Outcome, message: str | None = None) -> SweepRun:
         """One that stopped because the budget is spent has not ended: with a larger one it goes on."""
         run = self.run(name)
+        if outcome == "stopped" and name not in self._asked and run.last and run.last.step == self.until_step:
+            self._note({"event": "wait", "run": name})
+            self._given.discard(name)
+            self._turn_generation()
+            return run
         if name in self._diverged:
             outcome, message = "diverged", self._diverged[name]
         if outcome != "stopped" or name in self._asked or self.spent is None:
             message = message if outcome != "stopped" else self._asked.get(name, "by the user")
             self._note({"event": "end", "run": name, "outcome": outcome, "message": message})
+            self._turn_generation()
         return run
 
+    # -- a population ----------------------------------------------------------------------------------------------
+
+    @property
+    def until_step(self) -> int | None:
+        """Where the runs of this generation wait for each other; None: there are no generations."""
+        return None if self._generation_steps is None else self._generation * self._generation_steps
+
+    @property
+    def waits(self) -> bool:
+        """There will be runs to work on once others have come where they wait for each other."""
+        return self.until_step is not None and self.spent is None and any(run.outcome is None for run in self.runs)
+
+    def _turn_generation(self) -> None:
+        """When all wait: some take over from others, and all go on."""
+        step, open_runs = self.until_step, [run for run in self.runs if run.outcome is None]
+        if step is None or not open_runs or not all(run.waits for run in open_runs):
+            return
+        if self._next_point() is not None:  # the population is not whole
+            return
+        values = {run.name: value for run in open_runs if (value := run.value_at(step)) is not None}
+        points = {run.name: self.point_of(run) for run in open_runs}
+        rates = self.space.domains[RATE]
+        assert isinstance(rates, Range)
+        signed = {name: self._sign * value for name, value in values.items()}
+        seed = f"{self.config.search.seed}/{self._generation}"
+        runs_dir = trials_directory(self._directory)
+        for move in choose_moves(signed, points, rates, seed=seed):
+            moved = replace(self.run(move.run), point=move.point)
+            take_over(runs_dir / move.run, runs_dir / move.source, self.config_of(moved), step=step)
+            self._note({"event": "move", "run": move.run, "source": move.source, "step": step, "point": move.point})
+        self._note({"event": "generation", "step": step})
+
+    def point_of(self, run: SweepRun) -> dict[str, Any]:
+        return run.point if run.point is not None else self.trials[run.trial].point
+
     def config_of(self, run: SweepRun) -> RunConfig:
-        point = self.trials[run.trial].point
         runs_dir = str(trials_directory(self._directory))
-        config = self.space.config(point, name=run.name, seed=run.seed, runs_dir=runs_dir)
+        config = self.space.config(self.point_of(run), name=run.name, seed=run.seed, runs_dir=runs_dir)
+        if self._generation_steps is not None:  # what the others may take over
+            saved = {"every": self._generation_steps, "keep": max(2, config.checkpoint.keep)}
+            config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=saved)})
         group = config.tracking.wandb_group or self.config.name
         return config.model_copy(update={"tracking": config.tracking.model_copy(update={"wandb_group": group})})
 
@@ -223,67 +270,16 @@ class Study:
     def num_planned_runs(self) -> int | None:
         return None if self.num_planned is None else self.num_planned * len(self.config.seeds)
 
-    def describe_plan(self) -> str:
-        search = self.config.search
-        count = "as many trials as the budget allows" if self.num_planned is None else f"{self.num_planned} trials"
-        seeds = f" of {len(self.config.seeds)} seeds" if len(self.config.seeds) > 1 else ""
-        return f"{count}{seeds}, {search.algorithm} search, scheduler {search.scheduler}"
-
-    def describe_end(self, run: SweepRun) -> str:
-        value = "" if run.value is None else f"  {self.config.search.metric} {run.value:.4f}"
-        return f"{run.name}  {run.outcome or 'interrupted'}{value}{f'  {run.message}' if run.message else ''}"
-
-    def describe_state(self) -> str:
-        counts = Counter(trial.status for trial in self.trials)
-        return ", ".join(f"{count} {status}" for status, count in counts.items()) or "no trial had begun"
-
-    def conclusion(self) -> str:
-        """The choice and how sure it is, in a sentence."""
-        best, metric = self.best, self.config.search.metric
-        if best is None:
-            return f"no trial has finished yet ({self.describe_state()})"
-        choice = point_text(best.point)
-        text = f"best: {best.name} ({choice}), {metric} {best.mean:.4f}"
-        others = [trial for trial in self.ranked[1:] if trial.is_finished]
-        if not others:
-            return f"{text}; it is the only one that finished"
-        next_best = others[0]
-        assert best.mean is not None
-        assert next_best.mean is not None
-        gap = abs(next_best.mean - best.mean)
-        text += f", {gap:.4f} ahead of {next_best.name} ({point_text(next_best.point)})"
-        if best.half_interval is None or next_best.half_interval is None:
-            return f"{text}; with one seed it is not known whether that is more than chance: give `seeds: 3`"
-        sure = gap > best.half_interval + next_best.half_interval
-        noise = "more" if sure else "not more"
-        return f"{text}, which is {noise} than their 95% intervals over {len(self.config.seeds)} seeds"
-
     # -- the journal -----------------------------------------------------------------------------------------------
 
     def _replay(self, *, mend: bool) -> None:
-        if not self._path.is_file():
-            return
-        lines = self._path.read_bytes().split(b"\n")
-        whole = [line for line in lines[:-1] if line]  # what follows the last newline was being written
-        if mend and lines[-1]:
-            write_bytes(self._path, b"".join(line + b"\n" for line in whole))
-        for line in whole:
-            event = json.loads(line)
+        for event in self._journal.read(mend=mend):
             self._apply(event)
             self.spent_s = event["seconds_spent"]
 
     def _note(self, event: dict[str, Any]) -> None:
         """Written before it counts."""
-        line = json.dumps({**event, "time": time.time(), "seconds_spent": round(self.seconds, 3)}) + "\n"
-        with self._path.open("ab", buffering=0) as file:
-            start = file.seek(0, os.SEEK_END)
-            try:
-                if file.write(line.encode()) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(start)  # half a line would spoil what comes after it
-                raise
+        self._journal.append({**event, "time": time.time(), "seconds_spent": round(self.seconds, 3)})
         self._apply(event)
 
     def _apply(self, event: dict[str, Any]) -> None:
@@ -295,9 +291,21 @@ class Study:
             ]
             self.trials.append(trial)
             return
+        if event["event"] == "generation":
+            self._generation += 1
+            for run in self.runs:
+                run.waits = False
+            return
         run = self.run(event["run"])
         if event["event"] == "end":
             run.outcome, run.message = event["outcome"], event["message"]
+            return
+        if event["event"] == "wait":
+            run.waits = True
+            return
+        if event["event"] == "move":
+            run.point = event["point"]
+            self.moves.append(Moved(event["step"], event["run"], event["source"], event["point"][RATE]))
             return
         report = Report(event["step"], event["value"], event["tokens"], event["seconds"])
         run.reports.append(report)

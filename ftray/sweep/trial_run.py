@@ -10,7 +10,7 @@ from ftray.config import RunConfig
 from ftray.errors import DivergedError, FtrayError, InterruptedRunError, UserError
 from ftray.sweep.trials import Report
 from ftray.tracking.metrics import read_metrics
-from ftray.train.checkpoint import CHECKPOINTS
+from ftray.train.checkpoint import CHECKPOINTS, newest_whole_checkpoint, read_state
 from ftray.train.job import WORKER_ERROR
 from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher
@@ -19,16 +19,21 @@ REFUSED = "refused"  # by the machine, before it began: a disk without room, say
 Tell = Callable[[Report], None]
 
 
-def run_to_end(config: RunConfig, *, metric: str, tell: Tell) -> tuple[str, str | None]:
-    """Returns its outcome, and why where it did not finish. A run that was cut off goes on from its checkpoint."""
+def run_to_end(config: RunConfig, *, metric: str, tell: Tell, until_step: int | None = None) -> tuple[str, str | None]:
+    """Returns its outcome, and why where it did not finish. A run that was cut off goes on from its checkpoint. At
+    `until_step` it saves and is stopped."""
     reporter = Reporter(config, metric=metric, tell=tell)
     watcher = Watcher(
         say=lambda text: None,
         on_metrics=lambda records: reporter.tell_news(records),
         on_start=lambda first, count: reporter.begin(count),
     )
+    checkpoint = newest_whole_checkpoint(Path(config.runs_dir) / config.name)
+    if until_step is not None and checkpoint is not None and read_state(checkpoint).step >= until_step:
+        reporter.tell_all()  # it had come there before
+        return "stopped", None
     try:
-        result = launch(config, watcher)
+        result = launch(config, watcher, until_step=until_step)
     except InterruptedRunError:
         return "stopped", None
     except DivergedError as error:

@@ -27,10 +27,15 @@ class SweepRun:
     reports: list[Report] = field(default_factory=list)
     outcome: Outcome | None = None  # None: not over
     message: str | None = None  # why it ended before its end
+    point: dict[str, Any] | None = None  # what it took over from another run; None: its trial's
+    waits: bool = False  # for the others of its population
 
     @property
     def last(self) -> Report | None:
         return self.reports[-1] if self.reports else None
+
+    def value_at(self, step: int) -> float | None:
+        return next((report.value for report in self.reports if report.step == step), None)
 
     @property
     def value(self) -> float | None:

@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 
 from ftray.config import RunConfig
 from ftray.errors import FtrayError, UserError
+from ftray.sweep.describe import describe_end
 from ftray.sweep.study import Study
 from ftray.sweep.trial_run import REFUSED
 from ftray.sweep.trials import Report, trials_directory
@@ -46,6 +47,7 @@ class TrialSettings:
 
     run: str
     metric: str
+    until_step: int | None
 
 
 def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, on_end: OnEnd) -> None:
@@ -84,11 +86,11 @@ class StudySearch(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         run = self._study.next_run() if self.refusal is None else None
-        if run is None:
-            return Searcher.FINISHED
+        if run is None:  # None: it asks again later
+            return None if self._study.waits and self.refusal is None else Searcher.FINISHED
         self.runs[trial_id] = run.name
         config = self._study.config_of(run)
-        return vars(TrialSettings(config.model_dump_json(), self._study.config.search.metric))
+        return vars(TrialSettings(config.model_dump_json(), self._study.config.search.metric, self._study.until_step))
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """The callback below hears it."""
@@ -112,7 +114,7 @@ class TellStudy(tune.Callback):
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         name = self._search.runs[trial.trial_id]
         if "outcome" in result:
-            self._end(name, result["outcome"], result["message"])
+            self._end(trial.trial_id, result["outcome"], result["message"])
         elif "value" in result:
             report = Report(result["step"], result["value"], result["tokens"], result["seconds"])
             reason = self._study.report(name, report)
@@ -124,16 +126,17 @@ class TellStudy(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Its driver died more often than `MAX_TRIAL_FAILURES`."""
-        self._end(self._search.runs[trial.trial_id], "failed", f"its driver died {MAX_TRIAL_FAILURES + 1} times")
+        self._end(trial.trial_id, "failed", f"its driver died {MAX_TRIAL_FAILURES + 1} times")
 
-    def _end(self, name: str, outcome: Any, message: str | None) -> None:
-        if name in self._ended:
+    def _end(self, trial_id: str, outcome: Any, message: str | None) -> None:
+        if trial_id in self._ended:
             return
-        self._ended.add(name)
+        self._ended.add(trial_id)
+        name = self._search.runs[trial_id]
         if outcome == REFUSED:
             self._search.refusal = message
             return
-        self._say(self._study.describe_end(self._study.end(name, outcome, message)))
+        self._say(describe_end(self._study, self._study.end(name, outcome, message)))
         self._on_end()
 
 
@@ -143,6 +146,9 @@ def run_trial(settings: dict[str, Any]) -> None:
 
     trial = TrialSettings(**settings)
     outcome, message = run_to_end(
-        RunConfig.model_validate_json(trial.run), metric=trial.metric, tell=lambda report: tune.report(vars(report))
+        RunConfig.model_validate_json(trial.run),
+        metric=trial.metric,
+        tell=lambda report: tune.report(vars(report)),
+        until_step=trial.until_step,
     )
     tune.report({"outcome": outcome, "message": message})

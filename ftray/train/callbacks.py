@@ -89,8 +89,9 @@ class WorkerCallbacks:
         self._saver.begin(step)
         self._watchdog.beat()
 
-    def should_stop(self) -> bool:
+    def should_stop(self, step: int) -> bool:
         asked = self._rank == 0 and (self._job.run_directory / STOP_REQUEST).is_file()
+        asked = asked or step == self._job.until_step
         return self._engine.sum_over_ranks(float(asked)) > 0
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ class TrainJob:
     train_data: Path  # directory of a TokenizedDataset
     eval_data: Path | None
     profile_steps: int = 0
+    until_step: int | None = None  # it saves there and ends, as if it were asked to
 
 
 def request_stop(run_directory: Path) -> None:

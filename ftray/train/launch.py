@@ -22,7 +22,7 @@ from ftray.errors import InterruptedRunError, TerminatedRunError, UserError
 from ftray.model.base import BaseModel, check_base_name, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.tracking.events import record_event
-from ftray.train.checkpoint import data_digest, newest_whole_checkpoint
+from ftray.train.checkpoint import data_digest, newest_whole_checkpoint, read_state
 from ftray.train.finish import PreparedData, describe_interruption, finish, is_complete
 from ftray.train.job import STOP_REQUEST, request_stop
 from ftray.train.preflight import check_disk, check_nodes, check_resources
@@ -48,18 +48,26 @@ def check_before_anything(config: RunConfig) -> None:
 
 
 def launch(
-    config: RunConfig, watcher: Watcher, *, fresh: bool = False, init_from: Path | None = None, profile_steps: int = 0
+    config: RunConfig,
+    watcher: Watcher,
+    *,
+    fresh: bool = False,
+    init_from: Path | None = None,
+    profile_steps: int = 0,
+    until_step: int | None = None,
 ) -> dict[str, Any]:
     """Runs, or goes on with, `config.name` and returns what its result.json says.
 
     `init_from`: the PEFT directory that `adapter.init_from` names. `profile_steps`: so many steps of rank 0 are traced.
+    `until_step`: it saves there and raises `InterruptedRunError`; the same call with a later one goes on.
     """
     began = time.time()
     check_before_anything(config)
     refuse_vanishing_directory(config)
     with only_driver(config):
         directory = open_run_directory(config, fresh=fresh)
-        return run_in(directory, config, watcher, init_from=init_from, profile_steps=profile_steps, began=began)
+        parts = {"init_from": init_from, "profile_steps": profile_steps, "until_step": until_step}
+        return run_in(directory, config, watcher, began=began, **parts)
 
 
 def run_in(
@@ -67,9 +75,8 @@ def run_in(
     config: RunConfig,
     watcher: Watcher,
     *,
-    init_from: Path | None,
-    profile_steps: int,
     began: float,
+    **parts: Any,
 ) -> dict[str, Any]:
     if directory.finished is not None:
         watcher.say(f"{config.name} is finished already; its result stands ({directory.path / RESULT})")
@@ -93,10 +100,13 @@ def run_in(
             check_same_data(directory.resume_from, data.digest)
             watcher.say(f"resumes from {directory.resume_from}")
         with stop_on_sigterm(directory.path) as terminated:
-            train_on_ray(config, directory, base, data, watcher, init_from=init_from, profile_steps=profile_steps)
+            train_on_ray(config, directory, base, data, watcher, **parts)
         checkpoint = newest_whole_checkpoint(directory.path)
         if not is_complete(checkpoint, config, data):
-            record_event(directory.path, "stopped", by="SIGTERM" if terminated.is_set() else "ftray runs stop")
+            by = "SIGTERM" if terminated.is_set() else "ftray runs stop"
+            assert checkpoint is not None
+            if read_state(checkpoint).step != parts["until_step"]:
+                record_event(directory.path, "stopped", by=by)
             stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
             raise stopped(describe_interruption(config, directory.path))
     except KeyboardInterrupt:

@@ -66,7 +66,7 @@ class Callbacks(Protocol):
 
     def save(self, step: int) -> None: ...
 
-    def should_stop(self) -> bool: ...
+    def should_stop(self, step: int) -> bool: ...
 
 
 def train(
@@ -97,7 +97,7 @@ def train(
         last = step + 1 == schedule.num_steps
         if evaluate is not None and (last or (step + 1) % schedule.evaluate_every == 0):
             callbacks.on_evaluated(step + 1, evaluate())
-        stop = not last and callbacks.should_stop()
+        stop = not last and callbacks.should_stop(step + 1)
         if has_state and (last or stop or (step + 1) % schedule.save_every == 0):
             callbacks.save(step + 1)
         if stop:

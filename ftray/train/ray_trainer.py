@@ -61,6 +61,7 @@ def train_on_ray(
     *,
     init_from: Path | None,
     profile_steps: int,
+    until_step: int | None,
 ) -> None:
     """Ray Train replaces workers that fail; when its own controller fails (a full disk under its notes), it is started
     again here, and the workers go on from the last checkpoint."""
@@ -77,6 +78,7 @@ def train_on_ray(
         train_data=data.train.directory,
         eval_data=data.eval.directory if data.eval is not None else None,
         profile_steps=profile_steps,
+        until_step=until_step,
     )
     start = read_state(directory.resume_from).step if directory.resume_from is not None else 0
     watcher.on_start(start, num_steps(config, data.train))

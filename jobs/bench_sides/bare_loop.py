@@ -38,7 +38,7 @@ class Recorder:
 
     def save(self, step: int) -> None: ...
 
-    def should_stop(self) -> bool:
+    def should_stop(self, step: int) -> bool:
         return False
 
 

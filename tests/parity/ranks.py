@@ -203,7 +203,7 @@ class Seen:
     def on_evaluated(self, step: int, loss: float) -> None:
         self.eval_losses.append(loss)
 
-    def should_stop(self) -> bool:
+    def should_stop(self, step: int) -> bool:
         return False
 
 

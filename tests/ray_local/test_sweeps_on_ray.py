@@ -10,7 +10,7 @@ from ftray.cli.main import main
 from ftray.config import load_sweep
 from ftray.errors import UserError
 from ftray.storage import read_json
-from ftray.sweep.launch import run_sweep
+from ftray.sweep.launch import look_into, run_sweep
 from ftray.sweep.schedulers import Asha
 from ftray.tracking.metrics import read_metrics
 
@@ -172,3 +172,31 @@ def loss_of_text(tmp_path: Path, general: Path) -> float:
     assert json.loads(general.read_text())["text"] in renderer.tokenizer.decode(ids[0])
     with torch.no_grad():
         return float(model(input_ids=ids, labels=ids).loss)
+
+
+def test_a_population_learns_the_same_in_a_group_and_apart(ray_session, sweep_file, tmp_path, capsys):
+    sweep_file.write_text(
+        f"kind: sweep\nname: p\nrun: {tmp_path}/run.yaml\noverrides: {{max_steps: 40}}\n"
+        "space: {optimizer.learning_rate: {log_uniform: [1.0e-5, 1.0e-1]}}\n"
+        "search: {algorithm: random, trials: 2, scheduler: pbt}\n"
+    )
+    found = {}
+    for name, fused in (("apart", "off"), ("fused", "2")):
+        out = run_sweep_command(sweep_file, f"name={name}", f"search.fused={fused}", capsys=capsys)
+        assert "step 20, a generation's end" in out
+        study = look_into(tmp_path / "runs" / name)
+        assert {moved.step for moved in study.moves} == {20}
+        assert all(run.outcome == "finished" for run in study.runs)
+        trials = tmp_path / "runs" / name / "trials"
+        found[name] = study.moves, {run.name: losses(trials / run.name) for run in study.runs}
+    assert found["fused"][0] == found["apart"][0]
+    for name, apart in found["apart"][1].items():
+        assert len(apart) == 40, "no step is missing or doubled"
+        assert found["fused"][1][name] == pytest.approx(apart, rel=1e-3)
+    # The one that took over goes on where the other was, with the rate of its own.
+    (moved,) = found["apart"][0]
+    source, target = (read_metrics(tmp_path / "runs/apart/trials" / name) for name in (moved.source, moved.run))
+    rates = [record["learning_rate"] for record in target if "loss" in record]
+    theirs = [record["learning_rate"] for record in source if "loss" in record]
+    assert rates[19] != pytest.approx(theirs[19])
+    assert rates[20] / theirs[20] in (pytest.approx(0.8), pytest.approx(1.2), pytest.approx(1.0))

@@ -15,6 +15,7 @@ from ftray.config.run import AdapterConfig
 from ftray.errors import ConfigError, NotFoundError
 from ftray.model.hardware import choose_hardware
 from ftray.storage import write_json
+from ftray.sweep.describe import conclusion
 from ftray.sweep.fusable import fusing_of
 from ftray.sweep.fused_group import RowSharing
 from ftray.sweep.member_room import MemberRoom
@@ -298,7 +299,7 @@ def test_the_best_is_a_finished_trial_and_how_sure_it_is_depends_on_the_seeds(lo
     assert study.best.name == "t001"
     assert study.best.mean == pytest.approx(0.51)
     assert study.best.half_interval == pytest.approx(4.303 * 0.01 / 3**0.5)
-    assert "which is more than their 95% intervals over 3 seeds" in study.conclusion()
+    assert "which is more than their 95% intervals over 3 seeds" in conclusion(study)
     assert [run.name for run in study.trials[1].runs] == ["t001-seed0", "t001-seed1", "t001-seed2"]
 
 

@@ -1,0 +1,37 @@
+"""`trials.jsonl`: what a sweep has heard and decided, a line each. Reading it again gives the same study."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ftray.storage import write_bytes
+
+
+class Journal:
+    def __init__(self, path: Path):
+        self._path = path
+
+    def read(self, *, mend: bool) -> list[dict[str, Any]]:
+        """`mend`: what follows the last newline was being written, and is taken away."""
+        if not self._path.is_file():
+            return []
+        lines = self._path.read_bytes().split(b"\n")
+        whole = [line for line in lines[:-1] if line]
+        if mend and lines[-1]:
+            write_bytes(self._path, b"".join(line + b"\n" for line in whole))
+        return [json.loads(line) for line in whole]
+
+    def append(self, event: dict[str, Any]) -> None:
+        """On the disk when it returns. Raises `OSError`, and nothing of the event is there then."""
+        line = json.dumps(event) + "\n"
+        with self._path.open("ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line.encode()) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(start)  # half a line would spoil what comes after it
+                raise

@@ -1,0 +1,181 @@
+"""Population-based training without Ray: who takes over from whom, and a sweep that was cut off at any point."""
+
+import shutil
+
+import pytest
+
+from ftray.config import load_sweep
+from ftray.config.domains import Range
+from ftray.errors import ConfigError
+from ftray.storage import read_json
+from ftray.sweep.describe import describe_moves
+from ftray.sweep.population import RATE, choose_moves
+from ftray.sweep.study import Study
+from ftray.sweep.trials import Report, trials_directory
+from ftray.tracking.events import read_events
+
+RUN = """
+kind: run
+name: r
+base_model: base
+max_steps: 40
+data: {train: train.jsonl, eval: eval.jsonl, max_example_tokens: 256}
+batch: {tokens_per_micro_batch: 512}
+evaluation: {every: 10}
+"""
+SPACE = "{optimizer.learning_rate: {log_uniform: [1.0e-4, 1.0e-1]}}"
+SEARCH = "{algorithm: random, trials: 8, scheduler: pbt}"
+RATES = Range(1e-4, 1e-1, is_log=True, is_int=False)
+
+
+@pytest.fixture
+def load(tmp_path):
+    (tmp_path / "run.yaml").write_text(RUN)
+
+    def load(search: str = SEARCH, *, space: str = SPACE, more: str = ""):
+        (tmp_path / "sweep.yaml").write_text(
+            f"kind: sweep\nname: s\nrun: {tmp_path}/run.yaml\nspace: {space}\nsearch: {search}\n{more}\n"
+        )
+        return load_sweep(tmp_path / "sweep.yaml")
+
+    return load
+
+
+def train(study: Study, directory, run) -> str:
+    """Up to the generation's end; its weights are a file that tells whose they are, and where they have been."""
+    path = trials_directory(directory) / run.name
+    checkpoints = path / "checkpoints"
+    config = study.config_of(run)
+    start = max((int(p.name.removeprefix("step-")) for p in checkpoints.glob("step-*")), default=0)
+    weights = (checkpoints / f"step-{start}" / "weights").read_text() if start else ""
+    until = min(study.until_step, 40)
+    for step in range(start + 10, until + 1, 10):
+        weights += f"{run.name}@{step} "
+        (checkpoints / f"step-{step}").mkdir(parents=True, exist_ok=True)
+        (checkpoints / f"step-{step}" / "weights").write_text(weights)
+        distance = abs(config.optimizer.learning_rate - 1e-2)
+        study.report(run.name, Report(step, 10 * distance + 1 / step, step * 100, step * 1.0))
+    study.end(run.name, "finished" if until == 40 else "stopped")
+    return weights
+
+
+def play(study: Study, directory, *, until_event: int | None = None) -> dict[str, str]:
+    weights = {}
+    while (run := study.next_run()) is not None:
+        weights[run.name] = train(study, directory, run)
+        if until_event is not None and num_events(directory) >= until_event:
+            break
+    return weights
+
+
+def num_events(directory) -> int:
+    return len((directory / "trials.jsonl").read_text().splitlines())
+
+
+def test_the_worst_quarter_takes_over_from_the_best_within_the_range():
+    values = {f"t{i}": float(i) for i in range(8)}
+    points = {f"t{i}": {RATE: 1e-3 * (i + 1)} for i in range(8)}
+    moves = choose_moves(values, points, RATES, seed="0/1")
+    assert {move.run for move in moves} == {"t6", "t7"}
+    assert {move.source for move in moves} <= {"t0", "t1"}
+    for move in moves:
+        assert move.point[RATE] / points[move.source][RATE] == pytest.approx(0.8) or move.point[RATE] / points[
+            move.source
+        ][RATE] == pytest.approx(1.2)
+    assert choose_moves(values, points, RATES, seed="0/1") == moves
+    narrow = Range(1e-3, 1.1e-3, is_log=True, is_int=False)
+    assert all(1e-3 <= move.point[RATE] <= 1.1e-3 for move in choose_moves(values, points, narrow, seed="0/1"))
+    few = choose_moves({"a": 1.0, "b": 2.0, "c": 3.0}, {name: {RATE: 1e-2} for name in "abc"}, RATES, seed="")
+    assert [(move.run, move.source) for move in few] == [("c", "a")]
+    assert choose_moves({"a": 1.0}, {"a": {RATE: 1e-2}}, RATES, seed="") == []
+
+
+def test_generations_wait_for_each_other_and_the_worst_go_on_from_the_best(load, tmp_path):
+    study = Study(*load(), tmp_path)
+    first = [study.next_run() for _ in range(8)]
+    assert study.next_run() is None
+    assert study.waits
+    rates = {run.name: study.config_of(run).optimizer.learning_rate for run in first}
+    for run in first[:7]:
+        train(study, tmp_path, run)
+    assert study.next_run() is None  # one is missing
+    assert study.moves == []
+    train(study, tmp_path, first[7])
+    assert {moved.step for moved in study.moves} == {10}
+    by_distance = sorted(rates, key=lambda name: abs(rates[name] - 1e-2))
+    assert {moved.run for moved in study.moves} == set(by_distance[6:])
+    assert {moved.source for moved in study.moves} <= set(by_distance[:2])
+    moved = study.moves[0]
+    path = trials_directory(tmp_path) / moved.run
+    assert (path / "checkpoints/step-10/weights").read_text() == f"{moved.source}@10 "
+    assert read_json(path / "config.json")["optimizer"]["learning_rate"] == moved.rate
+    assert read_events(path)[-1]["event"] == "took_over"
+    weights = play(study, tmp_path)
+    assert study.is_over
+    assert not study.waits
+    assert all(run.outcome == "finished" for run in study.runs)
+    assert weights[moved.run].split()[0] != f"{moved.run}@10"
+    assert [word.rpartition("@")[2] for word in weights[moved.run].split()] == ["10", "20", "30", "40"]
+    assert describe_moves(study, moved.run).startswith(f"which took over {moved.source} at step 10")
+
+
+def test_a_population_that_was_cut_off_anywhere_goes_on_as_it_would_have(load, tmp_path):
+    whole_directory = tmp_path / "whole"
+    whole_directory.mkdir()
+    whole = Study(*load(), whole_directory)
+    weights = play(whole, whole_directory)
+    for cut in range(8, num_events(whole_directory), 7):
+        directory = tmp_path / f"cut{cut}"
+        directory.mkdir()
+        play(Study(*load(), directory), directory, until_event=cut)
+        study = Study(*load(), directory)
+        study.take_back({run.name for run in study.runs})
+        last = play(study, directory)
+        assert study.moves == whole.moves
+        assert [run.point for run in study.runs] == [run.point for run in whole.runs]
+        assert all(weights[name] == text for name, text in last.items())
+
+
+def test_a_turn_that_was_cut_off_between_its_files_and_the_journal_is_made_again(load, tmp_path, monkeypatch):
+    study = Study(*load(), tmp_path)
+    runs = [study.next_run() for _ in range(8)]
+    for run in runs[:7]:
+        train(study, tmp_path, run)
+
+    def crash(*_, **__):
+        shutil.rmtree(trials_directory(tmp_path) / study_moves[0] / "checkpoints")
+        raise KeyboardInterrupt
+
+    study_moves = [max(runs, key=lambda run: abs(study.config_of(run).optimizer.learning_rate - 1e-2)).name]
+    with monkeypatch.context() as patch:
+        patch.setattr("ftray.sweep.population.os.replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train(study, tmp_path, runs[7])
+    again = Study(*load(), tmp_path)
+    assert len(again.moves) == 2
+    play(again, tmp_path)
+    assert all(run.outcome == "finished" for run in again.runs)
+
+
+def test_a_member_that_diverges_leaves_and_the_others_go_on(load, tmp_path):
+    study = Study(*load(), tmp_path)
+    runs = [study.next_run() for _ in range(8)]
+    for run in runs[:7]:
+        train(study, tmp_path, run)
+    study.end(runs[7].name, "diverged", "step 3: the loss is nan")
+    play(study, tmp_path)
+    assert [run.outcome for run in study.runs].count("finished") == 7
+
+
+def test_what_a_population_cannot_have_is_said_before_it_starts(load):
+    for how, rule in (
+        ({"search": "{algorithm: tpe, trials: 8, scheduler: pbt}"}, "choose algorithm random or grid"),
+        ({"search": "{algorithm: random, budget: {steps: 9}, scheduler: pbt}"}, "give trials"),
+        ({"search": "{algorithm: random, trials: 8, generation_steps: 5}"}, "is for scheduler pbt"),
+        ({"search": SEARCH[:-1] + ", generation_steps: 15}"}, "multiple of evaluation.every"),
+        ({"space": "{optimizer.learning_rate: [1.0e-3, 1.0e-2]}"}, "give it a range"),
+        ({"space": SPACE[:-1] + ", adapter.rank: [4, 8]}"}, "each other's weights"),
+        ({"more": "seeds: 3"}, "give one seed"),
+    ):
+        with pytest.raises(ConfigError, match=rule):
+            load(**how)
