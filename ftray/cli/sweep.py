@@ -65,7 +65,8 @@ def run(
     print(f"  {directory / REPORT}")
     if study.best is None:
         raise FtrayError(f"{loaded.name}: no trial finished; see {directory}/trials")
-    print(f"again by itself: {train_command(study, study.best)}")
+    if not study.moves:  # else its weights are of several trials
+        print(f"again by itself: {train_command(study, study.best)}")
     publish_best(study, directory)
 
 
@@ -133,6 +134,8 @@ def publish_best(study: "Study", directory: Path) -> None:
         print(f"next: ftray serve SERVE.yaml base_model={output / 'model'}")
         return
     lineage = {"sweep": study.config.name, "trial": run.name, "point": study.trials[run.trial].point}
+    if history := study.history(run.name):
+        lineage["took_over"] = [vars(moved) for moved in history]
     version = publish_if_new(Registry(config.registry), study.config.name, output / "adapter", lineage=lineage)
     flag = "" if config.registry == "registry" else f" --registry {config.registry}"
     print(f"published {version} in {config.registry}")
@@ -166,6 +169,7 @@ def show_comparison(study: "Study", directory: Path) -> None:
 
 def show_answer(study: "Study") -> None:
     from ftray.config.space import short
+    from ftray.sweep.describe import conclusion
     from ftray.sweep.report import metric_text, status_text
 
     keys = list(study.space.free)
@@ -176,7 +180,7 @@ def show_answer(study: "Study") -> None:
         spent = [str(trial.step), f"{trial.tokens:,}", f"{trial.seconds:.0f} s"]
         rows.append([trial.name, *values, metric_text(trial), *spent, status_text(trial)])
     print_table(columns, rows, to_the_left=["trial", "outcome"])
-    print(study.conclusion())
+    print(conclusion(study))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_the_left: Sequence[str]) -> None:

@@ -29,6 +29,11 @@ def is_variable(key: str) -> bool:
     return key.startswith(VARIABLES)
 
 
+def may_differ_in_population(key: str) -> bool:
+    """Trials take over each other's weights."""
+    return key.startswith(("optimizer.", VARIABLES))
+
+
 def why_not_swept(key: str) -> str | None:
     found = (reason for refused, reason in NOT_SWEPT.items() if key == refused or key.startswith(f"{refused}."))
     return next(found, None)
@@ -143,7 +148,7 @@ class SweepConfig(Strict):
         if not isinstance(self.space.get("optimizer.learning_rate"), Range):
             raise ValueError("search.scheduler pbt changes optimizer.learning_rate: give it a range in the space")
         for key in self.space:
-            if not key.startswith(("optimizer.", VARIABLES)):
+            if not may_differ_in_population(key):
                 raise ValueError(
                     f"space.{key}: with search.scheduler pbt trials take over each other's weights: it must not differ"
                 )

@@ -22,12 +22,11 @@ def describe_end(study: Study, run: SweepRun) -> str:
 
 
 def describe_moves(study: Study, name: str) -> str | None:
-    """What a member of a population took over, and its rates since then."""
-    own = [move for move in study.moves if move.run == name]
-    if not own:
+    """The way of a population's weights into this member."""
+    if not (moves := study.history(name)):
         return None
-    return "which took over " + ", ".join(
-        f"{move.source} at step {move.step} with learning rate {move.rate:.4g}" for move in own
+    return "whose weights come by " + ", then ".join(
+        f"{move.run} from {move.source} at step {move.step}, on with learning rate {move.rate:.4g}" for move in moves
     )
 
 
@@ -53,6 +52,8 @@ def conclusion(study: Study) -> str:
     assert next_best.mean is not None
     gap = abs(next_best.mean - best.mean)
     text += f", {gap:.4f} ahead of {next_best.name} ({point_text(next_best.point)})"
+    if study.config.search.scheduler == "pbt":
+        return f"{text}; members of one population are no repeats of each other, so that is no measure of chance"
     if best.half_interval is None or next_best.half_interval is None:
         return f"{text}; with one seed it is not known whether that is more than chance: give `seeds: 3`"
     sure = gap > best.half_interval + next_best.half_interval

@@ -76,8 +76,10 @@ class Desk:
         write_json(self._directory / SHARING, {"shares_rows": is_faster})
 
     def report(self, name: str, report: Report) -> str | None:
+        is_news = self._study.is_news(name, report)
         reason = self._study.report(name, report)
-        self._lines.append(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
+        if is_news:
+            self._lines.append(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
         if reason is not None:
             self._lines.append(f"{name}  {reason}")
         return reason
@@ -85,6 +87,8 @@ class Desk:
     def end(self, name: str, outcome: Outcome, message: str | None) -> None:
         self._lines.append(describe_end(self._study, self._study.end(name, outcome, message)))
         del self._handed_out[name]  # its workers have lived
+        for taken in self._taken.values():
+            taken.discard(name)
         self._num_ended += 1
 
     def news(self) -> tuple[list[str], int]:
@@ -114,7 +118,7 @@ def run_fused(
         for group in range(num_groups)
     ]
     threads = [Fit(make_group(own, directory)) for own in jobs]
-    known = 0
+    known, given_back = 0, set()
     while any(thread.is_alive() for thread in threads):
         time.sleep(POLL_S)
         try:
@@ -123,6 +127,10 @@ def run_fused(
             raise FtrayError(f"the sweep's desk died ({type(error).__name__}); the same command goes on") from None
         for line in lines:
             say(line)
+        for own, thread in zip(jobs, threads, strict=True):
+            if thread.failure is not None and own.group not in given_back:  # the others go on with what it had
+                given_back.add(own.group)
+                ray.get(desk.start_over.remote(own.group))
         if num_ended != known:
             known = num_ended
             on_end()

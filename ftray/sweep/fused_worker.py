@@ -81,6 +81,8 @@ def fused_worker(job: FusedJob) -> None:
             else:
                 if clerk is not None:
                     clerk.begin(members[-1])
+        if clerk is not None:
+            clerk.raise_failures()
         if not members and waits:
             time.sleep(WAIT_S)
             continue
@@ -109,7 +111,7 @@ def fused_worker(job: FusedJob) -> None:
         if clerk is not None:
             for member in running:
                 if member.is_saved or member.name in over:
-                    clerk.save(member)
+                    clerk.save(member, must=member.is_done or member.step == until[member.name])
             for name, (outcome, message) in over.items():
                 clerk.end(named(members, name), outcome, message)
         for name in over:
@@ -257,12 +259,12 @@ class Clerk:
         """By the study, or by the user."""
         return [m.name for m in members if m.name in self._asked or (m.directory / STOP_REQUEST).is_file()]
 
-    def save(self, member: Member) -> None:
-        """One that fails, on a full disk, is told and left out; only the last one must succeed."""
+    def save(self, member: Member, *, must: bool) -> None:
+        """One that fails, on a full disk, is told and left out, unless others go on from it."""
         try:
             save(member, self._base, data_digest=self._job.data_digest)
         except OSError as error:
-            if member.is_done:
+            if must:
                 raise
             with contextlib.suppress(OSError):
                 record_event(member.directory, SAVE_FAILED, step=member.step, message=str(error))
@@ -273,6 +275,13 @@ class Clerk:
         member.metrics.close()
         del self._reporters[member.name]
         self._finishing.append(self._writer.submit(self._finish, member, outcome, message))
+
+    def raise_failures(self) -> None:
+        """Of results that could not be written or told: nobody would hear of these members again."""
+        done = [future for future in self._finishing if future.done()]
+        self._finishing = [future for future in self._finishing if not future.done()]
+        for future in done:
+            future.result()
 
     def close(self) -> None:
         for future in self._finishing:

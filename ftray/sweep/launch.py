@@ -29,7 +29,7 @@ from ftray.train.checkpoint import data_digest
 from ftray.train.finish import PreparedData
 from ftray.train.launch import TOKENS, check_before_anything, prepare_data, start_ray
 from ftray.train.preflight import check_nodes, check_resources, fitting_groups
-from ftray.train.ray_trainer import name_for_workers
+from ftray.train.ray_trainer import name_for_workers, num_steps
 from ftray.train.run_directory import only_driver, refuse_unwritable, refuse_vanishing_directory, set_aside
 
 SWEEP, DATA = "sweep.json", "data.json"
@@ -67,6 +67,7 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -
     try:
         base, data = prepare_data(base_run, say, kept_in=trials_directory(directory) / TOKENS)
         check_data_of_sweep(directory, data)
+        check_generations(study, base_run, data)
         check_resources(base_run.workers, say=say)
         check_nodes(trials_directory(directory), base_run.workers)
         say(describe_plan(study))
@@ -82,6 +83,16 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -
     except KeyboardInterrupt:
         state = describe_state(look_into(directory))
         raise InterruptedRunError(f"{config.name}: stopped; {state}") from None
+
+
+def check_generations(study: Study, base_run: RunConfig, data: PreparedData) -> None:
+    """Raises `UserError`."""
+    steps = num_steps(base_run, data.train)
+    if study.generation_steps is not None and study.generation_steps >= steps:
+        raise UserError(
+            f"search.scheduler pbt: a generation of {study.generation_steps} steps never ends in runs of {steps}; "
+            "lower search.generation_steps, or evaluation.every where it is not given"
+        )
 
 
 def of_groups(

@@ -8,7 +8,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ftray.config import RunConfig
 from ftray.config.domains import Range
 from ftray.storage import write_json
 from ftray.tracking.events import record_event
-from ftray.train.checkpoint import CHECKPOINTS
+from ftray.train.checkpoint import CHECKPOINTS, first_whole
 from ftray.train.job import SCRATCH
 
 RATE = "optimizer.learning_rate"
@@ -41,18 +41,27 @@ class Moved:
 
 
 def choose_moves(
-    values: Mapping[str, float], points: Mapping[str, dict[str, Any]], rates: Range, *, seed: str
+    values: Mapping[str, float], points: Mapping[str, dict[str, Any]], rates: Range, *, saved: Container[str], seed: str
 ) -> list[Move]:
-    """`values`: losses by run. The same for the same generation, so that a sweep that was cut off here repeats it."""
+    """`values`: losses by run. `saved`: runs that others can take over, since their checkpoint is whole. The same for
+    the same generation, so that a sweep that was cut off here repeats it."""
     ranked = sorted(values, key=lambda name: (values[name], name))
     count = min(math.ceil(len(ranked) * QUANTILE), len(ranked) // 2)
     chance = random.Random(seed)
+    sources = [name for name in ranked[:count] if name in saved]
+    if not sources:
+        return []
     moves = []
     for name in ranked[len(ranked) - count :]:
-        source = chance.choice(ranked[:count])
+        source = chance.choice(sources)
         rate = points[source][RATE] * chance.choice(FACTORS)
         moves.append(Move(name, source, points[source] | {RATE: min(max(rate, rates.low), rates.high)}))
     return moves
+
+
+def has_saved(run_directory: Path, *, step: int) -> bool:
+    """A save that failed, on a full disk, does not end a run."""
+    return first_whole([run_directory / CHECKPOINTS / f"step-{step}"]) is not None
 
 
 def take_over(target: Path, source: Path, config: RunConfig, *, step: int) -> None:

@@ -13,20 +13,22 @@ from typing import Any
 
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.config.domains import Range
-from ftray.config.sweep import why_not_swept
-from ftray.errors import ConfigError, NotFoundError
+from ftray.config.sweep import may_differ_in_population, why_not_swept
+from ftray.errors import ConfigError
 from ftray.storage import read_json, write_json
 from ftray.sweep.journal import Journal
-from ftray.sweep.population import RATE, Moved, choose_moves, take_over
+from ftray.sweep.known import Known
+from ftray.sweep.population import RATE, choose_moves, has_saved, take_over
 from ftray.sweep.schedulers import make_scheduler
 from ftray.sweep.search import make_search
-from ftray.sweep.trials import Outcome, Report, SweepRun, Trial, run_name, trials_directory
+from ftray.sweep.trials import Outcome, Report, SweepRun, trials_directory
+from ftray.train.job import STOP_REQUEST
 
 JOURNAL = "trials.jsonl"
 REQUESTS = "requests"  # trials that the user asked for while the sweep runs
 
 
-class Study:
+class Study(Known):
     def __init__(
         self,
         config: SweepConfig,
@@ -37,19 +39,15 @@ class Study:
         clock: Callable[[], float] = time.time,
     ):
         """`is_driver`: others look into the same directory, and leave the journal as it is."""
-        self.config = config
+        super().__init__(config)
         self.space = space
-        self.trials: list[Trial] = []
-        self.moves: list[Moved] = []  # of a population
         self.spent_s = 0.0  # of earlier drivers
         self._search = make_search(space, config.search)
         every = space.config(
             next(iter(space.points_to_check(is_grid=config.search.algorithm == "grid")))
         ).evaluation.every
         self._scheduler = make_scheduler(config.search, evaluate_every=every)
-        self._generation_steps = config.search.generation_steps or every if config.search.scheduler == "pbt" else None
-        self._generation = 1  # that trains now
-        self._sign = 1.0 if config.search.mode == "min" else -1.0
+        self.generation_steps = config.search.generation_steps or every if config.search.scheduler == "pbt" else None
         self._given: set[str] = set()  # names of the runs that somebody works on
         self._asked: dict[str, str] = {}  # why a run was asked to stop
         self._diverged: dict[str, str] = {}  # whose metric is no number any more
@@ -99,6 +97,12 @@ class Study:
         point = trial.point | changes
         label = f"clone-trial {name}"
         refused = [f"{key}: {reason}" for key in changes if (reason := why_not_swept(key)) is not None]
+        if self.until_step is not None:
+            refused += [
+                f"{key}: with search.scheduler pbt trials take over each other's weights: it must not differ"
+                for key in changes
+                if not may_differ_in_population(key)
+            ]
         if refused:
             raise ConfigError(label, refused)
         self.space.check_point(point, label=label)
@@ -126,18 +130,22 @@ class Study:
 
     def report(self, name: str, report: Report) -> str | None:
         """Returns why the run is to stop, or None. A run that resumed may tell again what it has told."""
-        run = self.run(name)
         if not math.isfinite(report.value):
             told = f"step {report.step}: {self.config.search.metric} is {report.value}"
             self._asked[name] = self._diverged[name] = told
-        elif run.last is None or report.step > run.last.step:
+        elif self.is_news(name, report):
             self._note({"event": "report", "run": name, **vars(report)})
         return self._asked.get(name) or self.spent
+
+    def is_news(self, name: str, report: Report) -> bool:
+        last = self.run(name).last
+        return last is None or report.step > last.step
 
     def end(self, name: str, outcome: Outcome, message: str | None = None) -> SweepRun:
         """One that stopped because the budget is spent has not ended: with a larger one it goes on."""
         run = self.run(name)
-        if outcome == "stopped" and name not in self._asked and run.last and run.last.step == self.until_step:
+        has_come = run.last is not None and run.last.step == self.until_step
+        if outcome == "stopped" and has_come and name not in self._asked and not self._user_stops(run):
             self._note({"event": "wait", "run": name})
             self._given.discard(name)
             self._turn_generation()
@@ -155,7 +163,7 @@ class Study:
     @property
     def until_step(self) -> int | None:
         """Where the runs of this generation wait for each other; None: there are no generations."""
-        return None if self._generation_steps is None else self._generation * self._generation_steps
+        return None if self.generation_steps is None else self.generation * self.generation_steps
 
     @property
     def waits(self) -> bool:
@@ -165,6 +173,9 @@ class Study:
     def _turn_generation(self) -> None:
         """When all wait: some take over from others, and all go on."""
         step, open_runs = self.until_step, [run for run in self.runs if run.outcome is None]
+        for run in [run for run in open_runs if run.waits and self._user_stops(run)]:
+            self._note({"event": "end", "run": run.name, "outcome": "stopped", "message": "by the user"})
+            open_runs.remove(run)
         if step is None or not open_runs or not all(run.waits for run in open_runs):
             return
         if self._next_point() is not None:  # the population is not whole
@@ -174,71 +185,31 @@ class Study:
         rates = self.space.domains[RATE]
         assert isinstance(rates, Range)
         signed = {name: self._sign * value for name, value in values.items()}
-        seed = f"{self.config.search.seed}/{self._generation}"
+        seed = f"{self.config.search.seed}/{self.generation}"
         runs_dir = trials_directory(self._directory)
-        for move in choose_moves(signed, points, rates, seed=seed):
+        saved = [run.name for run in open_runs if has_saved(runs_dir / run.name, step=step)]
+        done = {moved.run for moved in self.moves if moved.step == step}  # of a turn that was cut off
+        for move in choose_moves(signed, points, rates, saved=saved, seed=seed):
+            if move.run in done:
+                continue
             moved = replace(self.run(move.run), point=move.point)
             take_over(runs_dir / move.run, runs_dir / move.source, self.config_of(moved), step=step)
             self._note({"event": "move", "run": move.run, "source": move.source, "step": step, "point": move.point})
         self._note({"event": "generation", "step": step})
 
-    def point_of(self, run: SweepRun) -> dict[str, Any]:
-        return run.point if run.point is not None else self.trials[run.trial].point
+    def _user_stops(self, run: SweepRun) -> bool:
+        return (trials_directory(self._directory) / run.name / STOP_REQUEST).is_file()
 
     def config_of(self, run: SweepRun) -> RunConfig:
         runs_dir = str(trials_directory(self._directory))
         config = self.space.config(self.point_of(run), name=run.name, seed=run.seed, runs_dir=runs_dir)
-        if self._generation_steps is not None:  # what the others may take over
-            saved = {"every": self._generation_steps, "keep": max(2, config.checkpoint.keep)}
+        if self.generation_steps is not None:  # what the others may take over
+            saved = {"every": self.generation_steps, "keep": max(2, config.checkpoint.keep)}
             config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=saved)})
         group = config.tracking.wandb_group or self.config.name
         return config.model_copy(update={"tracking": config.tracking.model_copy(update={"wandb_group": group})})
 
     # -- what is known ---------------------------------------------------------------------------------------------
-
-    @property
-    def runs(self) -> list[SweepRun]:
-        return [run for trial in self.trials for run in trial.runs]
-
-    def trial(self, name: str) -> Trial:
-        found = next((trial for trial in self.trials if trial.name == name), None)
-        if found is None:
-            known = ", ".join(trial.name for trial in self.trials)
-            raise NotFoundError(f"{name}: no such trial; {self.config.name} has {known or 'none yet'}")
-        return found
-
-    def run(self, name: str) -> SweepRun:
-        return next(run for run in self.runs if run.name == name)
-
-    @property
-    def best(self) -> Trial | None:
-        ranked = self.ranked
-        return ranked[0] if ranked and ranked[0].is_finished else None
-
-    @property
-    def ranked(self) -> list[Trial]:
-        """Finished ones first, the best of them first; then those that were stopped, the farthest first."""
-
-        def key(trial: Trial) -> tuple[bool, int, float]:
-            mean = float("inf") if trial.mean is None else self._sign * trial.mean
-            return not trial.is_finished, 0 if trial.is_finished else -trial.step, mean
-
-        return sorted(self.trials, key=key)
-
-    @property
-    def best_run(self) -> SweepRun | None:
-        """Of the best trial's seeds the best."""
-        if self.best is None:
-            return None
-        return min(self.best.runs, key=lambda run: self._sign * (run.value if run.value is not None else math.inf))
-
-    @property
-    def tokens(self) -> int:
-        return sum(trial.tokens for trial in self.trials)
-
-    @property
-    def steps(self) -> int:
-        return sum(run.last.step for run in self.runs if run.last is not None)
 
     @property
     def seconds(self) -> float:
@@ -283,31 +254,8 @@ class Study:
         self._apply(event)
 
     def _apply(self, event: dict[str, Any]) -> None:
-        if event["event"] == "trial":
-            trial = Trial(event["trial"], event["point"], event["cloned_from"])
-            seeds = self.config.seeds
-            trial.runs = [
-                SweepRun(trial.number, seed, run_name(trial.number, seed, num_seeds=len(seeds))) for seed in seeds
-            ]
-            self.trials.append(trial)
-            return
-        if event["event"] == "generation":
-            self._generation += 1
-            for run in self.runs:
-                run.waits = False
-            return
-        run = self.run(event["run"])
-        if event["event"] == "end":
-            run.outcome, run.message = event["outcome"], event["message"]
-            return
-        if event["event"] == "wait":
-            run.waits = True
-            return
-        if event["event"] == "move":
-            run.point = event["point"]
-            self.moves.append(Moved(event["step"], event["run"], event["source"], event["point"][RATE]))
-            return
-        report = Report(event["step"], event["value"], event["tokens"], event["seconds"])
-        run.reports.append(report)
-        if not self._scheduler.goes_on(run.name, step=report.step, value=self._sign * report.value):
-            self._asked.setdefault(run.name, f"{self.config.search.scheduler}, at step {report.step}")
+        self.apply(event)
+        if event["event"] == "report":
+            name, step, value = event["run"], event["step"], self._sign * event["value"]
+            if not self._scheduler.goes_on(name, step=step, value=value):
+                self._asked.setdefault(name, f"{self.config.search.scheduler}, at step {step}")

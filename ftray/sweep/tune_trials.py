@@ -117,8 +117,10 @@ class TellStudy(tune.Callback):
             self._end(trial.trial_id, result["outcome"], result["message"])
         elif "value" in result:
             report = Report(result["step"], result["value"], result["tokens"], result["seconds"])
+            is_news = self._study.is_news(name, report)
             reason = self._study.report(name, report)
-            self._say(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
+            if is_news:
+                self._say(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
             if reason is not None:
                 self._say(f"{name}  {reason}")
                 (trials_directory(self._directory) / name).mkdir(parents=True, exist_ok=True)

@@ -84,6 +84,8 @@ def train(
 ) -> int:
     """Returns the number of steps done: fewer than all when it was asked to stop, after a save."""
     has_state = schedule.start_step > 0  # AdamW's moments exist from the first update on
+    if has_state and callbacks.should_stop(schedule.start_step):  # workers that started again where they were to stop
+        return schedule.start_step
     for step in range(schedule.start_step, schedule.num_steps):
         if step not in schedule.skipped:
             examples = plan.examples(step, end=schedule.end_position)

@@ -7,12 +7,13 @@ import pytest
 from ftray.config import load_sweep
 from ftray.config.domains import Range
 from ftray.errors import ConfigError
-from ftray.storage import read_json
+from ftray.storage import read_json, write_manifest
 from ftray.sweep.describe import describe_moves
-from ftray.sweep.population import RATE, choose_moves
+from ftray.sweep.population import RATE, Moved, choose_moves, take_over
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Report, trials_directory
 from ftray.tracking.events import read_events
+from ftray.train.job import request_stop
 
 RUN = """
 kind: run
@@ -53,6 +54,7 @@ def train(study: Study, directory, run) -> str:
         weights += f"{run.name}@{step} "
         (checkpoints / f"step-{step}").mkdir(parents=True, exist_ok=True)
         (checkpoints / f"step-{step}" / "weights").write_text(weights)
+        write_manifest(checkpoints / f"step-{step}", metadata={})
         distance = abs(config.optimizer.learning_rate - 1e-2)
         study.report(run.name, Report(step, 10 * distance + 1 / step, step * 100, step * 1.0))
     study.end(run.name, "finished" if until == 40 else "stopped")
@@ -75,19 +77,25 @@ def num_events(directory) -> int:
 def test_the_worst_quarter_takes_over_from_the_best_within_the_range():
     values = {f"t{i}": float(i) for i in range(8)}
     points = {f"t{i}": {RATE: 1e-3 * (i + 1)} for i in range(8)}
-    moves = choose_moves(values, points, RATES, seed="0/1")
+    moves = choose_moves(values, points, RATES, saved=values, seed="0/1")
     assert {move.run for move in moves} == {"t6", "t7"}
     assert {move.source for move in moves} <= {"t0", "t1"}
     for move in moves:
         assert move.point[RATE] / points[move.source][RATE] == pytest.approx(0.8) or move.point[RATE] / points[
             move.source
         ][RATE] == pytest.approx(1.2)
-    assert choose_moves(values, points, RATES, seed="0/1") == moves
+    assert choose_moves(values, points, RATES, saved=values, seed="0/1") == moves
+    assert {move.source for move in choose_moves(values, points, RATES, saved=["t1", "t7"], seed="0/1")} == {"t1"}
+    assert choose_moves(values, points, RATES, saved=["t7"], seed="0/1") == []
     narrow = Range(1e-3, 1.1e-3, is_log=True, is_int=False)
-    assert all(1e-3 <= move.point[RATE] <= 1.1e-3 for move in choose_moves(values, points, narrow, seed="0/1"))
-    few = choose_moves({"a": 1.0, "b": 2.0, "c": 3.0}, {name: {RATE: 1e-2} for name in "abc"}, RATES, seed="")
+    assert all(
+        1e-3 <= move.point[RATE] <= 1.1e-3 for move in choose_moves(values, points, narrow, saved=values, seed="0/1")
+    )
+    few = choose_moves(
+        {"a": 1.0, "b": 2.0, "c": 3.0}, {name: {RATE: 1e-2} for name in "abc"}, RATES, saved="abc", seed=""
+    )
     assert [(move.run, move.source) for move in few] == [("c", "a")]
-    assert choose_moves({"a": 1.0}, {"a": {RATE: 1e-2}}, RATES, seed="") == []
+    assert choose_moves({"a": 1.0}, {"a": {RATE: 1e-2}}, RATES, saved="a", seed="") == []
 
 
 def test_generations_wait_for_each_other_and_the_worst_go_on_from_the_best(load, tmp_path):
@@ -116,7 +124,7 @@ def test_generations_wait_for_each_other_and_the_worst_go_on_from_the_best(load,
     assert all(run.outcome == "finished" for run in study.runs)
     assert weights[moved.run].split()[0] != f"{moved.run}@10"
     assert [word.rpartition("@")[2] for word in weights[moved.run].split()] == ["10", "20", "30", "40"]
-    assert describe_moves(study, moved.run).startswith(f"which took over {moved.source} at step 10")
+    assert f"{moved.run} from {moved.source} at step 10" in describe_moves(study, moved.run)
 
 
 def test_a_population_that_was_cut_off_anywhere_goes_on_as_it_would_have(load, tmp_path):
@@ -148,11 +156,11 @@ def test_a_turn_that_was_cut_off_between_its_files_and_the_journal_is_made_again
 
     study_moves = [max(runs, key=lambda run: abs(study.config_of(run).optimizer.learning_rate - 1e-2)).name]
     with monkeypatch.context() as patch:
-        patch.setattr("ftray.sweep.population.os.replace", crash)
+        patch.setattr("ftray.sweep.population.write_json", crash)
         with pytest.raises(KeyboardInterrupt):
             train(study, tmp_path, runs[7])
     again = Study(*load(), tmp_path)
-    assert len(again.moves) == 2
+    assert len({moved.run for moved in again.moves}) == len(again.moves) == 2
     play(again, tmp_path)
     assert all(run.outcome == "finished" for run in again.runs)
 
@@ -165,6 +173,68 @@ def test_a_member_that_diverges_leaves_and_the_others_go_on(load, tmp_path):
     study.end(runs[7].name, "diverged", "step 3: the loss is nan")
     play(study, tmp_path)
     assert [run.outcome for run in study.runs].count("finished") == 7
+
+
+def test_a_turn_that_was_cut_off_between_two_moves_makes_the_other_one_only(load, tmp_path, monkeypatch):
+    study = Study(*load(), tmp_path)
+    runs = [study.next_run() for _ in range(8)]
+    for run in runs[:7]:
+        train(study, tmp_path, run)
+    real, taken = take_over, []
+
+    def once(*args, **kwargs):
+        if taken:
+            raise KeyboardInterrupt
+        taken.append(args)
+        real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ftray.sweep.study.take_over", once)
+        with pytest.raises(KeyboardInterrupt):
+            train(study, tmp_path, runs[7])
+    again = Study(*load(), tmp_path)
+    assert len({moved.run for moved in again.moves}) == len(again.moves) == 2
+
+
+def test_the_way_of_the_weights_is_told_over_several_moves(load, tmp_path):
+    study = Study(*load(), tmp_path)
+    study.moves += [Moved(10, "b", "a", 1.0), Moved(10, "d", "c", 2.0), Moved(20, "c", "b", 3.0)]
+    assert [(moved.run, moved.source) for moved in study.history("c")] == [("b", "a"), ("c", "b")]
+    assert study.history("a") == []
+
+
+def test_one_that_the_user_stops_while_it_waits_leaves_the_population(load, tmp_path):
+    study = Study(*load(), tmp_path)
+    runs = [study.next_run() for _ in range(8)]
+    for run in runs[:7]:
+        train(study, tmp_path, run)
+    request_stop(trials_directory(tmp_path) / runs[0].name)
+    train(study, tmp_path, runs[7])
+    assert (runs[0].outcome, runs[0].message) == ("stopped", "by the user")
+    assert runs[0].name not in {moved.source for moved in study.moves}
+    play(study, tmp_path)
+    assert [run.outcome for run in study.runs].count("finished") == 7
+
+
+def test_one_whose_checkpoint_failed_is_taken_over_by_nobody(load, tmp_path):
+    study = Study(*load(), tmp_path)
+    runs = [study.next_run() for _ in range(8)]
+    best = min(runs, key=lambda run: abs(study.config_of(run).optimizer.learning_rate - 1e-2))
+    others = [run for run in runs if run is not best]
+    train(study, tmp_path, best)
+    (trials_directory(tmp_path) / best.name / "checkpoints/step-10/manifest.json").unlink()
+    for run in others:
+        train(study, tmp_path, run)
+    assert len(study.moves) == 2
+    assert best.name not in {moved.source for moved in study.moves}
+
+
+def test_a_clone_that_the_others_could_not_take_over_is_refused(load, tmp_path):
+    study = Study(*load(), tmp_path)
+    study.next_run()
+    with pytest.raises(ConfigError, match="each other's weights"):
+        study.clone("t000", {"adapter.rank": 4})
+    assert study.clone("t000", {"optimizer.max_grad_norm": 0.5})["optimizer.max_grad_norm"] == 0.5
 
 
 def test_what_a_population_cannot_have_is_said_before_it_starts(load):
