@@ -30,13 +30,14 @@ from ftray.sweep.member_room import MemberRoom
 from ftray.sweep.trial_run import Reporter, drop_checkpoints
 from ftray.sweep.trials import Report
 from ftray.tracking.events import record_event
-from ftray.tracking.metrics import MetricsLog, read_metrics
+from ftray.tracking.metrics import read_metrics
 from ftray.train.callbacks import SAVE_FAILED
 from ftray.train.checkpoint import newest_whole_checkpoint, read_state
 from ftray.train.finish import PreparedData, finish
 from ftray.train.guard import WINDOW_STEPS
 from ftray.train.job import STOP_REQUEST
 from ftray.train.loop import StepRecord, peak_memory_gib
+from ftray.train.recording import Recorder
 from ftray.train.run_directory import check_same_data, open_run_directory
 
 WAIT_S = 0.2
@@ -206,7 +207,7 @@ class Clerk:
         ray.get(self._job.desk.end.remote(name, "failed", message))
 
     def begin(self, member: Member) -> None:
-        member.metrics = MetricsLog(member.directory, resume_step=member.step)
+        member.recorder = Recorder(member.config, member.directory, resume_step=member.step)
         reporter = Reporter(member.config, metric=self._job.metric, tell=lambda report: self._tell(member.name, report))
         reporter.begin(member.num_steps)
         self._reporters[member.name] = reporter
@@ -271,8 +272,6 @@ class Clerk:
 
     def end(self, member: Member, outcome: str, message: str | None) -> None:
         """The result is written beside the training of the others."""
-        assert member.metrics is not None
-        member.metrics.close()
         del self._reporters[member.name]
         self._finishing.append(self._writer.submit(self._finish, member, outcome, message))
 
@@ -289,6 +288,8 @@ class Clerk:
         self._writer.shutdown()
 
     def _finish(self, member: Member, outcome: str, message: str | None) -> None:
+        assert member.recorder is not None
+        member.recorder.close()
         if outcome == "finished":
             checkpoint: Path | None = newest_whole_checkpoint(member.directory)
             seconds = time.time() - self._began[member.name]
@@ -297,8 +298,8 @@ class Clerk:
         ray.get(self._job.desk.end.remote(member.name, outcome, message))
 
     def _append(self, member: Member, record: dict[str, Any]) -> None:
-        assert member.metrics is not None
-        member.metrics.append(record)
+        assert member.recorder is not None
+        member.recorder.record(record)
         self._reporters[member.name].tell_news([record])
 
     def _tell(self, name: str, report: Report) -> None:

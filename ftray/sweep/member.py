@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.plan import StepPlan, plan_steps
 from ftray.model.base import BaseModel
-from ftray.tracking.metrics import MetricsLog
 from ftray.train.checkpoint import (
     CHECKPOINTS,
     Snapshot,
@@ -29,6 +28,9 @@ from ftray.train.optimizer import make_optimizer
 from ftray.train.schedule import make_schedule
 from ftray.train.sharded import MASTER, MOMENTS, Shard, ShardedState
 
+if TYPE_CHECKING:
+    from ftray.train.recording import Recorder  # it imports ray
+
 
 @dataclass
 class Member:
@@ -41,7 +43,7 @@ class Member:
     learning_rate: Callable[[int], float]
     guard: LossGuard
     step: int = 0  # done
-    metrics: MetricsLog | None = field(default=None, repr=False)  # on rank 0
+    recorder: "Recorder | None" = field(default=None, repr=False)  # on rank 0
 
     @property
     def name(self) -> str:

@@ -33,6 +33,7 @@ class Wandb:
                 name=run_name,
                 id=run_id(directory),
                 resume="allow",
+                reinit="create_new",  # a fused group has several at a time
                 config=settings,
                 dir=str(directory),
                 mode=mode,  # pyright: ignore[reportArgumentType]

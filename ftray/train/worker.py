@@ -5,12 +5,10 @@ import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
-from ray.util.metrics import Gauge
 
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
@@ -32,9 +30,7 @@ from ftray.objectives import OBJECTIVES
 from ftray.storage import remove_unlisted, verify_directory, write_json
 from ftray.storage.manifest import MANIFEST
 from ftray.tracking.events import record_event
-from ftray.tracking.metrics import MetricsLog, read_metrics
-from ftray.tracking.tensorboard import TensorBoard
-from ftray.tracking.wandb import Wandb
+from ftray.tracking.metrics import read_metrics
 from ftray.train.callbacks import Record, WorkerCallbacks, skipped_steps
 from ftray.train.checkpoint import CHECKPOINTS, first_whole, list_checkpoints, read_state, restore
 from ftray.train.communication import describe_bandwidth, measure_all_reduce
@@ -42,6 +38,7 @@ from ftray.train.engine import TrainEngine
 from ftray.train.guard import WINDOW_STEPS, LossGuard
 from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob
 from ftray.train.loop import Schedule, evaluation_rows, train
+from ftray.train.recording import Recorder
 from ftray.train.sampling import Sampler
 from ftray.train.schedule import make_schedule
 from ftray.train.zero import shard_while_loading
@@ -222,49 +219,14 @@ def make_engine(
     )
 
 
-class Gauges:
-    """`ftray_step`, `ftray_loss`, ... by run, for the metrics of Ray's dashboard and Prometheus."""
-
-    SHOWN = ("step", "loss", "eval_loss", "tokens_per_s", "mfu")
-
-    def __init__(self, run: str):
-        self._tags = {"run": run}
-        self._gauges = {name: Gauge(f"ftray_{name}", tag_keys=("run",)) for name in self.SHOWN}
-
-    def set(self, record: dict[str, Any]) -> None:
-        for name, gauge in self._gauges.items():
-            if name in record:
-                gauge.set(record[name], self._tags)
-
-
 @contextlib.contextmanager
 def recorder(job: TrainJob, *, start_step: int, rank: int) -> Iterator[Record]:
-    """Rank 0 writes metrics.jsonl and wandb; the others nothing."""
+    """Rank 0 keeps what it is given; the others nothing."""
     if rank != 0:
         yield lambda record: None
         return
-    config = job.config
-    metrics = MetricsLog(job.run_directory, resume_step=start_step)
-    wandb = Wandb(
-        config.tracking,
-        run_name=config.name,
-        settings=config.model_dump(mode="json"),
-        directory=job.run_directory,
-        say=print,
-    )
-
-    gauges = Gauges(config.name)
-    tensorboard = TensorBoard(job.run_directory, enabled=config.tracking.tensorboard, resume_step=start_step)
-
-    def record(entry: dict[str, Any]) -> None:
-        metrics.append(entry)
-        wandb.log(entry)
-        tensorboard.log(entry)
-        gauges.set(entry)
-
+    kept = Recorder(job.config, job.run_directory, resume_step=start_step)
     try:
-        yield record
+        yield kept.record
     finally:
-        metrics.close()
-        wandb.finish()
-        tensorboard.close()
+        kept.close()

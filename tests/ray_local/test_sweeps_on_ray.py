@@ -61,12 +61,16 @@ def test_trials_of_a_process_each_learn_the_same(ray_session, sweep_file, tmp_pa
     assert "3 at a time" in out or "4 at a time" in out
     assert "diverged: step" in out
     settings[0] = "search.fused=3"
+    settings += ["overrides.tracking.wandb=offline", "overrides.tracking.tensorboard=true"]
     run_sweep_command(sweep_file, *settings, "name=fused", capsys=capsys)
     for trial in ("t000", "t001"):
         apart, fused = (losses(tmp_path / "runs" / name / "trials" / trial) for name in ("apart", "fused"))
         assert len(apart) == 40
         assert fused == pytest.approx(apart, rel=1e-3)  # 40 steps of a high rate
         assert fused[:5] == pytest.approx(apart[:5], rel=1e-5)
+        kept = tmp_path / "runs/fused/trials" / trial
+        assert len(list(kept.glob("wandb/offline-run-*"))) == 1, "a run of its own beside the others'"
+        assert len(list(kept.glob("tensorboard/events.*"))) == 1
 
 
 def run_sweep_command(*words: object, capsys: pytest.CaptureFixture[str]) -> str:

@@ -38,6 +38,7 @@ AT_HOME = {
     "train/worker.py": {"ray"},
     "train/launch.py": {"ray"},
     "train/ray_trainer.py": {"ray"},
+    "train/recording.py": {"ray"},
     "train/preflight.py": {"ray"},
     "sweep/launch.py": {"ray"},
     "sweep/measure.py": {"ray"},

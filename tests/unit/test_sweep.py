@@ -401,7 +401,6 @@ def test_what_can_be_fused_and_why_not(load):
     for how, reason in (
         ({"space": "\n  adapter: [null]\n"}, "trains the base itself"),
         ({"more": "overrides: {zero.stage: 3}"}, "zero.stage"),
-        ({"more": "overrides: {tracking.wandb: offline}"}, "tracking.wandb"),
         ({"more": "overrides: {workers.count: [1, 2]}"}, "workers.count"),
         ({"search": "{algorithm: grid, fused: off}"}, "search.fused: off"),
         (
