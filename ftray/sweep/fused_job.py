@@ -16,6 +16,7 @@ class FusedJob:
     eval_data: Path | None
     data_digest: str
     metric: str
+    directory: Path  # of the group, on the storage that all nodes share
     group: int  # its number, where several share a sweep
     slots: int  # members at a time, where memory holds them
     adapters: tuple[AdapterConfig, ...]  # what members may have

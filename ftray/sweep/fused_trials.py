@@ -26,6 +26,7 @@ from ftray.sweep.study import Study
 from ftray.sweep.trials import Outcome, Report
 from ftray.train.preflight import fitting_groups
 from ftray.train.ray_trainer import Fit, bundle_of, last_line, worker_environment
+from ftray.train.watchdog import HangReader
 
 Say = Callable[[str], None]
 POLL_S = 0.2
@@ -114,10 +115,19 @@ def run_fused(
     shutil.rmtree(directory / TRAIN_DIRECTORY, ignore_errors=True)
     kept = read_json(directory / SHARING)["shares_rows"] if (directory / SHARING).is_file() else None
     jobs = [
-        FusedJob(metric=study.config.search.metric, group=group, slots=slots, desk=desk, shares_rows=kept, **job)
+        FusedJob(
+            metric=study.config.search.metric,
+            directory=directory / TRAIN_DIRECTORY / f"group-{group}",
+            group=group,
+            slots=slots,
+            desk=desk,
+            shares_rows=kept,
+            **job,
+        )
         for group in range(num_groups)
     ]
-    threads = [Fit(make_group(own, directory)) for own in jobs]
+    hangs = [HangReader(own.directory) for own in jobs]
+    threads = [Fit(make_group(own)) for own in jobs]
     known, given_back = 0, set()
     while any(thread.is_alive() for thread in threads):
         time.sleep(POLL_S)
@@ -127,6 +137,9 @@ def run_fused(
             raise FtrayError(f"the sweep's desk died ({type(error).__name__}); the same command goes on") from None
         for line in lines:
             say(line)
+        for own, hang in zip(jobs, hangs, strict=True):
+            if (found := hang.poll(world_size=own.base_run.workers.max_count)) is not None:
+                say(f"{own.directory.name}: {found}; its workers start again")
         for own, thread in zip(jobs, threads, strict=True):
             if thread.failure is not None and own.group not in given_back:  # the others go on with what it had
                 given_back.add(own.group)
@@ -143,7 +156,7 @@ def run_fused(
         raise FtrayError(f"the fused group failed: {last_line(failures[0])}") from failures[0]
 
 
-def make_group(job: FusedJob, directory: Path) -> TorchTrainer:
+def make_group(job: FusedJob) -> TorchTrainer:
     workers = job.base_run.workers
     return TorchTrainer(
         run_fused_in_worker,
@@ -153,8 +166,8 @@ def make_group(job: FusedJob, directory: Path) -> TorchTrainer:
             num_workers=workers.max_count, use_gpu=workers.gpus_each > 0, resources_per_worker=bundle_of(workers)
         ),
         run_config=RayRunConfig(
-            name=f"group-{job.group}",
-            storage_path=str(directory / TRAIN_DIRECTORY),
+            name=job.directory.name,
+            storage_path=str(job.directory.parent),
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},

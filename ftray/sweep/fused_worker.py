@@ -39,6 +39,7 @@ from ftray.train.job import STOP_REQUEST
 from ftray.train.loop import StepRecord, peak_memory_gib
 from ftray.train.recording import Recorder
 from ftray.train.run_directory import check_same_data, open_run_directory
+from ftray.train.watchdog import Watchdog
 
 WAIT_S = 0.2
 
@@ -69,7 +70,9 @@ def fused_worker(job: FusedJob) -> None:
     has_trained = False
     if clerk is not None:
         clerk.say(room.describe(slots=job.slots))
+    watchdog = Watchdog(job.directory, rank=rank, timeout_s=job.base_run.guard.hang_timeout_s)
     while True:
+        watchdog.beat()
         count = min(job.slots - len(members), room.left(len(members), has_trained=has_trained))
         begun, waits = agreed(clerk.take(count) if clerk is not None else None)
         for assignment in begun:
@@ -120,6 +123,7 @@ def fused_worker(job: FusedJob) -> None:
         members = [member for member in members if member.name not in over]
     if clerk is not None:
         clerk.close()
+    watchdog.close()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A head and two training hosts, each a network namespace with its own Ray node, token auth on: what a cluster does to
 a run does not change its result. `make test-cluster`."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -192,10 +193,12 @@ def test_a_directory_that_the_hosts_do_not_share_is_refused(cluster, train, tmp_
     assert "Traceback" not in out
 
 
-def test_a_sweep_whose_driver_dies_goes_on_where_it_stood(cluster, tiny_model, train_file, eval_file, tmp_path):
-    run, sweep = tmp_path / "run.yaml", tmp_path / "sweep.yaml"
+def test_a_sweep_survives_a_worker_a_full_disk_ctrl_c_and_a_dead_driver(
+    cluster, tiny_model, train_file, eval_file, tmp_path
+):
+    run, sweep, runs = tmp_path / "run.yaml", tmp_path / "sweep.yaml", cluster.small_disk / "sweeps"
     run.write_text(
-        f"kind: run\nname: demo\nbase_model: {tiny_model}\nmax_steps: 120\nruns_dir: {tmp_path}/runs\n"
+        f"kind: run\nname: demo\nbase_model: {tiny_model}\nmax_steps: 160\nruns_dir: {runs}\n"
         f"data: {{train: {train_file}, eval: {eval_file}}}\nworkers: {{count: 2}}\nregistry: {tmp_path}/registry\n"
         "batch: {examples_per_step: 4}\ncheckpoint: {every: 10}\nevaluation: {every: 50}\n"
     )
@@ -210,9 +213,27 @@ def test_a_sweep_whose_driver_dies_goes_on_where_it_stood(cluster, tiny_model, t
         )
 
     process = ftray("sweep", str(sweep))
-    trials = tmp_path / "runs/rates/trials"
-    wait_for_step(trials / "t001", 60, process)
+    trials = runs / "rates/trials"
+    wait_for_step(trials / "t001", 15, process)
     first = read_json(trials / "t000/result.json")
+    cluster.kill_worker(cluster.hosts[2])
+    wait_for_step(trials / "t001", 41, process)
+    filler = runs / "filler"
+    fill(filler)
+    time.sleep(5)
+    filler.unlink()
+    if process.poll() is None:
+        with contextlib.suppress(AssertionError):
+            wait_for_step(trials / "t001", 71, process)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        assert "rates: stopped; 1 finished, 1 interrupted" in out, out
+    else:  # Ray Train's own notes met the full disk
+        assert "No space left on device" in process.communicate()[0]
+    assert process.returncode == 1
+    process = ftray("sweep", str(sweep))
+    wait_for_step(trials / "t001", 111, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     out = ended(ftray("sweep", str(sweep)))
@@ -221,13 +242,11 @@ def test_a_sweep_whose_driver_dies_goes_on_where_it_stood(cluster, tiny_model, t
     assert read_json(trials / "t000/result.json") == first
     again = next(line for line in out.splitlines() if line.startswith("again by itself: "))
     ended(ftray(*shlex.split(again.removeprefix("again by itself: "))[1:]))
-    alone, fused = (
-        [r for r in read_metrics(run) if "loss" in r] for run in (tmp_path / "runs/rates-t001", trials / "t001")
-    )
-    assert [r["step"] for r in fused] == list(range(1, 121))
+    alone, fused = ([r for r in read_metrics(run) if "loss" in r] for run in (runs / "rates-t001", trials / "t001"))
+    assert [r["step"] for r in fused] == list(range(1, 161))
     # Sums of another order, which grow apart over the steps; a resume that forgot anything would be seen at once.
     assert [r["loss"] for r in fused[:80]] == pytest.approx([r["loss"] for r in alone[:80]], rel=5e-3)
-    results = [read_json(run / "result.json") for run in (tmp_path / "runs/rates-t001", trials / "t001")]
+    results = [read_json(run / "result.json") for run in (runs / "rates-t001", trials / "t001")]
     assert results[0]["final_eval_loss"] == pytest.approx(results[1]["final_eval_loss"], rel=0.05)
 
 
