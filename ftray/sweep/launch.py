@@ -44,7 +44,7 @@ Say = Callable[[str], None]
 def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = False) -> Study:
     """Runs, or goes on with, the sweep. Raises `InterruptedRunError` on Ctrl-C, when the study's journal stands."""
     base_run = first_run(config, space)
-    check_before_anything(base_run)
+    check_inputs(config, space)
     if config.compare is not None and config.compare.general_text is not None:
         check_source("compare.general_text", config.compare.general_text)
     refuse_vanishing_directory(base_run)
@@ -59,6 +59,13 @@ def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = Fals
                     study = look_into(directory)  # a fused sweep's desk has written on
                     refresh(study, directory)
         return study
+
+
+def check_inputs(config: SweepConfig, space: Space) -> None:
+    """Of all points: a file that is missing is told before the first trial. Raises `UserError`."""
+    runs = (space.config(point) for point in space.points_to_check(is_grid=config.search.algorithm == "grid"))
+    for run in {(run.base_model, run.data.train, run.data.eval): run for run in runs}.values():
+        check_before_anything(run)
 
 
 def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> None:

@@ -12,12 +12,13 @@ from ftray.config import load_config, load_sweep
 from ftray.config.domains import Choice, Range, as_yaml, parse_domain
 from ftray.config.expression import Expression
 from ftray.config.run import AdapterConfig
-from ftray.errors import ConfigError, NotFoundError
+from ftray.errors import ConfigError, DataError, NotFoundError
 from ftray.model.hardware import choose_hardware
 from ftray.storage import write_json
 from ftray.sweep.describe import conclusion
 from ftray.sweep.fusable import fusing_of
 from ftray.sweep.fused_group import RowSharing
+from ftray.sweep.launch import check_inputs
 from ftray.sweep.member_room import MemberRoom
 from ftray.sweep.report import train_command, write_sweep_report
 from ftray.sweep.schedulers import Asha, MedianStopping
@@ -565,6 +566,18 @@ def test_rows_are_shared_where_that_is_faster():
         assert ways[8:] == [faster] * 12
     kept = RowSharing(is_faster=False)
     assert not kept.now
+
+
+def test_a_missing_file_of_any_point_is_told_before_the_first_trial(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "eval.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "base").mkdir()
+    monkeypatch.setattr("ftray.train.launch.check_base_name", lambda name: None)
+    space = " {data.train: [train.jsonl, trian.jsonl], optimizer.learning_rate: [1.0e-3]}"
+    check_inputs(*load("{algorithm: grid}"))
+    with pytest.raises(DataError, match=r"trian\.jsonl: no such file; did you mean train\.jsonl"):
+        check_inputs(*load("{algorithm: grid}", space=space))
 
 
 def test_no_more_members_than_memory_holds(monkeypatch):
