@@ -72,22 +72,16 @@ def run(
 
 @app.command()
 def stop_trial(sweep: SweepName, trial: TrialName, runs_dir: RunsDir = "runs") -> None:
-    """End a trial that runs: it saves at its next step, and the sweep goes on with the next one."""
+    """End a trial: its runs save at their next step, those that wait are left out, and the sweep goes on."""
     from ftray.sweep.launch import look_into
-    from ftray.sweep.trials import trials_directory
-    from ftray.train.job import request_stop
 
-    directory = Path(runs_dir) / sweep
-    found = look_into(directory).trial(trial)
-    open_runs = [one for one in found.runs if one.outcome is None]
-    if not open_runs:
+    study = look_into(Path(runs_dir) / sweep)
+    found = study.trial(trial)
+    stopped = study.stop(found)
+    if not stopped:
         raise UserError(f"{trial}: is {found.status}; there is nothing to stop")
-    for one in open_runs:
-        path = trials_directory(directory) / one.name
-        if not path.is_dir():
-            raise UserError(f"{one.name}: has not begun; try again when it has")
-        request_stop(path)
-        print(f"{one.name} is asked to stop")
+    for name in stopped:
+        print(f"{name} is asked to stop")
 
 
 @app.command()

@@ -15,17 +15,18 @@ from ftray.config import RunConfig, Space, SweepConfig
 from ftray.config.domains import Range
 from ftray.config.sweep import may_differ_in_population, why_not_swept
 from ftray.errors import ConfigError
-from ftray.storage import read_json, write_json
+from ftray.storage import read_json, write_bytes, write_json
 from ftray.sweep.journal import Journal
 from ftray.sweep.known import Known
 from ftray.sweep.population import RATE, choose_moves, has_saved, take_over
 from ftray.sweep.schedulers import make_scheduler
 from ftray.sweep.search import make_search
-from ftray.sweep.trials import Outcome, Report, SweepRun, trials_directory
-from ftray.train.job import STOP_REQUEST
+from ftray.sweep.trials import Outcome, Report, SweepRun, Trial, trials_directory
+from ftray.train.job import STOP_REQUEST, request_stop
 
 JOURNAL = "trials.jsonl"
-REQUESTS = "requests"  # trials that the user asked for while the sweep runs
+REQUESTS = "requests"  # of the user while the sweep runs: trials, and runs that are not to begin
+BY_USER = "by the user"
 
 
 class Study(Known):
@@ -66,6 +67,8 @@ class Study(Known):
         there is nothing to start, now or ever. New trials that do not fit wait for somebody else."""
         while self.spent is None:
             for run in self.runs:
+                if run.outcome is None and run.name not in self._given and self._is_called_off(run.name):
+                    self._note({"event": "end", "run": run.name, "outcome": "stopped", "message": BY_USER})
                 if run.outcome is None and not run.waits and run.name not in self._given and fits(self.config_of(run)):
                     self._given.add(run.name)
                     return run
@@ -109,6 +112,19 @@ class Study(Known):
         write_json(self._directory / REQUESTS / f"{time.time_ns()}.json", {"point": point, "cloned_from": trial.name})
         return point
 
+    def stop(self, trial: Trial) -> list[str]:
+        """Asks for the end of its runs, also those of a sweep that runs in another process. Returns their names."""
+        names = [run.name for run in trial.runs if run.outcome is None]
+        for name in names:
+            if (trials_directory(self._directory) / name).is_dir():
+                request_stop(trials_directory(self._directory) / name)
+            else:
+                write_bytes(self._directory / REQUESTS / name, b"")
+        return names
+
+    def _is_called_off(self, name: str) -> bool:
+        return (self._directory / REQUESTS / name).is_file()
+
     def take_back(self, names: set[str]) -> None:
         """Whoever worked on these runs has died: those that have not ended are given out again."""
         self._given -= names
@@ -135,6 +151,8 @@ class Study(Known):
             self._asked[name] = self._diverged[name] = told
         elif self.is_news(name, report):
             self._note({"event": "report", "run": name, **vars(report)})
+        if self._is_called_off(name):  # it had not begun when the user looked
+            self._asked.setdefault(name, BY_USER)
         return self._asked.get(name) or self.spent
 
     def is_news(self, name: str, report: Report) -> bool:
@@ -153,7 +171,7 @@ class Study(Known):
         if name in self._diverged:
             outcome, message = "diverged", self._diverged[name]
         if outcome != "stopped" or name in self._asked or self.spent is None:
-            message = message if outcome != "stopped" else self._asked.get(name, "by the user")
+            message = message if outcome != "stopped" else self._asked.get(name, BY_USER)
             self._note({"event": "end", "run": name, "outcome": outcome, "message": message})
             self._turn_generation()
         return run
@@ -174,7 +192,7 @@ class Study(Known):
         """When all wait: some take over from others, and all go on."""
         step, open_runs = self.until_step, [run for run in self.runs if run.outcome is None]
         for run in [run for run in open_runs if run.waits and self._user_stops(run)]:
-            self._note({"event": "end", "run": run.name, "outcome": "stopped", "message": "by the user"})
+            self._note({"event": "end", "run": run.name, "outcome": "stopped", "message": BY_USER})
             open_runs.remove(run)
         if step is None or not open_runs or not all(run.waits for run in open_runs):
             return

@@ -568,6 +568,21 @@ def test_rows_are_shared_where_that_is_faster():
     assert not kept.now
 
 
+def test_a_trial_is_stopped_with_the_seeds_that_have_not_begun(load, tmp_path):
+    study = study_of(load(more="seeds: 3"), tmp_path)
+    first = study.next_run()
+    (tmp_path / "trials" / first.name).mkdir(parents=True)
+    asked = study_of(load(more="seeds: 3"), tmp_path, is_driver=False)
+    assert asked.stop(asked.trial("t000")) == ["t000-seed0", "t000-seed1", "t000-seed2"]
+    assert (tmp_path / "trials" / first.name / "stop_request").is_file()
+    assert study.next_run().name == "t001-seed0"
+    assert [(run.outcome, run.message) for run in study.trials[0].runs[1:]] == [("stopped", "by the user")] * 2
+    # One that began between the user's look and the request hears of it at its next report.
+    late = study.next_run()
+    (tmp_path / "requests" / late.name).touch()
+    assert study.report(late.name, Report(10, 1.0, 1, 1.0)) == "by the user"
+
+
 def test_a_missing_file_of_any_point_is_told_before_the_first_trial(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("train.jsonl", "eval.jsonl"):
