@@ -8,11 +8,13 @@ holds. Random weights: what is tried here is everything but the model.
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 import os
 import random
 import sqlite3
+import statistics
 import sys
 import tempfile
 import time
@@ -165,18 +167,16 @@ class Soak:
         long = {name: samples for name, samples in self.memory.items() if len(samples) > 120 / MEASURE_EVERY_S}
         return {name: [round(used / 2**20) for _, used in samples[::every]] for name, samples in long.items()}
 
-    def growth(self) -> dict[str, tuple[float, float]]:
-        """MiB a minute of each process that lived long, and its standard error, after its first minutes: until then
-        caches fill. Of the least in each minute: what is free within the allocator comes and goes."""
+    def growth(self) -> dict[str, float]:
+        """MiB a minute of each process that lived long, after its first minutes: until then caches fill. The median
+        of the slopes between all pairs of samples (Theil and Sen): what is free within the allocator comes and goes,
+        and one low sample at the start would make a line of least squares rise."""
         found = {}
         for name, samples in self.memory.items():
-            least: dict[int, float] = {}
-            for at, used in samples:
-                if at > samples[0][0] + SETTLING_S:
-                    least[int(at // 60)] = min(used / 2**20, least.get(int(at // 60), math.inf))
-            if len(least) > 3:
-                (slope, _), covariance = np.polyfit(list(least), list(least.values()), 1, cov=True)
-                found[name] = (round(float(slope), 2), round(float(covariance[0, 0] ** 0.5), 2))
+            late = [(at / 60, used / 2**20) for at, used in samples if at > samples[0][0] + SETTLING_S]
+            slopes = [(b - a) / (until - at) for (at, a), (until, b) in itertools.combinations(late, 2)]
+            if len(late) * MEASURE_EVERY_S > SETTLING_S / 2:
+                found[name] = round(statistics.median(slopes), 2)
         return found
 
 
@@ -281,7 +281,7 @@ def main() -> int:
             stop_endpoint()
             ray.shutdown()
     growth = soak.growth()
-    grown = [name for name, (slope, error) in growth.items() if slope > max(FLAT_MIB_PER_MINUTE, 2 * error)]
+    grown = [name for name, slope in growth.items() if slope > FLAT_MIB_PER_MINUTE]
     soak.wrong += [f"memory grows: {name}" for name in grown]
     tokens = sum(counted[3] for counted in soak.whole.values())
     result = {
@@ -296,7 +296,7 @@ def main() -> int:
         ],
         **soak.counts,
         "ledger": ledger,
-        "memory growth, MiB/minute after five minutes, and its standard error": growth,
+        "memory growth, MiB/minute after five minutes": growth,
         "memory, MiB every half minute": soak.curves(),
         "wrong": soak.wrong[:50],
         "num wrong": len(soak.wrong),
