@@ -127,7 +127,7 @@ def publish_best(study: "Study", directory: Path) -> None:
     if config.adapter is None:
         print(f"next: ftray serve SERVE.yaml base_model={output / 'model'}")
         return
-    lineage = {"sweep": study.config.name, "trial": run.name, "point": study.trials[run.trial].point}
+    lineage = {"sweep": study.config.name, "trial": run.name, "point": study.point_of(run)}
     if history := study.history(run.name):
         lineage["took_over"] = [vars(moved) for moved in history]
     version = publish_if_new(Registry(config.registry), study.config.name, output / "adapter", lineage=lineage)
@@ -170,7 +170,7 @@ def show_answer(study: "Study") -> None:
     columns = ["trial", *keys, study.config.search.metric, "steps", "tokens", "time", "outcome"]
     rows = []
     for trial in study.ranked:
-        values = [short(trial.point[key]) for key in keys]
+        values = [short(trial.latest[key]) for key in keys]
         spent = [str(trial.step), f"{trial.tokens:,}", f"{trial.seconds:.0f} s"]
         rows.append([trial.name, *values, metric_text(trial), *spent, status_text(trial)])
     print_table(columns, rows, to_the_left=["trial", "outcome"])

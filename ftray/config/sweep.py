@@ -31,7 +31,7 @@ def is_variable(key: str) -> bool:
 
 def may_differ_in_population(key: str) -> bool:
     """Trials take over each other's weights."""
-    return key.startswith(("optimizer.", VARIABLES))
+    return key.startswith(("optimizer.", VARIABLES)) and key != "optimizer.type"
 
 
 def why_not_swept(key: str) -> str | None:

@@ -40,7 +40,7 @@ def conclusion(study: Study) -> str:
     best, metric = study.best, study.config.search.metric
     if best is None:
         return f"no trial has finished yet ({describe_state(study)})"
-    choice = point_text(best.point)
+    choice = point_text(best.latest)
     text = f"best: {best.name} ({choice}), {metric} {best.mean:.4f}"
     if (history := describe_moves(study, best.runs[0].name)) is not None:
         text += f", {history}"
@@ -51,7 +51,7 @@ def conclusion(study: Study) -> str:
     assert best.mean is not None
     assert next_best.mean is not None
     gap = abs(next_best.mean - best.mean)
-    text += f", {gap:.4f} ahead of {next_best.name} ({point_text(next_best.point)})"
+    text += f", {gap:.4f} ahead of {next_best.name} ({point_text(next_best.latest)})"
     if study.config.search.scheduler == "pbt":
         return f"{text}; members of one population are no repeats of each other, so that is no measure of chance"
     if best.half_interval is None or next_best.half_interval is None:

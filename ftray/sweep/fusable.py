@@ -9,6 +9,8 @@ from ftray.config.space import value_at
 # What members of a group share, and a space must therefore leave alone.
 SHARED = ("base_model", "data", "objective", "workers", "memory")
 
+HEADS = ("lm_head", "embed_out", "output_layer")  # the output head sees trained tokens only
+
 
 @dataclass(frozen=True)
 class Fusing:
@@ -59,6 +61,7 @@ def why_not(run: RunConfig) -> str | None:
         "adapter.variant": adapter.variant in ("lora", "rslora"),
         "adapter.initialization": adapter.initialization == "default",
         "adapter.quantize_base": adapter.quantize_base is None,
+        "adapter.targets": adapter.targets == "all-linear" or not any(t.endswith(HEADS) for t in adapter.targets),
         "adapter.modules_to_save": not adapter.modules_to_save,
         "adapter.dropout": adapter.dropout == 0,  # its noise would depend on the company
         "adapter.init_from": adapter.init_from is None,

@@ -6,7 +6,7 @@ over several workers, one all-reduce of all gradients.
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,8 +137,10 @@ class FusedGroup:
         return outcome
 
     @torch.no_grad()
-    def evaluate(self, members: Sequence[Member], dataset: TokenizedDataset) -> dict[str, float]:
-        """Mean loss per trained token of each."""
+    def evaluate(
+        self, members: Sequence[Member], dataset: TokenizedDataset, *, on_row: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Mean loss per trained token of each. `on_row`: called as it goes."""
         self._model.eval()
         budget = max(member.config.batch.tokens_per_micro_batch for member in members)
         shares = divide(range(len(dataset)), dataset.lengths, world_size=self._world_size, token_budget=budget)
@@ -147,6 +149,7 @@ class FusedGroup:
         for together in self._rows(work, dataset):
             for (member, _), loss in zip(together, self._losses(together, dataset)[0], strict=True):
                 sums[member.name] += torch.stack([loss.sum, loss.count]).double().cpu()
+            on_row()
         return {name: (total / count).item() for name, (total, count) in self._reduce_sums(sums).items()}
 
     def _denominator(self, dataset: TokenizedDataset, examples: list[int]) -> int:

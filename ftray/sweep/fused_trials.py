@@ -80,6 +80,7 @@ class Desk:
         is_news = self._study.is_news(name, report)
         reason = self._study.report(name, report)
         if is_news:
+            self._handed_out[name] = 1  # it gets on, so it is not what kills its group
             self._lines.append(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
         if reason is not None:
             self._lines.append(f"{name}  {reason}")
@@ -152,7 +153,7 @@ def run_fused(
     with contextlib.suppress(RayError):
         ray.kill(desk)
     failures = [thread.failure for thread in threads if thread.failure is not None]
-    if failures:
+    if failures and not Study(study.config, study.space, directory, is_driver=False).is_over:
         raise FtrayError(f"the fused group failed: {last_line(failures[0])}") from failures[0]
 
 

@@ -33,7 +33,7 @@ from ftray.tracking.events import record_event
 from ftray.tracking.metrics import read_metrics
 from ftray.train.callbacks import SAVE_FAILED
 from ftray.train.checkpoint import newest_whole_checkpoint, read_state
-from ftray.train.finish import PreparedData, finish
+from ftray.train.finish import PreparedData, finish, num_steps
 from ftray.train.guard import WINDOW_STEPS
 from ftray.train.job import STOP_REQUEST
 from ftray.train.loop import StepRecord, peak_memory_gib
@@ -85,6 +85,7 @@ def fused_worker(job: FusedJob) -> None:
             else:
                 if clerk is not None:
                     clerk.begin(members[-1])
+            watchdog.beat()
         if clerk is not None:
             clerk.raise_failures()
         if not members and waits:
@@ -104,7 +105,8 @@ def fused_worker(job: FusedJob) -> None:
         if clerk is not None:
             clerk.compare(sharing)
         due = [member for member in running if member.is_evaluated]
-        for name, loss in (group.evaluate(due, eval_data) if due and eval_data is not None else {}).items():
+        losses = group.evaluate(due, eval_data, on_row=watchdog.beat) if due and eval_data is not None else {}
+        for name, loss in losses.items():
             if clerk is not None:
                 clerk.evaluated(named(members, name), loss)
         stopping = agreed(clerk.stopping(running) if clerk is not None else None)
@@ -115,6 +117,7 @@ def fused_worker(job: FusedJob) -> None:
         if clerk is not None:
             for member in running:
                 if member.is_saved or member.name in over:
+                    watchdog.beat()
                     clerk.save(member, must=member.is_done or member.step == until[member.name])
             for name, (outcome, message) in over.items():
                 clerk.end(named(members, name), outcome, message)
@@ -183,7 +186,7 @@ class Clerk:
             return [], True
         taken: Any = ray.get(self._job.desk.take.remote(self._job.group, count))
         found = [self._assignment(RunConfig.model_validate_json(text), taken.until_step) for text in taken.runs]
-        return [assignment for assignment in found if assignment is not None], taken.waits
+        return [assignment for assignment in found if assignment is not None], taken.waits or bool(taken.runs)
 
     def _assignment(self, config: RunConfig, until_step: int | None) -> Assignment | None:
         try:
@@ -195,7 +198,7 @@ class Clerk:
             return None
         checkpoint = directory.resume_from
         start = read_state(checkpoint).step if checkpoint is not None else 0
-        has_come = until_step is not None and start >= until_step
+        has_come = until_step is not None and until_step <= start < num_steps(config, self._data.train)
         if directory.finished is not None or has_come:
             reporter = Reporter(config, metric=self._job.metric, tell=lambda report: self._tell(config.name, report))
             reporter.begin(directory.finished["steps"] if directory.finished is not None else 0)

@@ -88,6 +88,7 @@ def measure_alone(config: RunConfig, runs_dir: Path) -> Alone:
             "max_steps": STEPS_ALONE,
             "data": data,
             "checkpoint": config.checkpoint.model_copy(update={"every": NEVER}),
+            "tracking": config.tracking.model_copy(update={"wandb": "off", "tensorboard": False}),
             "evaluation": config.evaluation.model_copy(update={"every": NEVER, "samples": 0}),
         }
     )

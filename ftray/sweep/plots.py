@@ -148,8 +148,10 @@ def cells(domain: Choice | Range) -> list[str]:
 def cell(domain: Choice | Range, value: Any, count: int) -> int:
     if isinstance(domain, Choice):
         return domain.values.index(value)
-    share = position(domain, value)
-    return round(share * (count - 1)) if domain.points is not None else min(count - 1, int(share * count))
+    if domain.points is not None:
+        places = [position(domain, point) for point in domain.grid]
+        return min(range(count), key=lambda at: abs(places[at] - position(domain, value)))
+    return min(count - 1, int(position(domain, value) * count))
 
 
 def edge(domain: Range, share: float) -> float:

@@ -44,7 +44,7 @@ def write_sweep_report(study: Study, directory: Path) -> Path:
         rows=[row_of(trial, study) for trial in study.ranked],
         conclusion=conclusion(study),
         best=study.best,
-        command=train_command(study, study.best) if study.best is not None else None,
+        command=train_command(study, study.best) if study.best is not None and not study.moves else None,
         plan=describe_plan(study),
         state=describe_state(study),
         num_runs=len(study.runs),
@@ -62,7 +62,7 @@ def write_sweep_report(study: Study, directory: Path) -> Path:
 def row_of(trial: Trial, study: Study) -> dict:
     return {
         "name": trial.name,
-        "values": [short(trial.point[key]) for key in study.space.free],
+        "values": [short(trial.latest[key]) for key in study.space.free],
         "metric": metric_text(trial),
         "step": trial.step,
         "tokens": trial.tokens,

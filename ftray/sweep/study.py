@@ -66,9 +66,11 @@ class Study(Known):
         """A run to work on: one that was cut off, another seed of a trial, or a new trial; `fits`: by its config. None:
         there is nothing to start, now or ever. New trials that do not fit wait for somebody else."""
         while self.spent is None:
-            for run in self.runs:
-                if run.outcome is None and run.name not in self._given and self._is_called_off(run.name):
+            for run in [run for run in self.runs if run.outcome is None and run.name not in self._given]:
+                if self._is_called_off(run.name):
                     self._note({"event": "end", "run": run.name, "outcome": "stopped", "message": BY_USER})
+            self._turn_generation()  # also one that failed before, on a full disk
+            for run in self.runs:
                 if run.outcome is None and not run.waits and run.name not in self._given and fits(self.config_of(run)):
                     self._given.add(run.name)
                     return run
@@ -97,7 +99,7 @@ class Study(Known):
         """Asks the sweep, also one that runs in another process, for a trial like this one with some keys changed.
         Returns its point; raises `ConfigError` when the run's schema refuses it."""
         trial = self.trial(name)
-        point = trial.point | changes
+        point = trial.latest | changes
         label = f"clone-trial {name}"
         refused = [f"{key}: {reason}" for key in changes if (reason := why_not_swept(key)) is not None]
         if self.until_step is not None:
@@ -116,10 +118,9 @@ class Study(Known):
         """Asks for the end of its runs, also those of a sweep that runs in another process. Returns their names."""
         names = [run.name for run in trial.runs if run.outcome is None]
         for name in names:
+            write_bytes(self._directory / REQUESTS / name, b"")  # where nobody works on it now
             if (trials_directory(self._directory) / name).is_dir():
                 request_stop(trials_directory(self._directory) / name)
-            else:
-                write_bytes(self._directory / REQUESTS / name, b"")
         return names
 
     def _is_called_off(self, name: str) -> bool:
@@ -151,7 +152,7 @@ class Study(Known):
             self._asked[name] = self._diverged[name] = told
         elif self.is_news(name, report):
             self._note({"event": "report", "run": name, **vars(report)})
-        if self._is_called_off(name):  # it had not begun when the user looked
+        if self._is_called_off(name):
             self._asked.setdefault(name, BY_USER)
         return self._asked.get(name) or self.spent
 
@@ -216,7 +217,8 @@ class Study(Known):
         self._note({"event": "generation", "step": step})
 
     def _user_stops(self, run: SweepRun) -> bool:
-        return (trials_directory(self._directory) / run.name / STOP_REQUEST).is_file()
+        path = trials_directory(self._directory) / run.name / STOP_REQUEST
+        return path.is_file() or self._is_called_off(run.name)
 
     def config_of(self, run: SweepRun) -> RunConfig:
         runs_dir = str(trials_directory(self._directory))

@@ -10,7 +10,7 @@ from ftray.config import RunConfig
 from ftray.errors import DivergedError, FtrayError, InterruptedRunError, UserError
 from ftray.sweep.trials import Report
 from ftray.tracking.metrics import read_metrics
-from ftray.train.checkpoint import CHECKPOINTS, newest_whole_checkpoint, read_state
+from ftray.train.checkpoint import CHECKPOINTS
 from ftray.train.job import WORKER_ERROR
 from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher
@@ -28,13 +28,10 @@ def run_to_end(config: RunConfig, *, metric: str, tell: Tell, until_step: int | 
         on_metrics=lambda records: reporter.tell_news(records),
         on_start=lambda first, count: reporter.begin(count),
     )
-    checkpoint = newest_whole_checkpoint(Path(config.runs_dir) / config.name)
-    if until_step is not None and checkpoint is not None and read_state(checkpoint).step >= until_step:
-        reporter.tell_all()  # it had come there before
-        return "stopped", None
     try:
         result = launch(config, watcher, until_step=until_step)
     except InterruptedRunError:
+        reporter.tell_all()  # where it had come there before, nothing was followed
         return "stopped", None
     except DivergedError as error:
         return "diverged", str(error)

@@ -55,6 +55,11 @@ class Trial:
         return trial_name(self.number)
 
     @property
+    def latest(self) -> dict[str, Any]:
+        """Its point, or what it took over from another trial of its population since."""
+        return next((run.point for run in self.runs if run.point is not None), self.point)
+
+    @property
     def is_over(self) -> bool:
         return all(run.outcome is not None for run in self.runs)
 

@@ -123,6 +123,7 @@ class TellStudy(tune.Callback):
                 self._say(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
             if reason is not None:
                 self._say(f"{name}  {reason}")
+            if reason is not None and report.step != self._study.until_step:  # there it stops by itself
                 (trials_directory(self._directory) / name).mkdir(parents=True, exist_ok=True)
                 request_stop(trials_directory(self._directory) / name)
 

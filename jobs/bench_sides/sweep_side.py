@@ -1,5 +1,5 @@
-"""One sweep of 8 short trials, rank and rate, on the quickstart's intents, as a user starts it: wall time from the command
-to the answer, and the peak memory of its driver and workers."""
+"""One sweep of 8 short trials, rank and rate, on the quickstart's intents, as a user starts it: wall time from the
+command to the answer, and the peak memory of its driver and workers."""
 
 import json
 import os
@@ -34,7 +34,8 @@ def measure(search: str, *, overrides: str = "") -> None:
         (Path(scratch) / "eval.jsonl").write_text("".join(rows[:EVALUATION_ROWS]))
         config.write_text(
             f"kind: sweep\nname: s\nrun: {ROOT}/configs/quickstart/run.yaml\nspace:{SPACE}search: {{{search}}}\n"
-            f"overrides: {{epochs: null, max_steps: {STEPS}, data.eval: {scratch}/eval.jsonl, runs_dir: {scratch}/runs, registry: {scratch}/registry, workers.count: 1, "
+            f"overrides: {{epochs: null, max_steps: {STEPS}, data.eval: {scratch}/eval.jsonl, "
+            f"runs_dir: {scratch}/runs, registry: {scratch}/registry, workers.count: 1, "
             f"zero.stage: 0, evaluation.every: {EVALUATE_EVERY}, evaluation.samples: 0{overrides}}}\n"
         )
         began, began_at = time.perf_counter(), time.time()

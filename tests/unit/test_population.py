@@ -6,14 +6,15 @@ import pytest
 
 from ftray.config import load_sweep
 from ftray.config.domains import Range
+from ftray.config.space import short
 from ftray.errors import ConfigError
-from ftray.storage import read_json, write_manifest
+from ftray.storage import read_json, write_json, write_manifest
 from ftray.sweep.describe import describe_moves
 from ftray.sweep.population import RATE, Moved, choose_moves, take_over
+from ftray.sweep.report import write_sweep_report
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Report, trials_directory
 from ftray.tracking.events import read_events
-from ftray.train.job import request_stop
 from ftray.train.loop import Schedule
 from ftray.train.loop import train as train_steps
 
@@ -196,6 +197,9 @@ def test_a_turn_that_was_cut_off_between_two_moves_makes_the_other_one_only(load
             train(study, tmp_path, runs[7])
     again = Study(*load(), tmp_path)
     assert len({moved.run for moved in again.moves}) == len(again.moves) == 2
+    # The same study may go on too: where the disk was full, a group's workers start again and ask it for runs.
+    assert study.next_run() is not None
+    assert study.moves == again.moves
 
 
 def test_the_way_of_the_weights_is_told_over_several_moves(load, tmp_path):
@@ -210,7 +214,7 @@ def test_one_that_the_user_stops_while_it_waits_leaves_the_population(load, tmp_
     runs = [study.next_run() for _ in range(8)]
     for run in runs[:7]:
         train(study, tmp_path, run)
-    request_stop(trials_directory(tmp_path) / runs[0].name)
+    assert study.stop(study.trials[0]) == [runs[0].name]
     train(study, tmp_path, runs[7])
     assert (runs[0].outcome, runs[0].message) == ("stopped", "by the user")
     assert runs[0].name not in {moved.source for moved in study.moves}
@@ -231,11 +235,36 @@ def test_one_whose_checkpoint_failed_is_taken_over_by_nobody(load, tmp_path):
     assert best.name not in {moved.source for moved in study.moves}
 
 
+def test_a_budget_that_is_spent_where_a_generation_ends_loses_no_member(load, tmp_path):
+    study = Study(*load(SEARCH[:-1] + ", budget: {steps: 80}}"), tmp_path)
+    runs = [study.next_run() for _ in range(8)]
+    for run in runs:
+        train(study, tmp_path, run)
+    assert study.spent is not None
+    more = Study(*load(SEARCH[:-1] + ", budget: {steps: 8000}}"), tmp_path)
+    play(more, tmp_path)
+    assert all(run.outcome == "finished" for run in more.runs)
+
+
+def test_the_table_shows_what_a_member_went_on_with(load, tmp_path):
+    study = Study(*load(), tmp_path)
+    play(study, tmp_path)
+    moved = study.moves[-1]
+    trial = study.trials[study.run(moved.run).trial]
+    assert trial.latest[RATE] == moved.rate != trial.point[RATE]
+    write_json(tmp_path / "environment.json", {"packages": {}})
+    page = write_sweep_report(study, tmp_path).read_text()
+    assert short(moved.rate) in page
+    assert "ftray train" not in page, "no single command gives weights that come from several trials"
+
+
 def test_a_clone_that_the_others_could_not_take_over_is_refused(load, tmp_path):
     study = Study(*load(), tmp_path)
     study.next_run()
     with pytest.raises(ConfigError, match="each other's weights"):
         study.clone("t000", {"adapter.rank": 4})
+    with pytest.raises(ConfigError, match="each other's weights"):
+        study.clone("t000", {"optimizer.type": "adamw_8bit"})
     assert study.clone("t000", {"optimizer.max_grad_norm": 0.5})["optimizer.max_grad_norm"] == 0.5
 
 

@@ -20,6 +20,7 @@ from ftray.sweep.fusable import fusing_of
 from ftray.sweep.fused_group import RowSharing
 from ftray.sweep.launch import check_inputs
 from ftray.sweep.member_room import MemberRoom
+from ftray.sweep.plots import cell
 from ftray.sweep.report import train_command, write_sweep_report
 from ftray.sweep.schedulers import Asha, MedianStopping
 from ftray.sweep.search import STARTUP_TRIALS, importance
@@ -417,6 +418,7 @@ def test_what_can_be_fused_and_why_not(load):
         ({"space": "\n  adapter: [{rank: 4}, null]\n"}, "trains the base itself"),
         ({"space": "\n  adapter.variant: [lora, dora]\n"}, "adapter.variant: dora cannot be fused"),
         ({"space": "\n  adapter.dropout: [0.0, 0.1]\n"}, "adapter.dropout"),
+        ({"space": "\n  adapter.targets: [[q_proj], [q_proj, lm_head]]\n"}, "adapter.targets"),
         ({"space": "\n  objective: [{type: sft}, {type: domain}]\n"}, "objective: it is shared"),
         ({"space": "\n  base_model: [a, b]\n"}, "base_model: it is shared"),
     ):
@@ -566,6 +568,13 @@ def test_rows_are_shared_where_that_is_faster():
         assert ways[8:] == [faster] * 12
     kept = RowSharing(is_faster=False)
     assert not kept.now
+
+
+def test_a_point_stands_in_its_own_cell_of_the_heat_map():
+    """Also where whole numbers fall together: log_int_uniform 1 to 16 has 7 of 8 points."""
+    domain = parse_domain({"log_int_uniform": [1, 16], "points": 8})
+    assert domain.grid == [1, 2, 3, 5, 7, 11, 16]
+    assert [cell(domain, value, len(domain.grid)) for value in domain.grid] == list(range(7))
 
 
 def test_a_trial_is_stopped_with_the_seeds_that_have_not_begun(load, tmp_path):
