@@ -55,24 +55,6 @@ def test_fused_trials_stop_diverge_and_go_on(ray_session, sweep_file, tmp_path, 
         run_sweep(*load_sweep(sweep_file, ["search.seed=3"]), say=print)
 
 
-def test_trials_of_a_process_each_learn_the_same(ray_session, sweep_file, tmp_path, capsys):
-    settings = ["search.fused=off", "search.scheduler=none", "overrides.max_steps=40"]
-    out = run_sweep_command(sweep_file, *settings, "name=apart", capsys=capsys)
-    assert "3 at a time" in out or "4 at a time" in out
-    assert "diverged: step" in out
-    settings[0] = "search.fused=3"
-    settings += ["overrides.tracking.wandb=offline", "overrides.tracking.tensorboard=true"]
-    run_sweep_command(sweep_file, *settings, "name=fused", capsys=capsys)
-    for trial in ("t000", "t001"):
-        apart, fused = (losses(tmp_path / "runs" / name / "trials" / trial) for name in ("apart", "fused"))
-        assert len(apart) == 40
-        assert fused == pytest.approx(apart, rel=1e-3)  # 40 steps of a high rate
-        assert fused[:5] == pytest.approx(apart[:5], rel=1e-5)
-        kept = tmp_path / "runs/fused/trials" / trial
-        assert len(list(kept.glob("wandb/offline-run-*"))) == 1, "a run of its own beside the others'"
-        assert len(list(kept.glob("tensorboard/events.*"))) == 1
-
-
 def run_sweep_command(*words: object, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit, match="0"):
         main(["sweep", *map(str, words)])
@@ -134,13 +116,14 @@ def test_lora_and_full_fine_tuning_side_by_side(ray_session, sweep_file, eval_fi
     general.write_text('{"text": "the quick brown fox jumps over the lazy dog"}\n')
     sweep_file.write_text(
         f"kind: sweep\nname: c\nrun: {tmp_path}/run.yaml\noverrides: {{max_steps: 20}}\n"
-        "space:\n  adapter: [null, {rank: 4}]\n  variables.rate: [1e-2]\n"
+        "space:\n  adapter: [null, {rank: 4}]\n  variables.rate: [1e-2, 1e+30]\n"
         "  optimizer.learning_rate: {expression: variables.rate * (1 if adapter == null else 2)}\n"
         f"search: {{algorithm: grid}}\ncompare: {{key: adapter, general_text: {general}}}\n"
     )
     out = run_sweep_command(sweep_file, capsys=capsys)
-    assert "fused: 2 at a time" in out
+    assert "fused: 4 at a time" in out
     assert "apart: " in out
+    assert out.count("diverged: step") == 2, "in the group and apart"
     assert "adapter: null trains the base itself" in out
     assert "adapter {rank: 4}: eval_loss" in out
     directory = tmp_path / "runs/c"
@@ -185,8 +168,9 @@ def test_a_population_learns_the_same_in_a_group_and_apart(ray_session, sweep_fi
         "search: {algorithm: random, trials: 2, scheduler: pbt}\n"
     )
     found = {}
-    for name, fused in (("apart", "off"), ("fused", "2")):
-        out = run_sweep_command(sweep_file, f"name={name}", f"search.fused={fused}", capsys=capsys)
+    tracked = ["overrides.tracking.wandb=offline", "overrides.tracking.tensorboard=true"]
+    for name, *how in (("apart", "search.fused=off"), ("fused", "search.fused=2", *tracked)):
+        out = run_sweep_command(sweep_file, f"name={name}", *how, capsys=capsys)
         assert "step 20, a generation's end" in out
         study = look_into(tmp_path / "runs" / name)
         assert {moved.step for moved in study.moves} == {20}
@@ -196,7 +180,12 @@ def test_a_population_learns_the_same_in_a_group_and_apart(ray_session, sweep_fi
     assert found["fused"][0] == found["apart"][0]
     for name, apart in found["apart"][1].items():
         assert len(apart) == 40, "no step is missing or doubled"
-        assert found["fused"][1][name] == pytest.approx(apart, rel=1e-3)
+        assert found["fused"][1][name] == pytest.approx(apart, rel=1e-3)  # 40 steps
+        assert found["fused"][1][name][:5] == pytest.approx(apart[:5], rel=1e-5)
+        kept = tmp_path / "runs/fused/trials" / name
+        parts = {path.name.rpartition("-")[2] for path in kept.glob("wandb/offline-run-*")}
+        assert len(parts) == 1, "a run of its own beside the others', the same in both generations"
+        assert list(kept.glob("tensorboard/events.*"))
     # The one that took over goes on where the other was, with the rate of its own.
     (moved,) = found["apart"][0]
     source, target = (read_metrics(tmp_path / "runs/apart/trials" / name) for name in (moved.source, moved.run))
