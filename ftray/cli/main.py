@@ -7,7 +7,7 @@ from typing import NoReturn
 import typer
 
 from ftray import __version__
-from ftray.cli import adapters, chat, doctor, evaluate, plan, quickstart, runs, serve, sweep, tenants, train
+from ftray.cli import adapters, chat, doctor, evaluate, init, plan, quickstart, runs, serve, sweep, tenants, train
 from ftray.errors import FtrayError, InterruptedRunError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.command()(init.init)
 app.command()(train.train)
 app.command()(plan.plan)
 app.command()(serve.serve)

@@ -32,7 +32,11 @@ def parse_bytes(value: Any) -> int:
 
 Name = Annotated[str, AfterValidator(check_name)]
 # Written as it is read, so that a dumped config can be loaded again.
-ByteSize = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(lambda size: f"{size}B", when_used="json")]
+ByteSize = Annotated[
+    int,
+    BeforeValidator(parse_bytes, json_schema_input_type=str),
+    PlainSerializer(lambda size: f"{size}B", when_used="json"),
+]
 Text = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

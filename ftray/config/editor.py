@@ -1,0 +1,113 @@
+"""JSON schemas of the config files, for editors: completion, and a mark under a wrong key while it is typed.
+
+A field's description is the comment that stands beside it in the source. What one field says about another no schema
+holds: `ftray` itself checks that before it starts.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ftray.config.domains import RANGES
+from ftray.config.load import KINDS
+from ftray.config.run import RunConfig
+from ftray.config.sweep import why_not_swept
+
+SCHEMAS = Path(__file__).parent / "schemas"  # as they are shipped: `python -m ftray.config.editor` writes them
+DIALECT = "http://json-schema.org/draft-07/schema#"  # what VS Code's YAML extension knows
+FIELD = re.compile(r"^    (?P<name>\w+): .*?  # (?P<text>.+)$", re.MULTILINE)
+# What a sweep may choose for a key (`domains.parse_domain`).
+PAIR = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+DOMAIN = {
+    "anyOf": [
+        {"type": "array", "minItems": 1},
+        {
+            "type": "object",
+            "properties": {**dict.fromkeys(RANGES, PAIR), "points": {"type": "integer", "minimum": 1}},
+            "additionalProperties": False,
+        },
+        {
+            "type": "object",
+            "properties": {"expression": {"type": ["string", "number"]}},
+            "required": ["expression"],
+            "additionalProperties": False,
+        },
+    ]
+}
+
+
+def json_schema(kind: str) -> dict[str, Any]:
+    model = KINDS[kind]
+    schema: dict[str, Any] = {"$schema": DIALECT, **model.model_json_schema()}
+    describe(schema, model)
+    for name, nested in schema.get("$defs", {}).items():
+        describe(nested, models_of(model)[name])
+    if kind == "sweep":
+        schema["$defs"]["Domain"] = DOMAIN
+        domain = {"$ref": "#/$defs/Domain"}
+        keys = {key: domain for key in dotted_keys(RunConfig) if why_not_swept(key) is None}
+        schema["properties"]["space"] = {
+            "type": "object",
+            "minProperties": 1,
+            "properties": keys,
+            "patternProperties": {r"^variables\.": domain},
+            "additionalProperties": False,
+        }
+        anything = {key: {} for key in dotted_keys(RunConfig)}
+        schema["properties"]["overrides"] = {"type": "object", "properties": anything}
+        schema["properties"]["seeds"] = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "array", "minItems": 1}]}
+    return schema
+
+
+def describe(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    comments = {match["name"]: match["text"] for match in FIELD.finditer(inspect.getsource(model))}
+    for name, field in schema.get("properties", {}).items():
+        field.pop("title", None)
+        if name in comments:
+            field["description"] = comments[name]
+    schema.pop("title", None)
+
+
+def models_of(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """By name: the model's sections, and theirs."""
+    found = {}
+    for nested in sections(model):
+        found |= {nested.__name__: nested, **models_of(nested)}
+    return found
+
+
+def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for field in model.model_fields.values():
+        yield from classes_in(field.annotation)
+
+
+def classes_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from classes_in(part)
+
+
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """A run's keys, sections among them, as spaces and overrides name them."""
+    found = []
+    for name, field in model.model_fields.items():
+        found.append(f"{prefix}{name}")
+        for nested in classes_in(field.annotation):
+            found += dotted_keys(nested, f"{prefix}{name}.")
+    return list(dict.fromkeys(found))
+
+
+def write_schemas() -> None:
+    SCHEMAS.mkdir(exist_ok=True)
+    for kind in KINDS:
+        (SCHEMAS / f"{kind}.json").write_text(json.dumps(json_schema(kind), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_schemas()
