@@ -7,7 +7,21 @@ from typing import NoReturn
 import typer
 
 from ftray import __version__
-from ftray.cli import adapters, chat, doctor, evaluate, init, plan, quickstart, runs, serve, sweep, tenants, train
+from ftray.cli import (
+    adapters,
+    chat,
+    doctor,
+    evaluate,
+    init,
+    plan,
+    quickstart,
+    runs,
+    serve,
+    submit,
+    sweep,
+    tenants,
+    train,
+)
 from ftray.errors import FtrayError, InterruptedRunError
 
 app = typer.Typer(
@@ -22,6 +36,7 @@ app.command()(init.init)
 app.command()(train.train)
 app.command()(plan.plan)
 app.command()(serve.serve)
+app.command()(submit.submit)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(sweep.app, name="sweep")

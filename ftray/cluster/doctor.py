@@ -35,9 +35,9 @@ def examine() -> list[Finding]:
 
 def check_python() -> list[Finding]:
     found = ".".join(map(str, sys.version_info[:3]))
-    if (3, 11) <= sys.version_info[:2] < (3, 13):
+    if (3, 11) <= sys.version_info[:2] < (3, 14):
         return [Finding("ok", "python", found)]
-    return [Finding("FAIL", "python", f"{found} is not supported", "use Python 3.11 or 3.12")]
+    return [Finding("FAIL", "python", f"{found} is not supported", "use Python 3.11 to 3.13")]
 
 
 def check_packages() -> list[Finding]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ftray.config.domains import Choice, Domain, Range, expression_order
 from ftray.config.expression import Expression
-from ftray.config.load import describe_problem, load_config, read_yaml
+from ftray.config.load import KINDS, describe_problem, load_config, read_yaml
 from ftray.config.run import RunConfig
 from ftray.config.schema import Strict
 from ftray.config.sweep import SweepConfig, is_variable
@@ -166,6 +166,18 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[SweepCo
     if problems := problems_of(space, config):
         raise ConfigError(str(path), problems)
     return config, space
+
+
+def load_any(path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, Any]:
+    """The kind that the file says it is, and its config. Raises `ConfigError`."""
+    tree = read_yaml(Path(path).read_text(encoding="utf-8"), source=str(path)) if Path(path).is_file() else {}
+    kind = tree.get("kind") if isinstance(tree, dict) else None
+    if kind == "sweep":
+        return kind, load_sweep(path, overrides)[0]
+    if Path(path).is_file() and kind not in KINDS:
+        raise ConfigError(str(path), [f"kind: {kind!r} must be one of {', '.join(KINDS)}"])
+    known = str(kind or "run")
+    return known, load_config(path, overrides, kind=known)
 
 
 def problems_of(space: Space, config: SweepConfig) -> list[str]:

@@ -76,15 +76,17 @@ class Desk:
     def keep_sharing(self, is_faster: bool) -> None:
         write_json(self._directory / SHARING, {"shares_rows": is_faster})
 
-    def report(self, name: str, report: Report) -> str | None:
-        is_news = self._study.is_news(name, report)
-        reason = self._study.report(name, report)
-        if is_news:
+    def report(self, reports: dict[str, Report]) -> list[str]:
+        """Of runs at the same moment. Returns those that are to stop."""
+        news = [name for name, report in reports.items() if self._study.is_news(name, report)]
+        reasons = self._study.report_together(reports)
+        for name in news:
             self._handed_out[name] = 1  # it gets on, so it is not what kills its group
+            report = reports[name]
             self._lines.append(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
-        if reason is not None:
-            self._lines.append(f"{name}  {reason}")
-        return reason
+        stopped = {name: reason for name, reason in reasons.items() if reason is not None}
+        self._lines += [f"{name}  {reason}" for name, reason in stopped.items()]
+        return list(stopped)
 
     def end(self, name: str, outcome: Outcome, message: str | None) -> None:
         self._lines.append(describe_end(self._study, self._study.end(name, outcome, message)))

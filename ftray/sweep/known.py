@@ -24,9 +24,10 @@ class Known:
                 trial = Trial(number, event["point"], event["cloned_from"])
                 trial.runs = [SweepRun(number, seed, run_name(number, seed, num_seeds=len(seeds))) for seed in seeds]
                 self.trials.append(trial)
-            case "report":
-                report = Report(event["step"], event["value"], event["tokens"], event["seconds"])
-                self.run(event["run"]).reports.append(report)
+            case "reports":
+                for told in event["reports"]:
+                    report = Report(told["step"], told["value"], told["tokens"], told["seconds"])
+                    self.run(told["run"]).reports.append(report)
             case "end":
                 run = self.run(event["run"])
                 run.outcome, run.message = event["outcome"], event["message"]

@@ -2,6 +2,8 @@
 
 import math
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -9,14 +11,21 @@ import numpy as np
 from ftray.config.sweep import SearchConfig
 
 
+@dataclass(frozen=True)
+class Arrival:
+    run: str
+    step: int
+    value: float
+
+
 class Scheduler(Protocol):
-    def goes_on(self, run: str, *, step: int, value: float) -> bool:
-        """A run's next report, in the order in which they came."""
+    def goes_on(self, arrival: Arrival, *, beside: Sequence[Arrival] = ()) -> bool:
+        """A run's next report, in the order in which they came. `beside`: of other runs at the same moment."""
         ...
 
 
 class NoScheduler:
-    def goes_on(self, run: str, *, step: int, value: float) -> bool:
+    def goes_on(self, arrival: Arrival, *, beside: Sequence[Arrival] = ()) -> bool:
         return True
 
 
@@ -25,7 +34,8 @@ class Asha:
     section 3; the rule of Ray Tune's `AsyncHyperBandScheduler` with one bracket).
 
     Rungs lie at grace, grace x eta, grace x eta^2 ... steps. A run that arrives at a rung goes on when its value is
-    within the best 1 / eta of those that arrived there before it; the first of a rung always does.
+    within the best 1 / eta of those that arrived there before it; the first of a rung always does. What arrives in the
+    same moment, as the members of a fused group do, is judged together: in turns a bad one that came first would go on.
     """
 
     def __init__(self, *, grace_steps: int, reduction_factor: int):
@@ -33,14 +43,15 @@ class Asha:
         self._eta = reduction_factor
         self._rungs: dict[int, dict[str, float]] = {}
 
-    def goes_on(self, run: str, *, step: int, value: float) -> bool:
-        rung = self._rung_at(step)
-        if rung is None or run in self._rungs.setdefault(rung, {}):
+    def goes_on(self, arrival: Arrival, *, beside: Sequence[Arrival] = ()) -> bool:
+        rung = self._rung_at(arrival.step)
+        if rung is None or arrival.run in self._rungs.setdefault(rung, {}):
             return True
         arrived = self._rungs[rung]
-        cutoff = np.quantile(list(arrived.values()), 1 / self._eta) if arrived else math.inf
-        arrived[run] = value
-        return bool(value <= cutoff)
+        others = arrived | {other.run: other.value for other in beside if self._rung_at(other.step) == rung}
+        cutoff = np.quantile(list(others.values()), 1 / self._eta) if others else math.inf
+        arrived[arrival.run] = arrival.value
+        return bool(arrival.value <= cutoff)
 
     def _rung_at(self, step: int) -> int | None:
         """The highest that lies behind."""
@@ -61,10 +72,11 @@ class MedianStopping:
         self._grace = grace_steps
         self._curves: dict[str, list[tuple[int, float]]] = {}
 
-    def goes_on(self, run: str, *, step: int, value: float) -> bool:
-        curve = self._curves.setdefault(run, [])
-        curve.append((step, value))
-        others = [c for name, c in self._curves.items() if name != run and c[-1][0] >= step]
+    def goes_on(self, arrival: Arrival, *, beside: Sequence[Arrival] = ()) -> bool:
+        step = arrival.step
+        curve = self._curves.setdefault(arrival.run, [])
+        curve.append((step, arrival.value))
+        others = [c for name, c in self._curves.items() if name != arrival.run and c[-1][0] >= step]
         if step < self._grace or len(others) < self.MIN_RUNS:
             return True
         means = [statistics.fmean(v for at, v in other if at <= step) for other in others]

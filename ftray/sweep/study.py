@@ -19,7 +19,7 @@ from ftray.storage import read_json, write_bytes, write_json
 from ftray.sweep.journal import Journal
 from ftray.sweep.known import Known
 from ftray.sweep.population import RATE, choose_moves, has_saved, take_over
-from ftray.sweep.schedulers import make_scheduler
+from ftray.sweep.schedulers import Arrival, make_scheduler
 from ftray.sweep.search import make_search
 from ftray.sweep.trials import Outcome, Report, SweepRun, Trial, trials_directory
 from ftray.train.job import STOP_REQUEST, request_stop
@@ -147,14 +147,22 @@ class Study(Known):
 
     def report(self, name: str, report: Report) -> str | None:
         """Returns why the run is to stop, or None. A run that resumed may tell again what it has told."""
-        if not math.isfinite(report.value):
-            told = f"step {report.step}: {self.config.search.metric} is {report.value}"
-            self._asked[name] = self._diverged[name] = told
-        elif self.is_news(name, report):
-            self._note({"event": "report", "run": name, **vars(report)})
-        if self._is_called_off(name):
-            self._asked.setdefault(name, BY_USER)
-        return self._asked.get(name) or self.spent
+        return self.report_together({name: report})[name]
+
+    def report_together(self, reports: dict[str, Report]) -> dict[str, str | None]:
+        """By run: what several tell at the same moment."""
+        news = []
+        for name, report in reports.items():
+            if not math.isfinite(report.value):
+                told = f"step {report.step}: {self.config.search.metric} is {report.value}"
+                self._asked[name] = self._diverged[name] = told
+            elif self.is_news(name, report):
+                news.append({"run": name, **vars(report)})
+            if self._is_called_off(name):
+                self._asked.setdefault(name, BY_USER)
+        if news:
+            self._note({"event": "reports", "reports": news})
+        return {name: self._asked.get(name) or self.spent for name in reports}
 
     def is_news(self, name: str, report: Report) -> bool:
         last = self.run(name).last
@@ -275,7 +283,10 @@ class Study(Known):
 
     def _apply(self, event: dict[str, Any]) -> None:
         self.apply(event)
-        if event["event"] == "report":
-            name, step, value = event["run"], event["step"], self._sign * event["value"]
-            if not self._scheduler.goes_on(name, step=step, value=value):
-                self._asked.setdefault(name, f"{self.config.search.scheduler}, at step {step}")
+        if event["event"] == "reports":
+            arrivals = [Arrival(told["run"], told["step"], self._sign * told["value"]) for told in event["reports"]]
+            for arrival in arrivals:
+                beside = [other for other in arrivals if other is not arrival]
+                if not self._scheduler.goes_on(arrival, beside=beside):
+                    reason = f"{self.config.search.scheduler}, at step {arrival.step}"
+                    self._asked.setdefault(arrival.run, reason)

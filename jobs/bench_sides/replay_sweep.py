@@ -1,4 +1,4 @@
-"""`python jobs/replay_sweep.py`: a sweep of 256 trials on 64 devices, as a simulation from measured step costs.
+"""`python jobs/bench_sides/replay_sweep.py`: 256 trials on 64 devices, as a simulation from measured step costs.
 
 The costs are those of `python jobs/bench.py sweep` on this machine: what a process needs before its first step, a step
 of one trial alone, a step of a group. Everything else is assumed: devices like this machine, a step of a group that
@@ -14,9 +14,9 @@ import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ftray.sweep.schedulers import Asha
+from ftray.sweep.schedulers import Arrival, Asha
 
-BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
 TRIALS, DEVICES, SLOTS = 256, 64, 8
 STEPS, EVALUATE_EVERY, REDUCTION = 240, 8, 3
 
@@ -61,15 +61,15 @@ def replay(costs: Costs, *, slots: int, asha: bool, seed: int = 0) -> Outcome:
     while events:
         now, device = heapq.heappop(events)
         group = members[device]
-        for trial in list(group):  # a step of all of them ends here
+        for trial in group:  # a step of all of them ends here
             trial.step += 1
             outcome.steps += 1
-            is_due = trial.step % EVALUATE_EVERY == 0
-            name = str(trial.number)
-            stopped = asha and is_due and not scheduler.goes_on(name, step=trial.step, value=trial.loss(chance))
             outcome.finished += trial.step == STEPS
-            if stopped or trial.step == STEPS:
-                group.remove(trial)
+        due = [trial for trial in group if asha and trial.step % EVALUATE_EVERY == 0]
+        arrivals = {trial.number: Arrival(str(trial.number), trial.step, trial.loss(chance)) for trial in due}
+        together = list(arrivals.values())
+        stopped = [a.run for a in together if not scheduler.goes_on(a, beside=[b for b in together if b is not a])]
+        group[:] = [trial for trial in group if str(trial.number) not in stopped and trial.step < STEPS]
         started = 0
         while waiting and len(group) < slots:
             group.append(waiting.pop())

@@ -11,7 +11,7 @@ from ftray.config import load_sweep
 from ftray.errors import UserError
 from ftray.storage import read_json
 from ftray.sweep.launch import look_into, run_sweep
-from ftray.sweep.schedulers import Asha
+from ftray.sweep.schedulers import Arrival, Asha
 from ftray.tracking.metrics import read_metrics
 
 
@@ -102,7 +102,7 @@ def disagreements(asha: Asha) -> int:
         trial = chance.choice(running)
         trial.step += 1
         value = trial.floor + chance.random() / trial.step
-        ours = asha.goes_on(trial.trial_id, step=trial.step, value=value)
+        ours = asha.goes_on(Arrival(trial.trial_id, trial.step, value))
         decision = theirs.on_trial_result(None, trial, {"step": trial.step, "value": value})
         count += ours != (decision == "CONTINUE")
         if not ours or decision != "CONTINUE" or trial.step == 60:

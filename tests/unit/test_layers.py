@@ -43,6 +43,7 @@ AT_HOME = {
     "sweep/launch.py": {"ray"},
     "sweep/measure.py": {"ray"},
     "sweep/fused_trials.py": {"ray"},
+    "sweep/fused_clerk.py": {"ray"},
     "sweep/fused_worker.py": {"ray"},
     "sweep/tune_trials.py": {"ray"},
     "serve/app.py": {"ray"},
@@ -50,7 +51,7 @@ AT_HOME = {
     "serve/remote.py": {"ray"},
     "serve/routing.py": {"ray"},
 }
-TOP = {"cluster", "cli", "pipeline", "quickstart"}  # may import everything
+TOP = {"cluster", "cli", "pipeline", "quickstart", "__main__"}  # may import everything
 
 
 def imports_of(source: str) -> set[str]:

@@ -22,7 +22,7 @@ from ftray.sweep.launch import check_inputs
 from ftray.sweep.member_room import MemberRoom
 from ftray.sweep.plots import cell
 from ftray.sweep.report import train_command, write_sweep_report
-from ftray.sweep.schedulers import Asha, MedianStopping
+from ftray.sweep.schedulers import Arrival, Asha, MedianStopping
 from ftray.sweep.search import STARTUP_TRIALS, importance
 from ftray.sweep.study import JOURNAL, Study
 from ftray.sweep.trials import Report, SweepRun, Trial
@@ -230,23 +230,45 @@ def test_importance_finds_the_key_that_matters(load, tmp_path):
 
 def test_asha_lets_the_best_third_of_a_rung_go_on():
     asha = Asha(grace_steps=10, reduction_factor=3)
-    assert asha.goes_on("a", step=5, value=9.0)  # before the first rung
-    assert asha.goes_on("a", step=10, value=1.0)  # the first of a rung
-    assert not asha.goes_on("b", step=10, value=2.0)
-    assert asha.goes_on("c", step=11, value=0.5)
-    assert asha.goes_on("a", step=20, value=9.0)  # between rungs
-    assert asha.goes_on("a", step=30, value=9.0)
-    assert asha.goes_on("c", step=30, value=0.4)
+    assert asha.goes_on(Arrival("a", 5, 9.0))  # before the first rung
+    assert asha.goes_on(Arrival("a", 10, 1.0))  # the first of a rung
+    assert not asha.goes_on(Arrival("b", 10, 2.0))
+    assert asha.goes_on(Arrival("c", 11, 0.5))
+    assert asha.goes_on(Arrival("a", 20, 9.0))  # between rungs
+    assert asha.goes_on(Arrival("a", 30, 9.0))
+    assert asha.goes_on(Arrival("c", 30, 0.4))
+
+
+def test_asha_judges_together_what_arrives_together():
+    """In turns, from the worst to the best, every one would go on."""
+    arrivals = [Arrival(str(number), 10, 9.0 - number) for number in range(9)]
+    in_turns, together = (Asha(grace_steps=10, reduction_factor=3) for _ in range(2))
+    assert all(in_turns.goes_on(arrival) for arrival in arrivals)
+    passed = [a.run for a in arrivals if together.goes_on(a, beside=[other for other in arrivals if other is not a])]
+    assert passed == ["6", "7", "8"]
+    elsewhere = [Arrival("x", 30, 0.0)]
+    assert Asha(grace_steps=10, reduction_factor=3).goes_on(Arrival("y", 10, 5.0), beside=elsewhere)
+
+
+def test_what_a_group_reports_together_is_judged_so_and_read_again_the_same(load, tmp_path):
+    loaded = load("{algorithm: grid, scheduler: asha}")
+    study = study_of(loaded, tmp_path)
+    names = [study.next_run().name for _ in range(3)]
+    reports = {name: Report(10, 3.0 - number, 1, 1.0) for number, name in enumerate(names)}
+    stopped = {name for name, reason in study.report_together(reports).items() if reason is not None}
+    assert stopped == set(names[:2])
+    again = study_of(loaded, tmp_path)
+    assert {name for name in names if again.report(name, reports[name]) is not None} == stopped
 
 
 def test_median_stopping_compares_with_the_others_at_the_same_step():
     median = MedianStopping(grace_steps=20)
     for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0)):
         for step in (10, 20):
-            assert median.goes_on(name, step=step, value=value)
-    assert median.goes_on("d", step=10, value=5.0)  # its grace
-    assert not median.goes_on("d", step=20, value=5.0)
-    assert median.goes_on("e", step=20, value=1.5)
+            assert median.goes_on(Arrival(name, step, value))
+    assert median.goes_on(Arrival("d", 10, 5.0))  # its grace
+    assert not median.goes_on(Arrival("d", 20, 5.0))
+    assert median.goes_on(Arrival("e", 20, 1.5))
 
 
 # -- the study and its journal ---------------------------------------------------------------------------------------

@@ -1,0 +1,51 @@
+"""`ftray submit`"""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ftray.cli.arguments import ConfigFile, Overrides
+from ftray.errors import InterruptedRunError, UserError
+
+
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of the cluster's job server. Default: RAY_ADDRESS.")
+    ] = None,
+    working_dir: Annotated[
+        str, typer.Option(metavar="DIRECTORY", help="What the job gets, less what .rayignore and .gitignore name.")
+    ] = ".",
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the job's end.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Stop the job of this name; a run saves first.")] = False,
+) -> None:
+    """Run a config on a cluster, follow it, and end with its exit code. The same command again goes on with it."""
+    from ftray.cluster.submit import Jobs, connect, describe_job
+    from ftray.config.space import load_any
+
+    words = list(overrides or ())
+    kind, loaded = load_any(config, words)
+    name = getattr(loaded, "name", None) or f"serve-{Path(config).stem}"
+    root = Path(working_dir)
+    if not root.is_dir():
+        raise UserError(f"--working-dir: {working_dir}: no such directory")
+    job = describe_job(kind, name, config, words, resolved=loaded.model_dump(mode="json"), root=root)
+    jobs = Jobs(connect(address), say=lambda text: print(f"  {text}", flush=True))
+    if stop:
+        jobs.stop(job, runs_dir=loaded.runs_dir if kind == "run" else None, working_dir=root)
+        return
+    submitted = jobs.submit(job, root)
+    again = shlex.join(["ftray", "submit", config, *words, *(["--address", address] if address else [])])
+    if detach:
+        print(f"follow it with: {again}")
+        return
+    try:
+        code = jobs.follow(submitted)
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"{name} goes on without you\n  follow it with: {again}\n  stop it with: {again} --stop"
+        ) from None
+    raise typer.Exit(code)

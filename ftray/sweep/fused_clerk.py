@@ -1,0 +1,195 @@
+"""Rank 0's side of a fused group: what the desk is told, and what the members' run directories hold."""
+
+import contextlib
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ftray.config import RunConfig
+from ftray.errors import FtrayError
+from ftray.sweep.fused_group import MemberStep, RowSharing
+from ftray.sweep.fused_job import FusedJob
+from ftray.sweep.member import Member, save
+from ftray.sweep.trial_run import Reporter, drop_checkpoints
+from ftray.sweep.trials import Report
+from ftray.tracking.events import record_event
+from ftray.tracking.metrics import read_metrics
+from ftray.train.callbacks import SAVE_FAILED
+from ftray.train.checkpoint import newest_whole_checkpoint, read_state
+from ftray.train.finish import PreparedData, finish, num_steps
+from ftray.train.guard import WINDOW_STEPS
+from ftray.train.job import STOP_REQUEST
+from ftray.train.loop import StepRecord, peak_memory_gib
+from ftray.train.recording import Recorder
+from ftray.train.run_directory import check_same_data, open_run_directory
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A run to take up, as rank 0 found it: a shared disk may show another rank another newest checkpoint."""
+
+    config: RunConfig
+    checkpoint: Path | None
+    earlier_losses: tuple[float, ...]
+    until_step: int | None
+
+
+class Clerk:
+    """Rank 0's paperwork: the desk, and the members' run directories."""
+
+    def __init__(self, job: FusedJob, base: Any, data: PreparedData, *, flops: Any, rate: float):
+        self._job = job
+        self._base = base
+        self._data = data
+        self._flops = flops
+        self._rate = rate
+        self._reporters: dict[str, Reporter] = {}
+        self._asked: set[str] = set()  # names of members that are to stop
+        self._due: list[tuple[str, Report]] = []  # reports of this step, judged together
+        self._began: dict[str, float] = {}
+        self._told_sharing = job.shares_rows is not None  # an earlier part of the sweep has told it
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish")
+        self._finishing: list[Future[None]] = []
+        ray.get(job.desk.start_over.remote(job.group))  # what its workers before these had begun
+
+    def take(self, count: int) -> tuple[list[Assignment], bool]:
+        """What the desk has, and whether it will have more. A run that has come to its end already, which was not
+        noted, is told and not taken up."""
+        if count <= 0:
+            return [], True
+        taken: Any = ray.get(self._job.desk.take.remote(self._job.group, count))
+        found = [self._assignment(RunConfig.model_validate_json(text), taken.until_step) for text in taken.runs]
+        return [assignment for assignment in found if assignment is not None], taken.waits or bool(taken.runs)
+
+    def _assignment(self, config: RunConfig, until_step: int | None) -> Assignment | None:
+        try:
+            directory = open_run_directory(config, fresh=False)
+            if directory.finished is None and directory.resume_from is not None:
+                check_same_data(directory.resume_from, self._job.data_digest)
+        except FtrayError as error:
+            self.refuse(config.name, str(error))
+            return None
+        checkpoint = directory.resume_from
+        start = read_state(checkpoint).step if checkpoint is not None else 0
+        has_come = until_step is not None and until_step <= start < num_steps(config, self._data.train)
+        if directory.finished is not None or has_come:
+            reporter = Reporter(config, metric=self._job.metric, tell=lambda report: self._tell(config.name, report))
+            reporter.begin(directory.finished["steps"] if directory.finished is not None else 0)
+            reporter.tell_all()
+            outcome = "finished" if directory.finished is not None else "stopped"
+            ray.get(self._job.desk.end.remote(config.name, outcome, None))
+            return None
+        (directory.path / STOP_REQUEST).unlink(missing_ok=True)
+        losses = [r["loss"] for r in read_metrics(directory.path) if "loss" in r and r["step"] <= start]
+        return Assignment(config, checkpoint, tuple(losses[-WINDOW_STEPS:]), until_step)
+
+    def refuse(self, name: str, message: str) -> None:
+        ray.get(self._job.desk.end.remote(name, "failed", message))
+
+    def begin(self, member: Member) -> None:
+        member.recorder = Recorder(member.config, member.directory, resume_step=member.step)
+        tell = lambda report: self._due.append((member.name, report))  # noqa: E731
+        reporter = Reporter(member.config, metric=self._job.metric, tell=tell)
+        reporter.begin(member.num_steps)
+        self._reporters[member.name] = reporter
+        self._began[member.name] = time.time()
+        reporter.tell_all()
+
+    def say(self, line: str) -> None:
+        ray.get(self._job.desk.say.remote(line))
+
+    def compare(self, sharing: RowSharing) -> None:
+        """Tells, once it is known, whether sharing rows is faster."""
+        if self._told_sharing or sharing.is_faster is None:
+            return
+        self._told_sharing = True
+        shared, single = (max(sharing.rates[way]) for way in (True, False))
+        way = "share rows" if sharing.is_faster else "have rows of their own"
+        self.say(f"trials {way}: {shared:.0f} tokens/s shared, {single:.0f} each by itself")
+        ray.get(self._job.desk.keep_sharing.remote(sharing.is_faster))
+
+    def record(self, member: Member, told: MemberStep) -> None:
+        examples = member.plan.examples(member.step - 1, end=member.end_position)
+        lengths = self._data.train.sequence_lengths.reshape(len(self._data.train), -1)[examples]
+        flops = self._flops.step(
+            num_tokens=told.num_tokens,
+            num_trained=told.num_trained_tokens,
+            sum_squared_lengths=int((lengths**2).sum()),
+            trains_base=False,
+            reference=member.config.objective.type == "dpo",
+        )
+        record = StepRecord(
+            step=member.step,
+            loss=told.loss,
+            learning_rate=told.learning_rate,
+            grad_norm=told.grad_norm,
+            num_tokens=told.num_tokens,
+            num_trained_tokens=told.num_trained_tokens,
+            tokens_per_s=told.num_tokens / told.seconds,
+            seconds=told.seconds,
+            time=time.time(),
+            mfu=flops / told.seconds / self._rate,
+            memory_gib=peak_memory_gib(),
+            metrics=told.metrics,
+        )
+        self._append(member, record.as_dict())
+
+    def evaluated(self, member: Member, loss: float) -> None:
+        self._append(member, {"step": member.step, "eval_loss": loss, "time": time.time()})
+
+    def stopping(self, members: list[Member]) -> list[str]:
+        """By the study, or by the user."""
+        while self._due:  # one that resumed may have several
+            together = dict(reversed(self._due))  # of each its first
+            self._due = [told for told in self._due if together[told[0]] is not told[1]]
+            self._asked.update(ray.get(self._job.desk.report.remote(together)))
+        return [m.name for m in members if m.name in self._asked or (m.directory / STOP_REQUEST).is_file()]
+
+    def save(self, member: Member, *, must: bool) -> None:
+        """One that fails, on a full disk, is told and left out, unless others go on from it."""
+        try:
+            save(member, self._base, data_digest=self._job.data_digest)
+        except OSError as error:
+            if must:
+                raise
+            with contextlib.suppress(OSError):
+                record_event(member.directory, SAVE_FAILED, step=member.step, message=str(error))
+
+    def end(self, member: Member, outcome: str, message: str | None) -> None:
+        """The result is written beside the training of the others."""
+        del self._reporters[member.name]
+        self._finishing.append(self._writer.submit(self._finish, member, outcome, message))
+
+    def raise_failures(self) -> None:
+        """Of results that could not be written or told: nobody would hear of these members again."""
+        done = [future for future in self._finishing if future.done()]
+        self._finishing = [future for future in self._finishing if not future.done()]
+        for future in done:
+            future.result()
+
+    def close(self) -> None:
+        for future in self._finishing:
+            future.result()
+        self._writer.shutdown()
+
+    def _finish(self, member: Member, outcome: str, message: str | None) -> None:
+        assert member.recorder is not None
+        member.recorder.close()
+        if outcome == "finished":
+            checkpoint: Path | None = newest_whole_checkpoint(member.directory)
+            seconds = time.time() - self._began[member.name]
+            finish(member.config, member.directory, checkpoint, self._base, self._data, seconds=seconds)
+            drop_checkpoints(member.directory)
+        ray.get(self._job.desk.end.remote(member.name, outcome, message))
+
+    def _append(self, member: Member, record: dict[str, Any]) -> None:
+        assert member.recorder is not None
+        member.recorder.record(record)
+        self._reporters[member.name].tell_news([record])
+
+    def _tell(self, name: str, report: Report) -> None:
+        self._asked.update(ray.get(self._job.desk.report.remote({name: report})))
