@@ -8,6 +8,7 @@ import asyncio
 import getpass
 import hashlib
 import json
+import logging
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -68,11 +69,14 @@ def describe_job(kind: str, name: str, config: str, overrides: Sequence[str], *,
 
 def connect(address: str | None) -> Any:
     """Raises `UserError` with the reason in the user's terms."""
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for module in ("dashboard_sdk", "job.sdk"):  # they would tell of every package and connection
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
         told = str(error).strip().splitlines()[0]
         where = address or "no address was given and RAY_ADDRESS is not set"
         hint = ""

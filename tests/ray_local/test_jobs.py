@@ -229,11 +229,16 @@ def test_ftray_submit_follows_stops_and_goes_on_by_name(head, tiny_model, train_
     assert "runs already as remote-" in out
     assert f"step {saved}" in out or "stopped" in out
 
-    last = ftray_submit(f"max_steps={saved + 2}")
-    out, err = last.communicate(timeout=240)
-    assert last.returncode == 0, out + err
-    assert "resumes from" in out
-    assert read_json(run / "result.json")["steps"] == saved + 2
+    again = ftray_submit()
+    wait_for(lambda: last_step(run) >= saved + 2, "the steps after the stop")
+    out, err = ftray_submit("--stop").communicate(timeout=240)
+    out, err = again.communicate(timeout=60)
+    assert f"resumes from {run}/checkpoints/step-{saved}" in out
+    short = ftray_submit("name=short", "max_steps=4")
+    out, err = short.communicate(timeout=240)
+    assert short.returncode == 0, out + err
+    assert "short: 4 steps" in out
+    assert "INFO" not in err, "Ray's own notes"
     submitted = subprocess.run(
         [RAY, "job", "list", "--address", head],
         capture_output=True,
