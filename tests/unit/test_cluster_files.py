@@ -1,9 +1,14 @@
 """The files in `cluster/` as far as no cloud is needed: Ray's own validators, and that what comes up is closed."""
 
+import gzip
+import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ruamel.yaml import YAML
@@ -53,3 +58,110 @@ def test_the_head_has_no_gpu_and_workers_come_and_go(path):
     assert types["head"]["resources"]["GPU"] == 0
     assert types["gpu_worker"]["min_workers"] == 0 < types["gpu_worker"]["max_workers"]
     assert re.search("spot", str(types["gpu_worker"]), re.IGNORECASE)
+
+
+# -- KubeRay ---------------------------------------------------------------------------------------------------------
+
+KUBERAY = ROOT / "cluster/kuberay"
+MANIFESTS = sorted(path for path in KUBERAY.glob("*.yaml") if path.name != "kustomization.yaml")
+
+
+def documents(path: Path) -> list[dict]:
+    return list(YAML(typ="safe", pure=True).load_all(path.read_text()))
+
+
+@pytest.fixture(scope="module")
+def crds() -> dict:
+    """The schemas of KubeRay 1.7.0's own resources (Apache-2.0), without their descriptions. Kubernetes itself drops a
+    field that it does not know; here it is an error, as with `kubectl --validate=strict`."""
+    packed = Path(__file__).with_name("kuberay_crds_v1.7.0.json.gz")
+    return strict(json.loads(gzip.decompress(packed.read_bytes())))
+
+
+def strict(schema):
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: strict(value) for key, value in schema.items()}
+    has_fields = isinstance(schema.get("properties"), dict) and schema.get("type") == "object"
+    if has_fields and "x-kubernetes-preserve-unknown-fields" not in schema:
+        schema.setdefault("additionalProperties", False)
+    return schema
+
+
+def problems(resource: dict, crds: dict) -> list[str]:
+    found = jsonschema.Draft7Validator(crds[resource["kind"]]).iter_errors(resource)
+    return [f"{'/'.join(map(str, error.path))}: {error.message[:200]}" for error in found]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_kuberay_accepts_its_resources(path, crds):
+    for resource in documents(path):
+        if resource["apiVersion"] == "ray.io/v1":
+            assert problems(resource, crds) == []
+
+
+def test_a_field_that_kuberay_does_not_know_is_found(crds):
+    (cluster,) = documents(KUBERAY / "cluster.yaml")
+    cluster["spec"]["workerGroupSpecs"][0]["maxReplica"] = 3
+    cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMount"] = []
+    assert len(problems(cluster, crds)) == 2
+
+
+def test_kustomize_finds_its_files():
+    (kustomization,) = documents(KUBERAY / "kustomization.yaml")
+    assert all((KUBERAY / name).is_file() for name in kustomization["resources"])
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", "service.yaml"])
+def test_clusters_on_kubernetes_come_up_closed(name):
+    (resource,) = documents(KUBERAY / name)
+    spec = resource["spec"].get("rayClusterConfig", resource["spec"])
+    assert spec["authOptions"]["mode"] == "token"
+    pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in pods):
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["containers"][0]["securityContext"]["allowPrivilegeEscalation"] is False
+    pins = (ROOT / "cluster/constraints.txt").read_text().splitlines()
+    assert f"ray=={spec['rayVersion']}" in pins
+    policies = documents(KUBERAY / "network_policies.yaml")
+    assert all("Ingress" in policy["spec"]["policyTypes"] for policy in policies)
+
+
+def test_what_jobs_and_the_service_run_exists():
+    from ray.serve.schema import ServeDeploySchema
+
+    from ftray.config import ServeConfig
+
+    for path in KUBERAY.glob("job_*.yaml"):
+        words = documents(path)[0]["spec"]["entrypoint"].split()
+        assert (ROOT / words[1]).is_file()
+        assert (ROOT / words[2]).is_file()
+    (service,) = documents(KUBERAY / "service.yaml")
+    deploy = YAML(typ="safe", pure=True).load(service["spec"]["serveConfigV2"])
+    ServeDeploySchema.model_validate(deploy)
+    ServeConfig.model_validate(deploy["applications"][0]["args"])
+
+
+# -- the image -------------------------------------------------------------------------------------------------------
+
+DOCKERFILE = ROOT / "cluster/Dockerfile"
+
+
+def hadolint(text: str) -> str:
+    program = Path(sys.executable).with_name("hadolint")
+    return subprocess.run([program, "-"], input=text, capture_output=True, text=True, check=False).stdout
+
+
+def test_the_image_is_built_as_hadolint_wants_it():
+    assert hadolint(DOCKERFILE.read_text()) == ""
+    assert "DL3002" in hadolint(DOCKERFILE.read_text().replace("USER 1000", "USER root"))
+
+
+def test_what_the_image_copies_exists():
+    """From the clone; what comes from another stage is made there."""
+    copies = re.findall(r"^COPY (?!--from)(?:--chown=\w+ )?(.+) \S+$", DOCKERFILE.read_text(), re.MULTILINE)
+    names = [name for line in copies for name in line.split()]
+    assert {"pyproject.toml", "cluster/constraints.txt", "ftray", "jobs", "configs"} <= set(names)
+    assert all((ROOT / name).exists() for name in names)
