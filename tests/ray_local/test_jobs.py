@@ -247,3 +247,32 @@ def test_ftray_submit_follows_stops_and_goes_on_by_name(head, tiny_model, train_
         timeout=60,
     ).stdout
     assert "'ftray_name': 'remote'" in submitted
+
+
+BROWSER = {
+    "User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0",
+    "Origin": "https://elsewhere.example",
+    "Sec-Fetch-Mode": "cors",
+    "Sec-Fetch-Site": "cross-site",
+}
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"Authorization": f"Bearer {'0' * 64}"}, BROWSER], ids=["no", "another", "page"]
+)
+def test_without_the_token_nothing_is_done(head, headers):
+    """The ways of CVE-2023-48022 (anyone), CVE-2025-62593 and CVE-2026-27482 (a page that somebody visits)."""
+    for method, path in (("POST", "/api/jobs/"), ("DELETE", "/api/jobs/x"), ("PUT", "/api/serve/applications/")):
+        assert httpx.request(method, f"{head}{path}", headers=headers, json={"entrypoint": "id"}).status_code in (
+            401,
+            403,
+        )
+    assert httpx.get(f"{head}/api/jobs/", headers=headers).status_code in (401, 403)
+
+
+def test_a_page_is_refused_even_with_the_token(head):
+    token = {"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}
+    assert httpx.get(f"{head}/api/jobs/", headers=token).status_code == 200
+    for method, path in (("POST", "/api/jobs/"), ("DELETE", "/api/jobs/x"), ("DELETE", "/api/serve/applications/")):
+        answer = httpx.request(method, f"{head}{path}", headers=token | BROWSER, json={"entrypoint": "id"})
+        assert answer.status_code in (403, 405), answer.text
