@@ -28,7 +28,9 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def plain_environment(**more: str) -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | more
+    """With this environment's programs first, as on a node: a job's entrypoint says `python`."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"PATH": path} | more
 
 
 def free_port() -> int:
