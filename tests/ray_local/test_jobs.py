@@ -1,17 +1,14 @@
 """As a user: `ray job submit` to a head node, and Ctrl-C in the middle of `ftray train`."""
 
 import json
-import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import pytest
+from heads import RAY, TOKEN, answers, free_port, head_node, last_step, plain_environment, wait_for
 from tiny import write_tiny_model
 
 from ftray.pipeline import publish_adapter
@@ -20,65 +17,12 @@ from ftray.storage import read_json, verify_directory
 from ftray.tracking.events import read_events
 
 ROOT = Path(__file__).parents[2]
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-# A closed cluster: without the token its job server answers 401.
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-
-
-def plain_environment(**more: str) -> dict[str, str]:
-    """With this environment's programs first, as on a node: a job's entrypoint says `python`."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"PATH": path} | more
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(condition, what: str, *, timeout_s: float = 120):
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.3)
-    raise AssertionError(f"waited {timeout_s:.0f} s for {what}")
-
-
-def answers(url: str, status: int = 200) -> bool:
-    try:
-        return httpx.get(url, timeout=2).status_code == status
-    except httpx.HTTPError:
-        return False
 
 
 @pytest.fixture(scope="module")
 def head():
-    """A head node of its own, ended by its id; yields the address of its job server."""
-    ports = {
-        name: free_port()
-        for name in ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
-    }
-    command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats"]
-    command += [f"--{name}={number}" for name, number in ports.items()]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
-        env=plain_environment(**TOKEN),
-    )
-    url = f"http://127.0.0.1:{ports['dashboard-port']}"
-    try:
-        wait_for(lambda: answers(f"{url}/api/version", status=401), "the head node")
+    with head_node() as url:
         yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
 
 
 def submit(head: str, *entrypoint: str, wait: bool = True) -> subprocess.CompletedProcess:
@@ -161,11 +105,6 @@ def test_stopped_runs_go_on(tiny_model, train_file, tmp_path):
     assert steps == list(range(1, len(steps) + 1)), "no step is missing or doubled"
 
 
-def last_step(run: Path) -> int:
-    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
 def signalled(config: Path, number: signal.Signals, when, *, exit_code: int) -> tuple[str, str]:
     """Runs `ftray train`, sends it a signal, and returns what it printed."""
     command = [str(Path(sys.executable).with_name("ftray")), "train", str(config)]
@@ -184,71 +123,6 @@ def signalled(config: Path, number: signal.Signals, when, *, exit_code: int) -> 
     assert "Traceback" not in err
     assert f"ftray train {config}" in err, err
     return out, err
-
-
-def test_ftray_submit_follows_stops_and_goes_on_by_name(head, tiny_model, train_file, tmp_path):
-    """As a user who has only the client."""
-    project = tmp_path / "project"
-    project.mkdir()
-    (project / "run.yaml").write_text(
-        f"kind: run\nname: remote\nbase_model: {tiny_model}\nmax_steps: 100000\nruns_dir: {tmp_path}/runs\n"
-        f"data: {{train: {train_file}}}\nbatch: {{examples_per_step: 4}}\ncheckpoint: {{every: 100000}}\n"
-    )
-    run = tmp_path / "runs" / "remote"
-
-    def ftray_submit(*words: str, **more: str) -> subprocess.Popen:
-        environment = plain_environment(**TOKEN, PYTHONPATH=str(ROOT)) | more
-        command = [sys.executable, "-m", "ftray", "submit", "run.yaml", *words, "--address", head]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, **pipes)
-
-    closed = ftray_submit(RAY_AUTH_TOKEN="0" * 64)
-    _, err = closed.communicate(timeout=60)
-    assert closed.returncode == 2, err
-    assert "set RAY_AUTH_MODE=token and put the cluster's token" in err
-    wrong = ftray_submit("max_stepz=3")
-    assert "max_stepz" in wrong.communicate(timeout=60)[1]
-    assert wrong.returncode == 2
-
-    first = ftray_submit()
-    wait_for(lambda: last_step(run) >= 3, "the job's first steps")
-    first.send_signal(signal.SIGINT)
-    out, err = first.communicate(timeout=60)
-    assert first.returncode == 1
-    assert "remote goes on without you" in err
-    assert "submitted remote-" in out
-    other, mine = ftray_submit("max_steps=9"), ftray_submit()
-    _, err = other.communicate(timeout=60)
-    assert other.returncode == 2
-    assert "a job of this name runs with another config" in err
-    stop = ftray_submit("--stop")
-    out, err = stop.communicate(timeout=240)
-    assert stop.returncode == 0, out + err
-    saved = last_step(run)
-    assert (run / f"checkpoints/step-{saved}/manifest.json").is_file(), "it saved before it ended"
-    out, err = mine.communicate(timeout=60)
-    assert mine.returncode != 0
-    assert "runs already as remote-" in out
-    assert f"step {saved}" in out or "stopped" in out
-
-    again = ftray_submit()
-    wait_for(lambda: last_step(run) >= saved + 2, "the steps after the stop")
-    out, err = ftray_submit("--stop").communicate(timeout=240)
-    out, err = again.communicate(timeout=60)
-    assert f"resumes from {run}/checkpoints/step-{saved}" in out
-    short = ftray_submit("name=short", "max_steps=4")
-    out, err = short.communicate(timeout=240)
-    assert short.returncode == 0, out + err
-    assert "short: 4 steps" in out
-    assert "INFO" not in err, "Ray's own notes"
-    submitted = subprocess.run(
-        [RAY, "job", "list", "--address", head],
-        capture_output=True,
-        text=True,
-        env=plain_environment(**TOKEN),
-        timeout=60,
-    ).stdout
-    assert "'ftray_name': 'remote'" in submitted
 
 
 BROWSER = {
