@@ -41,7 +41,8 @@ test: lint
 
 # Many hosts on this machine, as network namespaces: needs root and `ip`.
 test-cluster: install
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/cluster/test_submit.py
+	$(BIN)/python -m pytest tests/cluster/test_cluster.py
 
 test-vllm: $(VLLM)/.installed
 	VLLM_LOGGING_LEVEL=WARNING $(VLLM)/bin/python -m pytest tests/vllm_engine
