@@ -45,21 +45,20 @@ def json_schema(kind: str) -> dict[str, Any]:
     model = KINDS[kind]
     schema: dict[str, Any] = {"$schema": DIALECT, **model.model_json_schema()}
     describe(schema, model)
+    models = models_of(model)
     for name, nested in schema.get("$defs", {}).items():
-        describe(nested, models_of(model)[name])
+        describe(nested, models[name])
     if kind == "sweep":
         schema["$defs"]["Domain"] = DOMAIN
-        domain = {"$ref": "#/$defs/Domain"}
-        keys = {key: domain for key in dotted_keys(RunConfig) if why_not_swept(key) is None}
+        domain, run_keys = {"$ref": "#/$defs/Domain"}, dotted_keys(RunConfig)
         schema["properties"]["space"] = {
             "type": "object",
             "minProperties": 1,
-            "properties": keys,
+            "properties": {key: domain for key in run_keys if why_not_swept(key) is None},
             "patternProperties": {r"^variables\.": domain},
             "additionalProperties": False,
         }
-        anything = {key: {} for key in dotted_keys(RunConfig)}
-        schema["properties"]["overrides"] = {"type": "object", "properties": anything}
+        schema["properties"]["overrides"] = {"type": "object", "properties": {key: {} for key in run_keys}}
         schema["properties"]["seeds"] = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "array", "minItems": 1}]}
     return schema
 

@@ -29,9 +29,10 @@ def is_variable(key: str) -> bool:
     return key.startswith(VARIABLES)
 
 
-def may_differ_in_population(key: str) -> bool:
-    """Trials take over each other's weights."""
-    return key.startswith(("optimizer.", VARIABLES)) and key != "optimizer.type"
+def why_not_in_population(key: str) -> str | None:
+    if key.startswith(("optimizer.", VARIABLES)) and key != "optimizer.type":
+        return None
+    return "with search.scheduler pbt trials take over each other's weights: it must not differ"
 
 
 def why_not_swept(key: str) -> str | None:
@@ -45,6 +46,10 @@ class BudgetConfig(Strict):
     steps: PositiveInt | None = None
     tokens: PositiveInt | None = None
     hours: PositiveFloat | None = None
+
+    @property
+    def is_set(self) -> bool:
+        return any(limit is not None for limit in (self.steps, self.tokens, self.hours))
 
 
 class SearchConfig(Strict):
@@ -64,8 +69,7 @@ class SearchConfig(Strict):
 
     @model_validator(mode="after")
     def agree(self):
-        budget = self.budget
-        if self.algorithm != "grid" and self.trials is None and budget.steps is budget.tokens is budget.hours is None:
+        if self.algorithm != "grid" and self.trials is None and not self.budget.is_set:
             raise ValueError(f"algorithm {self.algorithm} needs an end: give trials, or a budget of steps or tokens")
         if self.scheduler == "pbt" and self.algorithm == "tpe":
             raise ValueError("scheduler pbt starts all trials at once: choose algorithm random or grid")
@@ -77,12 +81,11 @@ class SearchConfig(Strict):
 
     def refuse_unequal_chances(self, sweeps_base: bool) -> None:
         """What is compared must be searched alike. Raises ValueError."""
-        budget = self.budget
         unequal = {
             "search.algorithm: tpe seldom tries what looks worse; give grid or random": self.algorithm == "tpe",
             f"search.scheduler: {self.scheduler} stops what learns late; give none": self.scheduler != "none",
-            "search.budget: it may be spent before the last choice had its trials; give search.trials": not (
-                budget.steps is budget.tokens is budget.hours is None
+            "search.budget: it may be spent before the last choice had its trials; give search.trials": (
+                self.budget.is_set
             ),
             "space.base_model: losses under different tokenizers cannot be compared": sweeps_base,
         }
@@ -148,10 +151,8 @@ class SweepConfig(Strict):
         if not isinstance(self.space.get("optimizer.learning_rate"), Range):
             raise ValueError("search.scheduler pbt changes optimizer.learning_rate: give it a range in the space")
         for key in self.space:
-            if not may_differ_in_population(key):
-                raise ValueError(
-                    f"space.{key}: with search.scheduler pbt trials take over each other's weights: it must not differ"
-                )
+            if (reason := why_not_in_population(key)) is not None:
+                raise ValueError(f"space.{key}: {reason}")
         if len(self.seeds) > 1:
             raise ValueError(
                 "seeds: with search.scheduler pbt each trial is one member of the population: give one seed"

@@ -58,7 +58,7 @@ class Desk:
         """What this group had and has not ended is handed out again: its workers have died."""
         self._study.take_back(self._taken.pop(group, set()))
 
-    def take(self, group: int, count: int) -> "Taken":
+    def take(self, group: int, count: int) -> Taken:
         """So many runs at most."""
         taken = []
         while len(taken) < count and (run := self._study.next_run(self._fusing.holds)) is not None:
@@ -140,10 +140,9 @@ def run_fused(
             raise FtrayError(f"the sweep's desk died ({type(error).__name__}); the same command goes on") from None
         for line in lines:
             say(line)
-        for own, hang in zip(jobs, hangs, strict=True):
+        for own, hang, thread in zip(jobs, hangs, threads, strict=True):
             if (found := hang.poll(world_size=own.base_run.workers.max_count)) is not None:
                 say(f"{own.directory.name}: {found}; its workers start again")
-        for own, thread in zip(jobs, threads, strict=True):
             if thread.failure is not None and own.group not in given_back:  # the others go on with what it had
                 given_back.add(own.group)
                 ray.get(desk.start_over.remote(own.group))

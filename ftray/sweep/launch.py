@@ -26,10 +26,10 @@ from ftray.sweep.tune_trials import TUNE_DIRECTORY, run_trials
 from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import differences
 from ftray.train.checkpoint import data_digest
-from ftray.train.finish import PreparedData
+from ftray.train.finish import PreparedData, num_steps
 from ftray.train.launch import TOKENS, check_before_anything, prepare_data, start_ray
 from ftray.train.preflight import check_nodes, check_resources, fitting_groups
-from ftray.train.ray_trainer import name_for_workers, num_steps
+from ftray.train.ray_trainer import name_for_workers
 from ftray.train.run_directory import only_driver, refuse_unwritable, refuse_vanishing_directory, set_aside
 
 SWEEP, DATA = "sweep.json", "data.json"

@@ -13,7 +13,7 @@ from typing import Any
 
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.config.domains import Range
-from ftray.config.sweep import may_differ_in_population, why_not_swept
+from ftray.config.sweep import why_not_in_population, why_not_swept
 from ftray.errors import ConfigError
 from ftray.storage import read_json, write_bytes, write_json
 from ftray.sweep.journal import Journal
@@ -103,11 +103,7 @@ class Study(Known):
         label = f"clone-trial {name}"
         refused = [f"{key}: {reason}" for key in changes if (reason := why_not_swept(key)) is not None]
         if self.until_step is not None:
-            refused += [
-                f"{key}: with search.scheduler pbt trials take over each other's weights: it must not differ"
-                for key in changes
-                if not may_differ_in_population(key)
-            ]
+            refused += [f"{key}: {reason}" for key in changes if (reason := why_not_in_population(key)) is not None]
         if refused:
             raise ConfigError(label, refused)
         self.space.check_point(point, label=label)

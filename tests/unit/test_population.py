@@ -1,8 +1,10 @@
 """Population-based training without Ray: who takes over from whom, and a sweep that was cut off at any point."""
 
+import contextlib
 import shutil
 
 import pytest
+from tiny import RUN_OF_SWEEPS
 
 from ftray.config import load_sweep
 from ftray.config.domains import Range
@@ -18,15 +20,6 @@ from ftray.tracking.events import read_events
 from ftray.train.loop import Schedule
 from ftray.train.loop import train as train_steps
 
-RUN = """
-kind: run
-name: r
-base_model: base
-max_steps: 40
-data: {train: train.jsonl, eval: eval.jsonl, max_example_tokens: 256}
-batch: {tokens_per_micro_batch: 512}
-evaluation: {every: 10}
-"""
 SPACE = "{optimizer.learning_rate: {log_uniform: [1.0e-4, 1.0e-1]}}"
 SEARCH = "{algorithm: random, trials: 8, scheduler: pbt}"
 RATES = Range(1e-4, 1e-1, is_log=True, is_int=False)
@@ -34,7 +27,7 @@ RATES = Range(1e-4, 1e-1, is_log=True, is_int=False)
 
 @pytest.fixture
 def load(tmp_path):
-    (tmp_path / "run.yaml").write_text(RUN)
+    (tmp_path / "run.yaml").write_text(RUN_OF_SWEEPS)
 
     def load(search: str = SEARCH, *, space: str = SPACE, more: str = ""):
         (tmp_path / "sweep.yaml").write_text(
@@ -71,6 +64,24 @@ def play(study: Study, directory, *, until_event: int | None = None) -> dict[str
         if until_event is not None and num_events(directory) >= until_event:
             break
     return weights
+
+
+def one_member_short(load, directory) -> tuple[Study, list]:
+    """Seven of eight wait at the first generation's end."""
+    study = Study(*load(), directory)
+    runs = [study.next_run() for _ in range(8)]
+    for run in runs[:7]:
+        train(study, directory, run)
+    return study, runs
+
+
+@contextlib.contextmanager
+def cut_off(monkeypatch, place: str, crash):
+    """What happens within ends with the driver's death at this place."""
+    with monkeypatch.context() as patch:
+        patch.setattr(place, crash)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def num_events(directory) -> int:
@@ -148,20 +159,15 @@ def test_a_population_that_was_cut_off_anywhere_goes_on_as_it_would_have(load, t
 
 
 def test_a_turn_that_was_cut_off_between_its_files_and_the_journal_is_made_again(load, tmp_path, monkeypatch):
-    study = Study(*load(), tmp_path)
-    runs = [study.next_run() for _ in range(8)]
-    for run in runs[:7]:
-        train(study, tmp_path, run)
+    study, runs = one_member_short(load, tmp_path)
 
     def crash(*_, **__):
         shutil.rmtree(trials_directory(tmp_path) / study_moves[0] / "checkpoints")
         raise KeyboardInterrupt
 
     study_moves = [max(runs, key=lambda run: abs(study.config_of(run).optimizer.learning_rate - 1e-2)).name]
-    with monkeypatch.context() as patch:
-        patch.setattr("ftray.sweep.population.write_json", crash)
-        with pytest.raises(KeyboardInterrupt):
-            train(study, tmp_path, runs[7])
+    with cut_off(monkeypatch, "ftray.sweep.population.write_json", crash):
+        train(study, tmp_path, runs[7])
     again = Study(*load(), tmp_path)
     assert len({moved.run for moved in again.moves}) == len(again.moves) == 2
     play(again, tmp_path)
@@ -169,20 +175,14 @@ def test_a_turn_that_was_cut_off_between_its_files_and_the_journal_is_made_again
 
 
 def test_a_member_that_diverges_leaves_and_the_others_go_on(load, tmp_path):
-    study = Study(*load(), tmp_path)
-    runs = [study.next_run() for _ in range(8)]
-    for run in runs[:7]:
-        train(study, tmp_path, run)
+    study, runs = one_member_short(load, tmp_path)
     study.end(runs[7].name, "diverged", "step 3: the loss is nan")
     play(study, tmp_path)
     assert [run.outcome for run in study.runs].count("finished") == 7
 
 
 def test_a_turn_that_was_cut_off_between_two_moves_makes_the_other_one_only(load, tmp_path, monkeypatch):
-    study = Study(*load(), tmp_path)
-    runs = [study.next_run() for _ in range(8)]
-    for run in runs[:7]:
-        train(study, tmp_path, run)
+    study, runs = one_member_short(load, tmp_path)
     real, taken = take_over, []
 
     def once(*args, **kwargs):
@@ -191,10 +191,8 @@ def test_a_turn_that_was_cut_off_between_two_moves_makes_the_other_one_only(load
         taken.append(args)
         real(*args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("ftray.sweep.study.take_over", once)
-        with pytest.raises(KeyboardInterrupt):
-            train(study, tmp_path, runs[7])
+    with cut_off(monkeypatch, "ftray.sweep.study.take_over", once):
+        train(study, tmp_path, runs[7])
     again = Study(*load(), tmp_path)
     assert len({moved.run for moved in again.moves}) == len(again.moves) == 2
     # The same study may go on too: where the disk was full, a group's workers start again and ask it for runs.
@@ -210,10 +208,7 @@ def test_the_way_of_the_weights_is_told_over_several_moves(load, tmp_path):
 
 
 def test_one_that_the_user_stops_while_it_waits_leaves_the_population(load, tmp_path):
-    study = Study(*load(), tmp_path)
-    runs = [study.next_run() for _ in range(8)]
-    for run in runs[:7]:
-        train(study, tmp_path, run)
+    study, runs = one_member_short(load, tmp_path)
     assert study.stop(study.trials[0]) == [runs[0].name]
     train(study, tmp_path, runs[7])
     assert (runs[0].outcome, runs[0].message) == ("stopped", "by the user")
