@@ -53,21 +53,19 @@ def last_step(run: Path) -> int:
 
 
 @contextlib.contextmanager
-def head_node() -> Iterator[str]:
-    """Ended by its id; yields the address of its job server."""
-    ports = {
-        name: free_port()
-        for name in ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
-    }
+def head_node(*, port: int | None = None, **more: str) -> Iterator[str]:
+    """Ended by its id; yields the address of its job server. `port`: of Ray itself; `more`: its environment."""
+    ports = {name: free_port() for name in ("dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")}
     command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats"]
     command += [f"--{name}={number}" for name, number in ports.items()]
+    command.append(f"--port={port or free_port()}")
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         cwd="/",
-        env=plain_environment(**TOKEN),
+        env=plain_environment(**TOKEN, **more),
     )
     url = f"http://127.0.0.1:{ports['dashboard-port']}"
     try:

@@ -1,16 +1,61 @@
 """`ftray doctor`"""
 
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
+if TYPE_CHECKING:
+    from ftray.cluster.doctor import Finding
 
-def doctor() -> None:
-    """What is wrong with this machine, and the fix."""
+
+def doctor(
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of a cluster. Default: RAY_ADDRESS; else this machine.")
+    ] = None,
+    shared: Annotated[
+        str | None, typer.Option(metavar="DIRECTORY", help="Do all nodes of the cluster see this directory?")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines: a list of findings.")] = False,
+) -> None:
+    """What is wrong with this machine, or with every node of a cluster, and the fix. On a cluster without a login:
+    ray job submit -- python -m ftray doctor."""
     from ftray.cluster.doctor import examine
 
-    findings = examine()
-    for finding in findings:
-        print(f"{finding.level:<5} {finding.subject:<14} {finding.text}")
-        if finding.fix:
-            print(f"{'':<20} fix: {finding.fix}")
-    if any(finding.level == "FAIL" for finding in findings):
+    cluster = address or os.environ.get("RAY_ADDRESS")
+    if cluster is None:
+        findings = examine()
+    else:
+        from ftray.cluster.nodes import examine_cluster
+
+        findings = examine_cluster(
+            cluster,
+            shared=Path(shared).absolute() if shared is not None else None,
+            say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
+        )
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        show(findings)
+    if any(finding.level == "failed" for finding in findings):
         raise typer.Exit(1)
+
+
+def show(findings: "list[Finding]") -> None:
+    """What is right on a node of a cluster is one line."""
+    for node in dict.fromkeys(finding.node for finding in findings):
+        of_node = [finding for finding in findings if finding.node == node]
+        right = [finding for finding in of_node if finding.level == "ok"] if node else []
+        if node:
+            print(f"\nnode {node}")
+        if right:
+            print(f"{'ok':<8} {', '.join(dict.fromkeys(finding.subject for finding in right))}")
+        for finding in of_node:
+            if finding not in right:
+                print(f"{finding.level:<8} {finding.subject:<14} {finding.text}")
+                if finding.fix:
+                    print(f"{'':<23} fix: {finding.fix}")

@@ -19,11 +19,17 @@ def submit(
     working_dir: Annotated[
         str, typer.Option(metavar="DIRECTORY", help="What the job gets, less what .rayignore and .gitignore name.")
     ] = ".",
+    runtime_env: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What Ray makes on the nodes first (cluster/runtime_env.yaml).")
+    ] = None,
+    retries: Annotated[
+        int, typer.Option(min=0, help="How often a driver that dies (out of memory, a crash) is started again.")
+    ] = 3,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the job's end.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="Stop the job of this name; a run saves first.")] = False,
 ) -> None:
     """Run a config on a cluster, follow it, and end with its exit code. The same command again goes on with it."""
-    from ftray.cluster.submit import Jobs, connect, describe_job
+    from ftray.cluster.submit import Jobs, connect, describe_job, read_runtime_env
     from ftray.config.space import load_any
 
     words = list(overrides or ())
@@ -33,11 +39,12 @@ def submit(
     if not root.is_dir():
         raise UserError(f"--working-dir: {working_dir}: no such directory")
     job = describe_job(kind, name, config, words, resolved=loaded.model_dump(mode="json"), root=root)
+    environment = read_runtime_env(runtime_env) if runtime_env is not None else {}
     jobs = Jobs(connect(address), say=lambda text: print(f"  {text}", flush=True))
     if stop:
         jobs.stop(job, runs_dir=loaded.runs_dir if kind == "run" else None, working_dir=root)
         return
-    submitted = jobs.submit(job, root)
+    submitted = jobs.submit(job, root, runtime_env=environment, retries=retries)
     again = shlex.join(["ftray", "submit", config, *words, *(["--address", address] if address else [])])
     if detach:
         print(f"follow it with: {again}")

@@ -2,45 +2,58 @@
 
 import importlib.util
 import os
-import shutil
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-import psutil
+import httpx
 
-from ftray.model.base import EMBEDDED, cache_directory
+from ftray.cluster.machine import Machine, look, room
+from ftray.model.base import EMBEDDED
 
 MIN_MEMORY_GIB = 6.0  # two workers with the 135M model in float32, and Ray
 MIN_DISK_GIB = 5.0
+MIN_SHM_GIB = 1.0  # a container's default is 64 MiB
+FULL_SHM = 0.9
+MIN_OPEN_FILES = 4096
+# The oldest driver for each major version of CUDA (NVIDIA's table of compatibility).
+MIN_DRIVER = {"12": 525, "13": 580}
+REACH_S = 3.0
 CONSTRAINTS = Path(__file__).parents[2] / "cluster" / "constraints.txt"
 PINNED = ("ray", "torch", "transformers", "peft", "deepspeed", "datasets", "wandb")
+
+Level = Literal["ok", "warning", "failed"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    level: Literal["ok", "note", "FAIL"]
+    level: Level
     subject: str
     text: str
     fix: str = ""
+    node: str = ""  # of a cluster
 
 
 def examine() -> list[Finding]:
-    return [finding for check in CHECKS for finding in check()]
+    """This machine."""
+    machine = look()
+    return [finding for check in (*CHECKS, *LOCAL_CHECKS) for finding in check(machine)]
 
 
-def check_python() -> list[Finding]:
-    found = ".".join(map(str, sys.version_info[:3]))
-    if (3, 11) <= sys.version_info[:2] < (3, 14):
-        return [Finding("ok", "python", found)]
-    return [Finding("FAIL", "python", f"{found} is not supported", "use Python 3.11 to 3.13")]
+def judge(machine: Machine) -> list[Finding]:
+    """What can be said of any machine that was looked at."""
+    return [finding for check in CHECKS for finding in check(machine)]
 
 
-def check_packages() -> list[Finding]:
+def check_python(machine: Machine) -> list[Finding]:
+    if (3, 11) <= tuple(map(int, machine.python.split(".")[:2])) < (3, 14):
+        return [Finding("ok", "python", machine.python)]
+    return [Finding("failed", "python", f"{machine.python} is not supported", "use Python 3.11 to 3.13")]
+
+
+def check_packages(machine: Machine) -> list[Finding]:
     pins = (
         dict(line.split("==") for line in CONSTRAINTS.read_text().split() if "==" in line)
         if CONSTRAINTS.is_file()
@@ -48,21 +61,104 @@ def check_packages() -> list[Finding]:
     )
     findings = []
     for name in PINNED:
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            findings.append(Finding("FAIL", name, "not installed", "make install"))
-            continue
-        wanted = pins.get(name)
-        if wanted is not None and found.split("+")[0] != wanted:
+        found, wanted = machine.packages[name], pins.get(name)
+        if found is None:
+            findings.append(Finding("failed", name, "not installed", "make install"))
+        elif wanted is not None and found.split("+")[0] != wanted:
             text = f"{found}, tested with {wanted}"
-            findings.append(Finding("note", name, text, f"pip install {name}=={wanted}"))
+            findings.append(Finding("warning", name, text, f"pip install {name}=={wanted}"))
         else:
             findings.append(Finding("ok", name, found))
     return findings
 
 
-def check_hardware() -> list[Finding]:
+def check_gpus(machine: Machine) -> list[Finding]:
+    if not machine.gpus:
+        return [Finding("ok", "gpus", f"none; {machine.cpus} CPUs")]
+    kinds = sorted({gpu.name for gpu in machine.gpus})
+    text = f"{len(machine.gpus)} x {', '.join(kinds)}, driver {machine.gpus[0].driver}"
+    if machine.cuda is None:
+        fix = "install torch's build for CUDA (https://pytorch.org/get-started)"
+        return [Finding("failed", "gpus", f"{text}, but this torch is built without CUDA", fix)]
+    oldest = MIN_DRIVER.get(machine.cuda.split(".")[0], 0)
+    if int(machine.gpus[0].driver.split(".")[0]) < oldest:
+        fix = f"install driver {oldest} or newer"
+        return [Finding("failed", "gpus", f"{text}: too old for torch's CUDA {machine.cuda}", fix)]
+    if len(kinds) > 1:
+        fix = "give runs the GPUs of one kind: each step waits for the slowest"
+        return [Finding("warning", "gpus", text, fix)]
+    return [Finding("ok", "gpus", f"{text}, CUDA {machine.cuda}, NCCL {machine.nccl or '?'}")]
+
+
+def check_memory(machine: Machine) -> list[Finding]:
+    text = f"{machine.free_memory_gib:.1f} of {machine.memory_gib:.1f} GiB free"
+    if machine.free_memory_gib < MIN_MEMORY_GIB:
+        fix = "close other programs, or take a larger machine"
+        return [Finding("warning", "memory", f"{text}; the quickstart wants {MIN_MEMORY_GIB:g}", fix)]
+    return [Finding("ok", "memory", text)]
+
+
+def check_rooms(machine: Machine) -> list[Finding]:
+    findings = []
+    for subject, found in machine.rooms.items():
+        if found.free_gib < MIN_DISK_GIB:
+            findings.append(Finding("failed", subject, f"{found.free_gib:.1f} GiB free at {found.place}", "make room"))
+        elif not found.writable:
+            findings.append(Finding("failed", subject, f"{found.place} cannot be written", "mend its permissions"))
+        else:
+            findings.append(Finding("ok", subject, f"{found.free_gib:.0f} GiB free at {found.place}"))
+    return findings
+
+
+def check_shared_memory(machine: Machine) -> list[Finding]:
+    """Ray's object store and NCCL within a host live there."""
+    text = f"{machine.shm_gib:.1f} GiB, {machine.shm_used:.0%} used"
+    if machine.shm_gib < MIN_SHM_GIB:
+        fix = "docker run --shm-size=16g; on Kubernetes an emptyDir with medium: Memory at /dev/shm"
+        return [Finding("failed", "/dev/shm", f"{text}: too small for Ray's objects and NCCL", fix)]
+    if machine.shm_used > FULL_SHM:
+        fix = "`ray memory` shows who holds objects; leftovers of killed programs go with `ray stop` or a restart"
+        return [Finding("failed", "/dev/shm", text, fix)]
+    return [Finding("ok", "/dev/shm", text)]
+
+
+def check_limits(machine: Machine) -> list[Finding]:
+    findings = []
+    if machine.open_files < MIN_OPEN_FILES:
+        text = f"{machine.open_files} open files: every worker and stream needs some"
+        findings.append(Finding("warning", "ulimit", text, "ulimit -n 65536 before `ray start`"))
+    if machine.fabrics and machine.locked_memory_gib != float("inf"):
+        text = f"{machine.locked_memory_gib:.2g} GiB may be locked: RDMA needs more"
+        findings.append(Finding("failed", "ulimit", text, "ulimit -l unlimited before `ray start`"))
+    return findings or [Finding("ok", "ulimit", f"{machine.open_files} open files")]
+
+
+def check_interfaces(machine: Machine) -> list[Finding]:
+    if not machine.interfaces:
+        return [Finding("warning", "network", "no interface but the loopback", "several machines need one")]
+    shown = ", ".join(
+        f"{found.name} {found.address}" + (f" ({found.megabits / 1000:g} Gbit/s)" if found.megabits else "")
+        for found in machine.interfaces
+    )
+    fabrics = f"; RDMA: {', '.join(machine.fabrics)}" if machine.fabrics else ""
+    return [Finding("ok", "network", shown + fabrics)]
+
+
+CHECKS: tuple[Callable[[Machine], list[Finding]], ...] = (
+    check_python,
+    check_packages,
+    check_gpus,
+    check_memory,
+    check_rooms,
+    check_shared_memory,
+    check_limits,
+    check_interfaces,
+)
+
+# -- of this machine alone -------------------------------------------------------------------------------------------
+
+
+def check_hardware(machine: Machine) -> list[Finding]:
     from ftray.model.cpu_kernels import compiled
     from ftray.model.hardware import choose_hardware
 
@@ -71,68 +167,53 @@ def check_hardware() -> list[Finding]:
     if hardware.device.type == "cpu":
         text, fix = "not compiled: serving on a CPU is slower, its answers are the same", "install gcc"
         made = Finding("ok", "cpu kernels", "compiled by gcc, used for serving")
-        findings.append(made if compiled() else Finding("note", "cpu kernels", text, fix))
+        findings.append(made if compiled() else Finding("warning", "cpu kernels", text, fix))
     return findings
 
 
-def check_memory() -> list[Finding]:
-    gib = psutil.virtual_memory().available / 2**30
-    text = f"{gib:.1f} GiB free"
-    if gib < MIN_MEMORY_GIB:
-        return [Finding("note", "memory", f"{text}; the quickstart wants {MIN_MEMORY_GIB:g}", "close other programs")]
-    return [Finding("ok", "memory", text)]
+def check_working_disk(machine: Machine) -> list[Finding]:
+    here = room(Path.cwd())
+    if here.free_gib < MIN_DISK_GIB:
+        return [Finding("failed", "disk", f"{here.free_gib:.1f} GiB free at {here.place}", "make room")]
+    if not here.writable:
+        return [Finding("failed", "disk", f"{here.place} cannot be written", "mend its permissions")]
+    return [Finding("ok", "disk", f"{here.free_gib:.0f} GiB free at {here.place}")]
 
 
-def check_disk() -> list[Finding]:
-    findings = []
-    for subject, place in (("disk", Path.cwd()), ("cache disk", cache_directory()), ("ray disk", Path("/tmp"))):
-        existing = next(p for p in [place, *place.parents] if p.exists())
-        gib = shutil.disk_usage(existing).free / 2**30
-        if gib < MIN_DISK_GIB:
-            findings.append(Finding("FAIL", subject, f"{gib:.1f} GiB free at {existing}", "make room"))
-        elif not os.access(existing, os.W_OK):
-            findings.append(Finding("FAIL", subject, f"{existing} cannot be written", "mend its permissions"))
-        else:
-            findings.append(Finding("ok", subject, f"{gib:.0f} GiB free at {existing}"))
-    return findings
-
-
-def check_embedded_model() -> list[Finding]:
+def check_embedded_model(machine: Machine) -> list[Finding]:
     findings = []
     for name, (package, _, requirement) in EMBEDDED.items():
         if importlib.util.find_spec(package) is None:
-            findings.append(Finding("note", name, "not installed", f"pip install --no-deps {requirement}"))
+            findings.append(Finding("warning", name, "not installed", f"pip install --no-deps {requirement}"))
         else:
             findings.append(Finding("ok", name, f"installed ({requirement})"))
     return findings
 
 
-def check_cluster() -> list[Finding]:
-    address = os.environ.get("RAY_ADDRESS")
-    if address is None:
-        return [Finding("ok", "ray cluster", "RAY_ADDRESS is not set: a session starts on this machine when needed")]
-    host, _, port = address.removeprefix("http://").removeprefix("ray://").partition(":")
+def check_serve_port(machine: Machine) -> list[Finding]:
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", 8000)) == 0:
+            fix = "an endpoint here needs another: ftray serve CONFIG port=8001"
+            return [Finding("warning", "port 8000", "taken by another program", fix)]
+    return [Finding("ok", "port 8000", "free for an endpoint")]
+
+
+def check_wandb(machine: Machine) -> list[Finding]:
+    if "WANDB_API_KEY" not in os.environ:
+        return [Finding("ok", "wandb server", "no WANDB_API_KEY: tracking.wandb: auto records offline")]
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
-        socket.create_connection((host, int(port or 6379)), timeout=3).close()
-    except (OSError, ValueError) as error:
-        fix = "start it (ray start --head), or unset RAY_ADDRESS"
-        return [Finding("FAIL", "ray cluster", f"{address} does not answer: {error}", fix)]
-    return [Finding("ok", "ray cluster", f"{address} answers")]
+        httpx.get(url, timeout=REACH_S)
+    except httpx.HTTPError as error:
+        fix = "open the way there, set HTTPS_PROXY, or set tracking.wandb=offline and `wandb sync` later"
+        return [Finding("warning", "wandb server", f"{url} is not reached: {type(error).__name__}", fix)]
+    return [Finding("ok", "wandb server", f"WANDB_API_KEY is set, {url} answers")]
 
 
-def check_wandb() -> list[Finding]:
-    if "WANDB_API_KEY" in os.environ:
-        return [Finding("ok", "wandb", "WANDB_API_KEY is set and passed on to the workers")]
-    return [Finding("ok", "wandb", "no WANDB_API_KEY: tracking.wandb: auto records offline")]
-
-
-CHECKS: list[Callable[[], list[Finding]]] = [
-    check_python,
-    check_packages,
+LOCAL_CHECKS: tuple[Callable[[Machine], list[Finding]], ...] = (
     check_hardware,
-    check_memory,
-    check_disk,
+    check_working_disk,
     check_embedded_model,
-    check_cluster,
+    check_serve_port,
     check_wandb,
-]
+)

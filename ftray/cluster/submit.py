@@ -37,12 +37,13 @@ class Job:
     overrides: tuple[str, ...]
     digest: str  # of the resolved config
 
-    def entrypoint(self, working_dir: Path) -> str:
-        """`jobs/` where the upload has it; else the ftray that the nodes have."""
+    def entrypoint(self, working_dir: Path, *, retries: int) -> str:
+        """`jobs/` where the upload has it; else the ftray that the nodes have. A driver that dies is started again."""
         command = COMMANDS[self.kind]
         script = Path("jobs") / f"{command}.py"
         program = ["python", str(script)] if (working_dir / script).is_file() else ["python", "-m", "ftray", command]
-        return shlex.join([*program, self.config.as_posix(), *self.overrides])
+        watched = ["python", "-m", "ftray.cluster.supervise", str(retries), "--"] if retries else []
+        return shlex.join([*watched, *program, self.config.as_posix(), *self.overrides])
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -65,6 +66,22 @@ def describe_job(kind: str, name: str, config: str, overrides: Sequence[str], *,
         raise UserError(f"{config}: lies outside of {root.resolve()}, which is what the job gets; copy it there")
     digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:12]
     return Job(kind, name, inside, tuple(overrides), digest)
+
+
+def read_runtime_env(path: str) -> dict[str, Any]:
+    """What Ray makes on the nodes for a job. Raises `UserError` for what Ray would refuse there."""
+    from ray.runtime_env import RuntimeEnv
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        read = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(read, dict) or "working_dir" in read:
+            raise ValueError("give a mapping without working_dir, which is --working-dir")
+        RuntimeEnv(**read)
+    except (OSError, YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"--runtime-env: {path}: {str(error).strip().splitlines()[0]}") from None
+    return read
 
 
 def connect(address: str | None) -> Any:
@@ -97,7 +114,7 @@ class Jobs:
                 return info.submission_id
         return None
 
-    def submit(self, job: Job, working_dir: Path) -> str:
+    def submit(self, job: Job, working_dir: Path, *, runtime_env: dict[str, Any], retries: int) -> str:
         """A job that runs under this name already is not started twice. Raises `UserError` where it runs another
         config."""
         if (found := self.running(job.name)) is not None:
@@ -110,9 +127,9 @@ class Jobs:
             self._say(f"{job.name} runs already as {found}")
             return found
         submitted = self._client.submit_job(
-            entrypoint=job.entrypoint(working_dir),
+            entrypoint=job.entrypoint(working_dir, retries=retries),
             submission_id=f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-            runtime_env={"working_dir": str(working_dir)},
+            runtime_env=runtime_env | {"working_dir": str(working_dir)},
             metadata=job.metadata,
         )
         self._say(f"submitted {submitted}")

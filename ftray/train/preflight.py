@@ -91,31 +91,39 @@ def check_nodes(run_directory: Path, workers: WorkersConfig) -> None:
     probe.write_text(token)
     try:
         asked = time.time()
-        reports = ask_nodes(nodes, probe)
+        reports = ask_nodes(nodes, report_node, probe)
         answered = time.time()
     finally:
         probe.unlink(missing_ok=True)
+    if failure := next((report for report in reports if isinstance(report, UserError)), None):
+        raise failure
     compare_nodes(reports, token, run_directory, asked=asked, answered=answered)
 
 
-def ask_nodes(nodes: list[dict[str, Any]], probe: Path) -> list[NodeReport]:
-    look = ray.remote(num_cpus=0, max_retries=0)(report_node)
-    tasks = {}
+def ask_nodes(nodes: list[dict[str, Any]], question: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`question(address, *arguments)` on each node; its answer, or a `UserError` that says why there is none."""
+    ask = ray.remote(num_cpus=0, max_retries=0)(question)
+    tasks = []
     for node in nodes:
         affinity = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-        tasks[look.options(scheduling_strategy=affinity).remote(node["NodeManagerAddress"], probe)] = node
-    _, missing = ray.wait(list(tasks), num_returns=len(tasks), timeout=PROBE_TIMEOUT_S)
-    if missing:
-        address = tasks[missing[0]]["NodeManagerAddress"]
-        raise UserError(f"node {address} does not answer within {PROBE_TIMEOUT_S:.0f} s; look at it with `ray status`")
-    reports = []
-    for task, node in tasks.items():
-        try:
-            reports.append(ray.get(task))
-        except RayError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"node {node['NodeManagerAddress']}: ftray does not run there: {reason}") from None
-    return reports
+        tasks.append(ask.options(scheduling_strategy=affinity).remote(node["NodeManagerAddress"], *arguments))
+    answered, _ = ray.wait(tasks, num_returns=len(tasks), timeout=PROBE_TIMEOUT_S)
+    return [
+        answer_of(task, node["NodeManagerAddress"]) if task in answered else unanswered(node["NodeManagerAddress"])
+        for task, node in zip(tasks, nodes, strict=True)
+    ]
+
+
+def answer_of(task: Any, address: str) -> Any:
+    try:
+        return ray.get(task)
+    except RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        return UserError(f"node {address}: ftray does not run there: {reason}")
+
+
+def unanswered(address: str) -> UserError:
+    return UserError(f"node {address} does not answer within {PROBE_TIMEOUT_S:.0f} s; look at it with `ray status`")
 
 
 def report_node(address: str, probe: Path) -> NodeReport:

@@ -32,15 +32,16 @@ RESIZE_CHECK_S = 30.0
 WORKER_ENVIRONMENT = (
     "HF_HOME",
     "HF_ENDPOINT",
-    "NCCL_SOCKET_IFNAME",
-    "NCCL_DEBUG",
     "WANDB_API_KEY",
     "WANDB_BASE_URL",
     "HF_TOKEN",
     "HF_HUB_OFFLINE",
     "GLOO_SOCKET_IFNAME",
     "XDG_CACHE_HOME",
+    "FTRAY_CACHE_GIB",
 )
+# cluster/network/, and the way to object stores
+PASSED_PREFIXES = ("NCCL_", "TORCH_NCCL_", "FI_", "AWS_", "GOOGLE_", "AZURE_")
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,11 @@ def clear_ray_notes(checkpoints: Path) -> None:
 
 
 def worker_environment(gpus_each: int) -> dict[str, str]:
-    passed = {name: os.environ[name] for name in WORKER_ENVIRONMENT if name in os.environ}
+    passed = {
+        name: value
+        for name, value in os.environ.items()
+        if name in WORKER_ENVIRONMENT or name.startswith(PASSED_PREFIXES)
+    }
     # Relative paths stay the driver's; Ray would move each worker into the checkpoint folder.
     fixed = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TOKENIZERS_PARALLELISM": "false"}
     if gpus_each == 0:

@@ -44,7 +44,7 @@ class Recorder:
 class Gauges:
     """`ftray_step`, `ftray_loss`, ... by run, for the metrics of Ray's dashboard and Prometheus."""
 
-    SHOWN = ("step", "loss", "eval_loss", "tokens_per_s", "mfu")
+    SHOWN = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_s", "mfu")
 
     def __init__(self, run: str):
         self._tags = {"run": run}

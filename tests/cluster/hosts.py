@@ -63,6 +63,13 @@ class Cluster:
         return self.hosts[0]
 
     def start(self, *, num_workers: int) -> None:
+        self.make_hosts(num_workers + 1)
+        for host in self.hosts:
+            self.start_node(host)
+        self.wait_for_nodes(num_workers + 1)
+
+    def make_hosts(self, count: int) -> None:
+        """With nothing on them yet."""
         Path("/tmp/ray").mkdir(exist_ok=True)
         self.small_disk.mkdir()
         # Before the hosts: each has a mount table of its own.
@@ -70,7 +77,7 @@ class Cluster:
         bridge = f"ft{self.tag}"
         ip("link", "add", bridge, "type", "bridge")
         ip("link", "set", bridge, "up")
-        for number in range(num_workers + 1):
+        for number in range(count):
             host = Host(f"ft{self.tag}n{number}", f"10.77.0.{number + 1}", f"ft{self.tag}v{number}")
             self.hosts.append(host)
             ip("netns", "add", host.name)
@@ -82,8 +89,6 @@ class Cluster:
                 ("link", "set", "lo", "up"),
             ):
                 ip("-n", host.name, *command)
-            self.start_node(host)
-        self.wait_for_nodes(num_workers + 1)
 
     def start_node(self, host: Host) -> None:
         where = ["--head", f"--port={PORT}"] if host is self.head else [f"--address={self.head.address}:{PORT}"]

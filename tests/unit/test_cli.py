@@ -251,7 +251,7 @@ def test_doctor_names_what_is_wrong(run, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     code, out, _ = run("doctor")
     assert code == 1
-    assert "FAIL  ray cluster    127.0.0.1:9 does not answer" in out
+    assert "failed   ray cluster    127.0.0.1:9" in out
     assert "unset RAY_ADDRESS" in out
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +166,70 @@ def test_what_the_image_copies_exists():
     names = [name for line in copies for name in line.split()]
     assert {"pyproject.toml", "cluster/constraints.txt", "ftray", "jobs", "configs"} <= set(names)
     assert all((ROOT / name).exists() for name in names)
+
+
+# -- scripts, settings, monitoring -----------------------------------------------------------------------------------
+
+
+def shellcheck(*arguments: str | Path, text: str | None = None) -> str:
+    program = Path(sys.executable).with_name("shellcheck")
+    return subprocess.run([program, *arguments], input=text, capture_output=True, text=True, check=False).stdout
+
+
+def test_scripts_are_as_shellcheck_wants_them():
+    assert shellcheck(*ROOT.glob("cluster/slurm/*"), *ROOT.glob("cluster/tls/*")) == ""
+    assert "SC2086" in shellcheck("-", text="#!/bin/bash\nrm $1\n")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cluster/network").glob("*.env")), ids=lambda path: path.stem)
+def test_settings_of_networks_reach_the_workers(path, monkeypatch):
+    """A shell reads them; the driver hands them on; each has a comment above it."""
+    from ftray.train.ray_trainer import worker_environment
+
+    show = f"set -a; . {path}; python3 -c 'import json, os; print(json.dumps(dict(os.environ)))'"
+    done = subprocess.run(["bash", "-euc", show], capture_output=True, text=True, check=True)
+    names = re.findall(r"^([A-Z_]+)=", path.read_text(), re.MULTILINE)
+    read = json.loads(done.stdout)
+    for name in names:
+        monkeypatch.setenv(name, read[name])
+    handed_on = worker_environment(8)
+    assert {name: read[name] for name in names if name != "LD_LIBRARY_PATH"}.items() <= handed_on.items()
+
+
+def test_dashboards_and_alerts_know_the_metrics():
+    from ftray.serve import metrics
+    from ftray.train.recording import Gauges
+
+    dashboard = json.loads((ROOT / "cluster/grafana/ftray-training.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    variables = [v["query"]["query"] for v in dashboard["templating"]["list"] if v["type"] == "query"]
+    shown = set(re.findall(r"ray_ftray_(\w+)", " ".join(queries + variables)))
+    assert shown == set(Gauges.SHOWN)
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places)
+
+    rules = load(ROOT / "cluster/prometheus/alerts.yml")["groups"]
+    asked = " ".join(rule["expr"] for group in rules for rule in group["rules"])
+    endings = {"counter": "_total", "histogram": "_bucket", "gauge": ""}
+    of_serving = {f"{m.name}{endings[m.kind]}" for m in (*metrics.OF_REQUESTS, *metrics.OF_REPLICAS)}
+    of_training = {f"ftray_{name}" for name in Gauges.SHOWN}
+    assert set(re.findall(r"ray_(ftray_\w+)", asked)) <= of_serving | of_training
+    assert all({"summary", "fix"} == set(rule["annotations"]) for group in rules for rule in group["rules"])
+
+
+def test_ray_has_the_metrics_that_dashboards_and_alerts_ask_for():
+    import ray.dashboard.modules.reporter.reporter_agent as agent
+
+    texts = [(ROOT / "cluster" / name).read_text() for name in ("grafana/ftray-training.json", "prometheus/alerts.yml")]
+    of_nodes = set(re.findall(r"ray_(node_\w+)", " ".join(texts)))
+    source = Path(agent.__file__).read_text()
+    assert len(of_nodes) > 6
+    assert [name for name in sorted(of_nodes) if f'"{name}"' not in source] == []
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian's prometheus)")
+def test_alerts_fire_when_they_should():
+    for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", "alerts_test.yml"]):
+        command = ["promtool", *arguments]
+        done = subprocess.run(command, cwd=ROOT / "cluster/prometheus", capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr

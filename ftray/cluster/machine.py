@@ -1,0 +1,157 @@
+"""What a machine has, as far as it can be seen without changing it; asked of every node of a cluster alike."""
+
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from ftray.model.base import cache_directory
+from ftray.tracking.environment import describe_environment
+
+SHARED_MEMORY = Path("/dev/shm")
+FABRICS = Path("/sys/class/infiniband")
+NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
+NVIDIA_SMI_S = 20.0
+
+
+@dataclass(frozen=True)
+class Room:
+    """A place that is written to."""
+
+    place: str
+    free_gib: float
+    writable: bool
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_gib: float
+    driver: str
+
+
+@dataclass(frozen=True)
+class Interface:
+    name: str
+    address: str  # IPv4
+    megabits: int | None  # a second; None where the driver does not say
+
+
+@dataclass(frozen=True)
+class Machine:
+    host: str
+    python: str
+    packages: dict[str, str | None]
+    clock: float  # seconds since 1970
+    cpus: int
+    memory_gib: float
+    free_memory_gib: float
+    rooms: dict[str, Room]
+    shm_gib: float  # of /dev/shm
+    shm_used: float  # share
+    open_files: int  # soft limits
+    locked_memory_gib: float
+    gpus: tuple[Gpu, ...]
+    cuda: str | None  # that torch was built for
+    nccl: str | None
+    fabrics: tuple[str, ...]  # RDMA adapters
+    interfaces: tuple[Interface, ...]
+    token_auth: bool  # Ray's, in this process
+    shared: str | None  # content of the file that was asked for
+
+
+def look(shared: Path | None = None) -> Machine:
+    """`shared`: a file that another machine has just written."""
+    memory, shm = psutil.virtual_memory(), shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
+    described = describe_environment()
+    return Machine(
+        host=socket.gethostname(),
+        python=described["python"],
+        packages=described["packages"],
+        clock=time.time(),
+        cpus=os.cpu_count() or 1,
+        memory_gib=memory.total / 2**30,
+        free_memory_gib=memory.available / 2**30,
+        rooms={"cache disk": room(cache_directory()), "ray disk": room(Path("/tmp"))},
+        shm_gib=shm.total / 2**30 if shm else 0.0,
+        shm_used=shm.used / shm.total if shm and shm.total else 0.0,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        locked_memory_gib=limit_gib(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
+        gpus=find_gpus(),
+        cuda=cuda_of_torch(),
+        nccl=nccl_of_torch(),
+        fabrics=tuple(sorted(path.name for path in FABRICS.glob("*"))),
+        interfaces=find_interfaces(),
+        token_auth=asks_for_token(),
+        shared=shared.read_text() if shared is not None and shared.is_file() else None,
+    )
+
+
+def room(place: Path) -> Room:
+    existing = next(p for p in [place, *place.parents] if p.exists())
+    return Room(str(existing), shutil.disk_usage(existing).free / 2**30, os.access(existing, os.W_OK))
+
+
+def limit_gib(limit: int) -> float:
+    return float("inf") if limit == resource.RLIM_INFINITY else limit / 2**30
+
+
+def find_gpus() -> tuple[Gpu, ...]:
+    """By the driver's own tool: what torch sees depends on what Ray gave this process."""
+    if shutil.which(NVIDIA_SMI[0]) is None:
+        return ()
+    try:
+        done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=False)
+    except subprocess.TimeoutExpired:  # a GPU that hangs
+        return ()
+    return parse_gpus(done.stdout) if done.returncode == 0 else ()
+
+
+def parse_gpus(listed: str) -> tuple[Gpu, ...]:
+    """Lines of `name, MiB, driver`."""
+    rows = [[part.strip() for part in line.split(",")] for line in listed.splitlines() if line.count(",") == 2]
+    return tuple(Gpu(name, float(mib) / 1024, driver) for name, mib, driver in rows)
+
+
+def cuda_of_torch() -> str | None:
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch.version.cuda
+
+
+def nccl_of_torch() -> str | None:
+    for package in ("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def find_interfaces() -> tuple[Interface, ...]:
+    """Those that are up, with an IPv4 address, but the loopback."""
+    stats = psutil.net_if_stats()
+    return tuple(
+        Interface(name, address.address, stats[name].speed or None)
+        for name, addresses in sorted(psutil.net_if_addrs().items())
+        for address in addresses
+        if address.family == socket.AF_INET and name in stats and stats[name].isup and name != "lo"
+    )
+
+
+def asks_for_token() -> bool:
+    """Whether Ray in this process asks for a token and shows one."""
+    try:
+        from ray._private.authentication.authentication_utils import is_token_auth_enabled
+    except ImportError:  # another version of Ray, or none
+        return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+    return bool(is_token_auth_enabled())

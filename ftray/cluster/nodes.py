@@ -1,0 +1,190 @@
+"""A whole cluster looked at: each node as the doctor sees a machine, all of them against each other, and the links."""
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ftray.cluster.bandwidth import CONNECT_S, Peer, judge_links, rounds
+from ftray.cluster.doctor import Finding, judge
+from ftray.cluster.machine import Machine, look
+from ftray.errors import UserError
+from ftray.train.preflight import MAX_CLOCK_DIFFERENCE_S, ask_nodes
+
+ACTOR_S = 60.0  # for an actor to come up, or a link to be measured
+
+
+def examine_cluster(address: str, *, shared: Path | None, say: Callable[[str], None]) -> list[Finding]:
+    """`shared`: a directory that all nodes should see."""
+    with connected(address) as problem:
+        if problem is not None:
+            return [problem]
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        say(f"asks {len(nodes)} nodes")
+        probe, token = (
+            shared / f".ftray-doctor-{uuid.uuid4().hex}" if shared is not None else None,
+            secrets.token_hex(8),
+        )
+        try:
+            if probe is not None:
+                probe.write_text(token)
+            asked = time.time()
+            answers = ask_nodes(nodes, look_there, probe)
+            answered = time.time()
+        except OSError as error:
+            return [Finding("failed", "shared storage", f"{shared}: {error.strerror}", "give a directory of all nodes")]
+        finally:
+            if probe is not None:
+                probe.unlink(missing_ok=True)
+        findings = describe_cluster(address, ray.nodes())
+        machines = {}
+        for node, answer in zip(nodes, answers, strict=True):
+            if isinstance(answer, UserError):
+                fix = "install ftray there, the same version (cluster/constraints.txt)"
+                findings.append(Finding("failed", "node", str(answer), fix, node["NodeManagerAddress"]))
+            else:
+                machines[name_of(node)] = answer
+        findings += compare(machines, asked=asked, answered=answered)
+        findings += compare_storage(machines, shared, token)
+        for name, machine in machines.items():
+            findings += [replace(found, node=name) for found in judge(machine)]
+        say("measures the links")
+        return findings + judge_links(measure_links([node for node in nodes if name_of(node) in machines]))
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Finding | None]:
+    """Yields what is wrong where the cluster cannot be joined."""
+    fix = "start it (ray start --head), give --address HOST:6379 of its head, or unset RAY_ADDRESS"
+    host, _, port = address.removeprefix("ray://").partition(":")
+    try:
+        if address != "auto":
+            socket.create_connection((host, int(port or 6379)), timeout=CONNECT_S).close()  # Ray would wait longer
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        if "token" in str(error).lower() or "auth" in str(error).lower():
+            fix = "set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        yield Finding("failed", "ray cluster", f"{address}: {first_line(error)}", fix)
+        return
+    try:
+        yield None
+    finally:
+        ray.shutdown()
+
+
+def look_there(address: str, probe: Path | None) -> Machine:
+    return look(probe)
+
+
+def name_of(node: dict[str, Any]) -> str:
+    return node["NodeManagerAddress"]
+
+
+def describe_cluster(address: str, nodes: list[dict[str, Any]]) -> list[Finding]:
+    alive = [node for node in nodes if node["Alive"]]
+    gone = [name_of(node) for node in nodes if not node["Alive"] and name_of(node) not in map(name_of, alive)]
+    have = Counter[str]()
+    for node in alive:
+        have.update({kind: int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU")})
+    text = f"{address}: {len(alive)} nodes with {have['CPU']} CPUs and {have['GPU']} GPUs for Ray"
+    findings = [Finding("ok", "ray cluster", text)]
+    if gone:
+        fix = "a spot machine that was taken is normal; else look at its kernel log and Ray's logs"
+        findings.append(Finding("warning", "ray cluster", f"nodes that died: {', '.join(gone)}", fix))
+    return findings
+
+
+def compare(machines: dict[str, Machine], *, asked: float, answered: float) -> list[Finding]:
+    """`asked`, `answered`: this machine's clock before and after every node looked at its own."""
+    findings = []
+    for what, of in (
+        ("python", lambda machine: machine.python),
+        *((name, lambda machine, name=name: machine.packages[name]) for name in packages_of(machines)),
+        ("torch's CUDA", lambda machine: machine.cuda),
+        ("driver", lambda machine: machine.gpus[0].driver if machine.gpus else None),
+    ):
+        findings += differing(what, {name: of(machine) for name, machine in machines.items()})
+    for name, machine in machines.items():
+        if not asked - MAX_CLOCK_DIFFERENCE_S < machine.clock < answered + MAX_CLOCK_DIFFERENCE_S:
+            text = f"differs by {machine.clock - answered:.0f} s from this machine's"
+            findings.append(Finding("failed", "clock", text, "synchronise it (chrony, NTP)", name))
+        if not machine.token_auth:
+            text = "asks for no token: whoever reaches its ports runs code there"
+            fix = "RAY_AUTH_MODE=token on every node, with one token (~/.ray/auth_token)"
+            findings.append(Finding("failed", "ray auth", text, fix, name))
+    if not findings:
+        findings.append(Finding("ok", "nodes", f"{len(machines)} with equal versions and clocks, closed by a token"))
+    return findings
+
+
+def packages_of(machines: dict[str, Machine]) -> list[str]:
+    return sorted({name for machine in machines.values() for name in machine.packages})
+
+
+def differing(what: str, values: dict[str, str | None]) -> list[Finding]:
+    """The nodes that are not as most are; a node that has none of it (no GPU) is not asked."""
+    asked = {
+        name: value for name, value in values.items() if value is not None or what not in ("driver", "torch's CUDA")
+    }
+    if len(set(asked.values())) < 2:
+        return []
+    (usual, count), *_ = Counter(asked.values()).most_common()
+    return [
+        Finding(
+            "failed",
+            what,
+            f"{value or 'not installed'}, {count} of {len(asked)} nodes have {usual or 'none'}",
+            "install the same everywhere (cluster/constraints.txt)",
+            name,
+        )
+        for name, value in asked.items()
+        if value != usual
+    ]
+
+
+def compare_storage(machines: dict[str, Machine], shared: Path | None, token: str) -> list[Finding]:
+    if shared is None:
+        text = "not looked at: --shared DIRECTORY tries it"
+        return [Finding("ok", "shared storage", text)]
+    blind = [name for name, machine in machines.items() if machine.shared != token]
+    if blind:
+        fix = "mount it on every node, at the same path"
+        return [Finding("failed", "shared storage", f"{shared} is not seen there", fix, name) for name in blind]
+    return [Finding("ok", "shared storage", f"{shared}: all nodes see a file as soon as it is written")]
+
+
+def measure_links(nodes: list[dict[str, Any]]) -> dict[tuple[str, str], float | str]:
+    if len(nodes) < 2:
+        return {}
+    nonce = os.urandom(16)
+    actor = ray.remote(num_cpus=0)(Peer)
+    peers = [
+        actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)).remote(
+            name_of(node), nonce
+        )
+        for node in nodes
+    ]
+    ports: list[int] = ray.get([peer.port.remote() for peer in peers], timeout=ACTOR_S)
+    names = [name_of(node) for node in nodes]
+    rates: dict[tuple[str, str], float | str] = {}
+    for pairs in rounds(len(nodes)):
+        sending = [peers[a].send.remote(names[b], ports[b]) for a, b in pairs]
+        for (a, b), rate in zip(pairs, ray.get(sending, timeout=ACTOR_S), strict=True):
+            rates[names[a], names[b]] = rate
+    return rates
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,154 @@
+"""What lies in an object store, copied once to each machine that needs it: base models, data files.
+
+One process fetches, others on the machine wait for it. A copy counts once its manifest is there, which is written after
+everything else and never before the store is asked again whether the objects are still those that were read. The least
+recently used copies go when a new one needs their room; those that a process has opened stay.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from filelock import FileLock
+
+from ftray.errors import FtrayError, UserError
+from ftray.storage.manifest import MANIFEST, verify_directory, write_manifest
+from ftray.storage.objects import ObjectStore, StoredObject
+
+LIMIT = "FTRAY_CACHE_GIB"
+NEVER_FILL = 0.95  # of the disk
+
+# Kept open for as long as the process lives: nobody removes what it reads.
+_held: dict[Path, IO[bytes]] = {}
+
+
+@dataclass(frozen=True)
+class LocalCopies:
+    root: Path
+    limit_bytes: int | None  # of all copies together; None: what the disk holds
+
+    def fetch(
+        self,
+        url: str,
+        *,
+        wanted: Callable[[str], bool] = lambda key: True,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Path:
+        """A directory with the objects below `url` that are `wanted` (by their key), or with the one that it names.
+
+        Raises `UserError` where there are none, or no room for them.
+        """
+        where, objects = look(url, wanted)
+        directory = self.root / f"{label_of(url)}-{identity(url, objects)}"
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{directory}.lock"):
+            if not (directory / MANIFEST).is_file():
+                self._make_room(url, sum(found.size for found in objects))
+                say(f"fetching {url} ({describe_bytes(sum(found.size for found in objects))}) into {directory}")
+                self._download(where, url, objects, wanted, directory)
+            hold(directory)
+        os.utime(directory)  # used now
+        return directory
+
+    def _download(
+        self, store: ObjectStore, url: str, objects: list[StoredObject], wanted: Callable[[str], bool], directory: Path
+    ) -> None:
+        staging = directory.with_name(f"{directory.name}.part")
+        shutil.rmtree(staging, ignore_errors=True)
+        for found in objects:
+            store.download(found, staging / found.key)
+        if look(url, wanted)[1] != objects:
+            shutil.rmtree(staging)
+            raise FtrayError(f"{url}: its objects changed while they were read; try again when they stand still")
+        if (staging / MANIFEST).is_file():  # ours, made where they were written
+            verify_directory(staging)
+        else:
+            write_manifest(staging, metadata={"url": url})
+        os.replace(staging, directory)
+
+    def _make_room(self, url: str, needed: int) -> None:
+        """Raises `UserError` when all that nobody uses is not enough."""
+        disk = shutil.disk_usage(self.root)
+        for directory in sorted(self.copies(), key=lambda path: path.stat().st_mtime):
+            if self._fits(needed):
+                return
+            remove_unless_held(directory)
+        if not self._fits(needed):
+            limit = "no limit is set" if self.limit_bytes is None else f"{LIMIT} is {describe_bytes(self.limit_bytes)}"
+            raise UserError(
+                f"{url}: needs {describe_bytes(needed)} in {self.root}; {describe_bytes(disk.free)} of the disk are "
+                f"free, {limit}, and what is there is in use: make room, or raise {LIMIT}"
+            )
+
+    def _fits(self, needed: int) -> bool:
+        disk = shutil.disk_usage(self.root)
+        in_limit = self.limit_bytes is None or sum(map(size_of, self.copies())) + needed <= self.limit_bytes
+        return in_limit and disk.used + needed <= NEVER_FILL * (disk.used + disk.free)
+
+    def copies(self) -> list[Path]:
+        return [path.parent for path in self.root.glob(f"*/{MANIFEST}")]
+
+
+def local_copies(cache: Path) -> LocalCopies:
+    """With the limit of this machine's environment. Raises `UserError` where that is no number."""
+    text = os.environ.get(LIMIT)
+    try:
+        limit = None if text is None else int(float(text) * 2**30)
+    except ValueError:
+        raise UserError(f"{LIMIT}: {text!r} is no number of GiB") from None
+    return LocalCopies(cache / "copies", limit)
+
+
+def look(url: str, wanted: Callable[[str], bool]) -> tuple[ObjectStore, list[StoredObject]]:
+    """The objects, and the store that their keys belong to: below `url`, or the one that it names."""
+    store = ObjectStore(url)
+    found = [entry for entry in store.entries() if wanted(entry.key)]
+    if found and [entry.key for entry in found] != [""]:
+        return store, sorted(found, key=lambda entry: entry.key)
+    parent, _, name = url.rstrip("/").rpartition("/")
+    if not parent.endswith(("/", ":")):  # a bucket has none
+        store = ObjectStore(parent)
+        found = [entry for entry in store.entries() if entry.key == name]
+    if not found:
+        raise UserError(f"{url}: there is nothing of that name in the store")
+    return store, found
+
+
+def identity(url: str, objects: Iterable[StoredObject]) -> str:
+    described = "\n".join([url, *(f"{found.key} {found.size} {found.tag}" for found in objects)])
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def label_of(url: str) -> str:
+    return re.sub(r"[^a-z0-9.-]+", "-", url.rstrip("/").rpartition("/")[2].lower())
+
+
+def hold(directory: Path) -> None:
+    if directory not in _held:
+        file = directory.with_name(f"{directory.name}.use").open("ab")
+        fcntl.flock(file, fcntl.LOCK_SH)
+        _held[directory] = file
+
+
+def remove_unless_held(directory: Path) -> None:
+    with directory.with_name(f"{directory.name}.use").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        (directory / MANIFEST).unlink(missing_ok=True)  # first: what is half removed is no copy
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def size_of(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def describe_bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

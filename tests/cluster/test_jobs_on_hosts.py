@@ -1,0 +1,182 @@
+"""`ftray submit` and `ftray doctor` on a cluster of hosts, as a user on the head does it: a run over two hosts whose
+driver dies, a sweep, an endpoint; a link that is slow and one that is closed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from hosts import BIN, Cluster, can_make_hosts, ip
+from tiny import write_tiny_model
+
+from ftray.pipeline import publish_adapter
+from ftray.registry import Registry
+from ftray.storage import read_json
+from ftray.tracking.events import read_events
+from ftray.tracking.metrics import read_metrics
+
+pytestmark = pytest.mark.skipif(not can_make_hosts(), reason="needs root and `ip` to make network namespaces")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    directory = Path(tempfile.mkdtemp(prefix="fj"))
+    cluster = Cluster(directory)
+    try:
+        cluster.start(num_workers=2)
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def project(tmp_path, tiny_model, train_file, eval_file) -> Path:
+    path = tmp_path / "project"
+    path.mkdir()
+    (path / "run.yaml").write_text(
+        f"kind: run\nname: job\nbase_model: {tiny_model}\nmax_steps: 400\nruns_dir: {tmp_path}/runs\n"
+        f"data: {{train: {train_file}, eval: {eval_file}}}\nworkers: {{count: 2}}\n"
+        f"batch: {{examples_per_step: 4}}\ncheckpoint: {{every: 10}}\nregistry: {tmp_path}/registry\n"
+    )
+    (path / "sweep.yaml").write_text(
+        "kind: sweep\nname: tries\nrun: run.yaml\nspace: {optimizer.learning_rate: [1e-3, 5e-3]}\n"
+        "overrides: {max_steps: 4, workers.count: 1}\nsearch: {algorithm: grid, fused: off}\n"
+    )
+    return path
+
+
+def client(cluster: Cluster, project: Path, *words: str) -> subprocess.Popen:
+    """Of the cluster it knows the job server's address and the token."""
+    command = [str(BIN / "ftray"), "submit", *words, "--address", "http://127.0.0.1:8265"]
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    environment = cluster.environment() | {"PYTHONPATH": str(ROOT), "PATH": path}
+    return subprocess.Popen(
+        cluster.on(cluster.head, *command),
+        cwd=project,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process: subprocess.Popen, code: int = 0, *, timeout_s: float = 240) -> str:
+    out, _ = process.communicate(timeout=timeout_s)
+    assert process.returncode == code, out
+    return out
+
+
+def wait_for(condition, process: subprocess.Popen, *, timeout_s: float = 120):
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    raise AssertionError("waited in vain")
+
+
+def test_a_driver_that_dies_is_started_again_and_goes_on(cluster, project):
+    process = client(cluster, project, "run.yaml")
+    run = project.parent / "runs/job"
+    wait_for(lambda: list((run / "checkpoints").glob("step-*/manifest.json")), process)
+    drivers = [pid for pid in cluster.processes_on(cluster.head) if is_driver(pid)]
+    assert len(drivers) == 1
+    os.kill(drivers[0], signal.SIGKILL)
+    out = ended(process)
+    assert "the driver died of SIGKILL; starts again" in out
+    assert f"resumes from {run}/checkpoints/step-" in out
+    assert "job: 400 steps" in out
+    assert read_json(run / "result.json")["steps"] == 400
+    assert [r["step"] for r in read_metrics(run) if "loss" in r] == list(range(1, 401))
+    workers = [event["workers"] for event in read_events(run) if event["event"] == "workers_started"]
+    assert workers[-1] == 2
+
+
+def is_driver(pid: int) -> bool:
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return b"-m" in words and b"ftray" in words and b"train" in words and b"ftray.cluster.supervise" not in words
+
+
+def test_a_sweep(cluster, project):
+    out = ended(client(cluster, project, "sweep.yaml"))
+    assert (project.parent / "runs/tries/sweep.html").is_file(), out
+    assert "tries" in out
+
+
+def test_an_endpoint_lives_as_long_as_its_job(cluster, project, adapters):
+    base = write_tiny_model(project / "base")
+    registry = Registry(str(project.parent / "registry"))
+    publish_adapter(registry, "support", adapters["r4"])
+    registry.promote("support@1", "prod")
+    (project / "serve.yaml").write_text(
+        f"kind: serve\nbase_model: {base}\nport: 8100\nadapters: {{registry: {registry.location}}}\n"
+        "engine: {context_tokens: 128, kv_cache_tokens: 1024}\n"
+    )
+    process = client(cluster, project, "serve.yaml")
+    body = {"model": "support", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    wait_for(lambda: "support@1" in ask(cluster, "/v1/chat/completions", body), process)
+    ended(client(cluster, project, "serve.yaml", "--stop"))
+    process.communicate(timeout=60)
+    assert "support@1" not in ask(cluster, "/v1/chat/completions", body)
+
+
+def ask(cluster: Cluster, path: str, body: dict) -> str:
+    words = ["curl", "--silent", "--max-time", "20", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    done = subprocess.run(
+        cluster.on(cluster.head, *words, f"http://127.0.0.1:8100{path}"), capture_output=True, text=True, check=False
+    )
+    return done.stdout
+
+
+def doctor(cluster: Cluster, *words: str) -> tuple[list[dict], int]:
+    process = cluster.run(
+        str(BIN / "ftray"), "doctor", "--json", *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in err, err
+    return json.loads(out), process.returncode
+
+
+def test_the_doctor_of_a_cluster_names_what_is_wrong(cluster, tmp_path):
+    """The nodes share this machine's disks and packages; what of them can be wrong is in tests/unit/test_doctor.py."""
+    found, code = doctor(cluster, "--shared", str(tmp_path))
+    assert code == 0, found
+    by_subject = {finding["subject"]: finding for finding in found}
+    assert "3 nodes with 2 CPUs" in by_subject["ray cluster"]["text"]
+    assert "closed by a token" in by_subject["nodes"]["text"]
+    assert by_subject["shared storage"]["level"] == "ok"
+    assert "6 links over TCP" in by_subject["bandwidth"]["text"]
+    assert not [finding for finding in found if finding["subject"] == "link"]
+    assert len({finding["node"] for finding in found} - {""}) == 3
+
+    one, two = cluster.hosts[1:]
+    ip("-n", one.name, "route", "add", "unreachable", f"{two.address}/32")
+    # The head's own link; the workers' way to the head is not touched.
+    shape = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "20mbit", "burst", "32kbit", "latency", "50ms"]
+    subprocess.run(["ip", "netns", "exec", cluster.head.name, *shape], check=True)
+    try:
+        found, code = doctor(cluster, "--shared", str(cluster.small_disk / "absent"))
+        assert code == 1
+        assert [f["level"] for f in found if f["subject"] == "shared storage"] == ["failed"]
+        found, code = doctor(cluster)
+    finally:
+        ip("-n", one.name, "route", "del", "unreachable", f"{two.address}/32")
+        subprocess.run(
+            ["ip", "netns", "exec", cluster.head.name, "tc", "qdisc", "del", "dev", "eth0", "root"], check=True
+        )
+    assert code == 1
+    links = [(finding["level"], finding["text"]) for finding in found if finding["subject"] == "link"]
+    closed = [text for level, text in links if level == "failed"]
+    assert any(text.startswith(f"{one.address} does not reach {two.address}") for text in closed), links
+    slow = [text for level, text in links if level == "warning"]
+    assert slow, found
+    assert all(text.startswith(f"{cluster.head.address} -> ") for text in slow), links
