@@ -78,6 +78,10 @@ class Slurm:
         ]
         socket_file = f"--socket={self.directory}/munge.socket"
         self._daemon("munged", "--force", "--foreground", f"--key-file={key}", socket_file, *files)
+        # slurmd looks which kind of cgroups there are, also where nothing uses them, and finds none in a container.
+        (self.directory / "cgroup.conf").write_text(
+            f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={self.directory}/cgroup\nCgroupAutomount=no\n"
+        )
         self._daemon("slurmctld", "-D", on=self.cluster.head)
         for name, host in self.workers.items():
             self._daemon("slurmd", "-D", "-N", name, on=host)
@@ -124,7 +128,7 @@ class Slurm:
     def job(self, number: int) -> dict[str, str]:
         return dict(re.findall(r"(\w+)=(\S+)", self.call("scontrol", "show", "job", str(number))))
 
-    def wait_for(self, condition, what: str, *, timeout_s: float = 180):
+    def wait_for(self, condition, what: str, *, timeout_s: float = 150):
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             if found := condition():

@@ -11,7 +11,7 @@ from slurm import Slurm, has_slurm
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not (can_make_hosts() and has_slurm()), reason="needs root, ip netns and slurm-wlm")
-STEPS = 400
+STEPS = 200
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,7 @@ def test_a_run_goes_over_the_allocation_and_on_after_the_time_limit(slurm, proje
     assert slurm.job(number)["JobState"] == "COMPLETED", log
     assert f"resumes from {run}/checkpoints/{saved[0]}" in log
     assert f"slurm: {STEPS} steps" in log
-    nodes = {host for name, host in slurm.workers.items() if f"{host.address}" in log}
-    assert len(nodes) == 2, f"a worker on each node\n{log}"
+    assert log.count("2 workers run on cpu") == 2, "the nodes have one CPU each"
     assert "RAY_AUTH_TOKEN" not in log
     for host in slurm.workers.values():
         assert list((slurm.cluster.directory / host.name).glob("ftray-*")) == [], "Ray's files went with the job"
@@ -87,7 +86,7 @@ def test_a_mistake_ends_the_job_and_is_told(slurm, project):
 
 def test_a_cancelled_job_stays_ended(slurm, project):
     number = slurm.submit("--nodes=2", SCRIPT, "train", "run.yaml", "name=other", cwd=project, **OF_THE_SITE)
-    slurm.wait_for(lambda: last_step(project / "runs/other") >= 1, "the first step")
+    slurm.wait_for(lambda: slurm.job(number)["JobState"] == "RUNNING", "the job's start")
     slurm.call("scancel", str(number))
     slurm.wait_for(lambda: ends(slurm, number), "the end")
     assert slurm.job(number)["JobState"] == "CANCELLED"
