@@ -108,6 +108,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         return plain | {
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # a job's entrypoint says `python`
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "GLOO_SOCKET_IFNAME": "eth0",
