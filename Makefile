@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 # Clients of OpenAI's API, which want their own versions of much.
 CLIENTS := .venv-clients
 
-.PHONY: help install lint test test-cluster test-vllm test-clients soak quickstart clean
+.PHONY: help install lint test test-cluster test-vllm test-clients soak audit quickstart clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
@@ -19,8 +19,9 @@ help:
 	@echo "make test-vllm    the vLLM engine on a CPU, in an environment of its own (about 4 minutes)"
 	@echo "make test-clients LangChain, lm-evaluation-harness and vLLM's benchmark against an endpoint (about 2 minutes)"
 	@echo "make soak         an endpoint under load for ten minutes, while replicas die and adapters are swapped"
+	@echo "make audit        what PyPI's database of advisories says of every pinned package (needs the network)"
 	@echo "make install      make $(VENV) and install the project with the pins of cluster/constraints.txt"
-	@echo "make clean        remove $(VENV), $(VLLM) and $(CLIENTS)"
+	@echo "make clean        remove the environments"
 
 install: $(VENV)/.installed
 
@@ -41,7 +42,9 @@ test: lint
 
 # Many hosts on this machine, as network namespaces: needs root and `ip`.
 test-cluster: install
-	$(BIN)/python -m pytest tests/cluster/test_submit.py
+	$(BIN)/python -m pytest tests/cluster/test_submit.py tests/cluster/test_tls.py
+	$(BIN)/python -m pytest tests/cluster/test_slurm.py
+	$(BIN)/python -m pytest tests/cluster/test_jobs_on_hosts.py
 	$(BIN)/python -m pytest tests/cluster/test_cluster.py
 
 test-vllm: $(VLLM)/.installed
@@ -70,8 +73,13 @@ $(CLIENTS)/.installed: tests/clients/environment.txt
 soak: install
 	$(BIN)/python tests/soak/soak.py
 
+# In an environment of its own, so that what it brings is not among what it looks at.
+audit:
+	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --quiet pip-audit; }
+	.venv-audit/bin/pip-audit --requirement cluster/constraints.txt --no-deps --disable-pip
+
 quickstart: install
 	$(BIN)/ftray quickstart
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(CLIENTS)
+	rm -rf $(VENV) $(VLLM) $(CLIENTS) .venv-audit

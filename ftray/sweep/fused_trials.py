@@ -25,7 +25,7 @@ from ftray.sweep.fused_job import FusedJob, run_fused_in_worker
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Outcome, Report
 from ftray.train.preflight import fitting_groups
-from ftray.train.ray_trainer import Fit, bundle_of, last_line, worker_environment
+from ftray.train.ray_trainer import Fit, bundle_of, last_line, set_poll_interval, worker_environment
 from ftray.train.watchdog import HangReader
 
 Say = Callable[[str], None]
@@ -160,6 +160,7 @@ def run_fused(
 
 def make_group(job: FusedJob) -> TorchTrainer:
     workers = job.base_run.workers
+    set_poll_interval(workers.max_count)
     return TorchTrainer(
         run_fused_in_worker,
         train_loop_config={"job": job},

@@ -28,6 +28,11 @@ RETRY_S = 10.0
 ERROR_GRACE_S = 20.0
 # Elastic workers: how often Ray looks for hosts that came; a larger group starts from the last checkpoint.
 RESIZE_CHECK_S = 30.0
+# `ray.train.report` and a run's end wait until Ray Train's controller asks its workers the next time: with its own 2 s
+# every checkpoint stops the training for as long. Large groups are asked less often.
+POLL_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+POLL_INTERVAL_BY_USER = POLL_INTERVAL in os.environ
+WORKERS_ASKED_PER_S = 128
 # Passed from the driver's environment to the workers.
 WORKER_ENVIRONMENT = (
     "HF_HOME",
@@ -103,6 +108,7 @@ def make_trainer(job: TrainJob) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers, guard = job.config.workers, job.config.guard
+    set_poll_interval(workers.max_count)
     skips = guard.max_skips if guard.on_bad_loss == "skip" else 0  # each is a restart
     return TorchTrainer(
         run_in_worker,
@@ -122,6 +128,11 @@ def make_trainer(job: TrainJob) -> Any:
             worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},
         ),
     )
+
+
+def set_poll_interval(num_workers: int) -> None:
+    if not POLL_INTERVAL_BY_USER:
+        os.environ[POLL_INTERVAL] = f"{min(2.0, max(0.25, num_workers / WORKERS_ASKED_PER_S)):g}"
 
 
 def bundle_of(workers: WorkersConfig) -> dict[str, float]:

@@ -48,7 +48,7 @@ def train(cluster, tiny_model, train_file, eval_file, tmp_path):
     def start(name: str, **settings: str) -> tuple[subprocess.Popen, Path]:
         config = tmp_path / "run.yaml"
         config.write_text(
-            f"kind: run\nname: demo\nbase_model: {tiny_model}\nmax_steps: 600\nruns_dir: {tmp_path}/runs\n"
+            f"kind: run\nname: demo\nbase_model: {tiny_model}\nmax_steps: 240\nruns_dir: {tmp_path}/runs\n"
             f"data: {{train: {train_file}, eval: {eval_file}}}\nworkers: {{count: 2, max_failures: 8}}\n"
             "batch: {examples_per_step: 4}\noptimizer: {learning_rate: 5e-3}\ncheckpoint: {every: 10}\n"
             "evaluation: {every: 600}\nguard: {hang_timeout_s: 15}\n"

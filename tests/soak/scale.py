@@ -65,6 +65,9 @@ def measure(nodes: int) -> dict:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+    from ftray.train.ray_trainer import set_poll_interval
+
+    set_poll_interval(nodes)
     began = time.time()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20})
     for _ in range(nodes):

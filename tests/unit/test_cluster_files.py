@@ -7,10 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jsonschema
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ruamel.yaml import YAML
 
@@ -233,3 +237,33 @@ def test_alerts_fire_when_they_should():
         command = ["promtool", *arguments]
         done = subprocess.run(command, cwd=ROOT / "cluster/prometheus", capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+# -- pins ------------------------------------------------------------------------------------------------------------
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "cluster/constraints.txt").read_text().split()
+    return {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines) if version}
+
+
+def vulnerable(pinned: dict[str, str]) -> list[str]:
+    known = load(ROOT / "cluster/advisories.yaml")
+    return [
+        f"{name} {pinned[name]}: {', '.join(entry['advisories'])}"
+        for name, entry in known.items()
+        if name in pinned and Version(pinned[name]) < Version(str(entry["at_least"]))
+    ]
+
+
+def test_no_pin_has_an_advisory_that_is_known_to_us():
+    assert vulnerable(pins()) == []
+    assert vulnerable(pins() | {"ray": "2.53.0"}) == ["ray 2.53.0: CVE-2025-62593, CVE-2026-27482"]
+
+
+def test_every_dependency_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    unpinned = {"vllm", "liger-kernel"}  # GPUs only; vllm pins its own in an environment of its own
+    extras = [line for name, lines in project["optional-dependencies"].items() for line in lines]
+    wanted = {canonicalize_name(Requirement(line).name) for line in [*project["dependencies"], *extras]}
+    assert wanted - set(pins()) == unpinned
