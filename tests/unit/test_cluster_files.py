@@ -239,6 +239,25 @@ def test_alerts_fire_when_they_should():
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_runtime_environments_are_read_and_mistakes_told(tmp_path):
+    from ftray.cluster.submit import read_runtime_env
+    from ftray.errors import UserError
+
+    assert "uv" in read_runtime_env(str(ROOT / "cluster/runtime_env.yaml"))
+    for text, says in (
+        ("working_dir: .", "without working_dir"),
+        ("[uv]", "give a mapping"),
+        ("uv: {packages: 3}", "packages"),
+        ("uv: [", "runtime-env"),
+    ):
+        path = tmp_path / "env.yaml"
+        path.write_text(text)
+        with pytest.raises(UserError, match=says):
+            read_runtime_env(str(path))
+    with pytest.raises(UserError, match="No such file"):
+        read_runtime_env(str(tmp_path / "absent.yaml"))
+
+
 # -- pins ------------------------------------------------------------------------------------------------------------
 
 
