@@ -44,7 +44,7 @@ def supervise(command: list[str], *, retries: int) -> int:
 def main() -> None:
     retries, separator, *command = sys.argv[1:]
     if separator != "--" or not command:
-        sys.exit(f"usage: {__doc__.split('`')[1]}")
+        sys.exit("usage: python -m ftray.cluster.supervise RETRIES -- COMMAND ...")
     sys.exit(supervise(command, retries=int(retries)))
 
 

@@ -86,12 +86,14 @@ def embedded_gguf(name: str) -> Path:
     return Path(spec.origin).parent / file_name
 
 
-def fetch_from_store(url: str, *, say: Callable[[str], None]) -> Path:
-    def wanted(key: str) -> bool:
-        return "/" not in key and any(fnmatch.fnmatch(key, pattern) for pattern in MODEL_FILES)
+def is_model_file(key: str) -> bool:
+    """Of a directory in an object store."""
+    return "/" not in key and any(fnmatch.fnmatch(key, pattern) for pattern in MODEL_FILES)
 
+
+def fetch_from_store(url: str, *, say: Callable[[str], None]) -> Path:
     try:
-        directory = local_copies(cache_directory()).fetch(url, wanted=wanted, say=say)
+        directory = local_copies(cache_directory()).fetch(url, wanted=is_model_file, say=say)
     except FtrayError as error:
         raise UserError(f"base_model: {error}") from None
     if not (directory / "config.json").is_file():

@@ -5,17 +5,18 @@ everything else and never before the store is asked again whether the objects ar
 recently used copies go when a new one needs their room; those that a process has opened stay.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ftray.errors import FtrayError, UserError
 from ftray.storage.manifest import MANIFEST, verify_directory, write_manifest
@@ -44,33 +45,46 @@ class LocalCopies:
 
         Raises `UserError` where there are none, or no room for them.
         """
-        where, objects = look(url, wanted)
-        directory = self.root / f"{label_of(url)}-{identity(url, objects)}"
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{directory}.lock"):
-            if not (directory / MANIFEST).is_file():
-                self._make_room(url, sum(found.size for found in objects))
+        store, objects = look(url, wanted)
+        directory = self.place_of(url, objects)
+        with self.claim(url, objects, wanted) as filling:
+            if filling is not None:
                 say(f"fetching {url} ({describe_bytes(sum(found.size for found in objects))}) into {directory}")
-                self._download(where, url, objects, wanted, directory)
+                for found in objects:
+                    store.download(found, filling.staging / found.key)
+                filling.finish()
             hold(directory)
         os.utime(directory)  # used now
         return directory
 
-    def _download(
-        self, store: ObjectStore, url: str, objects: list[StoredObject], wanted: Callable[[str], bool], directory: Path
-    ) -> None:
-        staging = directory.with_name(f"{directory.name}.part")
-        shutil.rmtree(staging, ignore_errors=True)
-        for found in objects:
-            store.download(found, staging / found.key)
-        if look(url, wanted)[1] != objects:
-            shutil.rmtree(staging)
-            raise FtrayError(f"{url}: its objects changed while they were read; try again when they stand still")
-        if (staging / MANIFEST).is_file():  # ours, made where they were written
-            verify_directory(staging)
-        else:
-            write_manifest(staging, metadata={"url": url})
-        os.replace(staging, directory)
+    def place_of(self, url: str, objects: list[StoredObject]) -> Path:
+        return self.root / f"{label_of(url)}-{identity(url, objects)}"
+
+    @contextlib.contextmanager
+    def claim(
+        self, url: str, objects: list[StoredObject], wanted: Callable[[str], bool], *, wait: bool = True
+    ) -> Iterator["Filling | None"]:
+        """Others on this machine wait meanwhile. Yields None where the copy is there (by now), or, unless it is to
+        `wait`, where another process makes it."""
+        directory = self.place_of(url, objects)
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{directory}.lock")
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            yield None
+            return
+        try:
+            if (directory / MANIFEST).is_file():
+                yield None
+                return
+            self._make_room(url, sum(found.size for found in objects))
+            staging = directory.with_name(f"{directory.name}.part")
+            shutil.rmtree(staging, ignore_errors=True)
+            yield Filling(url, objects, wanted, directory, staging)
+            shutil.rmtree(staging, ignore_errors=True)
+        finally:
+            lock.release()
 
     def _make_room(self, url: str, needed: int) -> None:
         """Raises `UserError` when all that nobody uses is not enough."""
@@ -93,6 +107,38 @@ class LocalCopies:
 
     def copies(self) -> list[Path]:
         return [path.parent for path in self.root.glob(f"*/{MANIFEST}")]
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A copy while it is made."""
+
+    url: str
+    objects: list[StoredObject]
+    wanted: Callable[[str], bool]
+    directory: Path
+    staging: Path
+
+    def write(self, key: str, start: int, part: bytes) -> None:
+        path = self.staging / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("r+b" if path.exists() else "w+b") as file:
+            file.seek(start)
+            file.write(part)
+
+    def finish(self) -> None:
+        """Raises `FtrayError` where it is not what the store has."""
+        for found in self.objects:
+            size = (self.staging / found.key).stat().st_size if (self.staging / found.key).is_file() else -1
+            if size != found.size:
+                raise FtrayError(f"{self.url}/{found.key}: {size} bytes arrived, the store has {found.size}")
+        if look(self.url, self.wanted)[1] != self.objects:
+            raise FtrayError(f"{self.url}: its objects changed while they were read; try again when they stand still")
+        if (self.staging / MANIFEST).is_file():  # ours, made where they were written
+            verify_directory(self.staging)
+        else:
+            write_manifest(self.staging, metadata={"url": self.url})
+        os.replace(self.staging, self.directory)
 
 
 def local_copies(cache: Path) -> LocalCopies:

@@ -96,6 +96,12 @@ class ObjectStore:
             except (BaseError, OSError) as error:
                 raise FtrayError(f"{self.location}/{found.key}: cannot be read: {first_line(error)}") from None
 
+    def read_part(self, key: str, start: int, length: int) -> bytes:
+        try:
+            return bytes(obstore.get_range(self._store, key, start=start, length=length))
+        except (BaseError, OSError) as error:
+            raise FtrayError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
+
     def entries(self, prefix: str = "") -> list[StoredObject]:
         """Every key below `prefix`, with its size and tag, in no order."""
         if not self.exists:

@@ -25,7 +25,7 @@ from ftray.tracking.events import record_event
 from ftray.train.checkpoint import data_digest, newest_whole_checkpoint, read_state
 from ftray.train.finish import PreparedData, describe_interruption, finish, is_complete
 from ftray.train.job import STOP_REQUEST, request_stop
-from ftray.train.preflight import check_disk, check_nodes, check_resources
+from ftray.train.preflight import check_disk, check_nodes, check_resources, nodes_for
 from ftray.train.ray_trainer import Watcher, train_on_ray
 from ftray.train.run_directory import (
     RESULT,
@@ -35,6 +35,7 @@ from ftray.train.run_directory import (
     open_run_directory,
     refuse_vanishing_directory,
 )
+from ftray.train.spread import spread_base
 
 TOKENS = ".tokens"  # beside the run directories: all nodes share it
 
@@ -94,6 +95,8 @@ def run_in(
             check_resources(config.workers, say=watcher.say)
             check_nodes(directory.path, config.workers)
             base, data = preparing.result()
+            if "://" in config.base_model:
+                spread_base(config.base_model, nodes_for(config.workers), say=watcher.say)
         if directory.resume_from is None or not is_complete(directory.resume_from, config, data):
             check_disk(config, base, directory.path)
         if directory.resume_from is not None:

@@ -53,6 +53,12 @@ def fitting_groups(workers: WorkersConfig) -> int:
     return max(1, fitting // workers.max_count)
 
 
+def nodes_for(workers: WorkersConfig) -> list[dict[str, Any]]:
+    """Those that may get a worker."""
+    need = need_of(workers)
+    return [node for node in ray.nodes() if node["Alive"] and workers_that_fit(node["Resources"], need) > 0]
+
+
 def need_of(workers: WorkersConfig) -> dict[str, float]:
     return {"CPU": float(workers.cpus_each), "GPU": float(workers.gpus_each)}
 
@@ -82,8 +88,7 @@ class NodeReport:
 
 def check_nodes(run_directory: Path, workers: WorkersConfig) -> None:
     """Asks every node that may get a worker; raises `UserError` naming the one that differs. One node needs none."""
-    need = need_of(workers)
-    nodes = [n for n in ray.nodes() if n["Alive"] and workers_that_fit(n["Resources"], need) > 0]
+    nodes = nodes_for(workers)
     here = ray.get_runtime_context().get_node_id()
     if all(node["NodeID"] == here for node in nodes):
         return
@@ -102,7 +107,7 @@ def check_nodes(run_directory: Path, workers: WorkersConfig) -> None:
 
 def ask_nodes(nodes: list[dict[str, Any]], question: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`question(address, *arguments)` on each node; its answer, or a `UserError` that says why there is none."""
-    ask = ray.remote(num_cpus=0, max_retries=0)(question)
+    ask: Any = ray.remote(num_cpus=0, max_retries=0)(question)
     tasks = []
     for node in nodes:
         affinity = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)

@@ -161,16 +161,19 @@ def clear_ray_notes(checkpoints: Path) -> None:
 
 
 def worker_environment(gpus_each: int) -> dict[str, str]:
-    passed = {
-        name: value
-        for name, value in os.environ.items()
-        if name in WORKER_ENVIRONMENT or name.startswith(PASSED_PREFIXES)
-    }
     # Relative paths stay the driver's; Ray would move each worker into the checkpoint folder.
     fixed = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TOKENIZERS_PARALLELISM": "false"}
     if gpus_each == 0:
         fixed["DS_ACCELERATOR"] = "cpu"
-    return fixed | passed
+    return fixed | passed_environment()
+
+
+def passed_environment() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in WORKER_ENVIRONMENT or name.startswith(PASSED_PREFIXES)
+    }
 
 
 def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> BaseException | None:

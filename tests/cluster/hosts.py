@@ -100,10 +100,14 @@ class Cluster:
             self.on(host, *command),
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=self.environment(),
+            env=self.environment() | self.cache_of(host),
             start_new_session=True,
             cwd="/",
         )
+
+    def cache_of(self, host: Host) -> dict[str, str]:
+        """The hosts share this machine's disks; the workers' have caches of their own."""
+        return {} if host is self.head else {"XDG_CACHE_HOME": str(self.directory / host.name / "cache")}
 
     def environment(self) -> dict[str, str]:
         plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}

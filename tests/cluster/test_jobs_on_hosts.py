@@ -6,12 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from hosts import BIN, Cluster, can_make_hosts, ip
+from hosts import BIN, PORT, Cluster, can_make_hosts, ip
 from tiny import write_tiny_model
 
 from ftray.pipeline import publish_adapter
@@ -134,6 +135,55 @@ def ask(cluster: Cluster, path: str, body: dict) -> str:
         cluster.on(cluster.head, *words, f"http://127.0.0.1:8100{path}"), capture_output=True, text=True, check=False
     )
     return done.stdout
+
+
+def test_a_base_in_an_object_store_is_read_once_and_passed_on(cluster, project, tiny_model):
+    store = f"http://{cluster.head.address}:5000"
+    for_s3 = {
+        "AWS_ENDPOINT_URL": store,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+    }
+    log = (project / "requests.log").open("wb")
+    serve = cluster.on(cluster.head, sys.executable, "-m", "moto.server", "-H", cluster.head.address, "-p", "5000")
+    server = subprocess.Popen(serve, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    # The tiny model is the same in every session; a copy in this user's cache would be none that is made here.
+    name = f"tiny-{os.getpid()}"
+    try:
+        put = ["curl", "--silent", "--fail", "--retry", "20", "--retry-connrefused", "-X", "PUT", f"{store}/bucket"]
+        subprocess.run(cluster.on(cluster.head, *put), check=True, capture_output=True)
+        for file in tiny_model.iterdir():
+            body = [f"{put[-1]}/{name}/{file.name}", "--data-binary", f"@{file}"]
+            body += ["-H", "Expect:", "-H", "Content-Type: application/octet-stream"]
+            subprocess.run(cluster.on(cluster.head, *put[:-1], *body), check=True, capture_output=True)
+        words = [
+            str(BIN / "ftray"),
+            "train",
+            "run.yaml",
+            "name=stored",
+            "max_steps=4",
+            f"base_model=s3://bucket/{name}",
+        ]
+        command = cluster.on(cluster.head, "env", *(f"{key}={value}" for key, value in for_s3.items()), *words)
+        environment = cluster.environment() | {"RAY_ADDRESS": f"{cluster.head.address}:{PORT}"}
+        process = subprocess.Popen(
+            command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        out = ended(process)
+        assert f"s3://bucket/{name} goes to 2 nodes, from node to node" in out
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=20)
+        log.close()
+        for left in (Path.home() / ".cache/ftray/copies").glob(f"{name}-*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    lines = (project / "requests.log").read_text().splitlines()
+    assert len([line for line in lines if f"GET /bucket/{name}/model.safetensors" in line]) == 1
+    for host in cluster.hosts[1:]:
+        copies = list((cluster.directory / host.name / "cache/ftray/copies").glob(f"{name}-*/model.safetensors"))
+        assert [path.read_bytes() for path in copies] == [(tiny_model / "model.safetensors").read_bytes()]
 
 
 def doctor(cluster: Cluster, *words: str) -> tuple[list[dict], int]:

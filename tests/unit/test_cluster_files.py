@@ -262,8 +262,8 @@ def test_runtime_environments_are_read_and_mistakes_told(tmp_path):
 
 
 def pins() -> dict[str, str]:
-    lines = (ROOT / "cluster/constraints.txt").read_text().split()
-    return {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines) if version}
+    pinned = [line for line in (ROOT / "cluster/constraints.txt").read_text().split() if "==" in line]
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in pinned)}
 
 
 def vulnerable(pinned: dict[str, str]) -> list[str]:

@@ -40,6 +40,7 @@ AT_HOME = {
     "train/ray_trainer.py": {"ray"},
     "train/recording.py": {"ray"},
     "train/preflight.py": {"ray"},
+    "train/spread.py": {"ray"},
     "sweep/launch.py": {"ray"},
     "sweep/measure.py": {"ray"},
     "sweep/fused_trials.py": {"ray"},
