@@ -6,7 +6,7 @@
 #   certificates.sh environment DIRECTORY NAME            prints what `ray start`, drivers and jobs need in their environment
 #
 # Keep ca.key off the nodes: who has it makes nodes. Copy ca.crt and the node's own two files to each machine. Both sides of
-# a connection show a certificate of this authority; a machine without one neither joins nor submits.
+# a connection show a certificate of this authority; a machine without one neither joins nor connects as a driver.
 # Not covered: the dashboard and job server (HTTP: reach them by an SSH tunnel), NCCL and gloo. Ray's own figures: calls
 # get slower by what TLS costs; gradients do not go this way.
 set -euo pipefail
@@ -45,12 +45,16 @@ node() {
             refuse "ADDRESS: '$address' is neither an address nor a host's name"
         fi
     done
-    openssl req -newkey rsa:3072 -nodes -subj "/CN=$name" -keyout "$directory/$name.key" 2>/dev/null |
+    local new=$directory/.$name.new
+    trap 'rm -f "$new".*' RETURN
+    openssl req -newkey rsa:3072 -nodes -subj "/CN=$name" -keyout "$new.key" 2>/dev/null |
         openssl x509 -req -sha256 -days "$NODE_DAYS" -CA "$directory/ca.crt" -CAkey "$directory/ca.key" -CAcreateserial \
             -extfile <(printf '%s\n' "subjectAltName=$names" "basicConstraints=CA:FALSE" \
                 "keyUsage=digitalSignature,keyEncipherment" "extendedKeyUsage=serverAuth,clientAuth") \
-            -out "$directory/$name.crt" 2>/dev/null
-    openssl verify -CAfile "$directory/ca.crt" "$directory/$name.crt" >/dev/null
+            -out "$new.crt" 2>/dev/null || { rm -f "$new".*; refuse "ADDRESS: openssl takes none of $names"; }
+    openssl verify -CAfile "$directory/ca.crt" "$new.crt" >/dev/null
+    mv "$new.key" "$directory/$name.key"
+    mv "$new.crt" "$directory/$name.crt"
     echo "made: $directory/$name.crt, $directory/$name.key for $names, until $(date -d "+$NODE_DAYS days" +%F)"
 }
 

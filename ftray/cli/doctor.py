@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ftray.errors import UserError
+
 if TYPE_CHECKING:
     from ftray.cluster.doctor import Finding
 
@@ -27,6 +29,8 @@ def doctor(
     from ftray.cluster.doctor import examine
 
     cluster = address or os.environ.get("RAY_ADDRESS")
+    if cluster is None and shared is not None:
+        raise UserError("--shared: one machine has nothing to share; name a cluster with --address or RAY_ADDRESS")
     if cluster is None:
         findings = examine()
     else:

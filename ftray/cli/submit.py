@@ -42,10 +42,16 @@ def submit(
     environment = read_runtime_env(runtime_env) if runtime_env is not None else {}
     jobs = Jobs(connect(address), say=lambda text: print(f"  {text}", flush=True))
     if stop:
-        jobs.stop(job, runs_dir=loaded.runs_dir if kind == "run" else None, working_dir=root)
+        jobs.stop(job, runs_dir=loaded.runs_dir if kind == "run" else None, working_dir=root, runtime_env=environment)
         return
     submitted = jobs.submit(job, root, runtime_env=environment, retries=retries)
-    again = shlex.join(["ftray", "submit", config, *words, *(["--address", address] if address else [])])
+    given = {
+        "--address": address,
+        "--runtime-env": runtime_env,
+        "--working-dir": None if working_dir == "." else working_dir,
+    }
+    options = [word for name, value in given.items() if value is not None for word in (name, value)]
+    again = shlex.join(["ftray", "submit", config, *words, *options])
     if detach:
         print(f"follow it with: {again}")
         return

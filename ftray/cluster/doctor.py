@@ -73,6 +73,9 @@ def check_packages(machine: Machine) -> list[Finding]:
 
 
 def check_gpus(machine: Machine) -> list[Finding]:
+    if machine.gpu_problem is not None:
+        fix = "restart the driver or the machine; `dmesg | grep -i xid` says which GPU"
+        return [Finding("failed", "gpus", machine.gpu_problem, fix)]
     if not machine.gpus:
         return [Finding("ok", "gpus", f"none; {machine.cpus} CPUs")]
     kinds = sorted({gpu.name for gpu in machine.gpus})

@@ -1,6 +1,7 @@
 """What a machine has, as far as it can be seen without changing it; asked of every node of a cluster alike."""
 
 import os
+import re
 import resource
 import shutil
 import socket
@@ -19,6 +20,7 @@ SHARED_MEMORY = Path("/dev/shm")
 FABRICS = Path("/sys/class/infiniband")
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
 NVIDIA_SMI_S = 20.0
+IPC_LOCK = 14  # its bit (linux/capability.h)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Machine:
     open_files: int  # soft limits
     locked_memory_gib: float
     gpus: tuple[Gpu, ...]
+    gpu_problem: str | None  # what the driver's own tool says where it does not work
     cuda: str | None  # that torch was built for
     nccl: str | None
     fabrics: tuple[str, ...]  # RDMA adapters
@@ -71,6 +74,7 @@ def look(shared: Path | None = None) -> Machine:
     """`shared`: a file that another machine has just written."""
     memory, shm = psutil.virtual_memory(), shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
     described = describe_environment()
+    gpus, gpu_problem = find_gpus()
     return Machine(
         host=socket.gethostname(),
         python=described["python"],
@@ -83,8 +87,9 @@ def look(shared: Path | None = None) -> Machine:
         shm_gib=shm.total / 2**30 if shm else 0.0,
         shm_used=shm.used / shm.total if shm and shm.total else 0.0,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        locked_memory_gib=limit_gib(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
-        gpus=find_gpus(),
+        locked_memory_gib=float("inf") if may_lock() else limit_gib(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
+        gpus=gpus,
+        gpu_problem=gpu_problem,
         cuda=cuda_of_torch(),
         nccl=nccl_of_torch(),
         fabrics=tuple(sorted(path.name for path in FABRICS.glob("*"))),
@@ -103,21 +108,28 @@ def limit_gib(limit: int) -> float:
     return float("inf") if limit == resource.RLIM_INFINITY else limit / 2**30
 
 
-def find_gpus() -> tuple[Gpu, ...]:
-    """By the driver's own tool: what torch sees depends on what Ray gave this process."""
+def may_lock() -> bool:
+    """Whether the limit counts for this process: not with the capability IPC_LOCK."""
+    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return capabilities is not None and bool(int(capabilities[1], 16) >> IPC_LOCK & 1)
+
+
+def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
+    """By the driver's own tool, and what is wrong with it: what torch sees depends on what Ray gave this process."""
     if shutil.which(NVIDIA_SMI[0]) is None:
-        return ()
+        return (), None
     try:
         done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=False)
-    except subprocess.TimeoutExpired:  # a GPU that hangs
-        return ()
-    return parse_gpus(done.stdout) if done.returncode == 0 else ()
+    except subprocess.TimeoutExpired:
+        return (), f"nvidia-smi does not answer within {NVIDIA_SMI_S:.0f} s: a GPU hangs"
+    told = (done.stdout + done.stderr).strip().splitlines() or [f"nvidia-smi ended with code {done.returncode}"]
+    return (parse_gpus(done.stdout), None) if done.returncode == 0 else ((), told[0])
 
 
 def parse_gpus(listed: str) -> tuple[Gpu, ...]:
-    """Lines of `name, MiB, driver`."""
-    rows = [[part.strip() for part in line.split(",")] for line in listed.splitlines() if line.count(",") == 2]
-    return tuple(Gpu(name, float(mib) / 1024, driver) for name, mib, driver in rows)
+    """Lines of `name, MiB, driver`. Memory that is not told (`[N/A]`, where CPU and GPU share it) is 0."""
+    rows = [[part.strip() for part in line.rsplit(",", 2)] for line in listed.splitlines() if line.count(",") >= 2]
+    return tuple(Gpu(name, float(mib) / 1024 if mib.isdigit() else 0.0, driver) for name, mib, driver in rows)
 
 
 def cuda_of_torch() -> str | None:

@@ -23,6 +23,7 @@ from ftray.cluster.machine import Machine, look
 from ftray.errors import UserError
 from ftray.train.preflight import MAX_CLOCK_DIFFERENCE_S, ask_nodes
 
+OF_GPUS = ("driver", "torch's CUDA", "number of GPUs")
 ACTOR_S = 60.0  # for an actor to come up, or a link to be measured
 
 
@@ -68,6 +69,11 @@ def examine_cluster(address: str, *, shared: Path | None, say: Callable[[str], N
 def connected(address: str) -> Iterator[Finding | None]:
     """Yields what is wrong where the cluster cannot be joined."""
     fix = "start it (ray start --head), give --address HOST:6379 of its head, or unset RAY_ADDRESS"
+    if address.startswith("http"):
+        text = f"{address} is a job server; the doctor joins the cluster itself"
+        fix = "ray job submit -- python -m ftray doctor, or --address HOST:6379 where the nodes are in reach"
+        yield Finding("failed", "ray cluster", text, fix)
+        return
     host, _, port = address.removeprefix("ray://").partition(":")
     try:
         if address != "auto":
@@ -114,6 +120,7 @@ def compare(machines: dict[str, Machine], *, asked: float, answered: float) -> l
         *((name, lambda machine, name=name: machine.packages[name]) for name in packages_of(machines)),
         ("torch's CUDA", lambda machine: machine.cuda),
         ("driver", lambda machine: machine.gpus[0].driver if machine.gpus else None),
+        ("number of GPUs", lambda machine: str(len(machine.gpus)) if machine.gpus else None),
     ):
         findings += differing(what, {name: of(machine) for name, machine in machines.items()})
     for name, machine in machines.items():
@@ -135,9 +142,7 @@ def packages_of(machines: dict[str, Machine]) -> list[str]:
 
 def differing(what: str, values: dict[str, str | None]) -> list[Finding]:
     """The nodes that are not as most are; a node that has none of it (no GPU) is not asked."""
-    asked = {
-        name: value for name, value in values.items() if value is not None or what not in ("driver", "torch's CUDA")
-    }
+    asked = {name: value for name, value in values.items() if value is not None or what not in OF_GPUS}
     if len(set(asked.values())) < 2:
         return []
     (usual, count), *_ = Counter(asked.values()).most_common()
@@ -166,24 +171,38 @@ def compare_storage(machines: dict[str, Machine], shared: Path | None, token: st
 
 
 def measure_links(nodes: list[dict[str, Any]]) -> dict[tuple[str, str], float | str]:
+    """Of every (from, to): bytes a second, or why not. A node that fails meanwhile is told as its links."""
     if len(nodes) < 2:
         return {}
-    nonce = os.urandom(16)
-    actor = ray.remote(num_cpus=0)(Peer)
-    peers = [
+    nonce, actor = os.urandom(16), ray.remote(num_cpus=0)(Peer)
+    peers: list[Any] = [
         actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)).remote(
             name_of(node), nonce
         )
         for node in nodes
     ]
-    ports: list[int] = ray.get([peer.port.remote() for peer in peers], timeout=ACTOR_S)
     names = [name_of(node) for node in nodes]
+    ports = answers_of([peer.port.remote() for peer in peers])
     rates: dict[tuple[str, str], float | str] = {}
     for pairs in rounds(len(nodes)):
-        sending = [peers[a].send.remote(names[b], ports[b]) for a, b in pairs]
-        for (a, b), rate in zip(pairs, ray.get(sending, timeout=ACTOR_S), strict=True):
-            rates[names[a], names[b]] = rate
+        open_pairs = [(a, b) for a, b in pairs if isinstance(ports[a], int) and isinstance(ports[b], int)]
+        for a, b in set(pairs) - set(open_pairs):
+            rates[names[a], names[b]] = next(port for port in (ports[a], ports[b]) if isinstance(port, str))
+        sent = answers_of([peers[a].send.remote(names[b], ports[b]) for a, b in open_pairs])
+        rates |= {(names[a], names[b]): rate for (a, b), rate in zip(open_pairs, sent, strict=True)}
     return rates
+
+
+def answers_of(tasks: list[Any]) -> list[Any]:
+    """Each task's result, or as text why it has none."""
+    ready, _ = ray.wait(tasks, num_returns=len(tasks), timeout=ACTOR_S) if tasks else ([], [])
+    found = []
+    for task in tasks:
+        try:
+            found.append(ray.get(task) if task in ready else f"no answer within {ACTOR_S:.0f} s")
+        except RayError as error:
+            found.append(first_line(error))
+    return found
 
 
 def first_line(error: BaseException) -> str:

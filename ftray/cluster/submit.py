@@ -169,7 +169,7 @@ class Jobs:
             return 0
         return info.driver_exit_code or 1
 
-    def stop(self, job: Job, *, runs_dir: str | None, working_dir: Path) -> None:
+    def stop(self, job: Job, *, runs_dir: str | None, working_dir: Path, runtime_env: dict[str, Any]) -> None:
         """A run saves first. `runs_dir`: of a run. Raises `UserError` where none runs."""
         found = self.running(job.name)
         if found is None:
@@ -177,7 +177,7 @@ class Jobs:
         if runs_dir is not None:
             asking = self._client.submit_job(
                 entrypoint=shlex.join(["python", "-m", "ftray", "runs", "stop", job.name, "--runs-dir", runs_dir]),
-                runtime_env={"working_dir": str(working_dir)},
+                runtime_env=runtime_env | {"working_dir": str(working_dir)},
                 metadata={NAME: f"{job.name}/stop", OWNER: getpass.getuser()},
             )
             self._say(f"{found} is asked to save and end")

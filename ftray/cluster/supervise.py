@@ -29,6 +29,8 @@ def supervise(command: list[str], *, retries: int) -> int:
         signal.signal(number, ask)
     for left in reversed(range(retries + 1)):
         process = subprocess.Popen(command)
+        if asked:  # meanwhile
+            process.terminate()
         code = process.wait()
         if code >= 0:
             return code

@@ -67,8 +67,10 @@ def local_file(key: str, source: str) -> Path:
         directory = local_copies(cache_directory()).fetch(source)
     except FtrayError as error:
         raise DataError(f"{key}: {error}") from None
-    (path,) = (path for path in directory.iterdir() if path.name != MANIFEST)
-    return path
+    paths = [path for path in directory.iterdir() if path.name != MANIFEST]
+    if len(paths) != 1 or not paths[0].is_file():
+        raise DataError(f"{key}: {source}: is no single file; give one of {', '.join(FILE_READERS)}")
+    return paths[0]
 
 
 def source_digest(source: str, rows: Any) -> str:

@@ -54,7 +54,7 @@ class LocalCopies:
                     store.download(found, filling.staging / found.key)
                 filling.finish()
             hold(directory)
-        os.utime(directory)  # used now
+            os.utime(directory)  # used now
         return directory
 
     def place_of(self, url: str, objects: list[StoredObject]) -> Path:
@@ -89,7 +89,7 @@ class LocalCopies:
     def _make_room(self, url: str, needed: int) -> None:
         """Raises `UserError` when all that nobody uses is not enough."""
         disk = shutil.disk_usage(self.root)
-        for directory in sorted(self.copies(), key=lambda path: path.stat().st_mtime):
+        for directory in sorted(self.copies(), key=used_at):
             if self._fits(needed):
                 return
             remove_unless_held(directory)
@@ -138,6 +138,7 @@ class Filling:
             verify_directory(self.staging)
         else:
             write_manifest(self.staging, metadata={"url": self.url})
+        shutil.rmtree(self.directory, ignore_errors=True)  # what is left of a copy that was half removed
         os.replace(self.staging, self.directory)
 
 
@@ -155,15 +156,16 @@ def look(url: str, wanted: Callable[[str], bool]) -> tuple[ObjectStore, list[Sto
     """The objects, and the store that their keys belong to: below `url`, or the one that it names."""
     store = ObjectStore(url)
     found = [entry for entry in store.entries() if wanted(entry.key)]
-    if found and [entry.key for entry in found] != [""]:
+    if found:
         return store, sorted(found, key=lambda entry: entry.key)
     parent, _, name = url.rstrip("/").rpartition("/")
+    one = None
     if not parent.endswith(("/", ":")):  # a bucket has none
         store = ObjectStore(parent)
-        found = [entry for entry in store.entries() if entry.key == name]
-    if not found:
+        one = store.find(name)
+    if one is None:
         raise UserError(f"{url}: there is nothing of that name in the store")
-    return store, found
+    return store, [one]
 
 
 def identity(url: str, objects: Iterable[StoredObject]) -> str:
@@ -182,7 +184,20 @@ def hold(directory: Path) -> None:
         _held[directory] = file
 
 
+def used_at(directory: Path) -> float:
+    return directory.stat().st_mtime if directory.exists() else 0.0  # another process removes too
+
+
 def remove_unless_held(directory: Path) -> None:
+    """Nor while another process looks whether it is there."""
+    try:
+        with FileLock(f"{directory}.lock", timeout=0):
+            remove_unless_open(directory)
+    except Timeout:
+        return
+
+
+def remove_unless_open(directory: Path) -> None:
     with directory.with_name(f"{directory.name}.use").open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,7 +208,11 @@ def remove_unless_held(directory: Path) -> None:
 
 
 def size_of(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    total = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # it is being removed
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def describe_bytes(count: int) -> str:

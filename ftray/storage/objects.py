@@ -79,28 +79,39 @@ class ObjectStore:
 
     def download(self, found: StoredObject, path: Path) -> None:
         """Parts side by side, each tried again where the network fails (obstore does). A short read is an error."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            file.truncate(found.size)
 
-            def read(start: int) -> None:
-                length = min(PART_BYTES, found.size - start)
-                part = obstore.get_range(self._store, found.key, start=start, length=length)
-                if len(part) != length:
-                    raise OSError(f"{len(part)} bytes instead of {length}")
-                os.pwrite(file.fileno(), part, start)
+        def read(start: int) -> None:
+            length = min(PART_BYTES, found.size - start)
+            part = memoryview(obstore.get_range(self._store, found.key, start=start, length=length))
+            if len(part) != length:
+                raise OSError(f"{len(part)} bytes instead of {length}")
+            while part:  # a disk that fills takes a part before it fails
+                written = os.pwrite(file.fileno(), part, start)
+                part, start = part[written:], start + written
 
-            try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
                 with ThreadPoolExecutor(PARTS_AT_A_TIME) as pool:
                     list(pool.map(read, range(0, found.size, PART_BYTES)))
-            except (BaseError, OSError) as error:
-                raise FtrayError(f"{self.location}/{found.key}: cannot be read: {first_line(error)}") from None
+        except (BaseError, OSError) as error:
+            raise FtrayError(f"{self.location}/{found.key}: cannot be copied: {first_line(error)}") from None
 
     def read_part(self, key: str, start: int, length: int) -> bytes:
         try:
             return bytes(obstore.get_range(self._store, key, start=start, length=length))
         except (BaseError, OSError) as error:
             raise FtrayError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
+
+    def find(self, key: str) -> StoredObject | None:
+        """One object, without a listing."""
+        try:
+            item = obstore.head(self._store, key)
+        except FileNotFoundError:
+            return None
+        except (BaseError, OSError) as error:
+            raise FtrayError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
+        return StoredObject(item["path"], item["size"], item["e_tag"])
 
     def entries(self, prefix: str = "") -> list[StoredObject]:
         """Every key below `prefix`, with its size and tag, in no order."""

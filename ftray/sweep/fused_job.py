@@ -1,5 +1,6 @@
 """What the driver hands to each worker of a fused group."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ class FusedJob:
     desk: Any  # handle of a `fused_trials.Desk`
 
 
-def run_fused_in_worker(settings: dict[str, FusedJob]) -> None:
+def run_fused_in_worker(settings: dict[str, Any]) -> None:
     """Ray Train's train function. The driver pickles it by name, so torch loads only in the workers."""
+    os.environ.update(settings["secrets"])
     from ftray.sweep.fused_worker import fused_worker
 
     fused_worker(settings["job"])

@@ -25,7 +25,7 @@ from ftray.sweep.fused_job import FusedJob, run_fused_in_worker
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Outcome, Report
 from ftray.train.preflight import fitting_groups
-from ftray.train.ray_trainer import Fit, bundle_of, last_line, set_poll_interval, worker_environment
+from ftray.train.ray_trainer import Fit, bundle_of, last_line, passed_secrets, set_poll_interval, worker_environment
 from ftray.train.watchdog import HangReader
 
 Say = Callable[[str], None]
@@ -163,7 +163,7 @@ def make_group(job: FusedJob) -> TorchTrainer:
     set_poll_interval(workers.max_count)
     return TorchTrainer(
         run_fused_in_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "secrets": passed_secrets()},
         torch_config=TorchConfig(backend="nccl" if workers.gpus_each else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers.max_count, use_gpu=workers.gpus_each > 0, resources_per_worker=bundle_of(workers)

@@ -16,7 +16,7 @@ from ftray.sweep.study import Study
 from ftray.sweep.trials import SweepRun, trials_directory
 from ftray.tracking.metrics import read_metrics
 from ftray.train.launch import launch
-from ftray.train.ray_trainer import Watcher, last_line, name_for_workers, worker_environment
+from ftray.train.ray_trainer import Watcher, last_line, name_for_workers, passed_secrets, worker_environment
 
 ALONE = "alone"
 STEPS_ALONE = 6
@@ -35,7 +35,7 @@ def measure_methods(study: Study, directory: Path, base: BaseModel, *, say: Say)
         environment = {"env_vars": worker_environment(job.run.workers.gpus_each)}
         scoring = ray.remote(score_products).options(**job.needs, runtime_env=environment)
         try:
-            note_measured(directory, "scores", ray.get(scoring.remote(job)))
+            note_measured(directory, "scores", ray.get(scoring.remote(job, passed_secrets())))
         except RayError as error:  # not noted: the same command tries again
             say(f"not scored: {', '.join(job.adapters)}: {last_line(error)}")
     for trial in trials:

@@ -1,5 +1,6 @@
 """What tuning gained and what it broke, measured on the product of a run: exact match and the loss on general text."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def tokenize_text(renderer: ChatRenderer, general_text: str, *, max_example_toke
     return tokenize_source("compare.general_text", general_text, data, renderer, objective="domain")
 
 
-def score_products(job: ScoreJob) -> dict[str, Score]:
+def score_products(job: ScoreJob, secrets: dict[str, str]) -> dict[str, Score]:
     """In a Ray task. The base is loaded once for all; a product that cannot be scored spoils no other's score."""
+    os.environ.update(secrets)
     from ftray.evaluate.offline import answer_questions, mean_loss
     from ftray.evaluate.task import Evaluation, load_questions
     from ftray.infer.engines import load_adapter, make_local_engine

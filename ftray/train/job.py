@@ -1,7 +1,9 @@
 """What the driver hands to each worker."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ftray.config import RunConfig
 
@@ -18,6 +20,7 @@ class TrainJob:
     config: RunConfig
     run_directory: Path
     base_name: str
+    base_fingerprint: str
     init_from: Path | None  # a PEFT directory
     data_digest: str
     train_data: Path  # directory of a TokenizedDataset
@@ -30,8 +33,9 @@ def request_stop(run_directory: Path) -> None:
     (run_directory / STOP_REQUEST).touch()
 
 
-def run_in_worker(settings: dict[str, TrainJob]) -> None:
+def run_in_worker(settings: dict[str, Any]) -> None:
     """Ray Train's train function. The driver pickles it by name, so torch and deepspeed load only in the workers."""
+    os.environ.update(settings["secrets"])
     from ftray.train.worker import train_worker
 
     train_worker(settings["job"])

@@ -37,16 +37,27 @@ WORKERS_ASKED_PER_S = 128
 WORKER_ENVIRONMENT = (
     "HF_HOME",
     "HF_ENDPOINT",
-    "WANDB_API_KEY",
     "WANDB_BASE_URL",
-    "HF_TOKEN",
     "HF_HUB_OFFLINE",
     "GLOO_SOCKET_IFNAME",
     "XDG_CACHE_HOME",
     "FTRAY_CACHE_GIB",
 )
-# cluster/network/, and the way to object stores
-PASSED_PREFIXES = ("NCCL_", "TORCH_NCCL_", "FI_", "AWS_", "GOOGLE_", "AZURE_")
+NETWORK_PREFIXES = ("NCCL_", "TORCH_NCCL_", "FI_", "OFI_NCCL_")  # cluster/network/
+# Passed on as an argument: Ray writes the environment that it makes for a worker into its logs.
+SECRETS = (
+    "WANDB_API_KEY",
+    "HF_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_ALLOW_HTTP",
+    "GOOGLE_SERVICE_ACCOUNT_KEY",
+    "AZURE_STORAGE_ACCOUNT_NAME",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ def train_on_ray(
         config=config,
         run_directory=directory.path,
         base_name=name_for_workers(config, base),
+        base_fingerprint=base.fingerprint,
         init_from=init_from,
         data_digest=data.digest,
         train_data=data.train.directory,
@@ -112,7 +124,7 @@ def make_trainer(job: TrainJob) -> Any:
     skips = guard.max_skips if guard.on_bad_loss == "skip" else 0  # each is a restart
     return TorchTrainer(
         run_in_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "secrets": passed_secrets()},
         torch_config=TorchConfig(backend="nccl" if workers.gpus_each else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers.count if isinstance(workers.count, int) else (workers.min_count, workers.max_count),
@@ -172,8 +184,12 @@ def passed_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name in WORKER_ENVIRONMENT or name.startswith(PASSED_PREFIXES)
+        if name in WORKER_ENVIRONMENT or name.startswith(NETWORK_PREFIXES)
     }
+
+
+def passed_secrets() -> dict[str, str]:
+    return {name: os.environ[name] for name in SECRETS if name in os.environ}
 
 
 def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> BaseException | None:

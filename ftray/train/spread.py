@@ -5,6 +5,7 @@ has it by then, so the parts spread as a tree. A node that comes later, or where
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from ftray.model.base import cache_directory, is_model_file
 from ftray.storage import local_copies
 from ftray.storage.local_copies import Filling, look
 from ftray.storage.manifest import MANIFEST
-from ftray.train.ray_trainer import passed_environment
+from ftray.train.ray_trainer import passed_environment, passed_secrets
 
 PART_BYTES = 256 << 20
 PARTS_ON_THE_WAY = 4  # in each node's object store
@@ -26,7 +27,8 @@ PARTS_ON_THE_WAY = 4  # in each node's object store
 class Holder:
     """An actor of Ray's on each node, with its copy."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, secrets: dict[str, str]):
+        os.environ.update(secrets)
         self._store, objects = look(url, is_model_file)
         copies = local_copies(cache_directory())
         self._directory = copies.place_of(url, objects)
@@ -66,7 +68,9 @@ def spread_base(url: str, nodes: list[dict[str, Any]], *, say: Callable[[str], N
         return
     actor = ray.remote(num_cpus=0, runtime_env={"env_vars": passed_environment()})(Holder)
     holders: list[Any] = [
-        actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False)).remote(url)
+        actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False)).remote(
+            url, passed_secrets()
+        )
         for node in ids
     ]
     try:

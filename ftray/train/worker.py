@@ -13,7 +13,7 @@ import torch
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.plan import plan_steps
-from ftray.errors import DivergedError, FtrayError
+from ftray.errors import DivergedError, FtrayError, UserError
 from ftray.model.base import BaseModel, load_weights, prepare_base
 from ftray.model.hardware import Hardware, check_stage, choose_hardware, make_deterministic
 from ftray.model.lora import inject_lora, load_weights_from
@@ -74,6 +74,11 @@ def run_job(job: TrainJob) -> None:
     make_deterministic(num_threads=config.workers.cpus_each)
     bandwidth = measure_all_reduce(hardware)
     base = prepare_base(job.base_name)
+    if base.fingerprint != job.base_fingerprint:
+        raise UserError(
+            f"base_model: {job.base_name} is another model on this node than the driver had (its files were changed); "
+            "put the old ones back, or start over with --fresh"
+        )
     engine = make_engine(config, base, hardware, init_from=job.init_from)
     start_step = resume(engine, job, rank=rank)
     if rank == 0:

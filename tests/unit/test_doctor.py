@@ -8,11 +8,14 @@ import threading
 from dataclasses import replace
 
 import pytest
+import typer
 
+from ftray.cli.doctor import doctor
 from ftray.cluster.bandwidth import Peer, judge_links, rounds
 from ftray.cluster.doctor import CONSTRAINTS, PINNED, examine, judge
 from ftray.cluster.machine import Gpu, Interface, Machine, Room, look, parse_gpus
-from ftray.cluster.nodes import compare, compare_storage, describe_cluster
+from ftray.cluster.nodes import compare, compare_storage, describe_cluster, examine_cluster
+from ftray.errors import UserError
 
 PINS = dict(line.split("==") for line in CONSTRAINTS.read_text().split() if "==" in line)
 PACKAGES = {name: PINS[name] for name in PINNED}
@@ -31,6 +34,7 @@ GOOD = Machine(
     open_files=65536,
     locked_memory_gib=float("inf"),
     gpus=(H100,) * 8,
+    gpu_problem=None,
     cuda="13.0",
     nccl="2.29.7",
     fabrics=("mlx5_0",),
@@ -56,6 +60,7 @@ def test_a_good_machine_has_nothing_wrong():
         ({"packages": PACKAGES | {"ray": "2.9.0"}}, "warning", "ray", "2.9.0, tested with"),
         ({"cuda": None}, "failed", "gpus", "built without CUDA"),
         ({"gpus": (replace(H100, driver="550.54"),)}, "failed", "gpus", "too old for torch's CUDA 13.0"),
+        ({"gpus": (), "gpu_problem": "NVIDIA-SMI has failed"}, "failed", "gpus", "NVIDIA-SMI has failed"),
         ({"gpus": (H100, Gpu("NVIDIA A100", 79.6, "580.95"))}, "warning", "gpus", "A100"),
         ({"free_memory_gib": 2.0}, "warning", "memory", "2.0 of 1000.0 GiB free"),
         ({"rooms": {"ray disk": Room("/tmp", 0.5, True)}}, "failed", "ray disk", "0.5 GiB free at /tmp"),
@@ -84,7 +89,8 @@ def test_memory_may_be_locked_a_little_where_there_is_no_rdma():
         ({"python": "3.11.2"}, "python", "3.11.2, 2 of 3 nodes have 3.11.9"),
         ({"packages": PACKAGES | {"torch": "2.12.0"}}, "torch", "2.12.0, 2 of 3 nodes have"),
         ({"cuda": "12.8"}, "torch's CUDA", "12.8, 2 of 3"),
-        ({"gpus": (replace(H100, driver="570.1"),)}, "driver", "570.1"),
+        ({"gpus": (replace(H100, driver="570.1"),) * 8}, "driver", "570.1"),
+        ({"gpus": (H100,) * 7}, "number of GPUs", "7, 2 of 3 nodes have 8"),
         ({"clock": 900.0}, "clock", "differs by -101 s"),
         ({"token_auth": False}, "ray auth", "whoever reaches its ports runs code there"),
     ],
@@ -124,6 +130,7 @@ def test_the_gpus_of_nvidia_smi():
     assert len(parse_gpus(listed)) == 2
     assert parse_gpus(listed)[0].driver == "580.95.05"
     assert parse_gpus("No devices were found\n") == ()
+    assert parse_gpus("NVIDIA GB10, [N/A], 580.95.05\n")[0].memory_gib == 0.0
 
 
 # -- links -----------------------------------------------------------------------------------------------------------
@@ -192,11 +199,19 @@ def test_a_port_that_is_taken(monkeypatch):
     assert "port=8001" in found.fix
 
 
+def test_storage_is_shared_by_several(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="--shared: one machine"):
+        doctor(None, "/shared", False)
+
+
+def test_a_job_server_is_no_cluster_to_join():
+    (found,) = examine_cluster("http://127.0.0.1:8265", shared=None, say=print)
+    assert found.level == "failed"
+    assert "ray job submit" in found.fix
+
+
 def test_json_is_for_machines(capsys):
-    import typer
-
-    from ftray.cli.doctor import doctor
-
     with contextlib.suppress(typer.Exit):
         doctor(None, None, True)
     findings = json.loads(capsys.readouterr().out)

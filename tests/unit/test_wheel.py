@@ -1,5 +1,6 @@
 """The wheel, taken apart: everything that the code reads is in it, and the command line starts without any extra."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -36,9 +37,16 @@ HEAVY = {"torch", "ray", "transformers", "deepspeed", "datasets", "wandb", "peft
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory) -> Path:
-    made, where = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("unpacked")
+    made, where, source = (tmp_path_factory.mktemp(name) for name in ("wheel", "unpacked", "source"))
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(made)]
-    done = subprocess.run([*build, str(ROOT)], capture_output=True, text=True, check=False)
+    # From a copy: setuptools would pack what an earlier build left in the tree.
+    for name in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split():
+        if (ROOT / name).is_file() and name.split("/")[0] in ("ftray", "pyproject.toml", "README.md"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    done = subprocess.run([*build, str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = made.glob("ftray-*-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
