@@ -10,7 +10,7 @@ from typing import Literal
 
 import httpx
 
-from ftray.cluster.machine import Machine, look, room
+from ftray.cluster.machine import Machine, Room, look, room
 from ftray.model.base import EMBEDDED
 
 MIN_MEMORY_GIB = 6.0  # two workers with the 135M model in float32, and Ray
@@ -102,15 +102,15 @@ def check_memory(machine: Machine) -> list[Finding]:
 
 
 def check_rooms(machine: Machine) -> list[Finding]:
-    findings = []
-    for subject, found in machine.rooms.items():
-        if found.free_gib < MIN_DISK_GIB:
-            findings.append(Finding("failed", subject, f"{found.free_gib:.1f} GiB free at {found.place}", "make room"))
-        elif not found.writable:
-            findings.append(Finding("failed", subject, f"{found.place} cannot be written", "mend its permissions"))
-        else:
-            findings.append(Finding("ok", subject, f"{found.free_gib:.0f} GiB free at {found.place}"))
-    return findings
+    return [judge_room(subject, found) for subject, found in machine.rooms.items()]
+
+
+def judge_room(subject: str, found: Room) -> Finding:
+    if found.free_gib < MIN_DISK_GIB:
+        return Finding("failed", subject, f"{found.free_gib:.1f} GiB free at {found.place}", "make room")
+    if not found.writable:
+        return Finding("failed", subject, f"{found.place} cannot be written", "mend its permissions")
+    return Finding("ok", subject, f"{found.free_gib:.0f} GiB free at {found.place}")
 
 
 def check_shared_memory(machine: Machine) -> list[Finding]:
@@ -175,12 +175,7 @@ def check_hardware(machine: Machine) -> list[Finding]:
 
 
 def check_working_disk(machine: Machine) -> list[Finding]:
-    here = room(Path.cwd())
-    if here.free_gib < MIN_DISK_GIB:
-        return [Finding("failed", "disk", f"{here.free_gib:.1f} GiB free at {here.place}", "make room")]
-    if not here.writable:
-        return [Finding("failed", "disk", f"{here.place} cannot be written", "mend its permissions")]
-    return [Finding("ok", "disk", f"{here.free_gib:.0f} GiB free at {here.place}")]
+    return [judge_room("disk", room(Path.cwd()))]
 
 
 def check_embedded_model(machine: Machine) -> list[Finding]:

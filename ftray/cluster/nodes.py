@@ -6,7 +6,6 @@ import os
 import secrets
 import socket
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from ftray.cluster.bandwidth import CONNECT_S, Peer, judge_links, rounds
 from ftray.cluster.doctor import Finding, judge
 from ftray.cluster.machine import Machine, look
 from ftray.errors import UserError
+from ftray.storage.objects import first_line
 from ftray.train.preflight import MAX_CLOCK_DIFFERENCE_S, ask_nodes
 
 OF_GPUS = ("driver", "torch's CUDA", "number of GPUs")
@@ -34,10 +34,8 @@ def examine_cluster(address: str, *, shared: Path | None, say: Callable[[str], N
             return [problem]
         nodes = [node for node in ray.nodes() if node["Alive"]]
         say(f"asks {len(nodes)} nodes")
-        probe, token = (
-            shared / f".ftray-doctor-{uuid.uuid4().hex}" if shared is not None else None,
-            secrets.token_hex(8),
-        )
+        token = secrets.token_hex(8)
+        probe = shared / f".ftray-doctor-{token}" if shared is not None else None
         try:
             if probe is not None:
                 probe.write_text(token)
@@ -203,7 +201,3 @@ def answers_of(tasks: list[Any]) -> list[Any]:
         except RayError as error:
             found.append(first_line(error))
     return found
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -113,14 +113,14 @@ class ObjectStore:
             raise FtrayError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
         return StoredObject(item["path"], item["size"], item["e_tag"])
 
-    def entries(self, prefix: str = "") -> list[StoredObject]:
-        """Every key below `prefix`, with its size and tag, in no order."""
+    def entries(self) -> list[StoredObject]:
+        """Every key, with its size and tag, in no order."""
         if not self.exists:
             return []
         try:
             return [
                 StoredObject(item["path"], item["size"], item["e_tag"])
-                for batch in obstore.list(self._store, prefix=prefix or None)
+                for batch in obstore.list(self._store)
                 for item in batch
             ]
         except (BaseError, OSError) as error:

@@ -6,13 +6,16 @@ node of its own. Needs root and `ip`.
 What is started is ended by its process group; the namespaces and links go by name.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +35,18 @@ def can_make_hosts() -> bool:
     mounts = subprocess.run(inside, capture_output=True, check=False)
     subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     return mounts.returncode == 0
+
+
+@contextlib.contextmanager
+def running_cluster(*, num_workers: int) -> "Iterator[Cluster]":
+    directory = Path(tempfile.mkdtemp(prefix="ft"))
+    cluster = Cluster(directory)
+    try:
+        cluster.start(num_workers=num_workers)
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def ip(*arguments: str) -> None:

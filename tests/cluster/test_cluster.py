@@ -6,16 +6,14 @@ import itertools
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from hosts import BIN, Cluster, can_make_hosts
+from hosts import BIN, can_make_hosts, running_cluster
 from safetensors.torch import load_file
 
 from ftray.errors import FtrayError
@@ -31,14 +29,8 @@ FULL = {"adapter": "null", "zero.stage": "2", "optimizer.learning_rate": "1e-3"}
 
 @pytest.fixture(scope="module")
 def cluster():
-    directory = Path(tempfile.mkdtemp(prefix="ft"))
-    cluster = Cluster(directory)
-    try:
-        cluster.start(num_workers=2)
+    with running_cluster(num_workers=2) as cluster:
         yield cluster
-    finally:
-        cluster.stop()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

@@ -7,12 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from hosts import BIN, PORT, Cluster, can_make_hosts, ip
+from hosts import BIN, PORT, Cluster, can_make_hosts, ip, running_cluster
 from tiny import write_tiny_model
 
 from ftray.pipeline import publish_adapter
@@ -27,14 +26,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def cluster():
-    directory = Path(tempfile.mkdtemp(prefix="fj"))
-    cluster = Cluster(directory)
-    try:
-        cluster.start(num_workers=2)
+    with running_cluster(num_workers=2) as cluster:
         yield cluster
-    finally:
-        cluster.stop()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-import httpx
 import pytest
+from s3 import s3_server
 
 from ftray.errors import DataError, FtrayError, UserError
 from ftray.storage import LocalCopies, ObjectStore, local_copies, objects
@@ -14,20 +14,8 @@ from ftray.storage import LocalCopies, ObjectStore, local_copies, objects
 
 @pytest.fixture(scope="module")
 def s3():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ALLOW_HTTP", "true")
-        patch.setenv("AWS_REGION", "us-east-1")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        httpx.put(f"http://{host}:{port}/models")
-        yield "s3://models"
-    server.stop()
+    with s3_server("models") as url:
+        yield url
 
 
 @pytest.fixture

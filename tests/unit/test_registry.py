@@ -1,8 +1,8 @@
 import threading
 import time
 
-import httpx
 import pytest
+from s3 import s3_server
 
 from ftray.errors import ConflictError, FtrayError, NotFoundError, UserError
 from ftray.registry import CanaryLimits, Registry, parse_reference
@@ -20,21 +20,8 @@ def adapter(tmp_path):
 
 @pytest.fixture(scope="module")
 def s3():
-    """A real S3 wire server."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ALLOW_HTTP", "true")
-        patch.setenv("AWS_REGION", "us-east-1")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        httpx.put(f"http://{host}:{port}/bucket")
-        yield "s3://bucket"
-    server.stop()
+    with s3_server("bucket") as url:
+        yield url
 
 
 @pytest.fixture(params=["local", "s3"])
