@@ -52,7 +52,7 @@ def show(reference: str, registry: RegistryOption = "registry") -> None:
 
 @app.command()
 def publish(
-    directory: Annotated[str, typer.Argument(help="A PEFT directory, such as runs/NAME/adapter.")],
+    directory: Annotated[str, typer.Argument(help="A PEFT directory, such as runs/NAME/adapter or s3://...")],
     name: Annotated[str, typer.Option("--name", help="The adapter's name; the registry chooses the version number.")],
     registry: RegistryOption = "registry",
 ) -> None:
@@ -60,10 +60,11 @@ def publish(
     from ftray.registry.reference import parse_reference
 
     parse_reference(name)
+    from ftray.model.adapter import adapter_at_hand
     from ftray.pipeline import publish_adapter
     from ftray.registry import Registry
 
-    version = publish_adapter(Registry(registry), name, Path(directory))
+    version = publish_adapter(Registry(registry), name, adapter_at_hand(directory) or Path(directory))
     flag = "" if registry == "registry" else f" --registry {registry}"
     print(f"published {version} in {registry}")
     print(f"next: ftray adapters promote {version} prod{flag}")
@@ -71,7 +72,9 @@ def publish(
 
 @app.command()
 def merge(
-    reference: Annotated[str, typer.Argument(metavar="NAME@N|DIR", help="A version, an alias, or a PEFT directory.")],
+    reference: Annotated[
+        str, typer.Argument(metavar="NAME@N|DIR", help="A version, an alias, or a PEFT directory, also s3://...")
+    ],
     output: Annotated[str, typer.Option("--output", help="Where the merged model is written.")],
     base_model: Annotated[
         str | None, typer.Option("--base", help="The base; without it the one that the adapter names.")
@@ -79,7 +82,7 @@ def merge(
     registry: RegistryOption = "registry",
 ) -> None:
     """Add an adapter into its base for good: a model directory to train on or to serve."""
-    from ftray.model.adapter import read_adapter_config
+    from ftray.model.adapter import adapter_at_hand, read_adapter_config
     from ftray.model.base import prepare_base
     from ftray.model.merge import merge_adapter
     from ftray.registry import Registry
@@ -87,8 +90,8 @@ def merge(
     from ftray.storage import verify_directory
     from ftray.storage.manifest import MANIFEST
 
-    if Path(reference).is_dir():
-        directory, label = Path(reference), reference
+    if (directory := adapter_at_hand(reference)) is not None:
+        label = reference
         metadata = verify_directory(directory).metadata if (directory / MANIFEST).is_file() else {}
     else:
         store = Registry(registry)

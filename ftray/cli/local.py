@@ -1,9 +1,8 @@
 """An engine in this process, with one adapter of a registry or directory, for `eval` and `chat`."""
 
-from pathlib import Path
-
 from ftray.infer.engines import load_adapter, make_local_engine
 from ftray.infer.torch_engine import TorchEngine
+from ftray.model.adapter import adapter_at_hand
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
@@ -19,8 +18,8 @@ def load_engine(
     base = prepare_base(base_model, say=print)
     key, directory = None, None
     if adapter is not None:
-        if Path(adapter).is_dir():
-            key, directory = adapter, Path(adapter)
+        key, directory = adapter, adapter_at_hand(adapter)
+        if directory is not None:
             metadata = read_manifest(directory).metadata if (directory / MANIFEST).is_file() else {}
         else:
             store = Registry(registry)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(help="Run directories: what is there, how two differ, and stopping one.")
-RunsDir = Annotated[str, typer.Option("--runs-dir", help="Where the run directories are.")]
+RunsDir = Annotated[str, typer.Option("--runs-dir", help="Where the run directories are, also s3://BUCKET/RUNS.")]
 
 
 @app.command("list")
@@ -15,7 +15,7 @@ def list_runs(runs_dir: RunsDir = "runs") -> None:
     """Every run, newest first."""
     from ftray.tracking.runs import find_runs
 
-    runs = find_runs(Path(runs_dir))
+    runs = find_runs(notes_of(runs_dir))
     if not runs:
         print(f"{runs_dir} has no runs; `ftray train CONFIG` makes one")
         return
@@ -32,10 +32,10 @@ def list_runs(runs_dir: RunsDir = "runs") -> None:
 def show(name: str, runs_dir: RunsDir = "runs") -> None:
     """One run as JSON: result, events, and the last records."""
     from ftray.storage import read_json
-    from ftray.tracking.runs import read_run
+    from ftray.tracking.runs import RESULT, read_run
 
-    run = read_run(Path(runs_dir) / name)
-    result = run.path / "result.json"
+    run = read_run(notes_of(runs_dir) / name)
+    result = run.path / RESULT
     described = {
         "name": run.name,
         "status": run.status,
@@ -46,7 +46,7 @@ def show(name: str, runs_dir: RunsDir = "runs") -> None:
         "last_step": run.steps[-1] if run.steps else None,
         "events": run.events,
         "result": read_json(result) if result.is_file() else None,
-        "report": str(run.path / "report.html"),
+        "report": f"{runs_dir}/{name}/report.html",
         "config": run.config,
     }
     print(json.dumps(described, indent=2))
@@ -62,7 +62,8 @@ def compare(
     """Where two runs' configs differ, and their losses side by side."""
     from ftray.tracking.runs import differences, read_run
 
-    runs = [read_run(Path(runs_dir) / name) for name in (one, other)]
+    there = notes_of(runs_dir)
+    runs = [read_run(there / name) for name in (one, other)]
     changed = [item for item in differences(runs[0].config, runs[1].config) if item[0] != "name"]
     width = max([len("final eval loss"), *(len(key) for key, _, _ in changed)])
 
@@ -92,13 +93,22 @@ def stop(name: str, runs_dir: RunsDir = "runs") -> None:
     """Ask a running run to save at its next step and end. The same `ftray train` goes on from there."""
     from ftray.errors import UserError
     from ftray.tracking.runs import read_run
-    from ftray.train.job import request_stop
+    from ftray.train.stored_run import ask_to_stop
 
-    run = read_run(Path(runs_dir) / name)
+    run = read_run(notes_of(runs_dir) / name)
     if run.status == "finished":
         raise UserError(f"{name}: is finished; there is nothing to stop")
-    request_stop(run.path)
+    ask_to_stop(runs_dir, name)
     print(f"{name}: asked to save and stop at the end of the step it is in")
+
+
+def notes_of(runs_dir: str) -> Path:
+    """A directory of run directories: of those in a store, a copy of what tells of them."""
+    if "://" not in runs_dir:
+        return Path(runs_dir)
+    from ftray.train.stored_run import look_at_runs
+
+    return look_at_runs(runs_dir)
 
 
 def number(value: float | None) -> str:

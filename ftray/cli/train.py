@@ -46,6 +46,8 @@ def train(
     print(f"  {result['output']}")
     if profile:
         traces = list((Path(run.runs_dir) / run.name / "profile").glob("*.json.gz"))
+        if "://" in run.runs_dir:
+            traces = [f"{run.runs_dir}/{run.name}/profile/rank-0.trace.json.gz"]
         where = f"{traces[0]}: drop it on https://ui.perfetto.dev" if traces else "no trace: too few steps were left"
         print(f"  {where}")
     if run.adapter is not None:
@@ -55,11 +57,12 @@ def train(
         print(f"next: ftray serve SERVE.yaml base_model={result['output']}")
 
 
-def resolve_start(run: RunConfig) -> tuple[RunConfig, Path | None]:
+def resolve_start(run: RunConfig) -> tuple[RunConfig, Path | str | None]:
     """`adapter.init_from` as the exact version it is now, so that a resumed run starts from the same, and its files."""
     reference = run.adapter.init_from if run.adapter is not None else None
     if run.adapter is None or reference is None:
         return run, None
+    from ftray.model.adapter import adapter_at_hand
     from ftray.model.base import prepare_base
     from ftray.registry import Registry
     from ftray.serve.replica import check_base
@@ -67,16 +70,16 @@ def resolve_start(run: RunConfig) -> tuple[RunConfig, Path | None]:
     from ftray.storage.manifest import MANIFEST
 
     base = prepare_base(run.base_model, say=print)
-    if Path(reference).is_dir():
-        directory = Path(reference).absolute()
+    if (directory := adapter_at_hand(reference)) is not None:
         if (directory / MANIFEST).is_file():  # a foreign PEFT directory has none
             check_base(reference, verify_directory(directory).metadata, base, here="this run's base is")
-        return run, directory
+        return run, reference if "://" in reference else directory.absolute()
     registry = Registry(run.registry)
     version = registry.get(reference)
     check_base(str(version), version.metadata, base, here="this run's base is")
     adapter = run.adapter.model_copy(update={"init_from": str(version)})
-    return run.model_copy(update={"adapter": adapter}), registry.directory(version)
+    registry.directory(version)  # whole
+    return run.model_copy(update={"adapter": adapter}), registry.place(version)
 
 
 def show_plan(run: RunConfig) -> None:

@@ -13,13 +13,17 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ftray.errors import AdapterError
-from ftray.storage import read_json
+from ftray.model.base import cache_directory
+from ftray.storage import local_copies, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # PEFT options that change the maths beyond W x + scale * B A x; the engine refuses an adapter that has one set.
 UNSUPPORTED_OPTIONS = {"use_dora": False, "modules_to_save": None, "bias": "none", "layer_replication": None}
+
+# Beside the directory of an adapter that lies where its run left it: its lineage.
+NOTES_OF_ITS_RUN = ("config.json", "environment.json", "result.json")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,16 @@ class Adapter:
     @property
     def max_rank(self) -> int:
         return max(module.rank for module in self.modules.values())
+
+
+def adapter_at_hand(place: str | Path) -> Path | None:
+    """A PEFT directory on this machine; of a URL (s3://...) a copy, with the notes of its run beside it. None: it is no
+    directory. Raises `UserError` where the store has nothing of that name."""
+    if "://" not in str(place):
+        return Path(place) if Path(place).is_dir() else None
+    parent, _, name = str(place).rstrip("/").rpartition("/")
+    copies = local_copies(cache_directory())
+    return copies.fetch(parent, wanted=lambda key: key.startswith(f"{name}/") or key in NOTES_OF_ITS_RUN) / name
 
 
 def read_adapter(directory: Path, *, label: str) -> Adapter:

@@ -157,6 +157,10 @@ class RegistryReader:
                 verify_files(directory, version)
         return directory
 
+    def place(self, version: AdapterVersion) -> str:
+        """A path or URL of the files, for other machines."""
+        return f"{self._objects.local_root or self.location.rstrip('/')}/{files_prefix(version.name, version.number)}"
+
     def _download(self, version: AdapterVersion, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)  # damaged, or of another registry that had this location
         for entry in version.manifest.files:

@@ -50,12 +50,21 @@ class ObjectStore:
         except (BaseError, OSError, ValueError) as error:
             raise FtrayError(f"{self.location}: cannot be used as a store: {first_line(error)}") from None
 
-    def create(self, key: str, content: bytes | Path) -> None:
-        """Writes a key that must not exist; exactly one of several racing writers succeeds."""
+    def create(self, key: str, content: bytes | Path) -> str | None:
+        """Writes a key that must not exist; exactly one of several racing writers succeeds. Returns its tag."""
         try:
-            obstore.put(self._store, key, content, mode="create", use_multipart=False)
+            return obstore.put(self._store, key, content, mode="create", use_multipart=False)["e_tag"]
         except (AlreadyExistsError, PreconditionError):
             raise AlreadyExists(f"{self.location}/{key}: exists already") from None
+        except (BaseError, OSError) as error:
+            raise FtrayError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
+
+    def replace(self, key: str, content: bytes, *, tag: str | None) -> str | None:
+        """Writes a key that has this tag still; raises `AlreadyExists` where another writer was first."""
+        try:
+            return obstore.put(self._store, key, content, mode={"e_tag": tag}, use_multipart=False)["e_tag"]
+        except (PreconditionError, FileNotFoundError):
+            raise AlreadyExists(f"{self.location}/{key}: was changed by another") from None
         except (BaseError, OSError) as error:
             raise FtrayError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
 

@@ -31,6 +31,7 @@ from ftray.train.launch import TOKENS, check_before_anything, prepare_data, star
 from ftray.train.preflight import check_nodes, check_resources, fitting_groups
 from ftray.train.ray_trainer import name_for_workers
 from ftray.train.run_directory import only_driver, refuse_unwritable, refuse_vanishing_directory, set_aside
+from ftray.train.stored_run import is_stored
 
 SWEEP, DATA = "sweep.json", "data.json"
 FUSED_SLOTS = 8
@@ -48,6 +49,11 @@ def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = Fals
     if config.compare is not None and config.compare.general_text is not None:
         check_source("compare.general_text", config.compare.general_text)
     refuse_vanishing_directory(base_run)
+    if is_stored(base_run.runs_dir):
+        raise UserError(
+            f"runs_dir: {base_run.runs_dir}: a sweep's trials share a directory on a disk of all nodes, not in an "
+            "object store; give such a path (overrides.runs_dir=/path/on/all/nodes)"
+        )
     with only_driver(base_run):
         directory = open_directory(config, space, base_run, fresh=fresh)
         study = Study(config, space, directory)

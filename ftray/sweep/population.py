@@ -17,7 +17,7 @@ from ftray.config import RunConfig
 from ftray.config.domains import Range
 from ftray.storage import write_json
 from ftray.tracking.events import record_event
-from ftray.train.checkpoint import CHECKPOINTS, first_whole
+from ftray.train.checkpoint import CHECKPOINTS, is_whole
 from ftray.train.job import SCRATCH
 
 RATE = "optimizer.learning_rate"
@@ -61,7 +61,7 @@ def choose_moves(
 
 def has_saved(run_directory: Path, *, step: int) -> bool:
     """A save that failed, on a full disk, does not end a run."""
-    return first_whole([run_directory / CHECKPOINTS / f"step-{step}"]) is not None
+    return is_whole(run_directory / CHECKPOINTS / f"step-{step}")
 
 
 def take_over(target: Path, source: Path, config: RunConfig, *, step: int) -> None:

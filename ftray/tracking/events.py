@@ -1,4 +1,7 @@
-"""events.jsonl: what happened to a run besides its steps: starts, restarts, skipped steps, failed saves, stops."""
+"""events.jsonl: what happened to a run besides its steps: starts, restarts, skipped steps, failed saves, stops.
+
+The workers write them there and the driver into driver_events.jsonl: in an object store a file has one writer.
+"""
 
 import contextlib
 import json
@@ -7,13 +10,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-EVENTS = "events.jsonl"
+EVENTS, DRIVER_EVENTS = "events.jsonl", "driver_events.jsonl"
 
 
 def record_event(run_directory: Path, kind: str, **fields: Any) -> None:
+    append_event(run_directory / EVENTS, kind, fields)
+
+
+def record_driver_event(run_directory: Path, kind: str, **fields: Any) -> None:
+    append_event(run_directory / DRIVER_EVENTS, kind, fields)
+
+
+def append_event(path: Path, kind: str, fields: dict[str, Any]) -> None:
     """Appends one line. Short enough to be written whole, whoever else appends."""
     line = json.dumps({"time": time.time(), "event": kind, **fields}) + "\n"
-    with (run_directory / EVENTS).open("ab+") as file:
+    with path.open("ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # a full disk or a crash cut the last line short
@@ -22,7 +33,9 @@ def record_event(run_directory: Path, kind: str, **fields: Any) -> None:
 
 
 def read_events(run_directory: Path) -> list[dict[str, Any]]:
-    return read_whole_lines(run_directory / EVENTS)
+    """Of all who write them, in the order of time."""
+    found = [event for name in (EVENTS, DRIVER_EVENTS) for event in read_whole_lines(run_directory / name)]
+    return sorted(found, key=lambda event: event["time"])
 
 
 def read_whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import jinja2
 from ftray.storage import read_json, write_bytes
 from ftray.tracking.events import read_events
 from ftray.tracking.metrics import read_metrics
-from ftray.tracking.runs import RunSummary
+from ftray.tracking.runs import RESULT, RunSummary
 from ftray.tracking.samples import read_samples
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -45,7 +45,7 @@ class AnswerTable:
 def write_report(run_directory: Path, *, answers: AnswerTable | None = None) -> Path:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     metrics = read_metrics(run_directory)
-    result_file = run_directory / "result.json"
+    result_file = run_directory / RESULT
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         config=read_json(run_directory / "config.json"),
         environment=read_json(run_directory / "environment.json"),

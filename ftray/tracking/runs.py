@@ -11,6 +11,8 @@ from ftray.storage import read_json
 from ftray.tracking.events import read_events
 from ftray.tracking.metrics import read_metrics
 
+RESULT = "result.json"  # of a run that has finished
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -56,7 +58,7 @@ def read_run(path: Path) -> RunSummary:
         raise NotFoundError(f"{path.name}: no such run{have}")
     events = read_events(path)
     metrics = read_metrics(path)
-    finished = (path / "result.json").is_file()
+    finished = (path / RESULT).is_file()
     stopped = bool(events) and events[-1]["event"] == "stopped"
     return RunSummary(
         name=path.name,

@@ -12,7 +12,7 @@ from ftray.train.guard import GoBack, name_rows
 from ftray.train.job import SCRATCH, STOP_REQUEST, TrainJob
 from ftray.train.loop import StepRecord
 from ftray.train.profiler import StepProfiler
-from ftray.train.saver import Publish, Saver
+from ftray.train.saver import Publish, Saver, Upload
 from ftray.train.watchdog import Watchdog
 
 if TYPE_CHECKING:  # importing it loads deepspeed
@@ -35,6 +35,7 @@ class WorkerCallbacks:
         record: Record,
         sample: Callable[[int], None],
         publish: Publish,
+        upload: Upload | None = None,
     ):
         self._job = job
         self._sample = sample
@@ -53,6 +54,7 @@ class WorkerCallbacks:
             scratch=job.run_directory / SCRATCH,
             rank=rank,
             publish=publish,
+            upload=upload,
             on_failure=self._on_failed_save,
         )
 

@@ -8,11 +8,12 @@
 Nothing in it depends on the world size or ZeRO stage, so any resumes any other.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # importing it loads deepspeed
 
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
+TRAINER_STATE = "trainer.json"
 DIGEST_ELEMENTS = 1 << 22  # read at a time
 
 
@@ -87,7 +89,7 @@ def write_snapshot(
             initial=snapshot.initial_adapter,
             ties_embeddings=snapshot.ties_embeddings,
         )
-    write_json(directory / "trainer.json", vars(snapshot.state))
+    write_json(directory / TRAINER_STATE, vars(snapshot.state))
     return list_files(directory)
 
 
@@ -105,7 +107,34 @@ def restore(directory: Path, engine: "TrainEngine") -> None:
 
 
 def read_state(directory: Path) -> TrainerState:
-    return TrainerState(**read_json(directory / "trainer.json"))
+    return TrainerState(**read_json(directory / TRAINER_STATE))
+
+
+class Checkpoints(Protocol):
+    """Where a run's checkpoints lie, to the ranks."""
+
+    def list(self) -> list[str]:
+        """Newest first, whole or not."""
+        ...
+
+    def open(self, place: str, *, share: tuple[int, int]) -> Path:
+        """One of them on this machine. Raises `FtrayError` where its manifest does not prove it; the `share`-th of so
+        many ranks may look at its part only."""
+        ...
+
+
+class DirectoryCheckpoints:
+    """On a disk that all ranks share."""
+
+    def __init__(self, run_directory: Path):
+        self._run_directory = run_directory
+
+    def list(self) -> list[str]:
+        return [str(path) for path in list_checkpoints(self._run_directory)]
+
+    def open(self, place: str, *, share: tuple[int, int]) -> Path:
+        verify_directory(Path(place), share=share)
+        return Path(place)
 
 
 def list_checkpoints(run_directory: Path) -> list[Path]:
@@ -114,19 +143,24 @@ def list_checkpoints(run_directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def first_whole(checkpoints: list[Path], *, verify: Callable[[Path], Any] = verify_directory) -> Path | None:
+def is_whole(checkpoint: Path) -> bool:
+    with contextlib.suppress(FtrayError):
+        verify_directory(checkpoint)
+        return True
+    return False
+
+
+def first_whole(places: list[str], *, opened: Callable[[str], Path]) -> Path | None:
     """The first whose manifest proves it; damaged ones are passed over."""
-    for path in checkpoints:
-        try:
-            verify(path)
-        except FtrayError:
-            continue
-        return path
+    for place in places:
+        with contextlib.suppress(FtrayError):
+            return opened(place)
     return None
 
 
 def newest_whole_checkpoint(run_directory: Path) -> Path | None:
-    return first_whole(list_checkpoints(run_directory))
+    checkpoints = DirectoryCheckpoints(run_directory)
+    return first_whole(checkpoints.list(), opened=lambda place: checkpoints.open(place, share=(0, 1)))
 
 
 def data_digest(dataset: TokenizedDataset) -> str:

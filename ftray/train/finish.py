@@ -13,11 +13,11 @@ from ftray.errors import FtrayError
 from ftray.model.base import BaseModel
 from ftray.storage import verify_directory, write_json
 from ftray.tracking.report import write_report
-from ftray.tracking.runs import read_run
-from ftray.train.checkpoint import ADAPTER, newest_whole_checkpoint, read_state
+from ftray.tracking.runs import RESULT, read_run
+from ftray.train.checkpoint import ADAPTER, read_state
 from ftray.train.export import export_model
 from ftray.train.job import SCRATCH
-from ftray.train.run_directory import RESULT
+from ftray.train.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,53 @@ def ray_logs() -> str:
     return "/tmp/ray/session_latest/logs"
 
 
-def describe_interruption(config: RunConfig, path: Path) -> str:
-    checkpoint = newest_whole_checkpoint(path)
-    saved = f"the checkpoint {checkpoint} stands" if checkpoint else "no checkpoint was written yet"
+def describe_interruption(config: RunConfig, directory: RunDirectory) -> str:
+    checkpoint = directory.newest_checkpoint()
+    saved = f"the checkpoint {directory.place_of(checkpoint)} stands" if checkpoint else "no checkpoint was written yet"
     return f"{config.name}: stopped; {saved}"
 
 
-def finish(
-    config: RunConfig, path: Path, checkpoint: Path | None, base: BaseModel, data: PreparedData, *, seconds: float
+def finish_run(
+    config: RunConfig,
+    directory: RunDirectory,
+    checkpoint: Path | None,
+    base: BaseModel,
+    data: PreparedData,
+    *,
+    seconds: float,
 ) -> dict[str, Any]:
-    """Puts the last checkpoint's adapter (or model) at the top of the run directory and writes result.json last."""
+    """As `finish`, wherever the run lies."""
+    stored, path = directory.stored, directory.path
+    if stored is None:
+        return finish(config, path, checkpoint, base, data, seconds=seconds)
+    if checkpoint is not None:
+        stored.checkpoints.take_product(checkpoint, whole=config.adapter is None)
+    result = finish(config, path, checkpoint, base, data, seconds=seconds, place=stored.url)
+    stored.store_product(path / product_of(config))
+    return result
+
+
+def product_of(config: RunConfig) -> str:
+    return ADAPTER if config.adapter is not None else "model"
+
+
+def finish(
+    config: RunConfig,
+    path: Path,
+    checkpoint: Path | None,
+    base: BaseModel,
+    data: PreparedData,
+    *,
+    seconds: float,
+    place: str | None = None,
+) -> dict[str, Any]:
+    """Puts the last checkpoint's adapter (or model) at the top of the run directory and writes result.json last.
+
+    `place`: where users find that directory; default `path`.
+    """
     if checkpoint is None:
         raise FtrayError(f"{path}: the run ended without a checkpoint; the workers' logs are in {ray_logs()}")
-    product = ADAPTER if config.adapter is not None else "model"
+    product = product_of(config)
     staging = path / SCRATCH / product
     shutil.rmtree(staging, ignore_errors=True)
     if config.adapter is not None:
@@ -75,7 +109,7 @@ def finish(
         "data": {"train": data.train.counts()} | ({"eval": data.eval.counts()} if data.eval is not None else {}),
         "base_model": base.name,
         "base_fingerprint": base.fingerprint,
-        "output": str(path / product),
+        "output": f"{place or path}/{product}",
         "events": run.events,
     }
     write_json(path / RESULT, result)

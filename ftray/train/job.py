@@ -9,22 +9,25 @@ from ftray.config import RunConfig
 
 WORKER_ERROR = "worker_error.json"
 HARDWARE = "hardware.json"  # what rank 0 chose
+TOKENS = ".tokens"  # beside the run directories: all nodes share it
 STOP_REQUEST = "stop_request"  # while it exists, the workers save and end at the next step
 SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """The datasets are files on the storage that all nodes share; workers map them into memory."""
+    """The datasets lie on the storage that all nodes share, as the run directory does; workers map them into memory.
+    Of a run in an object store they are URLs, and each worker has a directory of its own."""
 
     config: RunConfig
     run_directory: Path
     base_name: str
     base_fingerprint: str
-    init_from: Path | None  # a PEFT directory
+    init_from: Path | str | None  # a PEFT directory, or the URL of one
     data_digest: str
-    train_data: Path  # directory of a TokenizedDataset
-    eval_data: Path | None
+    train_data: Path | str  # directory of a TokenizedDataset
+    eval_data: Path | str | None
+    run_url: str | None = None  # of a run in an object store
     profile_steps: int = 0
     until_step: int | None = None  # it saves there and ends, as if it were asked to
 

@@ -21,14 +21,14 @@ from ftray.data.tokens import tokenize_source
 from ftray.errors import InterruptedRunError, TerminatedRunError, UserError
 from ftray.model.base import BaseModel, check_base_name, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
-from ftray.tracking.events import record_event
-from ftray.train.checkpoint import data_digest, newest_whole_checkpoint, read_state
-from ftray.train.finish import PreparedData, describe_interruption, finish, is_complete
-from ftray.train.job import STOP_REQUEST, request_stop
+from ftray.tracking.events import record_driver_event
+from ftray.tracking.runs import RESULT
+from ftray.train.checkpoint import data_digest, read_state
+from ftray.train.finish import PreparedData, describe_interruption, finish_run, is_complete
+from ftray.train.job import STOP_REQUEST, TOKENS, request_stop
 from ftray.train.preflight import check_disk, check_nodes, check_resources, nodes_for
 from ftray.train.ray_trainer import Watcher, train_on_ray
 from ftray.train.run_directory import (
-    RESULT,
     RunDirectory,
     check_same_data,
     only_driver,
@@ -36,8 +36,6 @@ from ftray.train.run_directory import (
     refuse_vanishing_directory,
 )
 from ftray.train.spread import spread_base
-
-TOKENS = ".tokens"  # beside the run directories: all nodes share it
 
 
 def check_before_anything(config: RunConfig) -> None:
@@ -53,20 +51,20 @@ def launch(
     watcher: Watcher,
     *,
     fresh: bool = False,
-    init_from: Path | None = None,
+    init_from: Path | str | None = None,
     profile_steps: int = 0,
     until_step: int | None = None,
 ) -> dict[str, Any]:
     """Runs, or goes on with, `config.name` and returns what its result.json says.
 
-    `init_from`: the PEFT directory that `adapter.init_from` names. `profile_steps`: so many steps of rank 0 are traced.
+    `init_from`: path or URL of the PEFT directory that `adapter.init_from` names. `profile_steps`: of rank 0, traced.
     `until_step`: it saves there and raises `InterruptedRunError`; the same call with a later one goes on.
     """
     began = time.time()
     check_before_anything(config)
     refuse_vanishing_directory(config)
-    with only_driver(config):
-        directory = open_run_directory(config, fresh=fresh)
+    with only_driver(config) as stored:
+        directory = open_run_directory(config, fresh=fresh, stored=stored)
         parts = {"init_from": init_from, "profile_steps": profile_steps, "until_step": until_step}
         return run_in(directory, config, watcher, began=began, **parts)
 
@@ -80,7 +78,9 @@ def run_in(
     **parts: Any,
 ) -> dict[str, Any]:
     if directory.finished is not None:
-        watcher.say(f"{config.name} is finished already; its result stands ({directory.path / RESULT})")
+        watcher.say(
+            f"{config.name} is finished already; its result stands ({directory.place_of(directory.path / RESULT)})"
+        )
         return directory.finished
     for change in directory.changes:
         watcher.say(f"goes on with a changed setting: {change}")
@@ -93,32 +93,33 @@ def run_in(
             if own_session:
                 start_ray(run=config.name)
             check_resources(config.workers, say=watcher.say)
-            check_nodes(directory.path, config.workers)
+            check_nodes(directory.path if directory.stored is None else None, config.workers)
             base, data = preparing.result()
             if "://" in config.base_model:
                 spread_base(config.base_model, nodes_for(config.workers), say=watcher.say)
-        if directory.resume_from is None or not is_complete(directory.resume_from, config, data):
+        done = directory.resume_from is not None and is_complete(directory.resume_from, config, data)
+        if directory.stored is None and not done:
             check_disk(config, base, directory.path)
         if directory.resume_from is not None:
             check_same_data(directory.resume_from, data.digest)
-            watcher.say(f"resumes from {directory.resume_from}")
+            watcher.say(f"resumes from {directory.place_of(directory.resume_from)}")
         with stop_on_sigterm(directory.path) as terminated:
             train_on_ray(config, directory, base, data, watcher, **parts)
-        checkpoint = newest_whole_checkpoint(directory.path)
+        checkpoint = directory.newest_checkpoint()
         if not is_complete(checkpoint, config, data):
             by = "SIGTERM" if terminated.is_set() else "ftray runs stop"
             assert checkpoint is not None
             if read_state(checkpoint).step != parts["until_step"]:
-                record_event(directory.path, "stopped", by=by)
+                record_driver_event(directory.path, "stopped", by=by)
             stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
-            raise stopped(describe_interruption(config, directory.path))
+            raise stopped(describe_interruption(config, directory))
     except KeyboardInterrupt:
         own_session = False  # a thread still waits for Ray, which would end the process before its message is printed
-        raise InterruptedRunError(describe_interruption(config, directory.path)) from None
+        raise InterruptedRunError(describe_interruption(config, directory)) from None
     finally:
         if own_session:
             ray.shutdown()
-    return finish(config, directory.path, checkpoint, base, data, seconds=time.time() - began)
+    return finish_run(config, directory, checkpoint, base, data, seconds=time.time() - began)
 
 
 @contextlib.contextmanager

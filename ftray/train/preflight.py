@@ -1,13 +1,14 @@
 """Before any worker starts: does the cluster have what the run asks for (Ray itself would wait for ever), and do its
 nodes agree on files, packages and time?"""
 
+import contextlib
 import json
 import math
 import shutil
 import struct
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,23 +87,34 @@ class NodeReport:
     clock: float
 
 
-def check_nodes(run_directory: Path, workers: WorkersConfig) -> None:
-    """Asks every node that may get a worker; raises `UserError` naming the one that differs. One node needs none."""
+def check_nodes(run_directory: Path | None, workers: WorkersConfig) -> None:
+    """Asks every node that may get a worker; raises `UserError` naming the one that differs. One node needs none.
+    `run_directory`: which all must see; None: it lies in an object store."""
     nodes = nodes_for(workers)
     here = ray.get_runtime_context().get_node_id()
     if all(node["NodeID"] == here for node in nodes):
         return
-    probe, token = run_directory / "scratch" / "probe", uuid.uuid4().hex
-    probe.write_text(token)
-    try:
+    with probe_in(run_directory) as (probe, token):
         asked = time.time()
         reports = ask_nodes(nodes, report_node, probe)
         answered = time.time()
-    finally:
-        probe.unlink(missing_ok=True)
     if failure := next((report for report in reports if isinstance(report, UserError)), None):
         raise failure
     compare_nodes(reports, token, run_directory, asked=asked, answered=answered)
+
+
+@contextlib.contextmanager
+def probe_in(directory: Path | None) -> Iterator[tuple[Path | None, str | None]]:
+    """A file for other nodes to read, and its content."""
+    if directory is None:
+        yield None, None
+        return
+    probe, token = directory / "scratch" / "probe", uuid.uuid4().hex
+    probe.write_text(token)
+    try:
+        yield probe, token
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def ask_nodes(nodes: list[dict[str, Any]], question: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -131,12 +143,14 @@ def unanswered(address: str) -> UserError:
     return UserError(f"node {address} does not answer within {PROBE_TIMEOUT_S:.0f} s; look at it with `ray status`")
 
 
-def report_node(address: str, probe: Path) -> NodeReport:
-    content = probe.read_text() if probe.is_file() else None
+def report_node(address: str, probe: Path | None) -> NodeReport:
+    content = probe.read_text() if probe is not None and probe.is_file() else None
     return NodeReport(address, content, describe_environment()["packages"], time.time())
 
 
-def compare_nodes(reports: list[NodeReport], token: str, run_directory: Path, *, asked: float, answered: float) -> None:
+def compare_nodes(
+    reports: list[NodeReport], token: str | None, run_directory: Path | None, *, asked: float, answered: float
+) -> None:
     """`asked`, `answered`: this machine's clock before and after, between which every node looked at its own."""
     packages = describe_environment()["packages"]
     for report in reports:

@@ -15,11 +15,12 @@ from ftray.config.run import WorkersConfig
 from ftray.errors import DivergedError, FtrayError, UserError
 from ftray.model.base import BaseModel
 from ftray.storage import check_sizes, read_json
-from ftray.tracking.events import record_event
+from ftray.tracking.events import record_driver_event
 from ftray.tracking.metrics import MetricsFollower
 from ftray.train.checkpoint import CHECKPOINTS, read_state
 from ftray.train.finish import PreparedData, num_steps, ray_logs
 from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, run_in_worker
+from ftray.train.ray_notes import unkept_notes
 from ftray.train.run_directory import RunDirectory
 from ftray.train.watchdog import HangReader, clear_hangs
 
@@ -76,7 +77,7 @@ def train_on_ray(
     data: PreparedData,
     watcher: Watcher,
     *,
-    init_from: Path | None,
+    init_from: Path | str | None,
     profile_steps: int,
     until_step: int | None,
 ) -> None:
@@ -85,7 +86,9 @@ def train_on_ray(
     from ray.train import ControllerError
 
     (directory.path / WORKER_ERROR).unlink(missing_ok=True)
-    assert data.train.directory is not None, "the launch keeps its tokens"
+    train, evaluation = (tokens.directory if tokens is not None else None for tokens in (data.train, data.eval))
+    assert train is not None, "the launch keeps its tokens"
+    stored = directory.stored
     job = TrainJob(
         config=config,
         run_directory=directory.path,
@@ -93,16 +96,17 @@ def train_on_ray(
         base_fingerprint=base.fingerprint,
         init_from=init_from,
         data_digest=data.digest,
-        train_data=data.train.directory,
-        eval_data=data.eval.directory if data.eval is not None else None,
+        train_data=train if stored is None else stored.store_tokens(train),
+        eval_data=evaluation if stored is None or evaluation is None else stored.store_tokens(evaluation),
         profile_steps=profile_steps,
         until_step=until_step,
+        run_url=stored.url if stored is not None else None,
     )
     start = read_state(directory.resume_from).step if directory.resume_from is not None else 0
     watcher.on_start(start, num_steps(config, data.train))
     for tries_left in reversed(range(config.workers.max_failures + 1)):
         clear_ray_notes(directory.path / CHECKPOINTS)
-        failure = fit_and_follow(make_trainer(job), directory.path, watcher)
+        failure = fit_and_follow(make_trainer(job), directory, watcher)
         if failure is None:
             return
         if tries_left == 0 or not isinstance(failure, ControllerError):
@@ -111,7 +115,7 @@ def train_on_ray(
         watcher.say(f"Ray Train stopped ({last_line(failure)}); tries again in {RETRY_S:.0f} s")
         time.sleep(RETRY_S)
         with contextlib.suppress(OSError):
-            record_event(directory.path, "controller_failed", message=last_line(failure))
+            record_driver_event(directory.path, "controller_failed", message=last_line(failure))
 
 
 def make_trainer(job: TrainJob) -> Any:
@@ -135,6 +139,7 @@ def make_trainer(job: TrainJob) -> Any:
         run_config=RayRunConfig(
             name=CHECKPOINTS,  # so that a checkpoint lies at runs/NAME/checkpoints/step-N
             storage_path=str(job.run_directory),
+            storage_filesystem=unkept_notes() if job.run_url is not None else None,
             failure_config=FailureConfig(max_failures=workers.max_failures + skips),
             checkpoint_config=CheckpointConfig(num_to_keep=job.config.checkpoint.keep),
             worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},
@@ -192,11 +197,12 @@ def passed_secrets() -> dict[str, str]:
     return {name: os.environ[name] for name in SECRETS if name in os.environ}
 
 
-def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> BaseException | None:
+def fit_and_follow(trainer: Any, directory: RunDirectory, watcher: Watcher) -> BaseException | None:
     """Returns Ray's failure, if there is one; raises what the workers themselves said.
 
     `fit` runs in a thread (in the main one it would take over Ctrl-C); here the metrics are followed meanwhile.
     """
+    run_directory = directory.path
     (run_directory / HARDWARE).unlink(missing_ok=True)
     clear_hangs(run_directory)
     workers: dict[str, Any] | None = None  # as rank 0 described them at their last start
@@ -205,6 +211,7 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> BaseE
     thread = Fit(trainer)
     while thread.is_alive():
         thread.join(POLL_S)
+        directory.sync(at_once=not thread.is_alive())
         if (run_directory / HARDWARE).is_file() and (found := read_json(run_directory / HARDWARE)) != workers:
             workers = found
             watcher.say(f"{found['world_size']} workers run on {found['hardware']}")
@@ -213,7 +220,7 @@ def fit_and_follow(trainer: Any, run_directory: Path, watcher: Watcher) -> BaseE
             thread.join(ERROR_GRACE_S)  # other workers may wait for the one that has given up
             break
         if workers is not None and (hang := hangs.poll(world_size=workers["world_size"])):
-            record_event(run_directory, "hang", message=hang)
+            record_driver_event(run_directory, "hang", message=hang)
             watcher.say(f"{hang}; the workers start again from the last checkpoint")
     watcher.on_metrics(follower.poll())
     if (run_directory / WORKER_ERROR).is_file():

@@ -20,8 +20,11 @@ from ftray.train.checkpoint import Snapshot, TrainerState, complete_checkpoint, 
 if TYPE_CHECKING:  # importing it loads deepspeed
     from ftray.train.engine import TrainEngine
 
-# (this rank's directory, step): makes its files part of checkpoints/step-N. Called on all ranks together.
+# (this rank's directory, step): makes its files part of checkpoints/step-N. Called on all ranks together; raises
+# `FtrayError` on all of them or on none.
 Publish = Callable[[Path, int], None]
+# (this rank's directory, step): to where checkpoints lie, when that is not this disk; beside the training.
+Upload = Callable[[Path, int], None]
 # (step, what went wrong)
 OnFailure = Callable[[int, str], None]
 
@@ -38,6 +41,7 @@ class Saver:
         rank: int,
         publish: Publish,
         on_failure: OnFailure,
+        upload: Upload | None = None,
     ):
         self._engine = engine
         self._config = config
@@ -46,6 +50,7 @@ class Saver:
         self._directory = scratch / f"rank-{rank}"
         self._rank = rank
         self._publish = publish
+        self._upload = upload
         self._on_failure = on_failure
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[Snapshot, Future[list[FileEntry]]] | None = None
@@ -81,7 +86,12 @@ class Saver:
             if self._rank == 0:
                 files = [entry for entries in written for entry in entries]
                 complete_checkpoint(self._directory, files, self._config, snapshot.state)
-            self._publish(self._directory, snapshot.state.step)
+            try:
+                self._publish(self._directory, snapshot.state.step)
+            except FtrayError as error:
+                if last:
+                    raise
+                self._on_failure(snapshot.state.step, str(error))
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def close(self) -> None:
@@ -89,4 +99,7 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> list[FileEntry]:
         shutil.rmtree(self._directory, ignore_errors=True)
-        return write_snapshot(self._directory, snapshot, self._config, self._base, rank=self._rank)
+        files = write_snapshot(self._directory, snapshot, self._config, self._base, rank=self._rank)
+        if self._upload is not None:
+            self._upload(self._directory, snapshot.state.step)
+        return files

@@ -14,6 +14,7 @@ from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.plan import plan_steps
 from ftray.errors import DivergedError, FtrayError, UserError
+from ftray.model.adapter import adapter_at_hand
 from ftray.model.base import BaseModel, load_weights, prepare_base
 from ftray.model.hardware import Hardware, check_stage, choose_hardware, make_deterministic
 from ftray.model.lora import inject_lora, load_weights_from
@@ -27,12 +28,12 @@ from ftray.model.packed import (
 )
 from ftray.model.sequence_parallel import make_sequence_ranks
 from ftray.objectives import OBJECTIVES
-from ftray.storage import remove_unlisted, verify_directory, write_json
+from ftray.storage import remove_unlisted, write_json
 from ftray.storage.manifest import MANIFEST
 from ftray.tracking.events import record_event
 from ftray.tracking.metrics import read_metrics
 from ftray.train.callbacks import Record, WorkerCallbacks, skipped_steps
-from ftray.train.checkpoint import CHECKPOINTS, first_whole, list_checkpoints, read_state, restore
+from ftray.train.checkpoint import CHECKPOINTS, Checkpoints, DirectoryCheckpoints, first_whole, read_state, restore
 from ftray.train.communication import describe_bandwidth, measure_all_reduce
 from ftray.train.engine import TrainEngine
 from ftray.train.guard import WINDOW_STEPS, LossGuard
@@ -41,6 +42,8 @@ from ftray.train.loop import Schedule, evaluation_rows, train
 from ftray.train.recording import Recorder
 from ftray.train.sampling import Sampler
 from ftray.train.schedule import make_schedule
+from ftray.train.stored_checkpoints import StoredCheckpoints
+from ftray.train.stored_run import WorkerNotes, on_this_machine
 from ftray.train.zero import shard_while_loading
 
 COMPILE_AFTER_S = 900.0  # of a worker's nominal work: compiling takes a minute
@@ -50,23 +53,25 @@ WORKERS_STARTED = "workers_started"  # in events.jsonl
 
 def train_worker(job: TrainJob) -> None:
     """A `FtrayError` is the same on every try: it is written down for the driver, and Ray starts no new try."""
-    try:
-        run_job(job)
-    except FtrayError as error:
-        write_json(
-            job.run_directory / WORKER_ERROR,
-            {
-                "message": str(error),
-                "exit_code": error.exit_code,
-                "diverged": isinstance(error, DivergedError),
-                "traceback": traceback.format_exc(),
-            },
-        )
-
-
-def run_job(job: TrainJob) -> None:
-    config = job.config
     rank = ray.train.get_context().get_world_rank()
+    with on_this_machine(job, rank=rank) as (here, notes):
+        try:
+            run_job(here, notes, rank=rank)
+        except FtrayError as error:
+            write_json(
+                here.run_directory / WORKER_ERROR,
+                {
+                    "message": str(error),
+                    "exit_code": error.exit_code,
+                    "diverged": isinstance(error, DivergedError),
+                    "traceback": traceback.format_exc(),
+                },
+            )
+
+
+def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
+    """`notes`: of a run in an object store, which gets its checkpoints too."""
+    config = job.config
     use_gpu = config.workers.gpus_each > 0
     if use_gpu:
         torch.cuda.set_device(ray.train.torch.get_device())  # the one of this local rank
@@ -79,15 +84,21 @@ def run_job(job: TrainJob) -> None:
             f"base_model: {job.base_name} is another model on this node than the driver had (its files were changed); "
             "put the old ones back, or start over with --fresh"
         )
-    engine = make_engine(config, base, hardware, init_from=job.init_from)
-    start_step = resume(engine, job, rank=rank)
+    init_from = adapter_at_hand(job.init_from) if job.init_from is not None else None
+    if job.init_from is not None and init_from is None:
+        raise UserError(
+            f"adapter.init_from: {job.init_from} is not to be seen on this node; give a shared path or a URL"
+        )
+    engine = make_engine(config, base, hardware, init_from=init_from)
+    stored = StoredCheckpoints(job.run_url) if job.run_url is not None else None
+    start_step = resume(engine, stored or DirectoryCheckpoints(job.run_directory), rank=rank)
     if rank == 0:
         described = f"{hardware}{describe_bandwidth(bandwidth)}"
         write_json(job.run_directory / HARDWARE, {"hardware": described, "world_size": engine.world_size})
         record_event(job.run_directory, WORKERS_STARTED, after_step=start_step, workers=engine.world_size)
 
-    dataset = open_dataset(job.train_data)
-    eval_dataset = open_dataset(job.eval_data) if job.eval_data is not None else None
+    dataset = open_dataset(Path(job.train_data))
+    eval_dataset = open_dataset(Path(job.eval_data)) if job.eval_data is not None else None
     plan = plan_steps(config, dataset.lengths)
     num_steps = plan.num_steps(epochs=config.epochs, max_steps=config.max_steps)
     if worth_compiling(config, engine, dataset, num_steps=num_steps):
@@ -115,7 +126,12 @@ def run_job(job: TrainJob) -> None:
             rank=rank,
             record=record,
             sample=Sampler(job, engine, base, eval_dataset, rank=rank).sample,
-            publish=lambda directory, step: publish(job, directory, step, rank=rank),
+            upload=stored.upload if stored is not None else None,
+            publish=lambda directory, step: (
+                publish(job, directory, step, rank=rank)
+                if stored is None
+                else publish_in_store(engine, stored, notes, directory, step, keep=config.checkpoint.keep)
+            ),
         )
         train(
             engine,
@@ -150,20 +166,22 @@ def worth_compiling(config: RunConfig, engine: TrainEngine, dataset: TokenizedDa
     return flops / engine.world_size > COMPILE_AFTER_S * NOMINAL_RATE[engine.hardware.device.type]
 
 
-def resume(engine: TrainEngine, job: TrainJob, *, rank: int) -> int:
+def resume(engine: TrainEngine, checkpoints: Checkpoints, *, rank: int) -> int:
     """Puts the newest whole checkpoint back, if there is one; returns the steps done. The ranks share the checking."""
 
-    def verify(path: Path) -> None:
+    def open_on_all_ranks(place: str) -> Path:
+        path, problem = None, None
         try:
-            verify_directory(path, share=(rank, engine.world_size))
-            problem = None
+            path = checkpoints.open(place, share=(rank, engine.world_size))
         except FtrayError as error:
             problem = str(error)
         if problems := [found for found in engine.gather(problem) if found is not None]:
             raise FtrayError(problems[0])
+        assert path is not None
+        return path
 
-    listed = engine.gather(list_checkpoints(job.run_directory))[0]  # a shared disk may show another rank another list
-    checkpoint = first_whole(listed, verify=verify)
+    listed = engine.gather(checkpoints.list())[0]  # a shared disk may show another rank another list
+    checkpoint = first_whole(listed, opened=open_on_all_ranks)
     if checkpoint is None:
         return 0
     restore(checkpoint, engine)
@@ -190,6 +208,28 @@ def publish(job: TrainJob, directory: Path, step: int, *, rank: int) -> None:
         checkpoint_dir_name=f"step-{step}",
         checkpoint_upload_fn=move,
     )
+
+
+def publish_in_store(
+    engine: TrainEngine,
+    stored: StoredCheckpoints,
+    notes: WorkerNotes | None,
+    directory: Path,
+    step: int,
+    *,
+    keep: int,
+) -> None:
+    """Every rank's files are there; the notes of the steps before come first. Raises on all ranks alike."""
+    problem = None
+    if (directory / MANIFEST).is_file():  # rank 0
+        assert notes is not None
+        try:
+            notes.push(at_once=True)
+            stored.complete(directory, step, keep=keep)
+        except FtrayError as error:
+            problem = str(error)
+    if problem := engine.gather(problem)[0]:
+        raise FtrayError(f"the checkpoint of step {step} could not be completed: {problem}")
 
 
 def make_engine(

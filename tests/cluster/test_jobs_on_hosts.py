@@ -133,7 +133,8 @@ def ask(cluster: Cluster, path: str, body: dict) -> str:
     return done.stdout
 
 
-def test_a_base_in_an_object_store_is_read_once_and_passed_on(cluster, project, tiny_model):
+def test_base_data_and_run_directory_lie_in_an_object_store(cluster, project, tiny_model, train_file, eval_file):
+    """The base is read once and passed on from node to node; the nodes share no disk. A driver that dies goes on."""
     store = f"http://{cluster.head.address}:5000"
     for_s3 = {
         "AWS_ENDPOINT_URL": store,
@@ -142,6 +143,10 @@ def test_a_base_in_an_object_store_is_read_once_and_passed_on(cluster, project, 
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
     }
+
+    def of_s3(*command: str) -> list[str]:
+        return cluster.on(cluster.head, "env", *(f"{key}={value}" for key, value in for_s3.items()), *command)
+
     log = (project / "requests.log").open("wb")
     serve = cluster.on(cluster.head, sys.executable, "-m", "moto.server", "-H", cluster.head.address, "-p", "5000")
     server = subprocess.Popen(serve, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -150,8 +155,10 @@ def test_a_base_in_an_object_store_is_read_once_and_passed_on(cluster, project, 
     try:
         put = ["curl", "--silent", "--fail", "--retry", "20", "--retry-connrefused", "-X", "PUT", f"{store}/bucket"]
         subprocess.run(cluster.on(cluster.head, *put), check=True, capture_output=True)
-        for file in tiny_model.iterdir():
-            body = [f"{put[-1]}/{name}/{file.name}", "--data-binary", f"@{file}"]
+        objects = {f"{name}/{file.name}": file for file in tiny_model.iterdir()}
+        objects |= {"data/train.jsonl": train_file, "data/eval.jsonl": eval_file}
+        for key, file in objects.items():
+            body = [f"{put[-1]}/{key}", "--data-binary", f"@{file}"]
             body += ["-H", "Expect:", "-H", "Content-Type: application/octet-stream"]
             subprocess.run(cluster.on(cluster.head, *put[:-1], *body), check=True, capture_output=True)
         words = [
@@ -159,16 +166,36 @@ def test_a_base_in_an_object_store_is_read_once_and_passed_on(cluster, project, 
             "train",
             "run.yaml",
             "name=stored",
-            "max_steps=4",
+            "max_steps=60",
             f"base_model=s3://bucket/{name}",
+            f"runs_dir=s3://bucket/{name}-runs",
+            "data.train=s3://bucket/data/train.jsonl",
+            "data.eval=s3://bucket/data/eval.jsonl",
         ]
-        command = cluster.on(cluster.head, "env", *(f"{key}={value}" for key, value in for_s3.items()), *words)
         environment = cluster.environment() | {"RAY_ADDRESS": f"{cluster.head.address}:{PORT}"}
-        process = subprocess.Popen(
-            command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        out = ended(process)
+
+        def start() -> subprocess.Popen:
+            out = subprocess.PIPE
+            return subprocess.Popen(
+                of_s3(*words), cwd=project, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True
+            )
+
+        process = start()
+        wait_for(lambda: "manifest.json" in stored(cluster, store, f"{name}-runs/stored/checkpoints/"), process)
+        process.kill()  # `ip` and `env` have become the driver
+        out = process.communicate(timeout=60)[0]
         assert f"s3://bucket/{name} goes to 2 nodes, from node to node" in out
+        out = ended(start())
+        assert f"resumes from s3://bucket/{name}-runs/stored/checkpoints/step-" in out
+        assert "stored: 60 steps" in out
+        keys = stored(cluster, store, f"{name}-runs/stored/")
+        assert "adapter/adapter_model.safetensors" in keys
+        assert "result.json" in keys
+        show = [str(BIN / "ftray"), "runs", "show", "stored", "--runs-dir", f"s3://bucket/{name}-runs"]
+        shown = subprocess.run(of_s3(*show), env=environment, check=True, capture_output=True, text=True).stdout
+        described = json.loads(shown)
+        assert (described["status"], described["steps"], described["result"]["steps"]) == ("finished", 60, 60)
+        assert [event["event"] for event in described["events"]] == ["workers_started", "workers_started"]
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=20)
@@ -180,6 +207,12 @@ def test_a_base_in_an_object_store_is_read_once_and_passed_on(cluster, project, 
     for host in cluster.hosts[1:]:
         copies = list((cluster.directory / host.name / "cache/ftray/copies").glob(f"{name}-*/model.safetensors"))
         assert [path.read_bytes() for path in copies] == [(tiny_model / "model.safetensors").read_bytes()]
+
+
+def stored(cluster: Cluster, store: str, prefix: str) -> str:
+    """The store's list of keys, as it answers it."""
+    listing = ["curl", "--silent", f"{store}/bucket?list-type=2&prefix={prefix}"]
+    return subprocess.run(cluster.on(cluster.head, *listing), check=True, capture_output=True, text=True).stdout
 
 
 def doctor(cluster: Cluster, *words: str) -> tuple[list[dict], int]:

@@ -10,49 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import chat_rows, write_jsonl
+from watching import Recorder
 
-from ftray.config import parse_config
 from ftray.errors import FtrayError, UserError
 from ftray.storage import read_json, verify_directory
 from ftray.tracking.metrics import read_metrics
 from ftray.tracking.samples import read_samples
 from ftray.train.checkpoint import newest_whole_checkpoint
 from ftray.train.launch import launch
-from ftray.train.ray_trainer import Watcher
-
-
-class Recorder:
-    """A watcher that collects, and does things at steps."""
-
-    def __init__(self, actions: dict | None = None):
-        self.lines: list[str] = []
-        self.actions = dict(actions or {})
-
-    def watcher(self) -> Watcher:
-        return Watcher(say=self.lines.append, on_metrics=self.on_metrics, on_start=lambda first, total: None)
-
-    def on_metrics(self, records):
-        due = [step for step in self.actions if any(record["step"] >= step for record in records)]
-        if due:
-            self.actions.pop(min(due))()
-
-
-@pytest.fixture
-def config(tiny_model, train_file, eval_file, tmp_path):
-    def make(**settings):
-        text = f"kind: run\nname: demo\nbase_model: {tiny_model}\ndata: {{train: {train_file}, eval: {eval_file}}}\n"
-        chosen = {
-            "max_steps": 8,
-            "runs_dir": tmp_path / "runs",
-            "workers.count": 2,
-            "batch.examples_per_step": 4,
-            "optimizer.learning_rate": 5e-3,
-            "checkpoint.every": 4,
-            "evaluation.every": 4,
-        } | {key.replace("__", "."): value for key, value in settings.items()}
-        return parse_config(text, [f"{key}={value}" for key, value in chosen.items()], kind="run", source="test")
-
-    return make
 
 
 def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):

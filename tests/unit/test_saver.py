@@ -104,6 +104,31 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(make, tmp_path, monkey
         saver.finish(last=True)
 
 
+def test_a_store_that_refuses_costs_one_checkpoint_and_not_the_run(make, monkeypatch):
+    _, saver, published, failures = make
+
+    def refuse(directory, step):
+        raise FtrayError("s3://bucket: cannot be written")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saver, "_upload", refuse)  # beside the training
+        saver.begin(5)
+        saver.finish(last=False)
+        patched.setattr(saver, "_upload", None)
+        patched.setattr(saver, "_publish", refuse)  # its manifest
+        saver.begin(10)
+        saver.finish(last=False)
+        saver.begin(15)
+        with pytest.raises(FtrayError, match="s3://bucket: cannot be written"):
+            saver.finish(last=True)
+    assert published == []
+    assert len(failures) == 2
+    assert "step 5 could not be written by rank 0: s3://bucket" in failures[0]
+    saver.begin(20)
+    saver.finish(last=True)
+    assert published == [20]
+
+
 def test_shards_of_two_ranks_are_read_in_any_range(tmp_path):
     whole = torch.arange(10.0)
     write_shard(tmp_path, Shard({"master.w": whole[:6]}, {"w": 0}, {"w": [5, 2]}), rank=0)

@@ -1,0 +1,188 @@
+"""A run directory in an object store (`runs_dir: s3://...`).
+
+The driver and every rank work in a directory of their own machine, and what others read of it goes through the store:
+
+    driver      config.json, environment.json, driver_events.jsonl, stop_request; at the end adapter/ and result.json
+    rank 0      metrics.jsonl, events.jsonl, samples.jsonl, hardware.json, tensorboard/, wandb/, profile/
+    each rank   its files of checkpoints/step-N, beside the training; rank 0 the manifest, when all of them are there
+"""
+
+import contextlib
+import hashlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ftray.errors import FtrayError, UserError
+from ftray.model.base import cache_directory
+from ftray.storage import local_copies
+from ftray.storage.lease import Lease, held
+from ftray.storage.mirror import Mirror
+from ftray.tracking.events import DRIVER_EVENTS, EVENTS
+from ftray.tracking.metrics import METRICS
+from ftray.tracking.runs import RESULT
+from ftray.tracking.samples import SAMPLES
+from ftray.train.checkpoint import CHECKPOINTS
+from ftray.train.job import HARDWARE, SCRATCH, STOP_REQUEST, TOKENS, WORKER_ERROR, TrainJob, request_stop
+from ftray.train.stored_checkpoints import StoredCheckpoints
+from ftray.train.watchdog import HANGS
+
+SYNC_S = 3.0
+LEASE = "driver.lease"
+FROM_DRIVER = ("config.json", "environment.json", DRIVER_EVENTS, STOP_REQUEST)
+FROM_WORKERS = (METRICS, EVENTS, SAMPLES, HARDWARE, WORKER_ERROR)
+OF_THIS_MACHINE = (SCRATCH, HANGS, CHECKPOINTS)  # not among a rank's notes
+
+
+def is_stored(runs_dir: str) -> bool:
+    return "://" in runs_dir
+
+
+def local_root(runs_dir: str) -> Path:
+    """What this machine has of a `runs_dir` in a store."""
+    return cache_directory() / "runs" / hashlib.sha256(runs_dir.rstrip("/").encode()).hexdigest()[:16]
+
+
+class StoredRun:
+    """The driver's side."""
+
+    def __init__(self, runs_dir: str, name: str):
+        self.url = f"{runs_dir.rstrip('/')}/{name}"
+        self.checkpoints = StoredCheckpoints(self.url)
+        self._tokens_url = f"{runs_dir.rstrip('/')}/{TOKENS}"
+        self.directory = local_root(runs_dir) / name
+        self._mirror = Mirror(self.url, self.directory)
+        self._lease: Lease | None = None
+        self._next_sync = 0.0
+
+    @contextlib.contextmanager
+    def opened(self, *, refusal: str) -> Iterator[None]:
+        """One driver at a time, on whatever machine; raises `UserError` that begins with `refusal` for another. What
+        the store has of the run replaces what this machine had; what the driver wrote goes to the store at the end."""
+        with contextlib.ExitStack() as stack:
+            try:
+                self._lease = stack.enter_context(held(self._mirror.store, LEASE, refusal=refusal))
+            except UserError:
+                raise
+            except FtrayError as error:
+                raise UserError(f"runs_dir: {error}; look at the address and the credentials") from None
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self._mirror.forget([STOP_REQUEST, HARDWARE, WORKER_ERROR])
+            fetch_notes(self._mirror)
+            try:
+                yield
+            finally:
+                self._mirror.push(FROM_DRIVER, at_once=True)
+
+    def sync(self, *, at_once: bool = False) -> None:
+        if not at_once and time.monotonic() < self._next_sync:
+            return
+        assert self._lease is not None
+        if self._lease.is_lost:
+            raise FtrayError(f"{self.url}: another driver has taken this run over; this one ends")
+        with contextlib.nullcontext() if at_once else contextlib.suppress(FtrayError):  # the store does not answer
+            self._mirror.push(FROM_DRIVER, at_once=at_once)
+            self._mirror.pull(FROM_WORKERS)
+        self._next_sync = time.monotonic() + SYNC_S
+
+    def newest_checkpoint(self) -> Path | None:
+        return self.checkpoints.newest(self.directory)
+
+    def store_tokens(self, directory: Path) -> str:
+        """Returns their URL. Runs on the same data have them in common."""
+        url = f"{self._tokens_url}/{directory.name}"
+        mirror = Mirror(url, directory)
+        there = {found.key: found.size for found in mirror.store.entries()}
+        for path in sorted(path for path in directory.iterdir() if path.is_file()):
+            if there.get(path.name) != path.stat().st_size:
+                mirror.store.write(path.name, path)
+        return url
+
+    def store_product(self, product: Path) -> None:
+        """The adapter or model, then the report, and last the result."""
+        for path in sorted(path for path in product.rglob("*") if path.is_file()):
+            self._mirror.store.write(path.relative_to(self.directory).as_posix(), path)
+        self._mirror.push(["report.html", *FROM_DRIVER], at_once=True)
+        self._mirror.push([RESULT], at_once=True)
+
+
+def fetch_notes(mirror: Mirror) -> None:
+    """The files at the top of a run directory."""
+    mirror.pull(found.key for found in mirror.store.entries() if "/" not in found.key and found.key != LEASE)
+
+
+def look_at_runs(runs_dir: str) -> Path:
+    """The notes of all runs, as directories of this machine; a `runs_dir` of this machine itself."""
+    if not is_stored(runs_dir):
+        return Path(runs_dir)
+    seen = local_root(runs_dir) / ".seen"
+    shutil.rmtree(seen, ignore_errors=True)
+    mirror = Mirror(runs_dir, seen)
+    keys = [found.key for found in mirror.store.entries() if found.key.count("/") == 1]
+    mirror.pull(key for key in keys if not key.startswith(f"{TOKENS}/") and not key.endswith(f"/{LEASE}"))
+    return seen
+
+
+def ask_to_stop(runs_dir: str, name: str) -> None:
+    """Its workers save and end at their next step."""
+    if is_stored(runs_dir):
+        Mirror(runs_dir, local_root(runs_dir)).store.write(f"{name}/{STOP_REQUEST}", b"asked\n")
+    else:
+        request_stop(Path(runs_dir) / name)
+
+
+class WorkerNotes:
+    """A rank's side. Those of rank 0 go to the store every few seconds, and a request to stop comes from there."""
+
+    def __init__(self, url: str, directory: Path, *, rank: int):
+        self._mirror = Mirror(url, directory)
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._syncing = threading.Thread(target=self._sync, name="notes", daemon=True)
+        if rank == 0:
+            fetch_notes(self._mirror)
+            self._syncing.start()
+
+    def push(self, *, at_once: bool = False) -> None:
+        directory = self._mirror.directory
+        files = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+        notes = [file.as_posix() for file in files if file.parts[0] not in OF_THIS_MACHINE]
+        with self._lock:
+            self._mirror.push([key for key in notes if key not in FROM_DRIVER], at_once=at_once)
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._syncing.ident is not None:
+            self._syncing.join()
+        self.push(at_once=True)
+
+    def _sync(self) -> None:
+        while not self._ended.wait(SYNC_S):
+            with contextlib.suppress(FtrayError, OSError):  # the store does not answer, or a file is just going
+                self.push()
+                self._mirror.pull([STOP_REQUEST])
+
+
+@contextlib.contextmanager
+def on_this_machine(job: TrainJob, *, rank: int) -> Iterator[tuple[TrainJob, WorkerNotes | None]]:
+    """The job as a rank works on it: of a run in a store, with a directory and copies of the data of its own. What it
+    noted is in the store at the end, however it ends."""
+    if job.run_url is None:
+        yield job, None
+        return
+    runs_dir, _, name = job.run_url.rpartition("/")
+    directory = local_root(runs_dir) / ".workers" / name / f"rank-{rank}"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    copies = local_copies(cache_directory())
+    train, evaluation = (copies.fetch(str(url)) if url is not None else None for url in (job.train_data, job.eval_data))
+    assert train is not None
+    notes = WorkerNotes(job.run_url, directory, rank=rank)
+    try:
+        yield replace(job, run_directory=directory, train_data=train, eval_data=evaluation), notes
+    finally:
+        notes.close()
+        shutil.rmtree(directory, ignore_errors=True)

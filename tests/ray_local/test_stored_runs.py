@@ -1,0 +1,85 @@
+"""A run directory in an object store: the same run as on a disk, stopped and gone on with from another machine."""
+
+import shutil
+
+import pytest
+from s3 import s3_server
+from safetensors.torch import load_file
+from watching import Recorder
+
+from ftray.cli.main import main
+from ftray.errors import InterruptedRunError, UserError
+from ftray.storage import ObjectStore, read_json, verify_directory
+from ftray.tracking.metrics import read_metrics
+from ftray.train import stored_run
+from ftray.train.launch import launch
+from ftray.train.stored_run import ask_to_stop, local_root, look_at_runs
+
+
+@pytest.fixture
+def runs_dir(tmp_path):
+    with s3_server("bucket") as url:
+        yield f"{url}/{tmp_path.name}"
+    shutil.rmtree(local_root(f"{url}/{tmp_path.name}"), ignore_errors=True)
+
+
+def losses(run):
+    return [(r["step"], r.get("loss"), r.get("eval_loss")) for r in read_metrics(run)]
+
+
+def test_a_run_in_a_store_is_the_run_on_a_disk(ray_session, config, runs_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stored_run, "SYNC_S", 0.3)
+    settings = {"max_steps": 24, "evaluation.samples": 2, "checkpoint.keep": 2}
+    whole = launch(config(**settings), Recorder().watcher())
+    settings["runs_dir"] = runs_dir
+    recorder = Recorder({6: lambda: ask_to_stop(runs_dir, "demo")})
+    with pytest.raises(InterruptedRunError, match=rf"the checkpoint {runs_dir}/demo/checkpoints/step-\d+ stands"):
+        launch(config(**settings), recorder.watcher())
+    assert any("2 workers run on cpu" in line for line in recorder.lines)
+    store = ObjectStore(f"{runs_dir}/demo")
+    there = {found.key for found in store.entries()}
+    assert there >= {"config.json", "environment.json", "metrics.jsonl", "events.jsonl", "driver_events.jsonl"}
+    assert "driver.lease" not in there
+
+    assert main_says(capsys, "runs", "list", "--runs-dir", runs_dir).split("\n")[1].split()[:2] == ["demo", "stopped"]
+    with pytest.raises(UserError, match="--fresh"):
+        launch(config(**settings), Recorder().watcher(), fresh=True)
+
+    # The newest checkpoint is damaged: what its manifest does not prove does not count.
+    newest = max(int(key.split("/")[1][5:]) for key in there if key.endswith("trainer.json"))
+    state = next(found for found in store.entries() if found.key.startswith(f"checkpoints/step-{newest}/state/"))
+    store.write(state.key, bytes(state.size))
+    shutil.rmtree(local_root(runs_dir))  # as if this were another machine
+    again = Recorder()
+    result = launch(config(**settings), again.watcher())
+    run = look_at_runs(runs_dir) / "demo"
+    assert losses(run) == losses(tmp_path / "runs/demo")
+    assert result["steps"] == 24
+    assert result["final_loss"] == whole["final_loss"]
+    assert result["output"] == f"{runs_dir}/demo/adapter"
+    keys = {found.key for found in store.entries()}
+    steps = sorted({key.split("/")[1] for key in keys if key.startswith("checkpoints/")})
+    assert steps == ["step-20", "step-24"]
+    assert {"report.html", "result.json", "samples.jsonl"} <= keys
+    assert read_json(run / "result.json") == result
+
+    for found in store.entries():
+        if found.key.startswith("adapter/"):
+            store.download(found, tmp_path / found.key)
+    verify_directory(tmp_path / "adapter")
+    mine, theirs = (
+        load_file(path / "adapter/adapter_model.safetensors") for path in (tmp_path, tmp_path / "runs/demo")
+    )
+    assert all((mine[name] == theirs[name]).all() for name in theirs)
+
+    stands = Recorder()
+    assert launch(config(**settings), stands.watcher()) == result
+    assert f"its result stands ({runs_dir}/demo/result.json)" in stands.lines[0]
+
+
+def main_says(capsys, *words: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    assert not ended.value.code
+    return capsys.readouterr().out

@@ -1,0 +1,233 @@
+"""The parts under runs in an object store, against an S3 server: files kept alike, one holder of a lease, checkpoints
+that count when their manifest is there."""
+
+import json
+import os
+import socket
+import time
+
+import pytest
+from s3 import s3_server
+
+from ftray.errors import FtrayError, UserError
+from ftray.model.adapter import adapter_at_hand, read_adapter
+from ftray.pipeline import publish_adapter
+from ftray.registry import Registry
+from ftray.storage import AlreadyExists, ObjectStore, lease, write_json, write_manifest
+from ftray.storage.lease import Lease, held
+from ftray.storage.mirror import Mirror
+from ftray.tracking.events import read_events, record_driver_event, record_event
+from ftray.tracking.metrics import MetricsFollower
+from ftray.train.stored_checkpoints import StoredCheckpoints
+from ftray.train.stored_run import StoredRun, WorkerNotes, local_root
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with s3_server("bucket") as url:
+        yield url
+
+
+@pytest.fixture
+def url(s3, tmp_path, monkeypatch) -> str:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return f"{s3}/{tmp_path.name}"
+
+
+def test_what_has_changed_goes_over_and_a_reader_keeps_its_place(url, tmp_path):
+    writer, reader = Mirror(url, tmp_path / "writer"), Mirror(url, tmp_path / "reader")
+    (tmp_path / "writer").mkdir()
+    log = tmp_path / "writer/metrics.jsonl"
+    log.write_text('{"step": 1}\n')
+    follower = MetricsFollower(tmp_path / "reader")
+    writer.push(["metrics.jsonl", "absent"])
+    reader.pull(["metrics.jsonl", "absent"])
+    assert follower.poll() == [{"step": 1}]
+    with log.open("a") as file:
+        file.write('{"step": 2}\n')
+    writer.push(["metrics.jsonl"], at_once=True)
+    reader.pull(["metrics.jsonl"])
+    assert follower.poll() == [{"step": 2}], "told once, though the object was written anew"
+    log.write_text('{"step": 1}\n')  # a run that was resumed forgets steps
+    writer.push(["metrics.jsonl"], at_once=True)
+    reader.pull(["metrics.jsonl"])
+    assert follower.poll() == [{"step": 1}]
+
+    reader.store.write("metrics.jsonl", b"another's")  # not changed here: it is not sent again
+    writer.push(["metrics.jsonl"], at_once=True)
+    assert reader.store.read("metrics.jsonl") == b"another's"
+    (tmp_path / "reader/metrics.jsonl").unlink()
+    reader.pull(["metrics.jsonl"])
+    reader.forget(["metrics.jsonl"])
+    reader.pull(["metrics.jsonl"])
+    assert not (tmp_path / "reader/metrics.jsonl").exists()
+
+
+def test_a_large_file_is_not_sent_every_time(url, tmp_path, monkeypatch):
+    monkeypatch.setattr("ftray.storage.mirror.BYTES_PER_S", 1)
+    mirror = Mirror(url, tmp_path)
+    (tmp_path / "trace").write_bytes(b"a" * 100)
+    mirror.push(["trace"])
+    (tmp_path / "trace").write_bytes(b"b" * 100)
+    mirror.push(["trace"])
+    assert mirror.store.read("trace") == b"a" * 100
+    mirror.push(["trace"], at_once=True)
+    assert mirror.store.read("trace") == b"b" * 100
+
+
+def test_a_lease_has_one_holder(url, monkeypatch):
+    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.2)
+    monkeypatch.setattr(lease, "LOOK_S", 0.1)
+    store = ObjectStore(url)
+    with held(store, "lease", refusal="demo is running") as first:
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=rf"demo is running \(process {os.getpid()} on {socket.gethostname()}\)"):
+            Lease(store, "lease").acquire("demo is running")
+        assert time.monotonic() - begun < 5
+        assert not first.is_lost
+    assert store.read("lease") is None
+    with held(store, "lease", refusal="demo is running"):
+        pass
+
+
+def test_a_lease_is_taken_from_a_holder_that_is_gone(url, monkeypatch):
+    monkeypatch.setattr(lease, "LOOK_S", 0.1)
+    store = ObjectStore(url)
+    gone = {"host": socket.gethostname(), "process": 2**22 + 1, "holder": "x"}
+    store.write("lease", json.dumps(gone).encode())
+    begun = time.monotonic()
+    with held(store, "lease", refusal=""):  # of this machine: it is known at once
+        assert time.monotonic() - begun < 5
+    monkeypatch.setattr(lease, "LAPSES_S", 1.0)
+    store.write("lease", json.dumps(gone | {"host": "another"}).encode())
+    begun = time.monotonic()
+    with held(store, "lease", refusal=""):  # of another one: it does not renew it
+        assert time.monotonic() - begun >= 1.0
+
+
+def test_of_two_who_take_a_lease_one_has_it(url, monkeypatch):
+    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.1)
+    store = ObjectStore(url)
+    tag = store.create("lease", b"{}")
+    store.replace("lease", b'{"a": 1}', tag=tag)
+    with pytest.raises(AlreadyExists):
+        store.replace("lease", b'{"b": 1}', tag=tag)
+    store.delete("lease")
+    with held(store, "lease", refusal="") as stood_still:
+        store.write("lease", b'{"holder": "another"}')
+        end = time.monotonic() + 5
+        while not stood_still.is_lost and time.monotonic() < end:
+            time.sleep(0.05)
+        assert stood_still.is_lost
+    assert store.read("lease") == b'{"holder": "another"}', "the other's stays"
+
+
+def write_checkpoint(directory, step, *, ranks=2):
+    for rank in range(ranks):
+        path = directory / f"state/rank-{rank}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f"{step} {rank}".encode())
+    write_json(directory / "trainer.json", {"step": step, "data_digest": "d", "world_size": ranks, "zero_stage": 2})
+
+
+def save(checkpoints, directory, step, *, keep=2, ranks=2):
+    write_checkpoint(directory, step, ranks=ranks)
+    checkpoints.upload(directory, step)
+    write_manifest(directory, metadata={"step": step})
+    checkpoints.complete(directory, step, keep=keep)
+
+
+def test_a_checkpoint_counts_once_its_manifest_is_there(url, tmp_path):
+    checkpoints = StoredCheckpoints(url)
+    store = ObjectStore(url)
+    for step in (2, 4, 6):
+        save(checkpoints, tmp_path / str(step), step)
+    assert checkpoints.list() == [f"{url}/checkpoints/step-6", f"{url}/checkpoints/step-4"], "of these two are kept"
+    assert not [found for found in store.entries() if "step-2/" in found.key]
+
+    write_checkpoint(tmp_path / "8", 8)
+    checkpoints.upload(tmp_path / "8", 8)  # cut off before its manifest
+    assert checkpoints.list()[0].endswith("step-6")
+    newest = checkpoints.newest(tmp_path / "driver")
+    assert newest == tmp_path / "driver/checkpoints/step-6"
+    assert sorted(path.name for path in newest.iterdir()) == ["manifest.json", "trainer.json"]
+    opened = checkpoints.open(checkpoints.list()[0], share=(0, 2))
+    assert (opened / "state/rank-1.safetensors").read_bytes() == b"6 1"
+
+    store.write("checkpoints/step-6/state/rank-1.safetensors", b"6 x")  # its size is right, its content is not
+    with pytest.raises(FtrayError, match=r"rank-1\.safetensors: content differs"):
+        checkpoints.open(checkpoints.list()[0], share=(0, 2))
+    store.delete("checkpoints/step-6/state/rank-1.safetensors")
+    assert checkpoints.newest(tmp_path / "driver").name == "step-4"
+
+    # Training went on from step 4: what is later was damaged, and goes.
+    save(checkpoints, tmp_path / "5", 5, ranks=1)
+    assert [place.rpartition("/")[2] for place in checkpoints.list()] == ["step-5", "step-4"]
+    save(checkpoints, tmp_path / "5", 5, ranks=3)
+    save(checkpoints, tmp_path / "again", 5, ranks=1)
+    assert sorted(found.key for found in store.entries() if "step-5/state" in found.key) == [
+        "checkpoints/step-5/state/rank-0.safetensors"
+    ], "of an earlier save by more ranks"
+
+
+def test_notes_of_rank_0_reach_the_driver_and_a_request_to_stop_reaches_rank_0(url, tmp_path, monkeypatch):
+    monkeypatch.setattr("ftray.train.stored_run.SYNC_S", 0.1)
+    run = StoredRun(url, "demo")
+    with run.opened(refusal=""):
+        directory = run.directory
+        directory.mkdir(parents=True, exist_ok=True)
+        worker = tmp_path / "worker"
+        worker.mkdir()
+        notes = WorkerNotes(run.url, worker, rank=0)
+        record_event(worker, "workers_started")
+        record_driver_event(directory, "hang", message="it stood still")
+        (worker / "scratch").mkdir()
+        (worker / "scratch/large").write_bytes(b"not a note")
+        (worker / "tensorboard").mkdir()
+        (worker / "tensorboard/events").write_bytes(b"a note")
+        (directory / "stop_request").touch()
+        end = time.monotonic() + 10
+        while not ((worker / "stop_request").is_file() and len(read_events(directory)) == 2):
+            assert time.monotonic() < end
+            run.sync()
+            time.sleep(0.05)
+        notes.close()
+        assert [event["event"] for event in read_events(directory)] == ["workers_started", "hang"]
+    keys = {found.key for found in ObjectStore(f"{url}/demo").entries()}
+    assert keys == {"events.jsonl", "driver_events.jsonl", "stop_request", "tensorboard/events"}
+
+    # The next driver, on another machine: it finds the events, and asks nobody to stop.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    assert not local_root(url).exists()
+    other = StoredRun(url, "demo")
+    with other.opened(refusal=""):
+        assert [event["event"] for event in read_events(other.directory)] == ["workers_started", "hang"]
+        assert not (other.directory / "stop_request").exists()
+
+
+def test_an_adapter_in_a_store_is_published_with_its_lineage(url, tmp_path, adapters):
+    store = ObjectStore(f"{url}/demo")
+    for path in adapters["r4"].iterdir():
+        store.write(f"adapter/{path.name}", path)
+    finished = {"name": "demo", "steps": 4, "final_loss": 1.0, "final_eval_loss": None, "tokens_per_s": 1.0}
+    store.write("result.json", json.dumps(finished).encode())
+    store.write("config.json", b'{"objective": {"type": "sft"}, "data": {"train": "x"}}')
+    store.write("environment.json", b"{}")
+    store.write("checkpoints/step-4/state/rank-0.safetensors", b"not fetched")
+    directory = adapter_at_hand(f"{url}/demo/adapter/")
+    assert not (directory.parent / "checkpoints").exists()
+    version = publish_adapter(Registry(f"{url}/registry"), "support", directory)
+    assert version.metadata["lineage"]["run"] == "demo"
+    assert version.metadata["rank"] == 4
+    # On another machine, a run that goes on from this version has the registry's address of it.
+    place = Registry(f"{url}/registry").place(version)
+    assert place == f"{url}/registry/adapters/support/versions/1/files"
+    assert read_adapter(adapter_at_hand(place), label="x").max_rank == 4
+    assert adapter_at_hand("support@1") is None
+    assert adapter_at_hand(adapters["r4"]) == adapters["r4"]
+
+
+def test_a_store_that_cannot_be_had_is_told(monkeypatch, s3):
+    run = StoredRun("s3://no-such-bucket/runs", "demo")
+    with pytest.raises(UserError, match=r"^runs_dir: s3://no-such-bucket/runs/demo"), run.opened(refusal=""):
+        pass
