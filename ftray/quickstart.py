@@ -19,7 +19,7 @@ from ftray.infer.torch_engine import TorchEngine
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
-from ftray.pipeline import publish_once
+from ftray.publish import publish_once
 from ftray.registry import AdapterVersion, Registry
 from ftray.serve.app import check_port, start_endpoint, stop_endpoint
 from ftray.tracking.report import AnswerTable, write_report

@@ -61,7 +61,7 @@ def publish(
 
     parse_reference(name)
     from ftray.model.adapter import adapter_at_hand
-    from ftray.pipeline import publish_adapter
+    from ftray.publish import publish_adapter
     from ftray.registry import Registry
 
     version = publish_adapter(Registry(registry), name, adapter_at_hand(directory) or Path(directory))

@@ -13,6 +13,7 @@ from ftray.cli import (
     doctor,
     evaluate,
     init,
+    pipeline,
     plan,
     quickstart,
     runs,
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command()(init.init)
 app.command()(train.train)
+app.command()(pipeline.pipeline)
 app.command()(plan.plan)
 app.command()(serve.serve)
 app.command()(submit.submit)

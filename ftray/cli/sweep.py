@@ -116,7 +116,7 @@ def parse_changes(words: list[str]) -> dict[str, Any]:
 
 
 def publish_best(study: "Study", directory: Path) -> None:
-    from ftray.pipeline import publish_if_new
+    from ftray.publish import publish_if_new
     from ftray.registry import Registry
     from ftray.sweep.trials import trials_directory
 

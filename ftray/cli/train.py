@@ -26,6 +26,7 @@ def train(
     run: RunConfig = load_config(config, overrides or (), kind="run")
     from ftray.cli.progress import TrainProgress
     from ftray.config.advice import advise
+    from ftray.pipeline import resolve_start
     from ftray.train.launch import check_before_anything, launch
 
     check_before_anything(run)
@@ -55,31 +56,6 @@ def train(
         print(f"next: ftray adapters publish {result['output']} --name {run.name}{registry}")
     else:
         print(f"next: ftray serve SERVE.yaml base_model={result['output']}")
-
-
-def resolve_start(run: RunConfig) -> tuple[RunConfig, Path | str | None]:
-    """`adapter.init_from` as the exact version it is now, so that a resumed run starts from the same, and its files."""
-    reference = run.adapter.init_from if run.adapter is not None else None
-    if run.adapter is None or reference is None:
-        return run, None
-    from ftray.model.adapter import adapter_at_hand
-    from ftray.model.base import prepare_base
-    from ftray.registry import Registry
-    from ftray.serve.replica import check_base
-    from ftray.storage import verify_directory
-    from ftray.storage.manifest import MANIFEST
-
-    base = prepare_base(run.base_model, say=print)
-    if (directory := adapter_at_hand(reference)) is not None:
-        if (directory / MANIFEST).is_file():  # a foreign PEFT directory has none
-            check_base(reference, verify_directory(directory).metadata, base, here="this run's base is")
-        return run, reference if "://" in reference else directory.absolute()
-    registry = Registry(run.registry)
-    version = registry.get(reference)
-    check_base(str(version), version.metadata, base, here="this run's base is")
-    adapter = run.adapter.model_copy(update={"init_from": str(version)})
-    registry.directory(version)  # whole
-    return run.model_copy(update={"adapter": adapter}), registry.place(version)
 
 
 def show_plan(run: RunConfig) -> None:

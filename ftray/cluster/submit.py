@@ -20,7 +20,7 @@ from ftray import __version__
 from ftray.errors import FtrayError, UserError
 
 NAME, KIND, OWNER, DIGEST, VERSION = "ftray_name", "ftray_kind", "ftray_owner", "ftray_config", "ftray_version"
-COMMANDS = {"run": "train", "sweep": "sweep", "serve": "serve"}
+COMMANDS = {"run": "train", "sweep": "sweep", "serve": "serve", "pipeline": "pipeline"}
 GRACE_S = 300.0  # for a run to save, before it is ended
 POLL_S = 1.0
 

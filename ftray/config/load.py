@@ -13,12 +13,18 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
+from ftray.config.pipeline import PipelineConfig
 from ftray.config.run import RunConfig
 from ftray.config.serve import ServeConfig
 from ftray.config.sweep import SweepConfig
 from ftray.errors import ConfigError
 
-KINDS: dict[str, type[BaseModel]] = {"run": RunConfig, "serve": ServeConfig, "sweep": SweepConfig}
+KINDS: dict[str, type[BaseModel]] = {
+    "run": RunConfig,
+    "serve": ServeConfig,
+    "sweep": SweepConfig,
+    "pipeline": PipelineConfig,
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: str) -> Any:

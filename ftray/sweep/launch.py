@@ -69,7 +69,12 @@ def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = Fals
 
 def check_inputs(config: SweepConfig, space: Space) -> None:
     """Of all points: a file that is missing is told before the first trial. Raises `UserError`."""
-    runs = (space.config(point) for point in space.points_to_check(is_grid=config.search.algorithm == "grid"))
+    runs = [space.config(point) for point in space.points_to_check(is_grid=config.search.algorithm == "grid")]
+    if starts := [run.adapter.init_from for run in runs if run.adapter is not None and run.adapter.init_from]:
+        raise UserError(
+            f"adapter.init_from: {starts[0]}: the trials of a sweep start from their base; fold the adapter into it "
+            "(`ftray adapters merge`) and give that as base_model"
+        )
     for run in {(run.base_model, run.data.train, run.data.eval): run for run in runs}.values():
         check_before_anything(run)
 

@@ -55,7 +55,7 @@ def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepR
     shared = with_absolute_data(study.config_of(runs[0]))
     general = absolute(compare.general_text) if compare.general_text is not None else None
     base_name = name_for_workers(shared, base)
-    adapters: dict[str, Path | None] = {} if BASE in done else {BASE: None}
+    adapters: dict[str, Path | str | None] = {} if BASE in done else {BASE: None}
     jobs = []
     for run in runs:
         if run.name in done:

@@ -16,9 +16,10 @@ class ScoreJob:
     """Products of runs over one base model."""
 
     base_model: str
-    adapters: dict[str, Path | None]  # by name; None: the base model as it is
+    adapters: dict[str, Path | str | None]  # by name, a path or URL; None: the base model as it is
     run: RunConfig  # its held-out questions
     general_text: str | None
+    held_out: bool = False  # also the loss on data.eval, which a run of a sweep has told already
 
     @property
     def needs(self) -> dict[str, float]:
@@ -31,6 +32,7 @@ class Score:
     accuracy: float | None  # exact match on data.eval; None: the objective asks no questions
     general_loss: float | None  # per token of `compare.general_text`
     problem: str | None = None  # why there are none: the engine cannot host such a product, say
+    loss: float | None = None  # per trained token of data.eval
 
 
 def tokenize_text(renderer: ChatRenderer, general_text: str, *, max_example_tokens: int) -> TokenizedDataset:
@@ -45,6 +47,7 @@ def score_products(job: ScoreJob, secrets: dict[str, str]) -> dict[str, Score]:
     from ftray.evaluate.offline import answer_questions, mean_loss
     from ftray.evaluate.task import Evaluation, load_questions
     from ftray.infer.engines import load_adapter, make_local_engine
+    from ftray.model.adapter import adapter_at_hand
     from ftray.model.base import prepare_base
     from ftray.model.hardware import choose_hardware
 
@@ -53,22 +56,29 @@ def score_products(job: ScoreJob, secrets: dict[str, str]) -> dict[str, Score]:
     questions = load_questions(data) if asks else []
     hardware = choose_hardware(use_gpu=job.run.workers.gpus_each > 0)
     engine = make_local_engine(prepare_base(job.base_model), hardware, context_tokens=2 * tokens)
-    text = None
+    renderer, text, held_out = ChatRenderer(engine.tokenizer), None, None
     if job.general_text is not None:
-        text = tokenize_text(ChatRenderer(engine.tokenizer), job.general_text, max_example_tokens=tokens)
+        text = tokenize_text(renderer, job.general_text, max_example_tokens=tokens)
+    if job.held_out and data.eval is not None:
+        held_out = tokenize_source("data.eval", data.eval, data, renderer, objective=job.run.objective.type)
     scores = {}
-    for name, directory in job.adapters.items():
-        key = name if directory is not None else None
+    for name, place in job.adapters.items():
+        key = name if place is not None else None
         try:
-            if directory is not None:
-                load_adapter(engine, name, directory)
+            if place is not None:
+                load_adapter(engine, name, adapter_at_hand(place) or Path(place))
         except FtrayError as error:
             scores[name] = Score(None, None, problem=str(error))
             continue
+
+        def loss_on(dataset: TokenizedDataset | None, key: str | None = key) -> float | None:
+            return None if dataset is None else mean_loss(engine, dataset, adapter=key, max_example_tokens=tokens)
+
         answers = answer_questions(engine, questions, adapter=key) if asks else None
         scores[name] = Score(
             accuracy=Evaluation(name, answers, loss=None).accuracy if answers is not None else None,
-            general_loss=mean_loss(engine, text, adapter=key, max_example_tokens=tokens) if text is not None else None,
+            general_loss=loss_on(text),
+            loss=loss_on(held_out),
         )
         if key is not None:
             engine.unload_adapter(key)

@@ -11,7 +11,7 @@ from tiny import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftray.config import parse_config
-from ftray.pipeline import publish_adapter
+from ftray.publish import publish_adapter
 from ftray.registry import Registry
 from ftray.serve.app import start_endpoint, stop_endpoint
 

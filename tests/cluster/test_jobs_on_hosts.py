@@ -14,7 +14,7 @@ import pytest
 from hosts import BIN, PORT, Cluster, can_make_hosts, ip, running_cluster
 from tiny import write_tiny_model
 
-from ftray.pipeline import publish_adapter
+from ftray.publish import publish_adapter
 from ftray.registry import Registry
 from ftray.storage import read_json
 from ftray.tracking.events import read_events

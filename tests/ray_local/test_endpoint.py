@@ -10,7 +10,7 @@ from tiny import chat_rows, write_jsonl, write_peft_adapter, write_tiny_model
 
 from ftray.config import parse_config
 from ftray.errors import UserError
-from ftray.pipeline import publish_adapter
+from ftray.publish import publish_adapter
 from ftray.registry import Registry
 from ftray.serve.app import check_endpoint, start_endpoint, stop_endpoint
 

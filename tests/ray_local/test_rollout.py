@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ftray.cli import rollout
 from ftray.cli.main import main
 from ftray.config import parse_config
-from ftray.pipeline import publish_adapter
+from ftray.publish import publish_adapter
 from ftray.registry import CanaryLimits, Registry
 from ftray.serve.accounts import Accounts, Tenant
 from ftray.serve.app import APP_NAME, ray_log_directory, start_endpoint, stop_endpoint

@@ -127,7 +127,7 @@ class Soak:
         return {"Authorization": f"Bearer {self.keys[tenant]}"}
 
     async def flip(self, registry, adapters: list[Path], until: float) -> None:
-        from ftray.pipeline import publish_adapter
+        from ftray.publish import publish_adapter
 
         chance, number = random.Random(0), 0
         while time.monotonic() < until:
@@ -246,7 +246,7 @@ def main() -> int:
     import ray
 
     from ftray.config import parse_config
-    from ftray.pipeline import publish_adapter
+    from ftray.publish import publish_adapter
     from ftray.registry import Registry
     from ftray.serve.accounts import Accounts, Tenant
     from ftray.serve.app import start_endpoint, stop_endpoint

@@ -10,7 +10,7 @@ import pytest
 from tiny import write_jsonl
 
 from ftray.cli.main import main
-from ftray.pipeline import publish_adapter
+from ftray.publish import publish_adapter
 from ftray.registry import Registry
 
 

@@ -11,7 +11,7 @@ from s3 import s3_server
 
 from ftray.errors import FtrayError, UserError
 from ftray.model.adapter import adapter_at_hand, read_adapter
-from ftray.pipeline import publish_adapter
+from ftray.publish import publish_adapter
 from ftray.registry import Registry
 from ftray.storage import AlreadyExists, ObjectStore, lease, write_json, write_manifest
 from ftray.storage.lease import Lease, held

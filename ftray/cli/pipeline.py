@@ -1,0 +1,30 @@
+"""`ftray pipeline`"""
+
+import shlex
+
+from ftray.cli.arguments import ConfigFile, DryRun, Overrides
+from ftray.config import PipelineConfig, load_config, to_yaml
+from ftray.errors import InterruptedRunError
+
+
+def pipeline(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train in stages, measure, and publish what passes. The same command again goes on where it stood."""
+    loaded: PipelineConfig = load_config(config, overrides or (), kind="pipeline")
+    from ftray.cli.progress import TrainProgress
+    from ftray.pipeline import check_pipeline, run_pipeline
+
+    last = check_pipeline(loaded)
+    if dry_run:
+        print(to_yaml(loaded))
+        return
+    try:
+        with TrainProgress() as progress:
+            outcome = run_pipeline(loaded, progress.watcher(), lambda text: print(text, flush=True))
+    except InterruptedRunError as error:
+        command = shlex.join(["ftray", "pipeline", config, *(overrides or ())])
+        stopped = str(error).split("\n", 1)[0]
+        raise type(error)(f"{stopped}\n  go on with: {command}") from None
+    print(f"{loaded.name}: {outcome.product.place}")
+    if outcome.version is not None and loaded.publish is not None:
+        alias = f", and {loaded.publish.name}@{loaded.publish.alias} points at it" if loaded.publish.alias else ""
+        print(f"published {outcome.version} in {last.registry}{alias}")

@@ -1,0 +1,112 @@
+"""`ftray pipeline`: two runs in order, measured, judged and published; each stage stands once it is done."""
+
+import json
+
+import pytest
+from tiny import write_jsonl
+
+from ftray.cli.main import main
+from ftray.config import parse_config
+from ftray.errors import ConfigError, FtrayError, UserError
+from ftray.evaluate.offline import evaluate_offline
+from ftray.evaluate.task import load_questions
+from ftray.infer.engines import load_adapter, make_local_engine
+from ftray.model.hardware import choose_hardware
+from ftray.pipeline import check_pipeline, run_pipeline
+from ftray.registry import Registry
+from ftray.storage import read_json
+from ftray.train.ray_trainer import Watcher
+
+
+@pytest.fixture
+def files(tiny_model, train_file, eval_file, tmp_path):
+    """A run on documents, then one on conversations; returns what makes a pipeline of them."""
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": f"the refund of order {n} is late"} for n in range(30)])
+    shared = (
+        f"kind: run\nbase_model: {tiny_model}\nruns_dir: {tmp_path}/runs\nregistry: {tmp_path}/registry\nmax_steps: 4\n"
+        "batch: {examples_per_step: 4}\noptimizer: {learning_rate: 1e-2, schedule: constant}\n"
+    )
+    (tmp_path / "domain.yaml").write_text(
+        f"{shared}name: domain\nobjective: {{type: domain}}\ndata: {{train: {text}, columns: {{text: text}}}}\n"
+    )
+    (tmp_path / "chat.yaml").write_text(f"{shared}name: chat\ndata: {{train: {train_file}, eval: {eval_file}}}\n")
+
+    def make(*settings):
+        described = (
+            f"kind: pipeline\nname: support\ntrain: [{tmp_path}/domain.yaml, {tmp_path}/chat.yaml]\n"
+            f"general_text: {text}\npublish: {{name: support-bot, alias: prod}}\n"
+        )
+        return parse_config(described, settings, kind="pipeline", source="test")
+
+    return make
+
+
+def run(config):
+    said: list[str] = []
+    watcher = Watcher(say=said.append, on_metrics=lambda records: None, on_start=lambda first, count: None)
+    return run_pipeline(config, watcher, said.append), said
+
+
+def test_stages_in_order_and_each_once(ray_session, files, tmp_path, tiny_base, eval_file):
+    with pytest.raises(FtrayError, match=r"nothing was published: tuned\.loss < 0: does not hold \(tuned\.loss = "):
+        run(files("require=[tuned.loss < base.loss, tuned.loss < 0]"))
+    registry = Registry(str(tmp_path / "registry"))
+    assert registry.names() == []
+    record = read_json(tmp_path / "runs/support/pipeline.json")
+    assert [condition["holds"] for condition in record["conditions"]] == [True, False]
+
+    # Both runs and their scores stand; only the condition is another one.
+    outcome, said = run(files("require=[tuned.loss < base.loss]"))
+    assert sum("is finished already" in line for line in said) == 2
+    assert not any("workers run on" in line for line in said)
+    assert str(outcome.version) == "support-bot@1"
+    assert registry.aliases("support-bot") == {"prod": 1}
+    again, _ = run(files("require=[tuned.loss < base.loss]"))
+    assert again.version.number == 1
+
+    # The second run went on from the first one's adapter.
+    config = read_json(tmp_path / "runs/chat/config.json")
+    assert config["adapter"]["init_from"] == str(tmp_path / "runs/domain/adapter")
+
+    # As `ftray eval` measures it.
+    engine = make_local_engine(tiny_base, choose_hardware(), context_tokens=256)
+    load_adapter(engine, "tuned", tmp_path / "runs/chat/adapter")
+    chat = parse_config((tmp_path / "chat.yaml").read_text(), kind="run", source="x")
+    for name, adapter in (("base", None), ("tuned", "tuned")):
+        found = evaluate_offline(engine, load_questions(chat.data), chat.data, adapter=adapter, model=name)
+        assert outcome.scores[name].loss == pytest.approx(found.loss, rel=1e-6)
+        assert outcome.scores[name].accuracy == found.accuracy
+    engine.close()
+    metadata = registry.get("support-bot@prod").metadata
+    assert metadata["lineage"]["measured"]["tuned"]["loss"] == outcome.scores["tuned"].loss
+    assert metadata["lineage"]["pipeline"] == "support"
+
+    # A record of other weights does not count.
+    path = tmp_path / "runs/support/pipeline.json"
+    path.write_text(json.dumps(read_json(path) | {"measured": "of another", "scores": {"tuned": {}}}))
+    assert run(files("require=[tuned.loss < base.loss]"))[0].scores == outcome.scores
+
+
+def test_mistakes_are_told_before_the_first_step(files, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"require\.0: .*tuned\.speed is not measured; there are base\.accuracy"):
+        files("require=[tuned.speed > 1]")
+    with pytest.raises(ConfigError, match="is no condition"):
+        files("require=[tuned.loss + 1]")
+    with pytest.raises(ConfigError, match="general_text, which is not given"):
+        files("general_text=null", "require=[tuned.general_loss < 2]")
+    with pytest.raises(UserError, match=r"require: accuracy needs questions"):
+        check_pipeline(files(f"train=[{tmp_path}/domain.yaml]", "require=[tuned.accuracy > 0.5]"))
+    with pytest.raises(UserError, match="need names of their own"):
+        check_pipeline(files(f"train=[{tmp_path}/chat.yaml, {tmp_path}/chat.yaml]"))
+    with pytest.raises(UserError, match="there is no adapter to publish"):
+        check_pipeline(files("overrides={adapter: null}"))
+    with pytest.raises(ConfigError, match=r"batch\.examples"):
+        check_pipeline(files("overrides={batch: {examples: 4}}"))
+    (tmp_path / "full.yaml").write_text((tmp_path / "chat.yaml").read_text() + "adapter: null\n")
+    with pytest.raises(UserError, match="cannot go on from an adapter"):
+        check_pipeline(files(f"train=[{tmp_path}/domain.yaml, {tmp_path}/full.yaml]", "publish=null"))
+    (tmp_path / "none.yaml").write_text("kind: pipeline\nname: a\ntrain: [absent.yaml]\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["pipeline", str(tmp_path / "none.yaml")])
+    assert ended.value.code == 2
+    assert "absent.yaml: 1 problem\n  - no such file" in capsys.readouterr().err
