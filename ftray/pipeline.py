@@ -100,15 +100,18 @@ def run_pipeline(config: PipelineConfig, watcher: Watcher, announce: Callable[[s
 
 def check_pipeline(config: PipelineConfig) -> RunConfig:
     """All that can be known before the first step of the first run; returns the last run. Raises `UserError`."""
-    runs = [run for path in config.train for run in (example_of(load_stage(config, path)),)]
+    stages = [load_stage(config, path) for path in config.train]
+    runs = [example_of(stage) for stage in stages]
     names = [run.name for run in runs]
     if len({*names, config.name}) <= len(names):
         raise UserError(
             f"name: the pipeline and its runs need names of their own, not {', '.join([config.name, *names])}"
         )
-    for path, run, earlier in zip(config.train, runs, [None, *runs[:-1]], strict=True):
+    for path, stage, run, earlier in zip(config.train, stages, runs, [None, *runs[:-1]], strict=True):
         check_before_anything(run)
         if earlier is not None and earlier.adapter is not None:
+            if not isinstance(stage, RunConfig):
+                raise UserError(f"train: {path}: a sweep starts from its base and cannot go on from {earlier.name}")
             if run.adapter is None:
                 raise UserError(f"train: {path} trains all weights and cannot go on from an adapter ({earlier.name})")
             if run.base_model != earlier.base_model:

@@ -61,6 +61,16 @@ def test_train_job(head, tiny_model, train_file, eval_file, tmp_path):
     assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
     assert "exact match" in evaluated.stdout
 
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(
+        f"kind: pipeline\nname: all\ntrain: [{config}]\nrequire: [tuned.loss < 99]\npublish: {{name: support}}\n"
+        f"overrides: {{max_steps: 4, runs_dir: {tmp_path}/runs, registry: {tmp_path}/registry}}\n"
+    )
+    piped = submit(head, "jobs/pipeline.py", str(pipeline))
+    assert piped.returncode == 0, piped.stdout + piped.stderr
+    assert "finished already" in piped.stdout
+    assert "published support@1" in piped.stdout
+
 
 def test_serve_job_ends_with_its_job(head, tmp_path, adapters):
     base = write_tiny_model(tmp_path / "base")

@@ -105,6 +105,13 @@ def test_mistakes_are_told_before_the_first_step(files, tmp_path, capsys):
     (tmp_path / "full.yaml").write_text((tmp_path / "chat.yaml").read_text() + "adapter: null\n")
     with pytest.raises(UserError, match="cannot go on from an adapter"):
         check_pipeline(files(f"train=[{tmp_path}/domain.yaml, {tmp_path}/full.yaml]", "publish=null"))
+    (tmp_path / "sweep.yaml").write_text(
+        f"kind: sweep\nname: tries\nrun: {tmp_path}/chat.yaml\nspace: {{optimizer.learning_rate: [1e-3, 1e-2]}}\n"
+        "search: {algorithm: grid}\n"
+    )
+    check_pipeline(files(f"train=[{tmp_path}/sweep.yaml]"))
+    with pytest.raises(UserError, match="a sweep starts from its base"):
+        check_pipeline(files(f"train=[{tmp_path}/domain.yaml, {tmp_path}/sweep.yaml]"))
     (tmp_path / "none.yaml").write_text("kind: pipeline\nname: a\ntrain: [absent.yaml]\n")
     with pytest.raises(SystemExit) as ended:
         main(["pipeline", str(tmp_path / "none.yaml")])
