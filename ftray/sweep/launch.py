@@ -2,14 +2,17 @@
 
 import contextlib
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.data.sources import check_source
-from ftray.errors import InterruptedRunError, NotFoundError, UserError
+from ftray.errors import InterruptedRunError, NotFoundError, TerminatedRunError, UserError
 from ftray.model.base import BaseModel, load_tokenizer
 from ftray.model.chat import ChatRenderer
 from ftray.storage import read_json, write_json
@@ -80,27 +83,53 @@ def check_inputs(config: SweepConfig, space: Space) -> None:
 
 
 def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> None:
+    with interrupt_on_sigterm() as terminated:
+        try:
+            search(directory, study, base_run, say=say)
+        except KeyboardInterrupt:
+            state = describe_state(look_into(directory))
+            stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
+            raise stopped(f"{study.config.name}: stopped; {state}") from None
+
+
+def search(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> None:
     config = study.config
     fusing = fusing_of(config, study.space)
+    base, data = prepare_data(base_run, say, kept_in=trials_directory(directory) / TOKENS)
+    check_data_of_sweep(directory, data)
+    check_generations(study, base_run, data)
+    check_resources(base_run.workers, say=say)
+    check_nodes(trials_directory(directory), base_run.workers)
+    say(describe_plan(study))
+    say(f"as it goes: {write_sweep_report(study, directory)}")
+    check_general_text(config, base_run, base)
+    if fusing.example is not None and not study.is_over:
+        run_groups(directory, study, fusing, *of_groups(fusing.example, directory, base_run, base, data), say=say)
+        study = Study(config, study.space, directory)  # the desk has written on
+    if not study.is_over:
+        run_apart(directory, study, base_run, reason=fusing.reason or "the rest", say=say)
+    if config.compare is not None:
+        measure_methods(study, directory, base, say=say)
+
+
+@contextlib.contextmanager
+def interrupt_on_sigterm() -> Iterator[threading.Event]:
+    """A preempted machine or a scheduler's time limit ends a sweep as Ctrl-C does. Ray's own handler, which this one
+    replaces, would end the process at once."""
+    terminated = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield terminated
+        return
+
+    def interrupt(*_: Any) -> None:
+        terminated.set()
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, interrupt)
     try:
-        base, data = prepare_data(base_run, say, kept_in=trials_directory(directory) / TOKENS)
-        check_data_of_sweep(directory, data)
-        check_generations(study, base_run, data)
-        check_resources(base_run.workers, say=say)
-        check_nodes(trials_directory(directory), base_run.workers)
-        say(describe_plan(study))
-        say(f"as it goes: {write_sweep_report(study, directory)}")
-        check_general_text(config, base_run, base)
-        if fusing.example is not None and not study.is_over:
-            run_groups(directory, study, fusing, *of_groups(fusing.example, directory, base_run, base, data), say=say)
-            study = Study(config, study.space, directory)  # the desk has written on
-        if not study.is_over:
-            run_apart(directory, study, base_run, reason=fusing.reason or "the rest", say=say)
-        if config.compare is not None:
-            measure_methods(study, directory, base, say=say)
-    except KeyboardInterrupt:
-        state = describe_state(look_into(directory))
-        raise InterruptedRunError(f"{config.name}: stopped; {state}") from None
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def check_generations(study: Study, base_run: RunConfig, data: PreparedData) -> None:
