@@ -41,6 +41,10 @@ class NotFoundError(UserError):
     """A name that is in no registry, file or endpoint."""
 
 
+class DamagedError(FtrayError):
+    """A directory is not what its manifest says: cut short, changed, or never completed."""
+
+
 class ConflictError(FtrayError):
     """Another writer was first, or the name is taken."""
 

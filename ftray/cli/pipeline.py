@@ -1,17 +1,26 @@
 """`ftray pipeline`"""
 
 import shlex
+from typing import Annotated
+
+import typer
 
 from ftray.cli.arguments import ConfigFile, DryRun, Overrides
 from ftray.config import PipelineConfig, load_config, to_yaml
 from ftray.errors import InterruptedRunError
 
 
-def pipeline(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def pipeline(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set earlier runs of its files aside and start over.")] = False,
+) -> None:
     """Train in stages, measure, and publish what passes. The same command again goes on where it stood."""
     loaded: PipelineConfig = load_config(config, overrides or (), kind="pipeline")
     from ftray.cli.progress import TrainProgress
-    from ftray.pipeline import check_pipeline, run_pipeline
+    from ftray.pipeline.check import check_pipeline
+    from ftray.pipeline.stages import run_pipeline
 
     last = check_pipeline(loaded)
     if dry_run:
@@ -19,7 +28,8 @@ def pipeline(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = 
         return
     try:
         with TrainProgress() as progress:
-            outcome = run_pipeline(loaded, progress.watcher(), lambda text: print(text, flush=True))
+            announce = lambda text: print(text, flush=True)  # noqa: E731
+            outcome = run_pipeline(loaded, progress.watcher(), announce, fresh=fresh)
     except InterruptedRunError as error:
         command = shlex.join(["ftray", "pipeline", config, *(overrides or ())])
         stopped = str(error).split("\n", 1)[0]

@@ -26,11 +26,11 @@ def train(
     run: RunConfig = load_config(config, overrides or (), kind="run")
     from ftray.cli.progress import TrainProgress
     from ftray.config.advice import advise
-    from ftray.pipeline import resolve_start
+    from ftray.pipeline.start import resolve_start
     from ftray.train.launch import check_before_anything, launch
 
     check_before_anything(run)
-    run, init_from = resolve_start(run)
+    run, init_from = resolve_start(run, fresh=fresh)
     for advice in advise(run):
         print(f"note: {advice}")
     if dry_run:

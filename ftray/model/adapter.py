@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ftray.errors import AdapterError
+from ftray.errors import AdapterError, UserError
 from ftray.model.base import cache_directory
 from ftray.storage import local_copies, read_json
 
@@ -56,7 +56,10 @@ def adapter_at_hand(place: str | Path) -> Path | None:
         return Path(place) if Path(place).is_dir() else None
     parent, _, name = str(place).rstrip("/").rpartition("/")
     copies = local_copies(cache_directory())
-    return copies.fetch(parent, wanted=lambda key: key.startswith(f"{name}/") or key in NOTES_OF_ITS_RUN) / name
+    directory = copies.fetch(parent, wanted=lambda key: key.startswith(f"{name}/") or key in NOTES_OF_ITS_RUN) / name
+    if not directory.is_dir():
+        raise UserError(f"{place}: there is nothing of that name in the store")
+    return directory
 
 
 def read_adapter(directory: Path, *, label: str) -> Adapter:

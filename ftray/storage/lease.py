@@ -12,10 +12,11 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ftray.errors import FtrayError, UserError
-from ftray.storage.objects import AlreadyExists, ObjectStore
+from ftray.storage.objects import AlreadyExists, ObjectStore, State
 
 LAPSES_S = 60.0
 RENEWED_EVERY_S = 10.0
@@ -38,7 +39,7 @@ class Lease:
         self._store = store
         self._key = key
         self._identity = uuid.uuid4().hex
-        self._tag: str | None = None
+        self._state: State = {}
         self._ended = threading.Event()
         self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
         self.is_lost = False  # this process stood still for so long that another took it
@@ -52,12 +53,12 @@ class Lease:
             holder = self._holder() if found is not None else {}
             with contextlib.suppress(AlreadyExists):
                 if found is None:
-                    self._tag = self._store.create(self._key, self._content())
+                    self._state = self._store.create(self._key, self._content())
                     break
                 if seen is not None and found.tag != seen:
                     raise UserError(f"{refusal} (process {holder.get('process')} on {holder.get('host')})")
                 if is_gone(holder) or time.monotonic() > end:
-                    self._tag = self._store.replace(self._key, self._content(), tag=found.tag)
+                    self._state = self._store.replace(self._key, self._content(), state=found.state)
                     break
                 seen = found.tag
             time.sleep(LOOK_S)
@@ -66,9 +67,14 @@ class Lease:
     def release(self) -> None:
         self._ended.set()
         self._renewing.join()
-        if not self.is_lost:
-            with contextlib.suppress(FtrayError):
+        with contextlib.suppress(FtrayError):
+            if self.is_ours():
                 self._store.delete(self._key)
+
+    def is_ours(self) -> bool:
+        """As the store has it now. Raises `FtrayError` where it does not answer."""
+        self.is_lost = self.is_lost or self._holder().get("holder") != self._identity
+        return not self.is_lost
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEWED_EVERY_S) and not self.is_lost:
@@ -77,25 +83,34 @@ class Lease:
 
     def _renew_once(self) -> None:
         try:
-            self._tag = self._store.replace(self._key, self._content(), tag=self._tag)
+            self._state = self._store.replace(self._key, self._content(), state=self._state)
         except AlreadyExists:
             found = self._store.find(self._key)
             if found is None or self._holder().get("holder") != self._identity:
                 self.is_lost = True
             else:  # the store took the last one, and its answer was lost
-                self._tag = found.tag
+                self._state = found.state
 
     def _holder(self) -> dict[str, Any]:
         return json.loads(self._store.read(self._key) or b"{}")
 
     def _content(self) -> bytes:
-        described = {"host": socket.gethostname(), "process": os.getpid(), "holder": self._identity, "at": time.time()}
-        return json.dumps(described).encode()
+        return json.dumps(describe_process() | {"holder": self._identity, "at": time.time()}).encode()
+
+
+def describe_process() -> dict[str, Any]:
+    """`machine`: where process numbers mean the same: a container has its own, and two machines may share a name."""
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux: a name that no other process has
+        machine = uuid.uuid4().hex
+    return {"host": socket.gethostname(), "machine": machine, "process": os.getpid()}
 
 
 def is_gone(holder: dict[str, Any]) -> bool:
-    """It was a process of this machine and has ended."""
-    if holder.get("host") != socket.gethostname():
+    """It was a process of this machine, since it was started last, and has ended."""
+    own = describe_process()
+    if any(holder.get(key) != own[key] for key in ("host", "machine")):
         return False
     try:
         os.kill(holder["process"], 0)

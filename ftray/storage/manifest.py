@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ftray.errors import FtrayError
+from ftray.errors import DamagedError
 from ftray.storage.atomic import write_bytes
 
 MANIFEST = "manifest.json"
@@ -59,15 +59,15 @@ def write_manifest(directory: Path, *, metadata: dict[str, Any], files: Sequence
 def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not path.is_file():
-        raise FtrayError(f"{directory}: no {MANIFEST}; the directory was never completed")
+        raise DamagedError(f"{directory}: no {MANIFEST}; the directory was never completed")
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError:
-        raise FtrayError(f"{path}: not a manifest; the file is damaged") from None
+        raise DamagedError(f"{path}: not a manifest; the file is damaged") from None
 
 
 def verify_directory(directory: Path, *, share: tuple[int, int] = (0, 1)) -> Manifest:
-    """Returns the manifest when every file is there, byte for byte; raises `FtrayError` with the first that is not.
+    """Returns the manifest when every file is there, byte for byte; raises `DamagedError` with the first that is not.
 
     `share`: (k, n) looks at every n-th file from the k-th on, so that n readers divide the work.
     """
@@ -76,7 +76,7 @@ def verify_directory(directory: Path, *, share: tuple[int, int] = (0, 1)) -> Man
         path = directory / entry.path
         check_size(path, entry)
         if sha256_of(path) != entry.sha256:
-            raise FtrayError(f"{path}: content differs from {MANIFEST}; the file is damaged")
+            raise DamagedError(f"{path}: content differs from {MANIFEST}; the file is damaged")
     return manifest
 
 
@@ -88,9 +88,9 @@ def check_sizes(directory: Path) -> None:
 
 def check_size(path: Path, entry: FileEntry) -> None:
     if not path.is_file():
-        raise FtrayError(f"{path}: missing, though {MANIFEST} lists it")
+        raise DamagedError(f"{path}: missing, though {MANIFEST} lists it")
     if path.stat().st_size != entry.size:
-        raise FtrayError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {entry.size}; the file is truncated")
+        raise DamagedError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {entry.size}; the file is truncated")
 
 
 def remove_unlisted(directory: Path) -> None:

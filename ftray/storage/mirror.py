@@ -1,6 +1,7 @@
 """A directory and a place in an object store, kept alike: programs that write files write them here, and the files go
 there, or come from there, when they have changed."""
 
+import contextlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,14 +26,13 @@ class Mirror:
         """Those files that are there and have changed. `at_once`: also those that were sent a moment ago."""
         for key in keys:
             path = self.directory / key
-            if not path.is_file():
-                continue
-            stat = path.stat()
-            size, changed, sent = self._pushed.get(key, (-1, 0, 0.0))
-            due = at_once or time.monotonic() - sent > stat.st_size / BYTES_PER_S
-            if due and (stat.st_size, stat.st_mtime_ns) != (size, changed):
-                self.store.write(key, path.read_bytes())
-                self._pushed[key] = (stat.st_size, stat.st_mtime_ns, time.monotonic())
+            with contextlib.suppress(FileNotFoundError):  # also where it goes just now
+                stat = path.stat()
+                size, changed, sent = self._pushed.get(key, (-1, 0, 0.0))
+                due = at_once or time.monotonic() - sent > stat.st_size / BYTES_PER_S
+                if due and (stat.st_size, stat.st_mtime_ns) != (size, changed):
+                    self.store.write(key, path.read_bytes())
+                    self._pushed[key] = (stat.st_size, stat.st_mtime_ns, time.monotonic())
 
     def pull(self, keys: Iterable[str]) -> None:
         """Those objects that are there and have changed."""

@@ -27,6 +27,15 @@ class StoredObject:
     key: str
     size: int
     tag: str | None  # changes with the content
+    version: str | None = None  # of it, in stores that count them
+
+    @property
+    def state(self) -> "State":
+        return state_of({"e_tag": self.tag, "version": self.version})
+
+
+# How a store names what an object holds now, for `replace`: obstore's e_tag and version.
+State = Any
 
 
 class ObjectStore:
@@ -50,19 +59,19 @@ class ObjectStore:
         except (BaseError, OSError, ValueError) as error:
             raise FtrayError(f"{self.location}: cannot be used as a store: {first_line(error)}") from None
 
-    def create(self, key: str, content: bytes | Path) -> str | None:
-        """Writes a key that must not exist; exactly one of several racing writers succeeds. Returns its tag."""
+    def create(self, key: str, content: bytes | Path) -> State:
+        """Writes a key that must not exist; exactly one of several racing writers succeeds."""
         try:
-            return obstore.put(self._store, key, content, mode="create", use_multipart=False)["e_tag"]
+            return state_of(obstore.put(self._store, key, content, mode="create", use_multipart=False))
         except (AlreadyExistsError, PreconditionError):
             raise AlreadyExists(f"{self.location}/{key}: exists already") from None
         except (BaseError, OSError) as error:
             raise FtrayError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
 
-    def replace(self, key: str, content: bytes, *, tag: str | None) -> str | None:
-        """Writes a key that has this tag still; raises `AlreadyExists` where another writer was first."""
+    def replace(self, key: str, content: bytes, *, state: State) -> State:
+        """Writes a key that is in this state still; raises `AlreadyExists` where another writer was first."""
         try:
-            return obstore.put(self._store, key, content, mode={"e_tag": tag}, use_multipart=False)["e_tag"]
+            return state_of(obstore.put(self._store, key, content, mode=state, use_multipart=False))
         except (PreconditionError, FileNotFoundError):
             raise AlreadyExists(f"{self.location}/{key}: was changed by another") from None
         except (BaseError, OSError) as error:
@@ -120,7 +129,7 @@ class ObjectStore:
             return None
         except (BaseError, OSError) as error:
             raise FtrayError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
-        return StoredObject(item["path"], item["size"], item["e_tag"])
+        return StoredObject(item["path"], item["size"], item["e_tag"], item["version"])
 
     def entries(self) -> list[StoredObject]:
         """Every key, with its size and tag, in no order."""
@@ -151,6 +160,11 @@ class ObjectStore:
         for batch in obstore.list(self._store, prefix=prefix):
             for item in batch:
                 yield item["path"]
+
+
+def state_of(written: Any) -> State:
+    """Of what a store answers to a write, or to a look."""
+    return {key: written[key] for key in ("e_tag", "version") if written.get(key) is not None}
 
 
 def first_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftray.errors import DivergedError
+from ftray.errors import DivergedError, FtrayError
 from ftray.model.base import BaseModel
 from ftray.tracking.events import read_events, record_event
 from ftray.train.guard import GoBack, name_rows
@@ -36,8 +36,11 @@ class WorkerCallbacks:
         sample: Callable[[int], None],
         publish: Publish,
         upload: Upload | None = None,
+        keep_notes: Callable[[], None] | None = None,
     ):
+        """`keep_notes`: brings what rank 0 noted to where the run lies, when that is not this disk."""
         self._job = job
+        self._keep_notes = keep_notes
         self._sample = sample
         self._profiler = StepProfiler(job.run_directory, num_steps=job.profile_steps, rank=rank)
         self._engine = engine
@@ -72,6 +75,10 @@ class WorkerCallbacks:
             raise DivergedError(f"{described}, after {len(skipped)} skipped steps (guard.max_skips)")
         if self._rank == 0:
             record_event(self._job.run_directory, SKIPPED, step=step, problem=problem, rows=rows)
+            if self._keep_notes is not None:
+                with contextlib.suppress(FtrayError, OSError):  # then the step is met, and told, once more
+                    self._keep_notes()
+        self._engine.gather(None)  # no rank ends, which would end them all, before it is noted
         raise GoBack(described)
 
     def on_step_end(self, record: StepRecord) -> None:

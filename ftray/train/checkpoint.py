@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
-from ftray.errors import FtrayError
+from ftray.errors import DamagedError
 from ftray.model.base import BaseModel
 from ftray.model.lora import write_adapter
 from ftray.storage import FileEntry, list_files, read_json, verify_directory, write_json, write_manifest
@@ -118,7 +118,7 @@ class Checkpoints(Protocol):
         ...
 
     def open(self, place: str, *, share: tuple[int, int]) -> Path:
-        """One of them on this machine. Raises `FtrayError` where its manifest does not prove it; the `share`-th of so
+        """One of them on this machine. Raises `DamagedError` where its manifest does not prove it; the `share`-th of so
         many ranks may look at its part only."""
         ...
 
@@ -144,16 +144,17 @@ def list_checkpoints(run_directory: Path) -> list[Path]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    with contextlib.suppress(FtrayError):
+    with contextlib.suppress(DamagedError):
         verify_directory(checkpoint)
         return True
     return False
 
 
 def first_whole(places: list[str], *, opened: Callable[[str], Path]) -> Path | None:
-    """The first whose manifest proves it; damaged ones are passed over."""
+    """The first whose manifest proves it. Only damaged ones are passed over: what could not be read for another reason
+    (a store that does not answer, a full disk) may be the newest, and the training would begin again before it."""
     for place in places:
-        with contextlib.suppress(FtrayError):
+        with contextlib.suppress(DamagedError):
             return opened(place)
     return None
 

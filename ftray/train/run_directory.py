@@ -103,7 +103,8 @@ def open_run_directory(config: RunConfig, *, fresh: bool, stored: StoredRun | No
             raise UserError(
                 f"{path if stored is None else stored.url} holds a run of this name with another config:\n"
                 + "\n".join(f"  - {line}" for line in refused)
-                + "\n  choose another name (name=...), or set that run aside with --fresh"
+                + "\n  choose another name (name=...)"
+                + (", or set that run aside with --fresh" if stored is None else "")
             )
         changes = [text for _, text in changed]
     checkpoint = newest_whole_checkpoint(path) if stored is None else stored.newest_checkpoint()

@@ -74,19 +74,28 @@ class StoredRun:
             fetch_notes(self._mirror)
             try:
                 yield
-            finally:
-                self._mirror.push(FROM_DRIVER, at_once=True)
+            except BaseException:
+                with contextlib.suppress(FtrayError, OSError):  # what went wrong is told, not that this did too
+                    self._push_last()
+                raise
+            self._push_last()
 
     def sync(self, *, at_once: bool = False) -> None:
         if not at_once and time.monotonic() < self._next_sync:
             return
         assert self._lease is not None
-        if self._lease.is_lost:
+        if self._lease.is_lost or (at_once and not self._lease.is_ours()):
             raise FtrayError(f"{self.url}: another driver has taken this run over; this one ends")
         with contextlib.nullcontext() if at_once else contextlib.suppress(FtrayError):  # the store does not answer
             self._mirror.push(FROM_DRIVER, at_once=at_once)
             self._mirror.pull(FROM_WORKERS)
         self._next_sync = time.monotonic() + SYNC_S
+
+    def _push_last(self) -> None:
+        """Unless the run is another driver's by now."""
+        assert self._lease is not None
+        if self._lease.is_ours():
+            self._mirror.push(FROM_DRIVER, at_once=True)
 
     def newest_checkpoint(self) -> Path | None:
         return self.checkpoints.newest(self.directory)
@@ -103,6 +112,7 @@ class StoredRun:
 
     def store_product(self, product: Path) -> None:
         """The adapter or model, then the report, and last the result."""
+        self.sync(at_once=True)  # where another driver has taken over, it ends here
         for path in sorted(path for path in product.rglob("*") if path.is_file()):
             self._mirror.store.write(path.relative_to(self.directory).as_posix(), path)
         self._mirror.push(["report.html", *FROM_DRIVER], at_once=True)
@@ -138,38 +148,48 @@ class WorkerNotes:
     """A rank's side. Those of rank 0 go to the store every few seconds, and a request to stop comes from there."""
 
     def __init__(self, url: str, directory: Path, *, rank: int):
+        self._rank = rank
         self._mirror = Mirror(url, directory)
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._syncing = threading.Thread(target=self._sync, name="notes", daemon=True)
-        if rank == 0:
+
+    def begin(self, job: TrainJob) -> TrainJob:
+        """Fetches what was noted before, and the data; returns the job with this machine's copies of them."""
+        if self._rank == 0:
             fetch_notes(self._mirror)
             self._syncing.start()
+        copies = local_copies(cache_directory())
+        evaluation = copies.fetch(str(job.eval_data)) if job.eval_data is not None else None
+        return replace(job, train_data=copies.fetch(str(job.train_data)), eval_data=evaluation)
 
-    def push(self, *, at_once: bool = False) -> None:
-        directory = self._mirror.directory
-        files = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
-        notes = [file.as_posix() for file in files if file.parts[0] not in OF_THIS_MACHINE]
-        with self._lock:
-            self._mirror.push([key for key in notes if key not in FROM_DRIVER], at_once=at_once)
+    def push_at_once(self) -> None:
+        self._push(at_once=True)
 
     def close(self) -> None:
         self._ended.set()
         if self._syncing.ident is not None:
             self._syncing.join()
-        self.push(at_once=True)
+        self._push(at_once=True)
 
     def _sync(self) -> None:
         while not self._ended.wait(SYNC_S):
-            with contextlib.suppress(FtrayError, OSError):  # the store does not answer, or a file is just going
-                self.push()
+            with contextlib.suppress(FtrayError, OSError):  # the store does not answer, or the disk is full
+                self._push(at_once=False)
                 self._mirror.pull([STOP_REQUEST])
+
+    def _push(self, *, at_once: bool) -> None:
+        directory = self._mirror.directory
+        files = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+        notes = [f.as_posix() for f in files if f.parts[0] not in OF_THIS_MACHINE and not f.name.startswith(".")]
+        with self._lock:
+            self._mirror.push([key for key in notes if key not in FROM_DRIVER], at_once=at_once)
 
 
 @contextlib.contextmanager
 def on_this_machine(job: TrainJob, *, rank: int) -> Iterator[tuple[TrainJob, WorkerNotes | None]]:
-    """The job as a rank works on it: of a run in a store, with a directory and copies of the data of its own. What it
-    noted is in the store at the end, however it ends."""
+    """The job as a rank works on it: of a run in a store, in a directory of its own. What it noted is in the store at
+    the end, however it ends."""
     if job.run_url is None:
         yield job, None
         return
@@ -177,12 +197,9 @@ def on_this_machine(job: TrainJob, *, rank: int) -> Iterator[tuple[TrainJob, Wor
     directory = local_root(runs_dir) / ".workers" / name / f"rank-{rank}"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    copies = local_copies(cache_directory())
-    train, evaluation = (copies.fetch(str(url)) if url is not None else None for url in (job.train_data, job.eval_data))
-    assert train is not None
     notes = WorkerNotes(job.run_url, directory, rank=rank)
     try:
-        yield replace(job, run_directory=directory, train_data=train, eval_data=evaluation), notes
+        yield replace(job, run_directory=directory), notes
     finally:
         notes.close()
         shutil.rmtree(directory, ignore_errors=True)

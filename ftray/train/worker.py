@@ -13,7 +13,7 @@ import torch
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.plan import plan_steps
-from ftray.errors import DivergedError, FtrayError, UserError
+from ftray.errors import DamagedError, DivergedError, FtrayError, UserError
 from ftray.model.adapter import adapter_at_hand
 from ftray.model.base import BaseModel, load_weights, prepare_base
 from ftray.model.hardware import Hardware, check_stage, choose_hardware, make_deterministic
@@ -78,6 +78,8 @@ def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
     hardware = choose_hardware(use_gpu=use_gpu)
     make_deterministic(num_threads=config.workers.cpus_each)
     bandwidth = measure_all_reduce(hardware)
+    if notes is not None:
+        job = notes.begin(job)  # not before: a rank that fetches the data would keep the others waiting there
     base = prepare_base(job.base_name)
     if base.fingerprint != job.base_fingerprint:
         raise UserError(
@@ -127,6 +129,7 @@ def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
             record=record,
             sample=Sampler(job, engine, base, eval_dataset, rank=rank).sample,
             upload=stored.upload if stored is not None else None,
+            keep_notes=notes.push_at_once if notes is not None else None,
             publish=lambda directory, step: (
                 publish(job, directory, step, rank=rank)
                 if stored is None
@@ -174,9 +177,10 @@ def resume(engine: TrainEngine, checkpoints: Checkpoints, *, rank: int) -> int:
         try:
             path = checkpoints.open(place, share=(rank, engine.world_size))
         except FtrayError as error:
-            problem = str(error)
-        if problems := [found for found in engine.gather(problem) if found is not None]:
-            raise FtrayError(problems[0])
+            problem = error
+        problems = [found for found in engine.gather(problem) if found is not None]
+        for found in sorted(problems, key=lambda found: isinstance(found, DamagedError)):  # another reason ends the run
+            raise found
         assert path is not None
         return path
 
@@ -224,9 +228,9 @@ def publish_in_store(
     if (directory / MANIFEST).is_file():  # rank 0
         assert notes is not None
         try:
-            notes.push(at_once=True)
+            notes.push_at_once()
             stored.complete(directory, step, keep=keep)
-        except FtrayError as error:
+        except (FtrayError, OSError) as error:
             problem = str(error)
     if problem := engine.gather(problem)[0]:
         raise FtrayError(f"the checkpoint of step {step} could not be completed: {problem}")

@@ -3,18 +3,23 @@
 import json
 
 import pytest
-from tiny import write_jsonl
+from tiny import pair_rows, write_jsonl
 
 from ftray.cli.main import main
 from ftray.config import parse_config
-from ftray.errors import ConfigError, FtrayError, UserError
+from ftray.errors import ConfigError, DataError, FtrayError, UserError
 from ftray.evaluate.offline import evaluate_offline
 from ftray.evaluate.task import load_questions
 from ftray.infer.engines import load_adapter, make_local_engine
 from ftray.model.hardware import choose_hardware
-from ftray.pipeline import check_pipeline, run_pipeline
+from ftray.pipeline.check import check_pipeline
+from ftray.pipeline.scores import judge
+from ftray.pipeline.stages import run_pipeline
+from ftray.pipeline.start import resolve_start
+from ftray.publish import publish_adapter
 from ftray.registry import Registry
-from ftray.storage import read_json
+from ftray.storage import read_json, write_json
+from ftray.sweep.scores import Score
 from ftray.train.ray_trainer import Watcher
 
 
@@ -81,13 +86,40 @@ def test_stages_in_order_and_each_once(ray_session, files, tmp_path, tiny_base, 
     assert metadata["lineage"]["measured"]["tuned"]["loss"] == outcome.scores["tuned"].loss
     assert metadata["lineage"]["pipeline"] == "support"
 
-    # A record of other weights does not count.
+    # A record of other weights does not count, and a run that was trained from others is no stage of this.
     path = tmp_path / "runs/support/pipeline.json"
     path.write_text(json.dumps(read_json(path) | {"measured": "of another", "scores": {"tuned": {}}}))
     assert run(files("require=[tuned.loss < base.loss]"))[0].scores == outcome.scores
+    path.write_text(json.dumps(read_json(path) | {"started_from": {"chat": "of another"}}))
+    with pytest.raises(UserError, match=r"chat: was trained from other weights than .*--fresh"):
+        run(files())
 
 
-def test_mistakes_are_told_before_the_first_step(files, tmp_path, capsys):
+def test_a_condition_without_a_value_does_not_hold():
+    scores = {"base": Score(0.0, None), "tuned": Score(0.9, None)}
+    assert not judge("tuned.accuracy / base.accuracy >= 1.5", scores).holds
+    assert judge("tuned.accuracy - base.accuracy >= 0.5", scores).holds
+
+
+def test_a_run_keeps_the_version_that_it_began_with(tiny_model, adapters, train_file, tmp_path):
+    registry = Registry(str(tmp_path / "registry"))
+    for name in ("r4", "r4b"):
+        publish_adapter(registry, "support", adapters[name])
+    registry.promote("support@1", "prod")
+    text = (
+        f"kind: run\nname: on\nbase_model: {tiny_model}\nmax_steps: 1\nruns_dir: {tmp_path}/runs\n"
+        f"registry: {tmp_path}/registry\ndata: {{train: {train_file}}}\nadapter: {{rank: 4, init_from: support@prod}}\n"
+    )
+    config = parse_config(text, kind="run", source="x")
+    begun, place = resolve_start(config)
+    assert (begun.adapter.init_from, str(place)) == ("support@1", registry.place(registry.get("support@1")))
+    write_json(tmp_path / "runs/on/config.json", begun.model_dump(mode="json"))
+    registry.promote("support@2", "prod")
+    assert resolve_start(config)[0].adapter.init_from == "support@1"
+    assert resolve_start(config, fresh=True)[0].adapter.init_from == "support@2"
+
+
+def test_mistakes_are_told_before_the_first_step(files, tiny_model, tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"require\.0: .*tuned\.speed is not measured; there are base\.accuracy"):
         files("require=[tuned.speed > 1]")
     with pytest.raises(ConfigError, match="is no condition"):
@@ -102,6 +134,20 @@ def test_mistakes_are_told_before_the_first_step(files, tmp_path, capsys):
         check_pipeline(files("overrides={adapter: null}"))
     with pytest.raises(ConfigError, match=r"batch\.examples"):
         check_pipeline(files("overrides={batch: {examples: 4}}"))
+    with pytest.raises(DataError, match=r"general_text: absent\.jsonl: no such file"):
+        check_pipeline(files("general_text=absent.jsonl"))
+    with pytest.raises(UserError, match=r"support-bot@v1\.2"):
+        check_pipeline(files("publish.alias=v1.2"))
+    (tmp_path / "rank.yaml").write_text((tmp_path / "chat.yaml").read_text() + "adapter: {rank: 4}\n")
+    with pytest.raises(UserError, match=r"has adapter\.rank 4, domain 16; they must be the same"):
+        check_pipeline(files(f"train=[{tmp_path}/domain.yaml, {tmp_path}/rank.yaml]"))
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(4))
+    (tmp_path / "pairs.yaml").write_text(
+        f"kind: run\nname: pairs\nbase_model: {tiny_model}\nmax_steps: 1\nobjective: {{type: dpo}}\n"
+        f"data: {{train: {pairs}}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"adapter\.init_from: with objective dpo"):
+        check_pipeline(files(f"train=[{tmp_path}/domain.yaml, {tmp_path}/pairs.yaml]"))
     (tmp_path / "full.yaml").write_text((tmp_path / "chat.yaml").read_text() + "adapter: null\n")
     with pytest.raises(UserError, match="cannot go on from an adapter"):
         check_pipeline(files(f"train=[{tmp_path}/domain.yaml, {tmp_path}/full.yaml]", "publish=null"))

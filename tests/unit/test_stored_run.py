@@ -1,6 +1,7 @@
 """The parts under runs in an object store, against an S3 server: files kept alike, one holder of a lease, checkpoints
 that count when their manifest is there."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -9,15 +10,18 @@ import time
 import pytest
 from s3 import s3_server
 
-from ftray.errors import FtrayError, UserError
+from ftray.errors import DamagedError, FtrayError, UserError
 from ftray.model.adapter import adapter_at_hand, read_adapter
 from ftray.publish import publish_adapter
 from ftray.registry import Registry
 from ftray.storage import AlreadyExists, ObjectStore, lease, write_json, write_manifest
-from ftray.storage.lease import Lease, held
+from ftray.storage.lease import Lease, describe_process, held
 from ftray.storage.mirror import Mirror
+from ftray.storage.objects import state_of
 from ftray.tracking.events import read_events, record_driver_event, record_event
 from ftray.tracking.metrics import MetricsFollower
+from ftray.train.checkpoint import first_whole
+from ftray.train.job import TrainJob
 from ftray.train.stored_checkpoints import StoredCheckpoints
 from ftray.train.stored_run import StoredRun, WorkerNotes, local_root
 
@@ -93,13 +97,13 @@ def test_a_lease_has_one_holder(url, monkeypatch):
 def test_a_lease_is_taken_from_a_holder_that_is_gone(url, monkeypatch):
     monkeypatch.setattr(lease, "LOOK_S", 0.1)
     store = ObjectStore(url)
-    gone = {"host": socket.gethostname(), "process": 2**22 + 1, "holder": "x"}
+    gone = describe_process() | {"process": 2**22 + 1, "holder": "x"}
     store.write("lease", json.dumps(gone).encode())
     begun = time.monotonic()
     with held(store, "lease", refusal=""):  # of this machine: it is known at once
         assert time.monotonic() - begun < 5
     monkeypatch.setattr(lease, "LAPSES_S", 1.0)
-    store.write("lease", json.dumps(gone | {"host": "another"}).encode())
+    store.write("lease", json.dumps(gone | {"machine": "another of the same name"}).encode())
     begun = time.monotonic()
     with held(store, "lease", refusal=""):  # of another one: it does not renew it
         assert time.monotonic() - begun >= 1.0
@@ -108,10 +112,12 @@ def test_a_lease_is_taken_from_a_holder_that_is_gone(url, monkeypatch):
 def test_of_two_who_take_a_lease_one_has_it(url, monkeypatch):
     monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.1)
     store = ObjectStore(url)
-    tag = store.create("lease", b"{}")
-    store.replace("lease", b'{"a": 1}', tag=tag)
+    state = store.create("lease", b"{}")
+    assert state == store.find("lease").state
+    assert state_of({"e_tag": "a", "version": "1"}) == {"e_tag": "a", "version": "1"}  # Google's store wants the latter
+    store.replace("lease", b'{"a": 1}', state=state)
     with pytest.raises(AlreadyExists):
-        store.replace("lease", b'{"b": 1}', tag=tag)
+        store.replace("lease", b'{"b": 1}', state=state)
     store.delete("lease")
     with held(store, "lease", refusal="") as stood_still:
         store.write("lease", b'{"holder": "another"}')
@@ -120,6 +126,17 @@ def test_of_two_who_take_a_lease_one_has_it(url, monkeypatch):
             time.sleep(0.05)
         assert stood_still.is_lost
     assert store.read("lease") == b'{"holder": "another"}', "the other's stays"
+
+
+def write_tokens(directory):
+    directory.mkdir()
+    (directory / "ids.bin").write_bytes(b"tokens")
+    return directory
+
+
+def a_job(**parts):
+    fixed = dict.fromkeys(field.name for field in dataclasses.fields(TrainJob))
+    return TrainJob(**fixed | parts)
 
 
 def write_checkpoint(directory, step, *, ranks=2):
@@ -155,7 +172,7 @@ def test_a_checkpoint_counts_once_its_manifest_is_there(url, tmp_path):
     assert (opened / "state/rank-1.safetensors").read_bytes() == b"6 1"
 
     store.write("checkpoints/step-6/state/rank-1.safetensors", b"6 x")  # its size is right, its content is not
-    with pytest.raises(FtrayError, match=r"rank-1\.safetensors: content differs"):
+    with pytest.raises(DamagedError, match=r"rank-1\.safetensors: content differs"):
         checkpoints.open(checkpoints.list()[0], share=(0, 2))
     store.delete("checkpoints/step-6/state/rank-1.safetensors")
     assert checkpoints.newest(tmp_path / "driver").name == "step-4"
@@ -170,6 +187,42 @@ def test_a_checkpoint_counts_once_its_manifest_is_there(url, tmp_path):
     ], "of an earlier save by more ranks"
 
 
+def test_a_copy_that_cannot_be_made_is_no_damaged_checkpoint(url, tmp_path, monkeypatch):
+    """Else one full disk would begin the run again, and its first save remove what is there."""
+    checkpoints = StoredCheckpoints(url)
+    save(checkpoints, tmp_path / "4", 4)
+    save(checkpoints, tmp_path / "6", 6)
+
+    def opened(place):
+        return checkpoints.open(place, share=(0, 1))
+
+    monkeypatch.setenv("FTRAY_CACHE_GIB", "0")
+    with pytest.raises(UserError, match="raise FTRAY_CACHE_GIB"):
+        first_whole(checkpoints.list(), opened=opened)
+    monkeypatch.delenv("FTRAY_CACHE_GIB")
+    ObjectStore(url).write("checkpoints/step-6/state/rank-0.safetensors", b"6 x")
+    found = first_whole(checkpoints.list(), opened=opened)
+    assert (found / "state/rank-0.safetensors").read_bytes() == b"4 0"
+
+
+def test_a_driver_that_was_replaced_writes_nothing_more(url, monkeypatch):
+    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 100)
+    run = StoredRun(url, "demo")
+    store = ObjectStore(f"{url}/demo")
+
+    def replaced() -> None:
+        with run.opened(refusal=""):
+            store.write("driver.lease", b'{"holder": "another"}')
+            run.directory.mkdir(parents=True, exist_ok=True)
+            record_driver_event(run.directory, "stopped")
+            run.sync(at_once=True)
+
+    with pytest.raises(FtrayError, match="another driver has taken this run over"):
+        replaced()
+    assert store.read("driver.lease") == b'{"holder": "another"}'
+    assert store.read("driver_events.jsonl") is None
+
+
 def test_notes_of_rank_0_reach_the_driver_and_a_request_to_stop_reaches_rank_0(url, tmp_path, monkeypatch):
     monkeypatch.setattr("ftray.train.stored_run.SYNC_S", 0.1)
     run = StoredRun(url, "demo")
@@ -179,6 +232,10 @@ def test_notes_of_rank_0_reach_the_driver_and_a_request_to_stop_reaches_rank_0(u
         worker = tmp_path / "worker"
         worker.mkdir()
         notes = WorkerNotes(run.url, worker, rank=0)
+        assert run.store_tokens(write_tokens(tmp_path / "tokens")) == f"{url}/.tokens/tokens"
+        job = notes.begin(a_job(train_data=f"{url}/.tokens/tokens"))
+        assert (job.train_data / "ids.bin").read_bytes() == b"tokens"
+        (worker / ".stop_request.x1").touch()  # of a write that is not finished
         record_event(worker, "workers_started")
         record_driver_event(directory, "hang", message="it stood still")
         (worker / "scratch").mkdir()
@@ -224,6 +281,8 @@ def test_an_adapter_in_a_store_is_published_with_its_lineage(url, tmp_path, adap
     assert place == f"{url}/registry/adapters/support/versions/1/files"
     assert read_adapter(adapter_at_hand(place), label="x").max_rank == 4
     assert adapter_at_hand("support@1") is None
+    with pytest.raises(UserError, match=r"demo/adaptr: there is nothing of that name"):
+        adapter_at_hand(f"{url}/demo/adaptr")
     assert adapter_at_hand(adapters["r4"]) == adapters["r4"]
 
 

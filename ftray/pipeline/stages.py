@@ -1,0 +1,113 @@
+"""`ftray pipeline`: runs in order, each from the result of the one before, then measured, judged and published. A stage
+that was done stands: the same command goes on with the next."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from ftray.config import PipelineConfig, RunConfig
+from ftray.errors import FtrayError, UserError
+from ftray.model.adapter import adapter_at_hand
+from ftray.pipeline.check import check_pipeline, load_stage, points_of, start_from
+from ftray.pipeline.record import keep, read_record
+from ftray.pipeline.scores import Condition, Product, digest_of_weights, judge, measured_once, measures
+from ftray.pipeline.start import resolve_start
+from ftray.publish import publish_if_new
+from ftray.registry import AdapterVersion, Registry
+from ftray.storage import ObjectStore
+from ftray.sweep.launch import run_sweep, sweep_directory
+from ftray.sweep.scores import Score
+from ftray.sweep.trials import trials_directory
+from ftray.train.launch import launch
+from ftray.train.ray_trainer import Watcher
+
+
+@dataclass(frozen=True)
+class Outcome:
+    product: Product
+    scores: dict[str, Score]  # of `base` and `tuned`; none: nothing was to be measured
+    conditions: list[Condition]
+    version: AdapterVersion | None
+
+
+def run_pipeline(
+    config: PipelineConfig, watcher: Watcher, announce: Callable[[str], None], *, fresh: bool = False
+) -> Outcome:
+    """`fresh`: earlier runs are set aside. Raises `FtrayError` where a condition does not hold: then nothing is
+    published."""
+    last = check_pipeline(config)
+    store = ObjectStore(f"{last.runs_dir.rstrip('/')}/{config.name}")
+    if fresh:
+        keep(store, started_from={})
+    product: Product | None = None
+    for number, path in enumerate(config.train, start=1):
+        announce(f"{number} of {len(config.train)}: {path}")
+        product = train_stage(config, path, watcher, store, after=product, fresh=fresh)
+    assert product is not None
+    scores: dict[str, Score] = {}
+    if measures(config, last):
+        announce("measuring the base and what was made of it")
+        scores = measured_once(config, product, store, say=watcher.say)
+    conditions = [judge(text, scores) for text in config.require]
+    for condition in conditions:
+        watcher.say(str(condition))
+    version = None
+    if all(condition.holds for condition in conditions) and config.publish is not None:
+        version = publish_stage(config, product, scores)
+    record = {
+        "pipeline": config.model_dump(mode="json"),
+        "product": product.place,
+        "conditions": [asdict(condition) for condition in conditions],
+        "version": str(version) if version is not None else None,
+    }
+    keep(store, **record)
+    if failed := [condition for condition in conditions if not condition.holds]:
+        raise FtrayError(f"{config.name}: nothing was published: {failed[0]}; {product.place} stands")
+    return Outcome(product, scores, conditions, version)
+
+
+def train_stage(
+    config: PipelineConfig, path: str, watcher: Watcher, store: ObjectStore, *, after: Product | None, fresh: bool
+) -> Product:
+    start = start_from(after.place, is_adapter=after.is_adapter) if after is not None else None
+    stage = load_stage(config, path, start)
+    if after is not None:
+        note_start(store, points_of(stage)[0].name, after)
+    if isinstance(stage, RunConfig):
+        run, init_from = resolve_start(stage, fresh=fresh)
+        result = launch(run, watcher, init_from=init_from, fresh=fresh)
+        return Product(run, result["output"], {"run": run.name})
+    sweep, space = stage
+    study = run_sweep(sweep, space, say=watcher.say, fresh=fresh)
+    best = study.best_run
+    if best is None:
+        raise FtrayError(f"{sweep.name}: no trial finished")
+    run, directory = study.config_of(best), trials_directory(sweep_directory(sweep, space)) / best.name
+    lineage = {"sweep": sweep.name, "trial": best.name, "point": study.point_of(best)}
+    return Product(run, str(directory / ("adapter" if run.adapter is not None else "model")), lineage)
+
+
+def note_start(store: ObjectStore, name: str, product: Product) -> None:
+    """A run that was trained from another product than there is now is not what its config says. Raises `UserError`."""
+    started = read_record(store).get("started_from", {})
+    digest = digest_of_weights(product)
+    if started.get(name, digest) != digest:
+        raise UserError(
+            f"{name}: was trained from other weights than {product.place} holds now; train all of it again with --fresh"
+        )
+    keep(store, started_from=started | {name: digest})
+
+
+def publish_stage(config: PipelineConfig, product: Product, scores: dict[str, Score]) -> AdapterVersion:
+    """The same weights are published once, whoever asks again; the alias moves where it does not point there yet."""
+    assert config.publish is not None
+    directory = adapter_at_hand(product.place)
+    if directory is None:
+        raise FtrayError(f"{product.place}: is gone")
+    registry = Registry(product.run.registry)
+    measured = {name: {k: v for k, v in asdict(score).items() if v is not None} for name, score in scores.items()}
+    lineage = product.lineage | {"pipeline": config.name, "measured": measured}
+    name, alias = config.publish.name, config.publish.alias
+    version = publish_if_new(registry, name, directory, lineage=lineage)
+    if alias is not None and registry.aliases(name).get(alias) != version.number:
+        registry.promote(str(version), alias)
+    return version
