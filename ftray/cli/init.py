@@ -16,7 +16,7 @@ NAMES = {"gitignore": ".gitignore"}  # a package would leave the hidden file out
 def init(
     directory: Annotated[str, typer.Argument(metavar="DIRECTORY", help="Where to; it may hold other files.")] = ".",
 ) -> None:
-    """Write a starter project: configs for a run, a sweep and an endpoint, sample data, and schemas for editors."""
+    """Write a starter project: configs of each kind, sample data, and schemas for editors."""
     root = Path(directory)
     files = {root / target_of(path): path for path in sorted(STARTER.rglob("*")) if path.is_file()}
     files |= {root / ".ftray" / path.name: path for path in sorted(SCHEMAS.glob("*.json"))}

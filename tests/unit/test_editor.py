@@ -64,7 +64,8 @@ def test_a_starter_project_loads_as_it_is(tmp_path, monkeypatch, capsys):
     assert Path(run.data.train).is_file()
     load_config("serve.yaml", kind="serve")
     assert len(list(load_sweep("sweep.yaml")[1].grid())) == 6
-    for name in ("run", "sweep", "serve"):
+    assert load_config("pipeline.yaml", kind="pipeline").train == ["run.yaml"]
+    for name in ("run", "sweep", "serve", "pipeline"):
         first = Path(f"{name}.yaml").read_text().splitlines()[0]
         assert Path(first.partition("$schema=")[2]).is_file()
     assert "/runs/" in Path(".gitignore").read_text()
