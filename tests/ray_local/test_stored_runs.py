@@ -13,7 +13,7 @@ from ftray.storage import ObjectStore, read_json, verify_directory
 from ftray.tracking.metrics import read_metrics
 from ftray.train import stored_run
 from ftray.train.launch import launch
-from ftray.train.stored_run import ask_to_stop, local_root, look_at_runs
+from ftray.train.stored_run import local_root, look_at_runs
 
 
 @pytest.fixture
@@ -32,16 +32,20 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(ray_session, config, runs_dir, tm
     settings = {"max_steps": 24, "evaluation.samples": 2, "checkpoint.keep": 2}
     whole = launch(config(**settings), Recorder().watcher())
     settings["runs_dir"] = runs_dir
-    recorder = Recorder({6: lambda: ask_to_stop(runs_dir, "demo")})
+    recorder = Recorder()
     with pytest.raises(InterruptedRunError, match=rf"the checkpoint {runs_dir}/demo/checkpoints/step-\d+ stands"):
-        launch(config(**settings), recorder.watcher())
+        launch(config(**settings), recorder.watcher(), until_step=10)
     assert any("2 workers run on cpu" in line for line in recorder.lines)
     store = ObjectStore(f"{runs_dir}/demo")
     there = {found.key for found in store.entries()}
-    assert there >= {"config.json", "environment.json", "metrics.jsonl", "events.jsonl", "driver_events.jsonl"}
+    assert there >= {"config.json", "environment.json", "metrics.jsonl", "events.jsonl"}
     assert "driver.lease" not in there
 
-    assert main_says(capsys, "runs", "list", "--runs-dir", runs_dir).split("\n")[1].split()[:2] == ["demo", "stopped"]
+    assert main_says(capsys, "runs", "list", "--runs-dir", runs_dir).split("\n")[1].split()[:3] == [
+        "demo",
+        "unfinished",
+        "10",
+    ]
     with pytest.raises(UserError, match="--fresh"):
         launch(config(**settings), Recorder().watcher(), fresh=True)
 
