@@ -61,9 +61,11 @@ def publish_if_new(
     return version
 
 
-def publish_once(registry: Registry, name: str, directory: Path, *, alias: str) -> AdapterVersion:
+def publish_once(
+    registry: Registry, name: str, directory: Path, *, alias: str, lineage: dict[str, Any] | None = None
+) -> AdapterVersion:
     """As `publish_if_new`; the alias points at it afterwards."""
-    version = publish_if_new(registry, name, directory)
+    version = publish_if_new(registry, name, directory, lineage=lineage)
     if registry.aliases(name).get(alias) != version.number:
         registry.promote(str(version), alias)
     return version

@@ -22,8 +22,8 @@ def pipeline(
     from ftray.pipeline.check import check_pipeline
     from ftray.pipeline.stages import run_pipeline
 
-    last = check_pipeline(loaded)
     if dry_run:
+        check_pipeline(loaded)
         print(to_yaml(loaded))
         return
     try:
@@ -37,4 +37,4 @@ def pipeline(
     print(f"{loaded.name}: {outcome.product.place}")
     if outcome.version is not None and loaded.publish is not None:
         alias = f", and {loaded.publish.name}@{loaded.publish.alias} points at it" if loaded.publish.alias else ""
-        print(f"published {outcome.version} in {last.registry}{alias}")
+        print(f"published {outcome.version} in {outcome.product.run.registry}{alias}")

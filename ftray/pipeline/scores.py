@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
 from ftray.config import PipelineConfig, RunConfig
@@ -19,9 +18,9 @@ from ftray.storage import ObjectStore
 from ftray.storage.manifest import MANIFEST, sha256_of
 from ftray.sweep.comparison import BASE
 from ftray.sweep.launch import ray_session
-from ftray.sweep.measure import absolute, with_absolute_data
-from ftray.sweep.scores import Score, ScoreJob, score_products
-from ftray.train.ray_trainer import last_line, name_for_workers, passed_secrets, worker_environment
+from ftray.sweep.measure import absolute, score_in_task, with_absolute_data
+from ftray.sweep.scores import Score, ScoreJob
+from ftray.train.ray_trainer import last_line, name_for_workers
 
 TUNED = "tuned"
 
@@ -88,10 +87,8 @@ def measure(config: PipelineConfig, product: Product) -> Iterator[tuple[str, Sco
         jobs.append(ScoreJob(model, tuned, run, general, held_out=has_loss(run)))
     with ray_session(run):
         for job in jobs:
-            environment = {"env_vars": worker_environment(run.workers.gpus_each)}
-            task = ray.remote(score_products).options(**job.needs, runtime_env=environment)
             try:
-                yield from ray.get(task.remote(job, passed_secrets())).items()
+                yield from score_in_task(job).items()
             except RayError as error:
                 raise FtrayError(f"{product.place}: cannot be measured: {last_line(error)}") from None
 

@@ -11,7 +11,7 @@ from ftray.pipeline.check import check_pipeline, load_stage, points_of, start_fr
 from ftray.pipeline.record import keep, read_record
 from ftray.pipeline.scores import Condition, Product, digest_of_weights, judge, measured_once, measures
 from ftray.pipeline.start import resolve_start
-from ftray.publish import publish_if_new
+from ftray.publish import publish_if_new, publish_once
 from ftray.registry import AdapterVersion, Registry
 from ftray.storage import ObjectStore
 from ftray.sweep.launch import run_sweep, sweep_directory
@@ -107,7 +107,6 @@ def publish_stage(config: PipelineConfig, product: Product, scores: dict[str, Sc
     measured = {name: {k: v for k, v in asdict(score).items() if v is not None} for name, score in scores.items()}
     lineage = product.lineage | {"pipeline": config.name, "measured": measured}
     name, alias = config.publish.name, config.publish.alias
-    version = publish_if_new(registry, name, directory, lineage=lineage)
-    if alias is not None and registry.aliases(name).get(alias) != version.number:
-        registry.promote(str(version), alias)
-    return version
+    if alias is None:
+        return publish_if_new(registry, name, directory, lineage=lineage)
+    return publish_once(registry, name, directory, alias=alias, lineage=lineage)

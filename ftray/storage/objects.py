@@ -84,6 +84,11 @@ class ObjectStore:
         except (BaseError, OSError) as error:
             raise FtrayError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
 
+    def write_files(self, directory: Path, prefix: str) -> None:
+        """All files below `directory`, under `prefix`."""
+        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+            self.write(f"{prefix}/{path.relative_to(directory).as_posix()}", path)
+
     def read(self, key: str) -> bytes | None:
         """The content, or None when there is no such key."""
         if not self.exists:

@@ -2,11 +2,8 @@
 
 import contextlib
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -30,7 +27,7 @@ from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import differences
 from ftray.train.checkpoint import data_digest
 from ftray.train.finish import PreparedData, num_steps
-from ftray.train.launch import TOKENS, check_before_anything, prepare_data, start_ray
+from ftray.train.launch import TOKENS, check_before_anything, on_sigterm, prepare_data, start_ray
 from ftray.train.preflight import check_nodes, check_resources, fitting_groups
 from ftray.train.ray_trainer import name_for_workers
 from ftray.train.run_directory import only_driver, refuse_unwritable, refuse_vanishing_directory, set_aside
@@ -83,7 +80,7 @@ def check_inputs(config: SweepConfig, space: Space) -> None:
 
 
 def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> None:
-    with interrupt_on_sigterm() as terminated:
+    with on_sigterm(interrupt) as terminated:
         try:
             search(directory, study, base_run, say=say)
         except KeyboardInterrupt:
@@ -112,24 +109,9 @@ def search(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> N
         measure_methods(study, directory, base, say=say)
 
 
-@contextlib.contextmanager
-def interrupt_on_sigterm() -> Iterator[threading.Event]:
-    """A preempted machine or a scheduler's time limit ends a sweep as Ctrl-C does. Ray's own handler, which this one
-    replaces, would end the process at once."""
-    terminated = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield terminated
-        return
-
-    def interrupt(*_: Any) -> None:
-        terminated.set()
-        raise KeyboardInterrupt
-
-    earlier = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield terminated
-    finally:
-        signal.signal(signal.SIGTERM, earlier)
+def interrupt() -> None:
+    """A preempted machine or a scheduler's time limit ends a sweep as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def check_generations(study: Study, base_run: RunConfig, data: PreparedData) -> None:

@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from ftray.config import RunConfig
 from ftray.model.base import BaseModel
 from ftray.sweep.comparison import BASE, Alone, compared_trials, note_measured, read_measured
-from ftray.sweep.scores import ScoreJob, score_products
+from ftray.sweep.scores import Score, ScoreJob, score_products
 from ftray.sweep.study import Study
 from ftray.sweep.trials import SweepRun, trials_directory
 from ftray.tracking.metrics import read_metrics
@@ -32,10 +32,8 @@ def measure_methods(study: Study, directory: Path, base: BaseModel, *, say: Say)
     trials = compared_trials(study)
     for job in score_jobs(study, directory, base, [run for trial in trials for run in trial.runs]):
         say(f"scoring {', '.join(job.adapters)}")
-        environment = {"env_vars": worker_environment(job.run.workers.gpus_each)}
-        scoring = ray.remote(score_products).options(**job.needs, runtime_env=environment)
         try:
-            note_measured(directory, "scores", ray.get(scoring.remote(job, passed_secrets())))
+            note_measured(directory, "scores", score_in_task(job))
         except RayError as error:  # not noted: the same command tries again
             say(f"not scored: {', '.join(job.adapters)}: {last_line(error)}")
     for trial in trials:
@@ -43,6 +41,13 @@ def measure_methods(study: Study, directory: Path, base: BaseModel, *, say: Say)
             say(f"{STEPS_ALONE} steps of {trial.name} alone")
             config = study.config_of(trial.runs[0])
             note_measured(directory, "alone", {trial.name: measure_alone(config, directory / ALONE)})
+
+
+def score_in_task(job: ScoreJob) -> dict[str, Score]:
+    """With the resources of one of the run's workers. Raises Ray's errors."""
+    environment = {"env_vars": worker_environment(job.run.workers.gpus_each)}
+    scoring = ray.remote(score_products).options(**job.needs, runtime_env=environment)
+    return ray.get(scoring.remote(job, passed_secrets()))
 
 
 def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepRun]) -> list[ScoreJob]:

@@ -132,19 +132,24 @@ def set_on_failure() -> Iterator[threading.Event]:
         raise
 
 
-@contextlib.contextmanager
-def stop_on_sigterm(run_directory: Path) -> Iterator[threading.Event]:
+def stop_on_sigterm(run_directory: Path) -> contextlib.AbstractContextManager[threading.Event]:
     """SIGTERM (a preempted machine, a scheduler's time limit) asks the workers to save and end at the next step."""
+    return on_sigterm(lambda: request_stop(run_directory))
+
+
+@contextlib.contextmanager
+def on_sigterm(react: Callable[[], None]) -> Iterator[threading.Event]:
+    """Yields what is set before `react` is called. In another thread than the main one no signal arrives."""
     terminated = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield terminated
         return
 
-    def ask(*_: Any) -> None:
+    def handle(*_: Any) -> None:
         terminated.set()
-        request_stop(run_directory)
+        react()
 
-    earlier = signal.signal(signal.SIGTERM, ask)  # after ray.init, which sets one that ends the process at once
+    earlier = signal.signal(signal.SIGTERM, handle)  # after ray.init, which sets one that ends the process at once
     try:
         yield terminated
     finally:

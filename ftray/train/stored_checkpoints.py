@@ -17,8 +17,7 @@ class StoredCheckpoints:
 
     def upload(self, directory: Path, step: int) -> None:
         """A rank's files, before the manifest."""
-        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-            self._store.write(f"step-{step}/{path.relative_to(directory).as_posix()}", path)
+        self._store.write_files(directory, f"step-{step}")
 
     def complete(self, directory: Path, step: int, *, keep: int) -> None:
         """Rank 0, when all ranks' files are there. The `keep` newest stay; of the others the manifest goes first."""

@@ -113,8 +113,7 @@ class StoredRun:
     def store_product(self, product: Path) -> None:
         """The adapter or model, then the report, and last the result."""
         self.sync(at_once=True)  # where another driver has taken over, it ends here
-        for path in sorted(path for path in product.rglob("*") if path.is_file()):
-            self._mirror.store.write(path.relative_to(self.directory).as_posix(), path)
+        self._mirror.store.write_files(product, product.relative_to(self.directory).as_posix())
         self._mirror.push(["report.html", *FROM_DRIVER], at_once=True)
         self._mirror.push([RESULT], at_once=True)
 
@@ -125,9 +124,7 @@ def fetch_notes(mirror: Mirror) -> None:
 
 
 def look_at_runs(runs_dir: str) -> Path:
-    """The notes of all runs, as directories of this machine; a `runs_dir` of this machine itself."""
-    if not is_stored(runs_dir):
-        return Path(runs_dir)
+    """The notes of all runs in a store, as directories of this machine."""
     seen = local_root(runs_dir) / ".seen"
     shutil.rmtree(seen, ignore_errors=True)
     mirror = Mirror(runs_dir, seen)
