@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 # Clients of OpenAI's API, which want their own versions of much.
 CLIENTS := .venv-clients
 
-.PHONY: help install lint test test-cluster test-vllm test-clients soak audit quickstart clean
+.PHONY: help install lint test test-alone test-on-ray test-cluster test-vllm test-clients soak audit quickstart clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
@@ -37,8 +37,15 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Side by side: much of what Ray's processes do is to start and to wait.
 test: lint
-	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-alone test-on-ray
+
+test-alone: install
+	$(BIN)/python -m pytest tests/unit tests/parity tests/gpu
+
+test-on-ray: install
+	$(BIN)/python -m pytest tests/ray_local
 
 # Many hosts on this machine, as network namespaces: needs root and `ip`.
 test-cluster: install

@@ -23,8 +23,9 @@ from ftray.publish import publish_once
 from ftray.registry import AdapterVersion, Registry
 from ftray.serve.app import check_port, start_endpoint, stop_endpoint
 from ftray.tracking.report import AnswerTable, write_report
-from ftray.train.launch import launch, start_ray
+from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher
+from ftray.train.session import start_ray
 
 RUN_FILE = "configs/quickstart/run.yaml"
 SERVE_FILE = "configs/quickstart/serve.yaml"

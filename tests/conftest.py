@@ -68,7 +68,11 @@ def ray_session():
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
     import ray
 
+    from ftray.train.session import own_address
+
     settings = {"metrics_report_interval_ms": 1000}
-    ray.init(address="local", num_cpus=4, logging_level=logging.ERROR, log_to_driver=False, _system_config=settings)
+    how = {"logging_level": logging.ERROR, "log_to_driver": False, "_system_config": settings}
+    with own_address():  # as `start_ray` does
+        ray.init(address="local", num_cpus=4, **how)
     yield ray
     ray.shutdown()

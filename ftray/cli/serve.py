@@ -41,7 +41,7 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
 
     from ftray.errors import UserError
     from ftray.serve.app import start_endpoint, stop_endpoint
-    from ftray.train.launch import start_ray
+    from ftray.train.session import start_ray
 
     print(f"starting {settings.base_model} on {settings.host}:{settings.port}", flush=True)
     if settings.tenants.database is None and settings.host not in ("127.0.0.1", "localhost"):

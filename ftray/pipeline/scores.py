@@ -17,10 +17,10 @@ from ftray.pipeline.record import keep, read_record
 from ftray.storage import ObjectStore
 from ftray.storage.manifest import MANIFEST, sha256_of
 from ftray.sweep.comparison import BASE
-from ftray.sweep.launch import ray_session
 from ftray.sweep.measure import absolute, score_in_task, with_absolute_data
 from ftray.sweep.scores import Score, ScoreJob
 from ftray.train.ray_trainer import last_line, name_for_workers
+from ftray.train.session import ray_session
 
 TUNED = "tuned"
 

@@ -2,10 +2,8 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import ray
 
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.data.sources import check_source
@@ -27,10 +25,11 @@ from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import differences
 from ftray.train.checkpoint import data_digest
 from ftray.train.finish import PreparedData, num_steps
-from ftray.train.launch import TOKENS, check_before_anything, on_sigterm, prepare_data, start_ray
+from ftray.train.launch import TOKENS, check_before_anything, on_sigterm, prepare_data
 from ftray.train.preflight import check_nodes, check_resources, fitting_groups
 from ftray.train.ray_trainer import name_for_workers
 from ftray.train.run_directory import only_driver, refuse_unwritable, refuse_vanishing_directory, set_aside
+from ftray.train.session import ray_session
 from ftray.train.stored_run import is_stored
 
 SWEEP, DATA = "sweep.json", "data.json"
@@ -248,21 +247,3 @@ def open_directory(config: SweepConfig, space: Space, base_run: RunConfig, *, fr
     write_json(directory / "environment.json", describe_environment())
     shutil.rmtree(directory / TUNE_DIRECTORY, ignore_errors=True)  # the journal is what a sweep goes on from
     return directory
-
-
-@contextlib.contextmanager
-def ray_session(run: RunConfig) -> Iterator[None]:
-    """The caller's, or one of our own that ends here."""
-    own = not ray.is_initialized()
-    if own:
-        start_ray(run=run.name)
-    try:
-        yield
-    except InterruptedRunError:
-        raise  # a thread still waits for Ray, which would end the process before its message is printed
-    except BaseException:
-        if own:
-            ray.shutdown()
-        raise
-    if own:
-        ray.shutdown()

@@ -1,8 +1,6 @@
 """The driver's side of a run: check, tokenise while Ray starts, train, and leave a complete run directory."""
 
 import contextlib
-import logging
-import os
 import signal
 import threading
 import time
@@ -12,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.job_config import JobConfig
 
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.sources import check_source
 from ftray.data.tokens import tokenize_source
-from ftray.errors import InterruptedRunError, TerminatedRunError, UserError
+from ftray.errors import InterruptedRunError, TerminatedRunError
 from ftray.model.base import BaseModel, check_base_name, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.tracking.events import record_driver_event
@@ -35,6 +32,7 @@ from ftray.train.run_directory import (
     open_run_directory,
     refuse_vanishing_directory,
 )
+from ftray.train.session import start_ray
 from ftray.train.spread import spread_base
 
 
@@ -154,23 +152,6 @@ def on_sigterm(react: Callable[[], None]) -> Iterator[threading.Event]:
         yield terminated
     finally:
         signal.signal(signal.SIGTERM, earlier)
-
-
-def start_ray(*, join: bool = True, run: str | None = None) -> bool:
-    """Joins the cluster of RAY_ADDRESS (True; `ray job submit` sets it), else starts a session of our own (False).
-
-    `run`: its name, as Ray's dashboard and `ray list jobs` show it among the driver's metadata.
-    A session that another program runs on this machine is left alone: it would end under us when that program does.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs sees none
-    address = os.environ.get("RAY_ADDRESS") if join else None
-    try:
-        described = JobConfig(metadata={"job_name": run} if run is not None else None)
-        ray.init(address=address or "local", job_config=described, logging_level=logging.ERROR, log_to_driver=False)
-    except ConnectionError as error:
-        raise UserError(f"RAY_ADDRESS: {address}: no Ray cluster answers there ({error}); unset or mend it") from None
-    return address is not None
 
 
 def prepare_data(

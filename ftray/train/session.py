@@ -1,0 +1,74 @@
+"""Ray from a driver's side: the cluster that it joins, or a session of its own."""
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+import ray
+from ray.job_config import JobConfig
+from ray.util import get_node_ip_address
+
+from ftray.config import RunConfig
+from ftray.errors import InterruptedRunError, UserError
+
+ADDRESS, PORT = "RAY_ADDRESS", "RAY_GCS_SERVER_PORT"
+
+
+def start_ray(*, join: bool = True, run: str | None = None) -> bool:
+    """Joins the cluster of RAY_ADDRESS (True; `ray job submit` sets it), else starts a session of our own (False).
+
+    `run`: its name, as Ray's dashboard and `ray list jobs` show it among the driver's metadata.
+    A session that another program runs on this machine is left alone: it would end under us when that program does.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs sees none
+    address = os.environ.get(ADDRESS) if join else None
+    described = JobConfig(metadata={"job_name": run} if run is not None else None)
+    try:
+        with contextlib.nullcontext() if address else own_address():
+            ray.init(address=address or "local", job_config=described, logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError as error:
+        raise UserError(f"{ADDRESS}: {address}: no Ray cluster answers there ({error}); unset or mend it") from None
+    return address is not None
+
+
+@contextlib.contextmanager
+def own_address() -> Iterator[None]:
+    """A session that starts in it has its own address in the environment of all its processes.
+
+    Without it, those that ask for Ray's state ask the cluster that `ray start` began last on this machine, alive or
+    not. Ray Train's PlacementGroupCleaner is one: it would hold up the end of every run for 12 s.
+    """
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    before = {name: os.environ.get(name) for name in (ADDRESS, PORT)}
+    os.environ.update({ADDRESS: f"{get_node_ip_address()}:{port}", PORT: str(port)})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def ray_session(run: RunConfig) -> Iterator[None]:
+    """The caller's, or one of our own that ends here."""
+    own = not ray.is_initialized()
+    if own:
+        start_ray(run=run.name)
+    try:
+        yield
+    except InterruptedRunError:
+        raise  # a thread still waits for Ray, which would end the process before its message is printed
+    except BaseException:
+        if own:
+            ray.shutdown()
+        raise
+    if own:
+        ray.shutdown()
