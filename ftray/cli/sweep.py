@@ -62,22 +62,24 @@ def run(
     show_answer(study)
     directory = sweep_directory(loaded, space)
     show_comparison(study, directory)
-    print(f"  {directory / REPORT}")
+    print(f"  {study.place}/{REPORT}")
     if study.best is None:
-        raise FtrayError(f"{loaded.name}: no trial finished; see {directory}/trials")
+        raise FtrayError(f"{loaded.name}: no trial finished; see {study.trials_place}")
     if not study.moves:  # else its weights are of several trials
         print(f"again by itself: {train_command(study, study.best)}")
-    publish_best(study, directory)
+    publish_best(study)
 
 
 @app.command()
 def stop_trial(sweep: SweepName, trial: TrialName, runs_dir: RunsDir = "runs") -> None:
     """End a trial: its runs save at their next step, those that wait are left out, and the sweep goes on."""
     from ftray.sweep.launch import look_into
+    from ftray.sweep.stored_sweep import sweep_at_hand
 
-    study = look_into(Path(runs_dir) / sweep)
-    found = study.trial(trial)
-    stopped = study.stop(found)
+    with sweep_at_hand(runs_dir, sweep) as directory:
+        study = look_into(directory)
+        found = study.trial(trial)
+        stopped = study.stop(found)
     if not stopped:
         raise UserError(f"{trial}: is {found.status}; there is nothing to stop")
     for name in stopped:
@@ -94,9 +96,10 @@ def clone_trial(
     """Add a trial like another one with some keys changed, also while the sweep runs."""
     from ftray.config.space import point_text
     from ftray.sweep.launch import look_into
+    from ftray.sweep.stored_sweep import sweep_at_hand
 
-    study = look_into(Path(runs_dir) / sweep)
-    point = study.clone(trial, parse_changes(changes))
+    with sweep_at_hand(runs_dir, sweep) as directory:
+        point = look_into(directory).clone(trial, parse_changes(changes))
     print(
         f"{sweep} will try {point_text(point)}; if it does not run now, the same `ftray sweep` command goes on with it"
     )
@@ -115,22 +118,24 @@ def parse_changes(words: list[str]) -> dict[str, Any]:
     return changes
 
 
-def publish_best(study: "Study", directory: Path) -> None:
+def publish_best(study: "Study") -> None:
+    from ftray.model.adapter import adapter_at_hand
     from ftray.publish import publish_if_new
     from ftray.registry import Registry
-    from ftray.sweep.trials import trials_directory
 
     run = study.best_run
     assert run is not None
-    config = study.config_of(run)
-    output = trials_directory(directory) / run.name
+    config, product = study.config_of(run), study.product_of(run)
     if config.adapter is None:
-        print(f"next: ftray serve SERVE.yaml base_model={output / 'model'}")
+        print(f"next: ftray serve SERVE.yaml base_model={product}")
         return
+    adapter = adapter_at_hand(product)
+    if adapter is None:
+        raise FtrayError(f"{product}: is gone")
     lineage = {"sweep": study.config.name, "trial": run.name, "point": study.point_of(run)}
     if history := study.history(run.name):
         lineage["took_over"] = [vars(moved) for moved in history]
-    version = publish_if_new(Registry(config.registry), study.config.name, output / "adapter", lineage=lineage)
+    version = publish_if_new(Registry(config.registry), study.config.name, adapter, lineage=lineage)
     flag = "" if config.registry == "registry" else f" --registry {config.registry}"
     print(f"published {version} in {config.registry}")
     print(f"next: ftray adapters promote {version} prod{flag}")

@@ -10,9 +10,9 @@ from ftray.data.sources import check_source
 from ftray.errors import UserError
 from ftray.registry import Registry
 from ftray.registry.reference import check_alias
+from ftray.sweep.stored_sweep import refuse_population_in_store
 from ftray.train.launch import check_before_anything
 from ftray.train.run_directory import refuse_vanishing_directory
-from ftray.train.stored_run import is_stored
 
 # Of an adapter: what goes on from another one has the same.
 SHAPE = ("variant", "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "modules_to_save")
@@ -32,8 +32,8 @@ def check_pipeline(config: PipelineConfig) -> RunConfig:
     for path, stage, run, earlier in zip(config.train, stages, runs, [None, *runs[:-1]], strict=True):
         check_before_anything(run)
         refuse_vanishing_directory(run)
-        if not isinstance(stage, RunConfig) and is_stored(run.runs_dir):
-            raise UserError(f"train: {path}: a sweep's directory cannot lie in an object store ({run.runs_dir})")
+        if not isinstance(stage, RunConfig):
+            refuse_population_in_store(stage[0], run)
         if earlier is not None:
             check_follows(config, path, stage, earlier)
     if config.general_text is not None:

@@ -14,9 +14,8 @@ from ftray.pipeline.start import resolve_start
 from ftray.publish import publish_if_new, publish_once
 from ftray.registry import AdapterVersion, Registry
 from ftray.storage import ObjectStore
-from ftray.sweep.launch import run_sweep, sweep_directory
+from ftray.sweep.launch import run_sweep
 from ftray.sweep.scores import Score
-from ftray.sweep.trials import trials_directory
 from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher
 
@@ -81,9 +80,8 @@ def train_stage(
     best = study.best_run
     if best is None:
         raise FtrayError(f"{sweep.name}: no trial finished")
-    run, directory = study.config_of(best), trials_directory(sweep_directory(sweep, space)) / best.name
     lineage = {"sweep": sweep.name, "trial": best.name, "point": study.point_of(best)}
-    return Product(run, str(directory / ("adapter" if run.adapter is not None else "model")), lineage)
+    return Product(study.config_of(best), study.product_of(best), lineage)
 
 
 def note_start(store: ObjectStore, name: str, product: Product) -> None:

@@ -14,7 +14,7 @@ from ftray.errors import FtrayError
 from ftray.sweep.fused_group import MemberStep, RowSharing
 from ftray.sweep.fused_job import FusedJob
 from ftray.sweep.member import Member, save
-from ftray.sweep.trial_run import Reporter, drop_checkpoints
+from ftray.sweep.trial_run import Reporter
 from ftray.sweep.trials import Report
 from ftray.tracking.events import record_event
 from ftray.tracking.metrics import read_metrics
@@ -26,6 +26,7 @@ from ftray.train.job import STOP_REQUEST
 from ftray.train.loop import StepRecord, peak_memory_gib
 from ftray.train.recording import Recorder
 from ftray.train.run_directory import check_same_data, open_run_directory
+from ftray.train.stored_run import drop_checkpoints
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Clerk:
             checkpoint: Path | None = newest_whole_checkpoint(member.directory)
             seconds = time.time() - self._began[member.name]
             finish(member.config, member.directory, checkpoint, self._base, self._data, seconds=seconds)
-            drop_checkpoints(member.directory)
+            drop_checkpoints(member.config.runs_dir, member.name)
         ray.get(self._job.desk.end.remote(member.name, outcome, message))
 
     def _append(self, member: Member, record: dict[str, Any]) -> None:

@@ -16,10 +16,11 @@ from ftray.sweep.describe import describe_plan, describe_state
 from ftray.sweep.fusable import Fusing, fusing_of
 from ftray.sweep.fused_trials import groups_of, run_fused
 from ftray.sweep.measure import measure_methods
-from ftray.sweep.report import write_sweep_report
+from ftray.sweep.report import REPORT, write_sweep_report
 from ftray.sweep.scores import tokenize_text
+from ftray.sweep.stored_sweep import StoredSweep, only_driver_of_sweep, refuse_population_in_store
 from ftray.sweep.study import Study
-from ftray.sweep.trials import trials_directory
+from ftray.sweep.trials import SWEEP, trials_directory
 from ftray.sweep.tune_trials import TUNE_DIRECTORY, run_trials
 from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import differences
@@ -28,11 +29,11 @@ from ftray.train.finish import PreparedData, num_steps
 from ftray.train.launch import TOKENS, check_before_anything, on_sigterm, prepare_data
 from ftray.train.preflight import check_nodes, check_resources, fitting_groups
 from ftray.train.ray_trainer import name_for_workers
-from ftray.train.run_directory import only_driver, refuse_unwritable, refuse_vanishing_directory, set_aside
+from ftray.train.run_directory import refuse_unwritable, refuse_vanishing_directory, set_aside
 from ftray.train.session import ray_session
-from ftray.train.stored_run import is_stored
+from ftray.train.stored_run import is_stored, local_directory
 
-SWEEP, DATA = "sweep.json", "data.json"
+DATA = "data.json"
 FUSED_SLOTS = 8
 TPE_ROUNDS = 3  # of trials side by side at least: it learns from those that have ended
 # What may change when a sweep goes on: how long and how wide it is searched, not what is searched.
@@ -44,17 +45,13 @@ Say = Callable[[str], None]
 def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = False) -> Study:
     """Runs, or goes on with, the sweep. Raises `InterruptedRunError` on Ctrl-C, when the study's journal stands."""
     base_run = first_run(config, space)
+    refuse_vanishing_directory(base_run)
+    refuse_population_in_store(config, base_run)
     check_inputs(config, space)
     if config.compare is not None and config.compare.general_text is not None:
         check_source("compare.general_text", config.compare.general_text)
-    refuse_vanishing_directory(base_run)
-    if is_stored(base_run.runs_dir):
-        raise UserError(
-            f"runs_dir: {base_run.runs_dir}: a sweep's trials share a directory on a disk of all nodes, not in an "
-            "object store; give such a path (overrides.runs_dir=/path/on/all/nodes)"
-        )
-    with only_driver(base_run):
-        directory = open_directory(config, space, base_run, fresh=fresh)
+    with only_driver_of_sweep(base_run) as stored:
+        directory = open_directory(config, space, base_run, fresh=fresh, stored=stored)
         study = Study(config, space, directory)
         if not study.is_over or (config.compare is not None and not is_measured(study, directory)):
             with ray_session(base_run):
@@ -91,13 +88,14 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -
 def search(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> None:
     config = study.config
     fusing = fusing_of(config, study.space)
-    base, data = prepare_data(base_run, say, kept_in=trials_directory(directory) / TOKENS)
+    base, data = prepare_data(base_run, say, kept_in=local_directory(study.trials_place, TOKENS))
     check_data_of_sweep(directory, data)
     check_generations(study, base_run, data)
     check_resources(base_run.workers, say=say)
-    check_nodes(trials_directory(directory), base_run.workers)
+    check_nodes(None if is_stored(study.place) else trials_directory(directory), base_run.workers)
     say(describe_plan(study))
-    say(f"as it goes: {write_sweep_report(study, directory)}")
+    write_sweep_report(study, directory)
+    say(f"as it goes: {study.place}/{REPORT}")
     check_general_text(config, base_run, base)
     if fusing.example is not None and not study.is_over:
         run_groups(directory, study, fusing, *of_groups(fusing.example, directory, base_run, base, data), say=say)
@@ -222,26 +220,33 @@ def first_run(config: SweepConfig, space: Space) -> RunConfig:
 
 
 def sweep_directory(config: SweepConfig, space: Space) -> Path:
-    return (Path(first_run(config, space).runs_dir) / config.name).absolute()
+    """Of one in a store, this machine's."""
+    return local_directory(first_run(config, space).runs_dir, config.name).absolute()
 
 
-def open_directory(config: SweepConfig, space: Space, base_run: RunConfig, *, fresh: bool) -> Path:
+def open_directory(
+    config: SweepConfig, space: Space, base_run: RunConfig, *, fresh: bool, stored: StoredSweep | None = None
+) -> Path:
     """Makes or reopens `runs_dir/name`. Raises `UserError` when the name belongs to something else."""
-    directory = (Path(base_run.runs_dir) / config.name).absolute()
+    directory = sweep_directory(config, space)
+    place = str(directory) if stored is None else stored.url
     if directory.exists() and fresh:
+        if stored is not None:
+            raise UserError(f"--fresh: {place} would have to be moved in its store; choose another name (name=...)")
         set_aside(directory)
     if (directory / "config.json").is_file():
-        raise UserError(f"name: {directory} holds a run of this name; choose another (name=...)")
-    refuse_unwritable(trials_directory(directory) / "scratch")
+        raise UserError(f"name: {place} holds a run of this name; choose another (name=...)")
+    refuse_unwritable(directory if stored is not None else trials_directory(directory) / "scratch")
     described = {"sweep": config.model_dump(mode="json"), "run": space.run}
     if (directory / SWEEP).is_file():
         changed = list(differences(read_json(directory / SWEEP), described))
         refused = [f"{key}: was {a}, is {b}" for key, a, b in changed if not key.startswith(MAY_CHANGE)]
         if refused:
             raise UserError(
-                f"{directory} holds a sweep of this name with another config:\n"
+                f"{place} holds a sweep of this name with another config:\n"
                 + "\n".join(f"  - {line}" for line in refused)
-                + "\n  choose another name (name=...), or set that sweep aside with --fresh"
+                + "\n  choose another name (name=...)"
+                + (", or set that sweep aside with --fresh" if stored is None else "")
             )
     write_json(directory / SWEEP, described)
     write_json(directory / "environment.json", describe_environment())

@@ -1,6 +1,5 @@
 """The measurements behind `compare`: products scored in Ray tasks, and short runs alone."""
 
-import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,11 @@ from ftray.model.base import BaseModel
 from ftray.sweep.comparison import BASE, Alone, compared_trials, note_measured, read_measured
 from ftray.sweep.scores import Score, ScoreJob, score_products
 from ftray.sweep.study import Study
-from ftray.sweep.trials import SweepRun, trials_directory
+from ftray.sweep.trials import SweepRun
 from ftray.tracking.metrics import read_metrics
 from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher, last_line, name_for_workers, passed_secrets, worker_environment
+from ftray.train.stored_run import forget_run, local_directory
 
 ALONE = "alone"
 STEPS_ALONE = 6
@@ -39,8 +39,8 @@ def measure_methods(study: Study, directory: Path, base: BaseModel, *, say: Say)
     for trial in trials:
         if trial.name not in read_measured(directory)["alone"]:
             say(f"{STEPS_ALONE} steps of {trial.name} alone")
-            config = study.config_of(trial.runs[0])
-            note_measured(directory, "alone", {trial.name: measure_alone(config, directory / ALONE)})
+            alone = measure_alone(study.config_of(trial.runs[0]), f"{study.place}/{ALONE}")
+            note_measured(directory, "alone", {trial.name: alone})
 
 
 def score_in_task(job: ScoreJob) -> dict[str, Score]:
@@ -65,11 +65,11 @@ def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepR
     for run in runs:
         if run.name in done:
             continue
-        config, product = with_absolute_data(study.config_of(run)), trials_directory(directory) / run.name
+        config, product = with_absolute_data(study.config_of(run)), study.product_of(run)
         if config.adapter is not None:
-            adapters[run.name] = product / "adapter"
+            adapters[run.name] = product
         else:
-            jobs.append(ScoreJob(str(product / "model"), {run.name: None}, config, general))
+            jobs.append(ScoreJob(product, {run.name: None}, config, general))
     return [ScoreJob(base_name, adapters, shared, general), *jobs] if adapters else jobs
 
 
@@ -84,11 +84,11 @@ def absolute(source: str) -> str:
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
-def measure_alone(config: RunConfig, runs_dir: Path) -> Alone:
+def measure_alone(config: RunConfig, runs_dir: str) -> Alone:
     data = config.data.model_copy(update={"eval": None})
     short = config.model_copy(
         update={
-            "runs_dir": str(runs_dir),
+            "runs_dir": runs_dir,
             "epochs": None,
             "max_steps": STEPS_ALONE,
             "data": data,
@@ -98,8 +98,7 @@ def measure_alone(config: RunConfig, runs_dir: Path) -> Alone:
         }
     )
     launch(short, QUIET)
-    path = runs_dir / config.name
-    steps = [record for record in read_metrics(path) if "loss" in record]
-    shutil.rmtree(path)
+    steps = [record for record in read_metrics(local_directory(runs_dir, config.name)) if "loss" in record]
+    forget_run(runs_dir, config.name)
     rates = [step["tokens_per_s"] for step in steps[WARM_UP_STEPS:]] or [step["tokens_per_s"] for step in steps]
     return Alone(statistics.median(rates), max(step["memory_gib"] for step in steps))

@@ -21,8 +21,9 @@ from ftray.sweep.known import Known
 from ftray.sweep.population import RATE, choose_moves, has_saved, take_over
 from ftray.sweep.schedulers import Arrival, make_scheduler
 from ftray.sweep.search import make_search
-from ftray.sweep.trials import Outcome, Report, SweepRun, Trial, trials_directory
-from ftray.train.job import STOP_REQUEST, request_stop
+from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trials_directory
+from ftray.train.job import STOP_REQUEST
+from ftray.train.stored_run import ask_to_stop, is_stored
 
 JOURNAL = "trials.jsonl"
 REQUESTS = "requests"  # of the user while the sweep runs: trials, and runs that are not to begin
@@ -44,9 +45,11 @@ class Study(Known):
         self.space = space
         self.spent_s = 0.0  # of earlier drivers
         self._search = make_search(space, config.search)
-        every = space.config(
-            next(iter(space.points_to_check(is_grid=config.search.algorithm == "grid")))
-        ).evaluation.every
+        first = space.config(next(iter(space.points_to_check(is_grid=config.search.algorithm == "grid"))))
+        every = first.evaluation.every
+        stored = f"{first.runs_dir.rstrip('/')}/{config.name}" if is_stored(first.runs_dir) else None
+        self.place = stored or str(directory)  # as users and workers find it: a path or a URL
+        self.trials_place = f"{stored}/{TRIALS}" if stored is not None else str(trials_directory(directory))
         self._scheduler = make_scheduler(config.search, evaluate_every=every)
         self.generation_steps = config.search.generation_steps or every if config.search.scheduler == "pbt" else None
         self._given: set[str] = set()  # names of the runs that somebody works on
@@ -115,9 +118,13 @@ class Study(Known):
         names = [run.name for run in trial.runs if run.outcome is None]
         for name in names:
             write_bytes(self._directory / REQUESTS / name, b"")  # where nobody works on it now
-            if (trials_directory(self._directory) / name).is_dir():
-                request_stop(trials_directory(self._directory) / name)
+            self.ask_to_end(name)
         return names
+
+    def ask_to_end(self, name: str) -> None:
+        """Whoever works on this run saves it, and ends it, at its next step."""
+        if is_stored(self.trials_place) or (trials_directory(self._directory) / name).is_dir():
+            ask_to_stop(self.trials_place, name)
 
     def _is_called_off(self, name: str) -> bool:
         return (self._directory / REQUESTS / name).is_file()
@@ -225,13 +232,16 @@ class Study(Known):
         return path.is_file() or self._is_called_off(run.name)
 
     def config_of(self, run: SweepRun) -> RunConfig:
-        runs_dir = str(trials_directory(self._directory))
-        config = self.space.config(self.point_of(run), name=run.name, seed=run.seed, runs_dir=runs_dir)
+        config = self.space.config(self.point_of(run), name=run.name, seed=run.seed, runs_dir=self.trials_place)
         if self.generation_steps is not None:  # what the others may take over
             saved = {"every": self.generation_steps, "keep": max(2, config.checkpoint.keep)}
             config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=saved)})
         group = config.tracking.wandb_group or self.config.name
         return config.model_copy(update={"tracking": config.tracking.model_copy(update={"wandb_group": group})})
+
+    def product_of(self, run: SweepRun) -> str:
+        """Path or URL of the adapter or model that it leaves."""
+        return f"{self.trials_place}/{run.name}/{'adapter' if self.config_of(run).adapter is not None else 'model'}"
 
     # -- what is known ---------------------------------------------------------------------------------------------
 

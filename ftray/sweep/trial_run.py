@@ -1,19 +1,17 @@
 """One run of a trial, told as reports of the sweep's metric."""
 
-import shutil
 import statistics
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from ftray.config import RunConfig
 from ftray.errors import DivergedError, FtrayError, InterruptedRunError, UserError
 from ftray.sweep.trials import Report
 from ftray.tracking.metrics import read_metrics
-from ftray.train.checkpoint import CHECKPOINTS
 from ftray.train.job import WORKER_ERROR
 from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher
+from ftray.train.stored_run import drop_checkpoints, local_directory
 
 REFUSED = "refused"  # by the machine, before it began: a disk without room, say. Another time it may run
 Tell = Callable[[Report], None]
@@ -36,26 +34,21 @@ def run_to_end(config: RunConfig, *, metric: str, tell: Tell, until_step: int | 
     except DivergedError as error:
         return "diverged", str(error)
     except UserError as error:
-        workers_said = (Path(config.runs_dir) / config.name / WORKER_ERROR).is_file()
+        workers_said = (local_directory(config.runs_dir, config.name) / WORKER_ERROR).is_file()
         return ("failed" if workers_said else REFUSED), str(error)
     except FtrayError as error:
         return "failed", str(error)
     reporter.begin(result["steps"])
     reporter.tell_all()  # where it had finished before, nothing was followed
-    drop_checkpoints(Path(config.runs_dir) / config.name)
+    drop_checkpoints(config.runs_dir, config.name)  # many trials of many each would fill the disk
     return "finished", None
-
-
-def drop_checkpoints(run_directory: Path) -> None:
-    """Of a run that has its result: many trials of many checkpoints each would fill the disk."""
-    shutil.rmtree(run_directory / CHECKPOINTS, ignore_errors=True)
 
 
 class Reporter:
     """Reads what is due from the run's own metrics, so that a run that resumes tells the same again."""
 
     def __init__(self, config: RunConfig, *, metric: str, tell: Tell):
-        self._directory = Path(config.runs_dir) / config.name
+        self._directory = local_directory(config.runs_dir, config.name)
         self._every = config.evaluation.every
         self._metric = metric
         self._tell = tell

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+SWEEP, TRIALS = "sweep.json", "trials"  # in a sweep's directory
+
 Outcome = Literal["finished", "stopped", "diverged", "failed"]
 
 
@@ -122,7 +124,7 @@ def run_name(number: int, seed: int, *, num_seeds: int) -> str:
 
 def trials_directory(sweep_directory: Path) -> Path:
     """Its entries are run directories like any others."""
-    return sweep_directory / "trials"
+    return sweep_directory / TRIALS
 
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom; beyond, the next smaller entry errs to the wide side.

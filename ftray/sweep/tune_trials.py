@@ -1,6 +1,6 @@
 """Trials as Ray Tune trials: each is a training run of its own, of one worker or many.
 
-Tune asks the study for the next run and tells it what runs report. A run that is to stop is asked to (`request_stop`):
+Tune asks the study for the next run and tells it what runs report. A run that is to stop is asked to:
 it saves and ends at its next step, and nothing of Ray has to be killed.
 """
 
@@ -19,9 +19,8 @@ from ftray.errors import FtrayError, UserError
 from ftray.sweep.describe import describe_end
 from ftray.sweep.study import Study
 from ftray.sweep.trial_run import REFUSED
-from ftray.sweep.trials import Report, trials_directory
-from ftray.train.job import request_stop
-from ftray.train.ray_trainer import Fit, last_line
+from ftray.sweep.trials import Report
+from ftray.train.ray_trainer import Fit, last_line, passed_secrets
 
 # A driver of a trial only waits: it takes no CPU, and it runs where the sweep's own driver keeps its files.
 TRIAL_BUNDLE = {"node:__internal_head__": 0.0001}
@@ -53,15 +52,16 @@ class TrialSettings:
 def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, on_end: OnEnd) -> None:
     """Until the study has no more. `on_end`: called after each run."""
     os.environ.update(QUIET_TUNE)
-    search = StudySearch(study, directory)
+    search = StudySearch(study)
+    trainable = tune.with_parameters(run_trial, secrets=passed_secrets())  # not among what Tune writes down of a trial
     tuner = tune.Tuner(
-        tune.with_resources(run_trial, tune.PlacementGroupFactory([TRIAL_BUNDLE])),
+        tune.with_resources(trainable, tune.PlacementGroupFactory([TRIAL_BUNDLE])),
         tune_config=tune.TuneConfig(search_alg=search, num_samples=-1, max_concurrent_trials=max_concurrent),
         run_config=tune.RunConfig(
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(directory / TUNE_DIRECTORY),
             failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
-            callbacks=[TellStudy(study, search, directory, say, on_end)],
+            callbacks=[TellStudy(study, search, say, on_end)],
             verbose=0,
         ),
     )
@@ -77,10 +77,9 @@ def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, 
 class StudySearch(Searcher):
     """The study, as Ray Tune asks for trials."""
 
-    def __init__(self, study: Study, directory: Path):
+    def __init__(self, study: Study):
         super().__init__()
         self._study = study
-        self._directory = directory
         self.runs: dict[str, str] = {}  # by Tune's trial id
         self.refusal: str | None = None  # why the machine takes no more
 
@@ -103,10 +102,9 @@ class StudySearch(Searcher):
 
 
 class TellStudy(tune.Callback):
-    def __init__(self, study: Study, search: StudySearch, directory: Path, say: Say, on_end: OnEnd):
+    def __init__(self, study: Study, search: StudySearch, say: Say, on_end: OnEnd):
         self._study = study
         self._search = search
-        self._directory = directory
         self._say = say
         self._on_end = on_end
         self._ended: set[str] = set()
@@ -124,8 +122,7 @@ class TellStudy(tune.Callback):
             if reason is not None:
                 self._say(f"{name}  {reason}")
             if reason is not None and report.step != self._study.until_step:  # there it stops by itself
-                (trials_directory(self._directory) / name).mkdir(parents=True, exist_ok=True)
-                request_stop(trials_directory(self._directory) / name)
+                self._study.ask_to_end(name)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Its driver died more often than `MAX_TRIAL_FAILURES`."""
@@ -143,8 +140,9 @@ class TellStudy(tune.Callback):
         self._on_end()
 
 
-def run_trial(settings: dict[str, Any]) -> None:
+def run_trial(settings: dict[str, Any], secrets: dict[str, str]) -> None:
     """In a Tune trial: the driver of one run. What goes wrong with the run is its outcome, not an error of Tune's."""
+    os.environ.update(secrets)
     from ftray.sweep.trial_run import run_to_end
 
     trial = TrialSettings(**settings)

@@ -32,6 +32,11 @@ class StoredCheckpoints:
             if key not in named and key.partition("/")[0] not in kept:
                 self._store.delete(key)
 
+    def drop(self) -> None:
+        """All of them."""
+        for key in sorted((found.key for found in self._store.entries()), key=lambda key: not key.endswith(MANIFEST)):
+            self._store.delete(key)
+
     def list(self) -> list[str]:
         """Their URLs, newest first."""
         return [f"{self._url}/step-{step}" for step in steps_of(found.key for found in self._store.entries())]

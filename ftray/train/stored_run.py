@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ftray.errors import FtrayError, UserError
 from ftray.model.base import cache_directory
-from ftray.storage import local_copies
+from ftray.storage import ObjectStore, local_copies
 from ftray.storage.lease import Lease, held
 from ftray.storage.mirror import Mirror
 from ftray.tracking.events import DRIVER_EVENTS, EVENTS
@@ -46,6 +46,24 @@ def local_root(runs_dir: str) -> Path:
     return cache_directory() / "runs" / hashlib.sha256(runs_dir.rstrip("/").encode()).hexdigest()[:16]
 
 
+def local_directory(runs_dir: str, name: str) -> Path:
+    """Of a run; of one in a store, what this machine has of it."""
+    return local_root(runs_dir) / name if is_stored(runs_dir) else Path(runs_dir) / name
+
+
+@contextlib.contextmanager
+def lease_of(mirror: Mirror, *, refusal: str) -> Iterator[Lease]:
+    """To be the only driver of what is mirrored, on whatever machine. Raises `UserError`."""
+    with contextlib.ExitStack() as stack:
+        try:
+            lease = stack.enter_context(held(mirror.store, LEASE, refusal=refusal))
+        except UserError:
+            raise
+        except FtrayError as error:
+            raise UserError(f"runs_dir: {error}; look at the address and the credentials") from None
+        yield lease
+
+
 class StoredRun:
     """The driver's side."""
 
@@ -53,7 +71,7 @@ class StoredRun:
         self.url = f"{runs_dir.rstrip('/')}/{name}"
         self.checkpoints = StoredCheckpoints(self.url)
         self._tokens_url = f"{runs_dir.rstrip('/')}/{TOKENS}"
-        self.directory = local_root(runs_dir) / name
+        self.directory = local_directory(runs_dir, name)
         self._mirror = Mirror(self.url, self.directory)
         self._lease: Lease | None = None
         self._next_sync = 0.0
@@ -62,13 +80,7 @@ class StoredRun:
     def opened(self, *, refusal: str) -> Iterator[None]:
         """One driver at a time, on whatever machine; raises `UserError` that begins with `refusal` for another. What
         the store has of the run replaces what this machine had; what the driver wrote goes to the store at the end."""
-        with contextlib.ExitStack() as stack:
-            try:
-                self._lease = stack.enter_context(held(self._mirror.store, LEASE, refusal=refusal))
-            except UserError:
-                raise
-            except FtrayError as error:
-                raise UserError(f"runs_dir: {error}; look at the address and the credentials") from None
+        with lease_of(self._mirror, refusal=refusal) as self._lease:
             shutil.rmtree(self.directory, ignore_errors=True)
             self._mirror.forget([STOP_REQUEST, HARDWARE, WORKER_ERROR])
             fetch_notes(self._mirror)
@@ -131,6 +143,22 @@ def look_at_runs(runs_dir: str) -> Path:
     keys = [found.key for found in mirror.store.entries() if found.key.count("/") == 1]
     mirror.pull(key for key in keys if not key.startswith(f"{TOKENS}/") and not key.endswith(f"/{LEASE}"))
     return seen
+
+
+def drop_checkpoints(runs_dir: str, name: str) -> None:
+    """Of a run that has its result."""
+    if is_stored(runs_dir):
+        StoredCheckpoints(f"{runs_dir.rstrip('/')}/{name}").drop()
+    shutil.rmtree(local_directory(runs_dir, name) / CHECKPOINTS, ignore_errors=True)
+
+
+def forget_run(runs_dir: str, name: str) -> None:
+    """All of it, wherever it lies."""
+    if is_stored(runs_dir):
+        store = ObjectStore(f"{runs_dir.rstrip('/')}/{name}")
+        for found in store.entries():
+            store.delete(found.key)
+    shutil.rmtree(local_directory(runs_dir, name), ignore_errors=True)
 
 
 def ask_to_stop(runs_dir: str, name: str) -> None:

@@ -81,6 +81,38 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(ray_session, config, runs_dir, tm
     assert f"its result stands ({runs_dir}/demo/result.json)" in stands.lines[0]
 
 
+def test_a_sweep_in_a_store_goes_on_on_another_machine(
+    ray_session, runs_dir, tiny_model, train_file, eval_file, tmp_path, capsys
+):
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"kind: run\nname: r\nbase_model: {tiny_model}\nmax_steps: 4\nregistry: {tmp_path}/registry\n"
+        f"data: {{train: {train_file}, eval: {eval_file}}}\nbatch: {{examples_per_step: 4}}\nevaluation: {{every: 2}}\n"
+    )
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        f"kind: sweep\nname: s\nrun: {run}\noverrides: {{runs_dir: {runs_dir}}}\n"
+        "space: {optimizer.learning_rate: [5e-3]}\nsearch: {algorithm: grid}\n"
+    )
+    out = main_says(capsys, "sweep", str(sweep))
+    assert f"runs_dir: {runs_dir}: the members of a group share a directory on a disk" in out
+    assert "published s@1" in out
+    store = ObjectStore(f"{runs_dir}/s")
+    there = {found.key for found in store.entries()}
+    assert there >= {"sweep.json", "trials.jsonl", "sweep.html", "trials/t000/result.json", "trials/t000/metrics.jsonl"}
+    assert not [key for key in there if "/checkpoints/" in key or "lease" in key]
+    first = store.find("trials/t000/result.json")
+
+    shutil.rmtree(local_root(runs_dir))  # as if this were another machine
+    main_says(capsys, "sweep", "clone-trial", "s", "t000", "optimizer.learning_rate=1e-9", "--runs-dir", runs_dir)
+    out = main_says(capsys, "sweep", str(sweep))
+    assert "t001  step 4" in out
+    assert "t000  step" not in out
+    assert "best: t000" in out
+    assert store.find("trials/t000/result.json") == first
+    assert not list(store.keys("requests"))
+
+
 def main_says(capsys, *words: str) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:

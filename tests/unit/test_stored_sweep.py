@@ -1,0 +1,162 @@
+"""A sweep's directory in an object store, without Ray: kept alike, one driver, and requests from other machines."""
+
+import shutil
+import time
+
+import pytest
+from s3 import s3_server
+from tiny import RUN_OF_SWEEPS
+
+from ftray.cli.main import main
+from ftray.config import load_sweep
+from ftray.errors import FtrayError, UserError
+from ftray.storage import ObjectStore, lease
+from ftray.sweep import launch, stored_sweep
+from ftray.sweep.fusable import fusing_of
+from ftray.sweep.launch import first_run, look_into, open_directory, run_sweep
+from ftray.sweep.stored_sweep import StoredSweep
+from ftray.sweep.study import Study
+from ftray.sweep.trials import Report
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(stored_sweep, "SYNC_S", 0.05)
+    (tmp_path / "run.yaml").write_text(RUN_OF_SWEEPS)
+    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.3)
+    with s3_server("bucket") as bucket:
+        url = f"{bucket}/{tmp_path.name}"
+        path = tmp_path / "sweep.yaml"
+        path.write_text(
+            f"kind: sweep\nname: s\nrun: {tmp_path}/run.yaml\noverrides: {{runs_dir: {url}/runs}}\n"
+            "space: {optimizer.learning_rate: [1e-3, 1e-4, 1e-5]}\nsearch: {algorithm: grid}\n"
+        )
+        yield load_sweep(path)
+
+
+def opened(sweep) -> tuple[StoredSweep, Study]:
+    """To be called while it is open."""
+    base_run = first_run(*sweep)
+    stored = StoredSweep(base_run.runs_dir, base_run.name)
+    return stored, base_run
+
+
+def finish(study: Study, name: str) -> None:
+    study.report(name, Report(40, 0.5, 4000, 20.0))
+    study.end(name, "finished")
+
+
+def command(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", *words])
+    return ended.value.code or 0
+
+
+def wait_for(condition, *, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_it_goes_on_on_another_machine_and_hears_requests_from_a_third(sweep, tmp_path, capsys):
+    stored, base_run = opened(sweep)
+    store = ObjectStore(stored.url)
+    with stored.opened(refusal="s is running already"):
+        directory = open_directory(*sweep, base_run, fresh=False, stored=stored)
+        study = Study(*sweep, directory)
+        run = study.next_run()
+        assert run is not None
+        assert study.config_of(run).runs_dir == f"{stored.url}/trials"
+        assert study.product_of(run) == f"{stored.url}/trials/t000/adapter"
+        finish(study, run.name)
+        wait_for(lambda: b"finished" in (store.read("trials.jsonl") or b""))
+        another = StoredSweep(base_run.runs_dir, "s")
+        with pytest.raises(UserError, match="s is running already"), another.opened(refusal="s is running already"):
+            raise AssertionError("two drivers")
+
+        # from a third machine, while it runs
+        assert command("clone-trial", "s", "t000", "optimizer.learning_rate=0.5", "--runs-dir", base_run.runs_dir) == 0
+        assert list(store.keys("requests"))
+        wait_for(lambda: study._requests)
+        cloned = study.next_run()
+        assert cloned is not None
+        assert study.point_of(cloned) == {"optimizer.learning_rate": 0.5}
+        wait_for(lambda: not list(store.keys("requests")))  # once the journal tells of it
+        assert b"0.5" in (store.read("trials.jsonl") or b"")
+        assert command("stop-trial", "s", "t001", "--runs-dir", base_run.runs_dir) == 0
+        assert store.find("trials/t001/stop_request") is not None
+        reached = Report(10, 0.7, 1000, 5.0)
+        wait_for(lambda: study.report(cloned.name, reached) == "by the user")
+    assert store.find("driver.lease") is None
+
+    shutil.rmtree(stored.directory)  # as if this were another machine
+    again, _ = opened(sweep)
+    with again.opened(refusal="s is running already"):
+        study = Study(*sweep, open_directory(*sweep, base_run, fresh=False, stored=again))
+        assert [trial.name for trial in study.trials if trial.is_finished] == ["t000"]
+        assert study.next_run() is not None
+        assert study.run("t001").outcome == "stopped", "called off before the driver went"
+        with pytest.raises(UserError, match=r"another config:\n.*search.seed"):
+            open_directory(*load_sweep(tmp_path / "sweep.yaml", ["search.seed=4"]), base_run, fresh=False, stored=again)
+    assert command("stop-trial", "other", "t001", "--runs-dir", base_run.runs_dir) == 2
+    assert f"other: no such sweep in {base_run.runs_dir}" in capsys.readouterr().err
+
+
+def overtaken(stored: StoredSweep, store: ObjectStore) -> None:
+    store.write("driver.lease", b'{"holder": "another"}')
+    store.write("trials.jsonl", b"another's\n")
+    (stored.directory / "trials.jsonl").write_text("ours\n")
+
+
+def test_a_driver_that_another_replaced_ends_and_changes_nothing_more(sweep, monkeypatch):
+    stored, base_run = opened(sweep)
+    store = ObjectStore(stored.url)
+
+    def drive() -> None:
+        with stored.opened(refusal="s"):
+            open_directory(*sweep, base_run, fresh=False, stored=stored)
+            overtaken(stored, store)
+            wait_for(lambda: False)  # it does not come to the end of that
+
+    with pytest.raises(FtrayError, match="another driver has taken this sweep over") as ended:
+        drive()
+    assert isinstance(ended.value.__context__, KeyboardInterrupt)
+    assert store.read("trials.jsonl") == b"another's\n"
+
+    monkeypatch.setattr(stored_sweep, "SYNC_S", 60.0)  # found out at the end only
+    store.delete("driver.lease")
+    stored, base_run = opened(sweep)
+    with pytest.raises(FtrayError, match="another driver has taken this sweep over"), stored.opened(refusal="s"):
+        overtaken(stored, store)
+    assert store.read("trials.jsonl") == b"another's\n"
+
+
+def test_what_does_not_go_in_a_store_is_told(sweep, tmp_path):
+    assert f"runs_dir: {first_run(*sweep).runs_dir}: the members of a group share" in str(fusing_of(*sweep).reason)
+    path = tmp_path / "sweep.yaml"
+    population = ["search={algorithm: random, trials: 4, scheduler: pbt}"]
+    ranges = ["space={optimizer.learning_rate: {log_uniform: [1e-5, 1e-3]}}"]
+    with pytest.raises(UserError, match=r"search.scheduler pbt: .*overrides.runs_dir="):
+        run_sweep(*load_sweep(path, [*population, *ranges]), say=print)
+
+
+def test_elsewhere_a_sweep_is_looked_into_where_it_lies(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "search", lambda *_, **__: None)
+    monkeypatch.setattr(launch, "check_inputs", lambda *_: None)
+
+    class session:
+        def __init__(self, run): ...
+        def __enter__(self): ...
+        def __exit__(self, *_): ...
+
+    monkeypatch.setattr(launch, "ray_session", session)
+    study = run_sweep(*sweep, say=print)
+    assert study.place == f"{first_run(*sweep).runs_dir}/s"
+    assert {found.key for found in ObjectStore(study.place).entries()} == {
+        "sweep.json",
+        "environment.json",
+        "sweep.html",
+    }
+    assert look_into(launch.sweep_directory(*sweep)).trials == []
