@@ -45,6 +45,14 @@ class Mirror:
                 put_in_place(self.directory / key, content)
                 self._pulled[key] = found.tag
 
+    def take(self, keys: Iterable[str]) -> None:
+        """Pulled, and gone from the store: the next of the same name is another, whatever it holds."""
+        keys = list(keys)
+        self.pull(keys)
+        for key in keys:
+            self.store.delete(key)
+            self._pulled.pop(key, None)
+
     def forget(self, keys: Iterable[str]) -> None:
         """Gone on both sides."""
         for key in keys:

@@ -4,7 +4,8 @@ The driver and every rank work in a directory of their own machine, and what oth
 
     driver      config.json, environment.json, driver_events.jsonl, stop_request; at the end adapter/ and result.json
     rank 0      metrics.jsonl, events.jsonl, samples.jsonl, hardware.json, tensorboard/, wandb/, profile/
-    each rank   its files of checkpoints/step-N, beside the training; rank 0 the manifest, when all of them are there
+    each rank   its files of checkpoints/step-N, beside the training; rank 0 the manifest, when all of them are there;
+                hangs/ of the rank before it, if that stood still
 """
 
 import contextlib
@@ -32,6 +33,7 @@ from ftray.train.watchdog import HANGS
 
 SYNC_S = 3.0
 LEASE = "driver.lease"
+WORKERS = ".workers"
 FROM_DRIVER = ("config.json", "environment.json", DRIVER_EVENTS, STOP_REQUEST)
 FROM_WORKERS = (METRICS, EVENTS, SAMPLES, HARDWARE, WORKER_ERROR)
 OF_THIS_MACHINE = (SCRATCH, HANGS, CHECKPOINTS)  # not among a rank's notes
@@ -82,7 +84,7 @@ class StoredRun:
         the store has of the run replaces what this machine had; what the driver wrote goes to the store at the end."""
         with lease_of(self._mirror, refusal=refusal) as self._lease:
             shutil.rmtree(self.directory, ignore_errors=True)
-            self._mirror.forget([STOP_REQUEST, HARDWARE, WORKER_ERROR])
+            self._mirror.forget([STOP_REQUEST, HARDWARE, WORKER_ERROR, *self._mirror.store.keys(HANGS)])
             fetch_notes(self._mirror)
             try:
                 yield
@@ -101,6 +103,7 @@ class StoredRun:
         with contextlib.nullcontext() if at_once else contextlib.suppress(FtrayError):  # the store does not answer
             self._mirror.push(FROM_DRIVER, at_once=at_once)
             self._mirror.pull(FROM_WORKERS)
+            self._mirror.take(self._mirror.store.keys(HANGS))
         self._next_sync = time.monotonic() + SYNC_S
 
     def _push_last(self) -> None:
@@ -128,6 +131,16 @@ class StoredRun:
         self._mirror.store.write_files(product, product.relative_to(self.directory).as_posix())
         self._mirror.push(["report.html", *FROM_DRIVER], at_once=True)
         self._mirror.push([RESULT], at_once=True)
+
+
+def send_hangs(run_url: str, workers: Path) -> None:
+    """Of the ranks before, on this machine: such a rank ends where it stands, and can send nothing itself.
+    `workers`: where each has its directory."""
+    for path in workers.glob(f"*/{HANGS}/*.txt"):
+        with contextlib.suppress(FileNotFoundError):  # another rank was first
+            if path.stat().st_size:  # those that run now have written nothing
+                ObjectStore(run_url).write(f"{HANGS}/{path.name}", path.read_bytes())
+                path.unlink()
 
 
 def fetch_notes(mirror: Mirror) -> None:
@@ -219,7 +232,8 @@ def on_this_machine(job: TrainJob, *, rank: int) -> Iterator[tuple[TrainJob, Wor
         yield job, None
         return
     runs_dir, _, name = job.run_url.rpartition("/")
-    directory = local_root(runs_dir) / ".workers" / name / f"rank-{rank}"
+    directory = local_directory(runs_dir, WORKERS) / name / f"rank-{rank}"
+    send_hangs(job.run_url, directory.parent)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     notes = WorkerNotes(job.run_url, directory, rank=rank)

@@ -4,6 +4,7 @@ that count when their manifest is there."""
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import time
 
@@ -23,7 +24,15 @@ from ftray.tracking.metrics import MetricsFollower
 from ftray.train.checkpoint import first_whole
 from ftray.train.job import TrainJob
 from ftray.train.stored_checkpoints import StoredCheckpoints
-from ftray.train.stored_run import StoredRun, WorkerNotes, local_root
+from ftray.train.stored_run import (
+    WORKERS,
+    StoredRun,
+    WorkerNotes,
+    local_directory,
+    local_root,
+    on_this_machine,
+)
+from ftray.train.watchdog import HangReader, hang_file
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +269,29 @@ def test_notes_of_rank_0_reach_the_driver_and_a_request_to_stop_reaches_rank_0(u
     with other.opened(refusal=""):
         assert [event["event"] for event in read_events(other.directory)] == ["workers_started", "hang"]
         assert not (other.directory / "stop_request").exists()
+
+
+def test_a_rank_that_stood_still_is_named_by_the_one_after_it(url, monkeypatch):
+    """It ends inside faulthandler, and can send nothing; the ranks that Ray starts then find what it wrote."""
+    monkeypatch.setattr("ftray.train.watchdog.SILENT_AFTER_S", 0.0)
+    stacks = ['Current thread 0x1:\n  File "/x/torch/distributed/c10d.py", line 7 in all_reduce\n']
+    stacks += ['Current thread 0x2:\n  File "/x/data.py", line 3 in read\n']
+    run = StoredRun(url, "demo")
+    with run.opened(refusal=""):
+        job, reader = a_job(run_url=run.url), HangReader(run.directory)
+        for _ in range(2):  # the same again is another
+            for rank, stack in enumerate(stacks):
+                path = hang_file(local_directory(url, WORKERS) / "demo" / f"rank-{rank}", rank)
+                path.parent.mkdir(parents=True)
+                path.write_text(stack)
+            run.sync(at_once=True)
+            assert reader.poll(world_size=2) is None
+            with on_this_machine(job, rank=0):
+                run.sync(at_once=True)
+                assert reader.poll(world_size=2) == "rank 1 stands still at /x/data.py:3 in read"
+            run.sync(at_once=True)
+            assert reader.poll(world_size=2) is None
+            shutil.rmtree(local_directory(url, WORKERS))
 
 
 def test_an_adapter_in_a_store_is_published_with_its_lineage(url, tmp_path, adapters):
