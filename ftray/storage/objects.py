@@ -1,7 +1,7 @@
 """Exclusive create, read and list on a local directory or an object store (s3://, gs://, az://), through obstore."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,10 +84,11 @@ class ObjectStore:
         except (BaseError, OSError) as error:
             raise FtrayError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
 
-    def write_files(self, directory: Path, prefix: str) -> None:
+    def write_files(self, directory: Path, prefix: str, *, without: Collection[str] = ()) -> None:
         """All files below `directory`, under `prefix`."""
         for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-            self.write(f"{prefix}/{path.relative_to(directory).as_posix()}", path)
+            if (key := path.relative_to(directory).as_posix()) not in without:
+                self.write(f"{prefix}/{key}", path)
 
     def read(self, key: str) -> bytes | None:
         """The content, or None when there is no such key."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.config.run import AdapterConfig
 from ftray.config.space import value_at
-from ftray.train.stored_run import is_stored
 
 # What members of a group share, and a space must therefore leave alone.
 SHARED = ("base_model", "data", "objective", "workers", "memory")
@@ -56,8 +55,6 @@ def why_not_beside(run: RunConfig, example: RunConfig) -> str | None:
 def why_not(run: RunConfig) -> str | None:
     """Of one run."""
     adapter = run.adapter
-    if is_stored(run.runs_dir):
-        return f"runs_dir: {run.runs_dir}: the members of a group share a directory on a disk"
     if adapter is None:
         return "adapter: null trains the base itself"
     plain = {

@@ -14,6 +14,7 @@ from ftray.errors import FtrayError
 from ftray.sweep.fused_group import MemberStep, RowSharing
 from ftray.sweep.fused_job import FusedJob
 from ftray.sweep.member import Member, save
+from ftray.sweep.stored_member import StoredMember
 from ftray.sweep.trial_run import Reporter
 from ftray.sweep.trials import Report
 from ftray.tracking.events import record_event
@@ -26,7 +27,7 @@ from ftray.train.job import STOP_REQUEST
 from ftray.train.loop import StepRecord, peak_memory_gib
 from ftray.train.recording import Recorder
 from ftray.train.run_directory import check_same_data, open_run_directory
-from ftray.train.stored_run import drop_checkpoints
+from ftray.train.stored_run import drop_checkpoints, is_stored
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Assignment:
     """A run to take up, as rank 0 found it: a shared disk may show another rank another newest checkpoint."""
 
     config: RunConfig
-    checkpoint: Path | None
+    checkpoint: Path | str | None  # a URL where the run lies in an object store
     earlier_losses: tuple[float, ...]
     until_step: int | None
 
@@ -49,6 +50,7 @@ class Clerk:
         self._flops = flops
         self._rate = rate
         self._reporters: dict[str, Reporter] = {}
+        self._stored: dict[str, StoredMember] = {}
         self._asked: set[str] = set()  # names of members that are to stop
         self._due: list[tuple[str, Report]] = []  # reports of this step, judged together
         self._began: dict[str, float] = {}
@@ -67,8 +69,9 @@ class Clerk:
         return [assignment for assignment in found if assignment is not None], taken.waits or bool(taken.runs)
 
     def _assignment(self, config: RunConfig, until_step: int | None) -> Assignment | None:
+        stored = StoredMember(config) if is_stored(config.runs_dir) else None
         try:
-            directory = open_run_directory(config, fresh=False)
+            directory = open_run_directory(config, fresh=False) if stored is None else stored.open()
             if directory.finished is None and directory.resume_from is not None:
                 check_same_data(directory.resume_from, self._job.data_digest)
         except FtrayError as error:
@@ -86,12 +89,17 @@ class Clerk:
             return None
         (directory.path / STOP_REQUEST).unlink(missing_ok=True)
         losses = [r["loss"] for r in read_metrics(directory.path) if "loss" in r and r["step"] <= start]
-        return Assignment(config, checkpoint, tuple(losses[-WINDOW_STEPS:]), until_step)
+        if stored is not None:
+            self._stored[config.name] = stored
+        place = directory.place_of(checkpoint) if checkpoint is not None else None
+        return Assignment(config, place, tuple(losses[-WINDOW_STEPS:]), until_step)
 
     def refuse(self, name: str, message: str) -> None:
         ray.get(self._job.desk.end.remote(name, "failed", message))
 
     def begin(self, member: Member) -> None:
+        if member.name in self._stored:
+            self._stored[member.name].begin()
         member.recorder = Recorder(member.config, member.directory, resume_step=member.step)
         tell = lambda report: self._due.append((member.name, report))  # noqa: E731
         reporter = Reporter(member.config, metric=self._job.metric, tell=tell)
@@ -151,10 +159,13 @@ class Clerk:
         return [m.name for m in members if m.name in self._asked or (m.directory / STOP_REQUEST).is_file()]
 
     def save(self, member: Member, *, must: bool) -> None:
-        """One that fails, on a full disk, is told and left out, unless others go on from it."""
+        """One that fails, on a full disk or a store that does not answer, is told and left out, unless others go on
+        from it."""
         try:
             save(member, self._base, data_digest=self._job.data_digest)
-        except OSError as error:
+            if member.name in self._stored and not member.is_done:  # then what it has learned follows at once
+                self._stored[member.name].save(member.step)
+        except (OSError, FtrayError) as error:
             if must:
                 raise
             with contextlib.suppress(OSError):
@@ -180,10 +191,15 @@ class Clerk:
     def _finish(self, member: Member, outcome: str, message: str | None) -> None:
         assert member.recorder is not None
         member.recorder.close()
+        stored = self._stored.pop(member.name, None)
+        if stored is not None:
+            stored.close()
         if outcome == "finished":
             checkpoint: Path | None = newest_whole_checkpoint(member.directory)
-            seconds = time.time() - self._began[member.name]
-            finish(member.config, member.directory, checkpoint, self._base, self._data, seconds=seconds)
+            seconds, place = time.time() - self._began[member.name], stored.url if stored is not None else None
+            finish(member.config, member.directory, checkpoint, self._base, self._data, seconds=seconds, place=place)
+            if stored is not None:
+                stored.store_product()
             drop_checkpoints(member.config.runs_dir, member.name)
         ray.get(self._job.desk.end.remote(member.name, outcome, message))
 

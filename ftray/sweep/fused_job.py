@@ -13,11 +13,12 @@ from ftray.config.run import AdapterConfig
 class FusedJob:
     base_run: RunConfig  # what all members share
     base_name: str
-    train_data: Path  # directory of a TokenizedDataset
-    eval_data: Path | None
+    train_data: Path | str  # directory of a TokenizedDataset, or its URL
+    eval_data: Path | str | None
     data_digest: str
     metric: str
-    directory: Path  # of the group, on the storage that all nodes share
+    directory: Path  # of the group, on the storage that all nodes share; else the driver's own
+    url: str | None  # of the group, where the sweep lies in an object store
     group: int  # its number, where several share a sweep
     slots: int  # members at a time, where memory holds them
     adapters: tuple[AdapterConfig, ...]  # what members may have

@@ -25,7 +25,9 @@ from ftray.sweep.fused_job import FusedJob, run_fused_in_worker
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Outcome, Report
 from ftray.train.preflight import fitting_groups
+from ftray.train.ray_notes import unkept_notes
 from ftray.train.ray_trainer import Fit, bundle_of, last_line, passed_secrets, set_poll_interval, worker_environment
+from ftray.train.stored_run import StoredHangs, is_stored
 from ftray.train.watchdog import HangReader
 
 Say = Callable[[str], None]
@@ -121,6 +123,7 @@ def run_fused(
         FusedJob(
             metric=study.config.search.metric,
             directory=directory / TRAIN_DIRECTORY / f"group-{group}",
+            url=f"{study.place}/{TRAIN_DIRECTORY}/group-{group}" if is_stored(study.place) else None,
             group=group,
             slots=slots,
             desk=desk,
@@ -130,6 +133,7 @@ def run_fused(
         for group in range(num_groups)
     ]
     hangs = [HangReader(own.directory) for own in jobs]
+    stored_hangs = [StoredHangs(own.url, own.directory) for own in jobs if own.url is not None]
     threads = [Fit(make_group(own)) for own in jobs]
     known, given_back = 0, set()
     while any(thread.is_alive() for thread in threads):
@@ -140,6 +144,8 @@ def run_fused(
             raise FtrayError(f"the sweep's desk died ({type(error).__name__}); the same command goes on") from None
         for line in lines:
             say(line)
+        for stored in stored_hangs:
+            stored.sync()
         for own, hang, thread in zip(jobs, hangs, threads, strict=True):
             if (found := hang.poll(world_size=own.base_run.workers.max_count)) is not None:
                 say(f"{own.directory.name}: {found}; its workers start again")
@@ -171,6 +177,7 @@ def make_group(job: FusedJob) -> TorchTrainer:
         run_config=RayRunConfig(
             name=job.directory.name,
             storage_path=str(job.directory.parent),
+            storage_filesystem=unkept_notes() if job.url is not None else None,
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},

@@ -2,6 +2,7 @@
 run directories; the others follow what it says."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,6 +25,7 @@ from ftray.sweep.fused_job import FusedJob
 from ftray.sweep.member import Member, make_member
 from ftray.sweep.member_room import MemberRoom
 from ftray.train.finish import PreparedData
+from ftray.train.stored_run import at_hand, directory_of_rank
 from ftray.train.watchdog import Watchdog
 
 WAIT_S = 0.2
@@ -45,8 +47,8 @@ def fused_worker(job: FusedJob) -> None:
     budget = job.base_run.batch.tokens_per_micro_batch
     sharing = RowSharing(job.shares_rows)
     group = FusedGroup(PackedCausalLM(model), fused, objective, hardware, token_budget=budget, sharing=sharing)
-    train_data = open_dataset(job.train_data)
-    eval_data = open_dataset(job.eval_data) if job.eval_data is not None else None
+    train_data = open_dataset(at_hand(job.train_data))
+    eval_data = open_dataset(at_hand(job.eval_data)) if job.eval_data is not None else None
     data = PreparedData(train_data, eval_data, job.data_digest)
     flops, rate = count_flops(model), measure_gemm_rate(hardware) * dist.get_world_size()
     clerk = Clerk(job, base, data, flops=flops, rate=rate) if rank == 0 else None
@@ -55,14 +57,16 @@ def fused_worker(job: FusedJob) -> None:
     has_trained = False
     if clerk is not None:
         clerk.say(room.describe(slots=job.slots))
-    watchdog = Watchdog(job.directory, rank=rank, timeout_s=job.base_run.guard.hang_timeout_s)
+    directory = directory_of_rank(job.url, rank) if job.url is not None else job.directory
+    watchdog = Watchdog(directory, rank=rank, timeout_s=job.base_run.guard.hang_timeout_s)
     while True:
         watchdog.beat()
         count = min(job.slots - len(members), room.left(len(members), has_trained=has_trained))
         begun, waits = agreed(clerk.take(count) if clerk is not None else None)
         for assignment in begun:
+            checkpoint = at_hand(assignment.checkpoint) if assignment.checkpoint is not None else None
             try:
-                members.append(join(assignment, fused, train_data))
+                members.append(join(assignment, checkpoint, fused, train_data))
                 until[members[-1].name] = assignment.until_step
             except FtrayError as error:  # the same on every rank: the member's own fault
                 if clerk is not None:
@@ -114,14 +118,12 @@ def fused_worker(job: FusedJob) -> None:
     watchdog.close()
 
 
-def join(assignment: Assignment, fused: FusedLora, dataset: TokenizedDataset) -> Member:
+def join(assignment: Assignment, checkpoint: Path | None, fused: FusedLora, dataset: TokenizedDataset) -> Member:
     """Raises `FtrayError` where its adapter cannot be made."""
     config = assignment.config
     assert config.adapter is not None
     parameters = fused.add(config.name, config.adapter, seed=config.seed)
-    return make_member(
-        config, parameters, dataset, checkpoint=assignment.checkpoint, earlier_losses=assignment.earlier_losses
-    )
+    return make_member(config, parameters, dataset, checkpoint=checkpoint, earlier_losses=assignment.earlier_losses)
 
 
 def named(members: list[Member], name: str) -> Member:

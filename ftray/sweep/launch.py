@@ -31,7 +31,7 @@ from ftray.train.preflight import check_nodes, check_resources, fitting_groups
 from ftray.train.ray_trainer import name_for_workers
 from ftray.train.run_directory import refuse_unwritable, refuse_vanishing_directory, set_aside
 from ftray.train.session import ray_session
-from ftray.train.stored_run import is_stored, local_directory
+from ftray.train.stored_run import is_stored, local_directory, store_tokens
 
 DATA = "data.json"
 FUSED_SLOTS = 8
@@ -160,13 +160,17 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
     slots = FUSED_SLOTS if wanted == "auto" else int(wanted)
     slots = min([slots, *(-(-limit // num_groups) for limit in limits)])  # no group takes what others could
     assert data.train.directory is not None
+    train, evaluation = data.train.directory, data.eval.directory if data.eval is not None else None
+    if is_stored(study.place):
+        train = store_tokens(study.trials_place, train)
+        evaluation = store_tokens(study.trials_place, evaluation) if evaluation is not None else None
     groups = f", in {num_groups} groups" if num_groups > 1 else ""
     say(f"fused: {slots} at a time over one base, on {described(base_run)}{groups}")
     job = {
         "base_run": base_run,
         "base_name": name_for_workers(base_run, base),
-        "train_data": data.train.directory,
-        "eval_data": data.eval.directory if data.eval is not None else None,
+        "train_data": train,
+        "eval_data": evaluation,
         "data_digest": data.digest,
         "adapters": fusing.adapters,
     }

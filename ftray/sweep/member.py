@@ -27,6 +27,7 @@ from ftray.train.guard import LossGuard
 from ftray.train.optimizer import make_optimizer
 from ftray.train.schedule import make_schedule
 from ftray.train.sharded import MASTER, MOMENTS, Shard, ShardedState
+from ftray.train.stored_run import local_directory
 
 if TYPE_CHECKING:
     from ftray.train.recording import Recorder  # it imports ray
@@ -51,7 +52,7 @@ class Member:
 
     @property
     def directory(self) -> Path:
-        return Path(self.config.runs_dir) / self.config.name
+        return local_directory(self.config.runs_dir, self.config.name)
 
     @property
     def is_done(self) -> bool:

@@ -61,6 +61,7 @@ def finish_run(
     if checkpoint is not None:
         stored.checkpoints.take_product(checkpoint, whole=config.adapter is None)
     result = finish(config, path, checkpoint, base, data, seconds=seconds, place=stored.url)
+    stored.sync(at_once=True)  # where another driver has taken over, it ends here
     stored.store_product(path / product_of(config))
     return result
 

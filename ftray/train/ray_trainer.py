@@ -22,6 +22,7 @@ from ftray.train.finish import PreparedData, num_steps, ray_logs
 from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, run_in_worker
 from ftray.train.ray_notes import unkept_notes
 from ftray.train.run_directory import RunDirectory
+from ftray.train.stored_run import store_tokens
 from ftray.train.watchdog import HangReader, clear_hangs
 
 POLL_S = 0.2
@@ -96,8 +97,8 @@ def train_on_ray(
         base_fingerprint=base.fingerprint,
         init_from=init_from,
         data_digest=data.digest,
-        train_data=train if stored is None else stored.store_tokens(train),
-        eval_data=evaluation if stored is None or evaluation is None else stored.store_tokens(evaluation),
+        train_data=train if stored is None else store_tokens(config.runs_dir, train),
+        eval_data=evaluation if stored is None or evaluation is None else store_tokens(config.runs_dir, evaluation),
         profile_steps=profile_steps,
         until_step=until_step,
         run_url=stored.url if stored is not None else None,

@@ -17,7 +17,7 @@ class StoredCheckpoints:
 
     def upload(self, directory: Path, step: int) -> None:
         """A rank's files, before the manifest."""
-        self._store.write_files(directory, f"step-{step}")
+        self._store.write_files(directory, f"step-{step}", without=(MANIFEST,))
 
     def complete(self, directory: Path, step: int, *, keep: int) -> None:
         """Rank 0, when all ranks' files are there. The `keep` newest stay; of the others the manifest goes first."""

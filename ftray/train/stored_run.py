@@ -72,7 +72,6 @@ class StoredRun:
     def __init__(self, runs_dir: str, name: str):
         self.url = f"{runs_dir.rstrip('/')}/{name}"
         self.checkpoints = StoredCheckpoints(self.url)
-        self._tokens_url = f"{runs_dir.rstrip('/')}/{TOKENS}"
         self.directory = local_directory(runs_dir, name)
         self._mirror = Mirror(self.url, self.directory)
         self._lease: Lease | None = None
@@ -83,9 +82,7 @@ class StoredRun:
         """One driver at a time, on whatever machine; raises `UserError` that begins with `refusal` for another. What
         the store has of the run replaces what this machine had; what the driver wrote goes to the store at the end."""
         with lease_of(self._mirror, refusal=refusal) as self._lease:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            self._mirror.forget([STOP_REQUEST, HARDWARE, WORKER_ERROR, *self._mirror.store.keys(HANGS)])
-            fetch_notes(self._mirror)
+            self.fetch()
             try:
                 yield
             except BaseException:
@@ -93,6 +90,15 @@ class StoredRun:
                     self._push_last()
                 raise
             self._push_last()
+
+    def fetch(self) -> None:
+        """For a new part of the run: what the store has replaces what this machine had."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self._mirror.forget([STOP_REQUEST, HARDWARE, WORKER_ERROR, *self._mirror.store.keys(HANGS)])
+        fetch_notes(self._mirror)
+
+    def push(self) -> None:
+        self._mirror.push(FROM_DRIVER, at_once=True)
 
     def sync(self, *, at_once: bool = False) -> None:
         if not at_once and time.monotonic() < self._next_sync:
@@ -110,27 +116,30 @@ class StoredRun:
         """Unless the run is another driver's by now."""
         assert self._lease is not None
         if self._lease.is_ours():
-            self._mirror.push(FROM_DRIVER, at_once=True)
+            self.push()
 
     def newest_checkpoint(self) -> Path | None:
         return self.checkpoints.newest(self.directory)
 
-    def store_tokens(self, directory: Path) -> str:
-        """Returns their URL. Runs on the same data have them in common."""
-        url = f"{self._tokens_url}/{directory.name}"
-        mirror = Mirror(url, directory)
-        there = {found.key: found.size for found in mirror.store.entries()}
-        for path in sorted(path for path in directory.iterdir() if path.is_file()):
-            if there.get(path.name) != path.stat().st_size:
-                mirror.store.write(path.name, path)
-        return url
-
     def store_product(self, product: Path) -> None:
         """The adapter or model, then the report, and last the result."""
-        self.sync(at_once=True)  # where another driver has taken over, it ends here
         self._mirror.store.write_files(product, product.relative_to(self.directory).as_posix())
         self._mirror.push(["report.html", *FROM_DRIVER], at_once=True)
         self._mirror.push([RESULT], at_once=True)
+
+
+class StoredHangs:
+    """What ranks that stood still wrote comes to the driver."""
+
+    def __init__(self, url: str, directory: Path):
+        self._mirror = Mirror(url, directory)
+        self._next_sync = 0.0
+
+    def sync(self) -> None:
+        if time.monotonic() > self._next_sync:
+            with contextlib.suppress(FtrayError):  # the store does not answer
+                self._mirror.take(self._mirror.store.keys(HANGS))
+            self._next_sync = time.monotonic() + SYNC_S
 
 
 def send_hangs(run_url: str, workers: Path) -> None:
@@ -141,6 +150,17 @@ def send_hangs(run_url: str, workers: Path) -> None:
             if path.stat().st_size:  # those that run now have written nothing
                 ObjectStore(run_url).write(f"{HANGS}/{path.name}", path.read_bytes())
                 path.unlink()
+
+
+def store_tokens(runs_dir: str, directory: Path) -> str:
+    """Returns their URL. Runs on the same data have them in common."""
+    url = f"{runs_dir.rstrip('/')}/{TOKENS}/{directory.name}"
+    store = ObjectStore(url)
+    there = {found.key: found.size for found in store.entries()}
+    for path in sorted(path for path in directory.iterdir() if path.is_file()):
+        if there.get(path.name) != path.stat().st_size:
+            store.write(path.name, path)
+    return url
 
 
 def fetch_notes(mirror: Mirror) -> None:
@@ -196,10 +216,12 @@ class WorkerNotes:
         """Fetches what was noted before, and the data; returns the job with this machine's copies of them."""
         if self._rank == 0:
             fetch_notes(self._mirror)
-            self._syncing.start()
-        copies = local_copies(cache_directory())
-        evaluation = copies.fetch(str(job.eval_data)) if job.eval_data is not None else None
-        return replace(job, train_data=copies.fetch(str(job.train_data)), eval_data=evaluation)
+            self.follow()
+        evaluation = at_hand(job.eval_data) if job.eval_data is not None else None
+        return replace(job, train_data=at_hand(job.train_data), eval_data=evaluation)
+
+    def follow(self) -> None:
+        self._syncing.start()
 
     def push_at_once(self) -> None:
         self._push(at_once=True)
@@ -224,6 +246,21 @@ class WorkerNotes:
             self._mirror.push([key for key in notes if key not in FROM_DRIVER], at_once=at_once)
 
 
+def at_hand(place: Path | str) -> Path:
+    """A directory of a shared disk; of a URL, this machine's copy, which one process fetches."""
+    return local_copies(cache_directory()).fetch(str(place)) if is_stored(str(place)) else Path(place)
+
+
+def directory_of_rank(run_url: str, rank: int) -> Path:
+    """A new one on this machine. What ranks before it that stood still wrote here goes to the store."""
+    runs_dir, _, name = run_url.rpartition("/")
+    directory = local_directory(runs_dir, WORKERS) / name / f"rank-{rank}"
+    send_hangs(run_url, directory.parent)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
+
+
 @contextlib.contextmanager
 def on_this_machine(job: TrainJob, *, rank: int) -> Iterator[tuple[TrainJob, WorkerNotes | None]]:
     """The job as a rank works on it: of a run in a store, in a directory of its own. What it noted is in the store at
@@ -231,11 +268,7 @@ def on_this_machine(job: TrainJob, *, rank: int) -> Iterator[tuple[TrainJob, Wor
     if job.run_url is None:
         yield job, None
         return
-    runs_dir, _, name = job.run_url.rpartition("/")
-    directory = local_directory(runs_dir, WORKERS) / name / f"rank-{rank}"
-    send_hangs(job.run_url, directory.parent)
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    directory = directory_of_rank(job.run_url, rank)
     notes = WorkerNotes(job.run_url, directory, rank=rank)
     try:
         yield replace(job, run_directory=directory), notes

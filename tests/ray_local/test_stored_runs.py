@@ -1,5 +1,6 @@
 """A run directory in an object store: the same run as on a disk, stopped and gone on with from another machine."""
 
+import json
 import shutil
 
 import pytest
@@ -86,36 +87,54 @@ def test_a_sweep_in_a_store_goes_on_on_another_machine(
 ):
     run = tmp_path / "run.yaml"
     run.write_text(
-        f"kind: run\nname: r\nbase_model: {tiny_model}\nmax_steps: 4\nregistry: {tmp_path}/registry\n"
-        f"data: {{train: {train_file}, eval: {eval_file}}}\nbatch: {{examples_per_step: 4}}\nevaluation: {{every: 2}}\n"
+        f"kind: run\nname: r\nbase_model: {tiny_model}\nmax_steps: 8\nregistry: {tmp_path}/registry\n"
+        f"data: {{train: {train_file}, eval: {eval_file}}}\nbatch: {{examples_per_step: 4}}\n"
+        "evaluation: {every: 2}\ncheckpoint: {every: 2}\n"
     )
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(
         f"kind: sweep\nname: s\nrun: {run}\noverrides: {{runs_dir: {runs_dir}}}\n"
         "space: {optimizer.learning_rate: [5e-3]}\nsearch: {algorithm: grid}\n"
     )
-    out = main_says(capsys, "sweep", str(sweep))
-    assert f"runs_dir: {runs_dir}: the members of a group share a directory on a disk" in out
-    assert "published s@1" in out
-    store = ObjectStore(f"{runs_dir}/s")
+    store, trial = ObjectStore(f"{runs_dir}/s"), ObjectStore(f"{runs_dir}/s/trials/t000")
+    out = main_says(capsys, "sweep", str(sweep), "search.budget.steps=4", code=1)
+    assert "fused: 1 at a time" in out
+    assert "no trial finished" in out
     there = {found.key for found in store.entries()}
-    assert there >= {"sweep.json", "trials.jsonl", "sweep.html", "trials/t000/result.json", "trials/t000/metrics.jsonl"}
-    assert not [key for key in there if "/checkpoints/" in key or "lease" in key]
-    first = store.find("trials/t000/result.json")
+    assert there >= {"sweep.json", "trials.jsonl", "sweep.html", "trials/t000/checkpoints/step-4/manifest.json"}
+    assert not [key for key in there if "lease" in key]
 
-    shutil.rmtree(local_root(runs_dir))  # as if this were another machine
+    forget_this_machine(runs_dir)
     main_says(capsys, "sweep", "clone-trial", "s", "t000", "optimizer.learning_rate=1e-9", "--runs-dir", runs_dir)
-    out = main_says(capsys, "sweep", str(sweep))
-    assert "t001  step 4" in out
-    assert "t000  step" not in out
-    assert "best: t000" in out
-    assert store.find("trials/t000/result.json") == first
+    out = main_says(capsys, "sweep", str(sweep), "search.budget.steps=9")
+    assert "t000  step 6" in out
+    assert "t000  step 4" not in out
+    steps = [
+        json.loads(line)["step"] for line in (trial.read("metrics.jsonl") or b"").splitlines() if b'"loss"' in line
+    ]
+    assert steps == list(range(1, 9)), "no step is missing or doubled"
+    assert "published s@1" in out
     assert not list(store.keys("requests"))
+    assert not list(trial.keys("checkpoints"))
+    first = trial.find("result.json")
+
+    forget_this_machine(runs_dir)
+    out = main_says(capsys, "sweep", str(sweep), "search.fused=off")
+    assert "apart: " in out
+    assert "t001  step 8" in out
+    assert "best: t000" in out
+    assert trial.find("result.json") == first
 
 
-def main_says(capsys, *words: str) -> str:
+def forget_this_machine(runs_dir: str) -> None:
+    """As if what follows ran on another one."""
+    for path in (local_root(runs_dir), local_root(f"{runs_dir}/s/trials")):
+        shutil.rmtree(path)
+
+
+def main_says(capsys, *words: str, code: int = 0) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main(list(words))
-    assert not ended.value.code
-    return capsys.readouterr().out
+    assert (ended.value.code or 0) == code
+    return "".join(capsys.readouterr())

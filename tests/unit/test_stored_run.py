@@ -31,6 +31,7 @@ from ftray.train.stored_run import (
     local_directory,
     local_root,
     on_this_machine,
+    store_tokens,
 )
 from ftray.train.watchdog import HangReader, hang_file
 
@@ -241,7 +242,7 @@ def test_notes_of_rank_0_reach_the_driver_and_a_request_to_stop_reaches_rank_0(u
         worker = tmp_path / "worker"
         worker.mkdir()
         notes = WorkerNotes(run.url, worker, rank=0)
-        assert run.store_tokens(write_tokens(tmp_path / "tokens")) == f"{url}/.tokens/tokens"
+        assert store_tokens(url, write_tokens(tmp_path / "tokens")) == f"{url}/.tokens/tokens"
         job = notes.begin(a_job(train_data=f"{url}/.tokens/tokens"))
         assert (job.train_data / "ids.bin").read_bytes() == b"tokens"
         (worker / ".stop_request.x1").touch()  # of a write that is not finished

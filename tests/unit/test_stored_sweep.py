@@ -12,7 +12,6 @@ from ftray.config import load_sweep
 from ftray.errors import FtrayError, UserError
 from ftray.storage import ObjectStore, lease
 from ftray.sweep import launch, stored_sweep
-from ftray.sweep.fusable import fusing_of
 from ftray.sweep.launch import first_run, look_into, open_directory, run_sweep
 from ftray.sweep.stored_sweep import StoredSweep
 from ftray.sweep.study import Study
@@ -133,8 +132,7 @@ def test_a_driver_that_another_replaced_ends_and_changes_nothing_more(sweep, mon
     assert store.read("trials.jsonl") == b"another's\n"
 
 
-def test_what_does_not_go_in_a_store_is_told(sweep, tmp_path):
-    assert f"runs_dir: {first_run(*sweep).runs_dir}: the members of a group share" in str(fusing_of(*sweep).reason)
+def test_a_population_does_not_go_in_a_store(sweep, tmp_path):
     path = tmp_path / "sweep.yaml"
     population = ["search={algorithm: random, trials: 4, scheduler: pbt}"]
     ranges = ["space={optimizer.learning_rate: {log_uniform: [1e-5, 1e-3]}}"]

@@ -1,0 +1,43 @@
+"""A fused member whose run directory lies in an object store: rank 0 has it on its machine, and keeps both alike, as
+the driver and rank 0 of a run of its own would (train/stored_run.py). The sweep's driver has the lease for all."""
+
+from ftray.config import RunConfig
+from ftray.train.checkpoint import CHECKPOINTS
+from ftray.train.finish import product_of
+from ftray.train.run_directory import RunDirectory, open_run_directory
+from ftray.train.stored_run import StoredRun, WorkerNotes
+
+
+class StoredMember:
+    def __init__(self, config: RunConfig):
+        self._config = config
+        self._run = StoredRun(config.runs_dir, config.name)
+        self._notes = WorkerNotes(self._run.url, self._run.directory, rank=0)
+
+    @property
+    def url(self) -> str:
+        return self._run.url
+
+    def open(self) -> RunDirectory:
+        """As the store has it. Raises `UserError`."""
+        self._run.fetch()
+        return open_run_directory(self._config, fresh=False, stored=self._run)
+
+    def begin(self) -> None:
+        """From now on its notes go to the store, and a request to stop comes from there."""
+        self._run.push()
+        self._notes.follow()
+
+    def save(self, step: int) -> None:
+        """The checkpoint that lies in its directory, whole. Raises `FtrayError`."""
+        directory = self._run.directory / CHECKPOINTS / f"step-{step}"
+        self._run.checkpoints.upload(directory, step)
+        self._run.checkpoints.complete(directory, step, keep=self._config.checkpoint.keep)
+
+    def close(self) -> None:
+        """What was noted is in the store afterwards."""
+        self._notes.close()
+
+    def store_product(self) -> None:
+        """After `finish` has made it."""
+        self._run.store_product(self._run.directory / product_of(self._config))
