@@ -89,7 +89,7 @@ def test_a_sweep_in_a_store_goes_on_on_another_machine(
     run.write_text(
         f"kind: run\nname: r\nbase_model: {tiny_model}\nmax_steps: 8\nregistry: {tmp_path}/registry\n"
         f"data: {{train: {train_file}, eval: {eval_file}}}\nbatch: {{examples_per_step: 4}}\n"
-        "evaluation: {every: 2}\ncheckpoint: {every: 2}\n"
+        "workers: {count: 2}\nevaluation: {every: 2}\ncheckpoint: {every: 2}\n"
     )
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(
