@@ -132,10 +132,7 @@ def publish_best(study: "Study") -> None:
     adapter = adapter_at_hand(product)
     if adapter is None:
         raise FtrayError(f"{product}: is gone")
-    lineage = {"sweep": study.config.name, "trial": run.name, "point": study.point_of(run)}
-    if history := study.history(run.name):
-        lineage["took_over"] = [vars(moved) for moved in history]
-    version = publish_if_new(Registry(config.registry), study.config.name, adapter, lineage=lineage)
+    version = publish_if_new(Registry(config.registry), study.config.name, adapter, lineage=study.lineage_of(run))
     flag = "" if config.registry == "registry" else f" --registry {config.registry}"
     print(f"published {version} in {config.registry}")
     print(f"next: ftray adapters promote {version} prod{flag}")

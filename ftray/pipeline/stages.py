@@ -18,6 +18,7 @@ from ftray.sweep.launch import run_sweep
 from ftray.sweep.scores import Score
 from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher
+from ftray.train.stored_run import place_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def run_pipeline(
     """`fresh`: earlier runs are set aside. Raises `FtrayError` where a condition does not hold: then nothing is
     published."""
     last = check_pipeline(config)
-    store = ObjectStore(f"{last.runs_dir.rstrip('/')}/{config.name}")
+    store = ObjectStore(place_of(last.runs_dir, config.name))
     if fresh:
         keep(store, started_from={})
     product: Product | None = None
@@ -80,8 +81,7 @@ def train_stage(
     best = study.best_run
     if best is None:
         raise FtrayError(f"{sweep.name}: no trial finished")
-    lineage = {"sweep": sweep.name, "trial": best.name, "point": study.point_of(best)}
-    return Product(study.config_of(best), study.product_of(best), lineage)
+    return Product(study.config_of(best), study.product_of(best), study.lineage_of(best))
 
 
 def note_start(store: ObjectStore, name: str, product: Product) -> None:

@@ -11,6 +11,7 @@ from ftray.registry.reference import parse_reference
 from ftray.serve.replica import check_base
 from ftray.storage import ObjectStore, verify_directory
 from ftray.storage.manifest import MANIFEST
+from ftray.train.stored_run import place_of
 
 
 def resolve_start(run: RunConfig, *, fresh: bool = False) -> tuple[RunConfig, Path | str | None]:
@@ -33,7 +34,7 @@ def resolve_start(run: RunConfig, *, fresh: bool = False) -> tuple[RunConfig, Pa
 
 def version_begun_with(run: RunConfig, reference: str) -> str | None:
     """Of a run that is gone on with: an alias may have moved since."""
-    content = ObjectStore(f"{run.runs_dir.rstrip('/')}/{run.name}").read("config.json")
+    content = ObjectStore(place_of(run.runs_dir, run.name)).read("config.json")
     begun = ((json.loads(content) if content is not None else {}).get("adapter") or {}).get("init_from")
     wanted = parse_reference(reference)
     if begun is None or wanted.alias is None or "/" in begun or parse_reference(begun).name != wanted.name:

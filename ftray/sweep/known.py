@@ -94,5 +94,12 @@ class Known:
                 name = moved.source
         return found
 
+    def lineage_of(self, run: SweepRun) -> dict[str, Any]:
+        """What an adapter that it left is published with."""
+        lineage = {"sweep": self.config.name, "trial": run.name, "point": self.point_of(run)}
+        if history := self.history(run.name):
+            lineage["took_over"] = [vars(moved) for moved in history]
+        return lineage
+
     def point_of(self, run: SweepRun) -> dict[str, Any]:
         return run.point if run.point is not None else self.trials[run.trial].point

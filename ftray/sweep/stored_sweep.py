@@ -20,7 +20,7 @@ from ftray.storage.mirror import Mirror
 from ftray.sweep.study import JOURNAL, REQUESTS
 from ftray.sweep.trials import SWEEP
 from ftray.train.run_directory import only_driver
-from ftray.train.stored_run import fetch_notes, is_stored, lease_of, local_directory
+from ftray.train.stored_run import fetch_notes, is_stored, lease_of, local_directory, place_of
 
 SYNC_S = 3.0
 
@@ -29,7 +29,7 @@ class StoredSweep:
     """The driver's side."""
 
     def __init__(self, runs_dir: str, name: str):
-        self.url = f"{runs_dir.rstrip('/')}/{name}"
+        self.url = place_of(runs_dir, name)
         self.directory = local_directory(runs_dir, name)
         self._mirror = Mirror(self.url, self.directory)
         self._requests: set[str] = set()  # keys of those that were fetched
@@ -114,7 +114,7 @@ def sweep_at_hand(runs_dir: str, name: str) -> Iterator[Path]:
         return
     seen = local_directory(runs_dir, ".seen") / name
     shutil.rmtree(seen, ignore_errors=True)
-    mirror = Mirror(f"{runs_dir.rstrip('/')}/{name}", seen)
+    mirror = Mirror(place_of(runs_dir, name), seen)
     mirror.pull([SWEEP, JOURNAL])
     if not (seen / SWEEP).is_file():
         raise NotFoundError(f"{name}: no such sweep in {runs_dir}")

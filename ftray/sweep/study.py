@@ -23,7 +23,7 @@ from ftray.sweep.schedulers import Arrival, make_scheduler
 from ftray.sweep.search import make_search
 from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trials_directory
 from ftray.train.job import STOP_REQUEST
-from ftray.train.stored_run import ask_to_stop, is_stored
+from ftray.train.stored_run import ask_to_stop, is_stored, place_of
 
 JOURNAL = "trials.jsonl"
 REQUESTS = "requests"  # of the user while the sweep runs: trials, and runs that are not to begin
@@ -47,7 +47,7 @@ class Study(Known):
         self._search = make_search(space, config.search)
         first = space.config(next(iter(space.points_to_check(is_grid=config.search.algorithm == "grid"))))
         every = first.evaluation.every
-        stored = f"{first.runs_dir.rstrip('/')}/{config.name}" if is_stored(first.runs_dir) else None
+        stored = place_of(first.runs_dir, config.name) if is_stored(first.runs_dir) else None
         self.place = stored or str(directory)  # as users and workers find it: a path or a URL
         self.trials_place = f"{stored}/{TRIALS}" if stored is not None else str(trials_directory(directory))
         self._scheduler = make_scheduler(config.search, evaluate_every=every)

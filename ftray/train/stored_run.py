@@ -48,6 +48,11 @@ def local_root(runs_dir: str) -> Path:
     return cache_directory() / "runs" / hashlib.sha256(runs_dir.rstrip("/").encode()).hexdigest()[:16]
 
 
+def place_of(runs_dir: str, name: str) -> str:
+    """Path or URL of a run, as users and workers find it."""
+    return f"{runs_dir.rstrip('/')}/{name}"
+
+
 def local_directory(runs_dir: str, name: str) -> Path:
     """Of a run; of one in a store, what this machine has of it."""
     return local_root(runs_dir) / name if is_stored(runs_dir) else Path(runs_dir) / name
@@ -70,7 +75,7 @@ class StoredRun:
     """The driver's side."""
 
     def __init__(self, runs_dir: str, name: str):
-        self.url = f"{runs_dir.rstrip('/')}/{name}"
+        self.url = place_of(runs_dir, name)
         self.checkpoints = StoredCheckpoints(self.url)
         self.directory = local_directory(runs_dir, name)
         self._mirror = Mirror(self.url, self.directory)
@@ -154,7 +159,7 @@ def send_hangs(run_url: str, workers: Path) -> None:
 
 def store_tokens(runs_dir: str, directory: Path) -> str:
     """Returns their URL. Runs on the same data have them in common."""
-    url = f"{runs_dir.rstrip('/')}/{TOKENS}/{directory.name}"
+    url = f"{place_of(runs_dir, TOKENS)}/{directory.name}"
     store = ObjectStore(url)
     there = {found.key: found.size for found in store.entries()}
     for path in sorted(path for path in directory.iterdir() if path.is_file()):
@@ -181,14 +186,14 @@ def look_at_runs(runs_dir: str) -> Path:
 def drop_checkpoints(runs_dir: str, name: str) -> None:
     """Of a run that has its result."""
     if is_stored(runs_dir):
-        StoredCheckpoints(f"{runs_dir.rstrip('/')}/{name}").drop()
+        StoredCheckpoints(place_of(runs_dir, name)).drop()
     shutil.rmtree(local_directory(runs_dir, name) / CHECKPOINTS, ignore_errors=True)
 
 
 def forget_run(runs_dir: str, name: str) -> None:
     """All of it, wherever it lies."""
     if is_stored(runs_dir):
-        store = ObjectStore(f"{runs_dir.rstrip('/')}/{name}")
+        store = ObjectStore(place_of(runs_dir, name))
         for found in store.entries():
             store.delete(found.key)
     shutil.rmtree(local_directory(runs_dir, name), ignore_errors=True)
