@@ -45,6 +45,10 @@ class DamagedError(FtrayError):
     """A directory is not what its manifest says: cut short, changed, or never completed."""
 
 
+class StoreError(FtrayError):
+    """An object store or disk did not do what was asked of it; another time it may."""
+
+
 class ConflictError(FtrayError):
     """Another writer was first, or the name is taken."""
 

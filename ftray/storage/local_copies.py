@@ -18,7 +18,7 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from ftray.errors import FtrayError, UserError
+from ftray.errors import StoreError, UserError
 from ftray.storage.manifest import MANIFEST, verify_directory, write_manifest
 from ftray.storage.objects import ObjectStore, StoredObject
 
@@ -131,9 +131,9 @@ class Filling:
         for found in self.objects:
             size = (self.staging / found.key).stat().st_size if (self.staging / found.key).is_file() else -1
             if size != found.size:
-                raise FtrayError(f"{self.url}/{found.key}: {size} bytes arrived, the store has {found.size}")
+                raise StoreError(f"{self.url}/{found.key}: {size} bytes arrived, the store has {found.size}")
         if look(self.url, self.wanted)[1] != self.objects:
-            raise FtrayError(f"{self.url}: its objects changed while they were read; try again when they stand still")
+            raise StoreError(f"{self.url}: its objects changed while they were read; try again when they stand still")
         if (self.staging / MANIFEST).is_file():  # ours, made where they were written
             verify_directory(self.staging)
         else:

@@ -12,7 +12,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import LocalStore, from_url
 
-from ftray.errors import FtrayError
+from ftray.errors import FtrayError, StoreError
 
 PART_BYTES = 64 << 20  # of an object, read at a time
 PARTS_AT_A_TIME = 8
@@ -57,7 +57,7 @@ class ObjectStore:
                 return from_url(self.location)
             return LocalStore(self.local_root, mkdir=True)
         except (BaseError, OSError, ValueError) as error:
-            raise FtrayError(f"{self.location}: cannot be used as a store: {first_line(error)}") from None
+            raise StoreError(f"{self.location}: cannot be used as a store: {first_line(error)}") from None
 
     def create(self, key: str, content: bytes | Path) -> State:
         """Writes a key that must not exist; exactly one of several racing writers succeeds."""
@@ -66,7 +66,7 @@ class ObjectStore:
         except (AlreadyExistsError, PreconditionError):
             raise AlreadyExists(f"{self.location}/{key}: exists already") from None
         except (BaseError, OSError) as error:
-            raise FtrayError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
+            raise StoreError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
 
     def replace(self, key: str, content: bytes, *, state: State) -> State:
         """Writes a key that is in this state still; raises `AlreadyExists` where another writer was first."""
@@ -75,14 +75,14 @@ class ObjectStore:
         except (PreconditionError, FileNotFoundError):
             raise AlreadyExists(f"{self.location}/{key}: was changed by another") from None
         except (BaseError, OSError) as error:
-            raise FtrayError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
+            raise StoreError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
 
     def write(self, key: str, content: bytes | Path) -> None:
         """Writes a key under a prefix this writer has claimed."""
         try:
             obstore.put(self._store, key, content)
         except (BaseError, OSError) as error:
-            raise FtrayError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
+            raise StoreError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
 
     def write_files(self, directory: Path, prefix: str, *, without: Collection[str] = ()) -> None:
         """All files below `directory`, under `prefix`."""
@@ -99,7 +99,7 @@ class ObjectStore:
         except FileNotFoundError:
             return None
         except BaseError as error:
-            raise FtrayError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
+            raise StoreError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
 
     def download(self, found: StoredObject, path: Path) -> None:
         """Parts side by side, each tried again where the network fails (obstore does). A short read is an error."""
@@ -119,13 +119,13 @@ class ObjectStore:
                 with ThreadPoolExecutor(PARTS_AT_A_TIME) as pool:
                     list(pool.map(read, range(0, found.size, PART_BYTES)))
         except (BaseError, OSError) as error:
-            raise FtrayError(f"{self.location}/{found.key}: cannot be copied: {first_line(error)}") from None
+            raise StoreError(f"{self.location}/{found.key}: cannot be copied: {first_line(error)}") from None
 
     def read_part(self, key: str, start: int, length: int) -> bytes:
         try:
             return bytes(obstore.get_range(self._store, key, start=start, length=length))
         except (BaseError, OSError) as error:
-            raise FtrayError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
+            raise StoreError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
 
     def find(self, key: str) -> StoredObject | None:
         """One object, without a listing."""
@@ -134,7 +134,7 @@ class ObjectStore:
         except FileNotFoundError:
             return None
         except (BaseError, OSError) as error:
-            raise FtrayError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
+            raise StoreError(f"{self.location}/{key}: cannot be read: {first_line(error)}") from None
         return StoredObject(item["path"], item["size"], item["e_tag"], item["version"])
 
     def entries(self) -> list[StoredObject]:
@@ -148,7 +148,7 @@ class ObjectStore:
                 for item in batch
             ]
         except (BaseError, OSError) as error:
-            raise FtrayError(f"{self.location}: cannot be listed: {first_line(error)}") from None
+            raise StoreError(f"{self.location}: cannot be listed: {first_line(error)}") from None
 
     def delete(self, key: str) -> None:
         """No error when there is no such key."""
@@ -157,15 +157,18 @@ class ObjectStore:
         except FileNotFoundError:
             pass
         except (BaseError, OSError) as error:
-            raise FtrayError(f"{self.location}/{key}: cannot be deleted: {first_line(error)}") from None
+            raise StoreError(f"{self.location}/{key}: cannot be deleted: {first_line(error)}") from None
 
     def keys(self, prefix: str) -> Iterator[str]:
         """Every key below `prefix`, in no order."""
         if not self.exists:
             return
-        for batch in obstore.list(self._store, prefix=prefix):
-            for item in batch:
-                yield item["path"]
+        try:
+            for batch in obstore.list(self._store, prefix=prefix):
+                for item in batch:
+                    yield item["path"]
+        except (BaseError, OSError) as error:
+            raise StoreError(f"{self.location}/{prefix}: cannot be listed: {first_line(error)}") from None
 
 
 def state_of(written: Any) -> State:

@@ -1,6 +1,7 @@
 """Rank 0's side of a fused group: what the desk is told, and what the members' run directories hold."""
 
 import contextlib
+import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import ray
 
 from ftray.config import RunConfig
-from ftray.errors import FtrayError
+from ftray.errors import FtrayError, StoreError
 from ftray.sweep.fused_group import MemberStep, RowSharing
 from ftray.sweep.fused_job import FusedJob
 from ftray.sweep.member import Member, save
@@ -51,6 +52,7 @@ class Clerk:
         self._rate = rate
         self._reporters: dict[str, Reporter] = {}
         self._stored: dict[str, StoredMember] = {}
+        self._uploads: dict[str, Future[None]] = {}
         self._asked: set[str] = set()  # names of members that are to stop
         self._due: list[tuple[str, Report]] = []  # reports of this step, judged together
         self._began: dict[str, float] = {}
@@ -65,15 +67,22 @@ class Clerk:
         if count <= 0:
             return [], True
         taken: Any = ray.get(self._job.desk.take.remote(self._job.group, count))
-        found = [self._assignment(RunConfig.model_validate_json(text), taken.until_step) for text in taken.runs]
+        configs = [RunConfig.model_validate_json(text) for text in taken.runs]
+        try:
+            found = [self._assignment(c, taken.until_step, is_new=c.name in taken.new) for c in configs]
+        except StoreError:
+            ray.get(self._job.desk.pardon.remote(self._job.group))
+            raise
         return [assignment for assignment in found if assignment is not None], taken.waits or bool(taken.runs)
 
-    def _assignment(self, config: RunConfig, until_step: int | None) -> Assignment | None:
+    def _assignment(self, config: RunConfig, until_step: int | None, *, is_new: bool) -> Assignment | None:
         stored = StoredMember(config) if is_stored(config.runs_dir) else None
         try:
-            directory = open_run_directory(config, fresh=False) if stored is None else stored.open()
+            directory = open_run_directory(config, fresh=False) if stored is None else stored.open(is_new=is_new)
             if directory.finished is None and directory.resume_from is not None:
                 check_same_data(directory.resume_from, self._job.data_digest)
+        except StoreError:
+            raise
         except FtrayError as error:
             self.refuse(config.name, str(error))
             return None
@@ -85,6 +94,8 @@ class Clerk:
             reporter.begin(directory.finished["steps"] if directory.finished is not None else 0)
             reporter.tell_all()
             outcome = "finished" if directory.finished is not None else "stopped"
+            if directory.finished is not None:
+                drop_checkpoints(config.runs_dir, config.name)
             ray.get(self._job.desk.end.remote(config.name, outcome, None))
             return None
         (directory.path / STOP_REQUEST).unlink(missing_ok=True)
@@ -159,17 +170,26 @@ class Clerk:
         return [m.name for m in members if m.name in self._asked or (m.directory / STOP_REQUEST).is_file()]
 
     def save(self, member: Member, *, must: bool) -> None:
-        """One that fails, on a full disk or a store that does not answer, is told and left out, unless others go on
-        from it."""
+        """One that fails, on a full disk, is told and left out, unless others go on from it."""
+        if (upload := self._uploads.pop(member.name, None)) is not None:
+            upload.result()  # of the save before, which this one may remove
         try:
             save(member, self._base, data_digest=self._job.data_digest)
-            if member.name in self._stored and not member.is_done:  # then what it has learned follows at once
-                self._stored[member.name].save(member.step)
-        except (OSError, FtrayError) as error:
+        except OSError as error:
             if must:
                 raise
-            with contextlib.suppress(OSError):
-                record_event(member.directory, SAVE_FAILED, step=member.step, message=str(error))
+            note_failed_save(member.directory, member.step, error)
+            return
+        if member.name in self._stored and not member.is_done:  # then its product follows at once
+            stored = self._stored[member.name]
+            self._uploads[member.name] = self._writer.submit(self._upload, stored, member.directory, member.step)
+
+    def _upload(self, stored: StoredMember, directory: Path, step: int) -> None:
+        """Beside the training."""
+        try:
+            stored.save(step)
+        except (OSError, FtrayError) as error:
+            note_failed_save(directory, step, error)
 
     def end(self, member: Member, outcome: str, message: str | None) -> None:
         """The result is written beside the training of the others."""
@@ -195,12 +215,14 @@ class Clerk:
         if stored is not None:
             stored.close()
         if outcome == "finished":
-            checkpoint: Path | None = newest_whole_checkpoint(member.directory)
+            checkpoint = newest_whole_checkpoint(member.directory) or (stored.take_product() if stored else None)
             seconds, place = time.time() - self._began[member.name], stored.url if stored is not None else None
             finish(member.config, member.directory, checkpoint, self._base, self._data, seconds=seconds, place=place)
             if stored is not None:
                 stored.store_product()
             drop_checkpoints(member.config.runs_dir, member.name)
+        if stored is not None:
+            shutil.rmtree(member.directory)  # the store has all of it
         ray.get(self._job.desk.end.remote(member.name, outcome, message))
 
     def _append(self, member: Member, record: dict[str, Any]) -> None:
@@ -210,3 +232,8 @@ class Clerk:
 
     def _tell(self, name: str, report: Report) -> None:
         self._asked.update(ray.get(self._job.desk.report.remote({name: report})))
+
+
+def note_failed_save(directory: Path, step: int, error: Exception) -> None:
+    with contextlib.suppress(OSError):
+        record_event(directory, SAVE_FAILED, step=step, message=str(error))

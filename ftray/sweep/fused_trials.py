@@ -27,7 +27,7 @@ from ftray.sweep.trials import Outcome, Report
 from ftray.train.preflight import fitting_groups
 from ftray.train.ray_notes import unkept_notes
 from ftray.train.ray_trainer import Fit, bundle_of, last_line, passed_secrets, set_poll_interval, worker_environment
-from ftray.train.stored_run import StoredHangs, is_stored
+from ftray.train.stored_run import StoredHangs, is_stored, new_part
 from ftray.train.watchdog import HangReader
 
 Say = Callable[[str], None]
@@ -40,6 +40,7 @@ MAX_HAND_OUTS = 3
 @dataclass(frozen=True)
 class Taken:
     runs: list[str]  # JSON of their configs
+    new: frozenset[str]  # names of those that the study has heard nothing of
     until_step: int | None  # they save there, and wait for others
     waits: bool  # there will be more when others have come so far
 
@@ -62,7 +63,7 @@ class Desk:
 
     def take(self, group: int, count: int) -> Taken:
         """So many runs at most."""
-        taken = []
+        taken, new = [], set()
         while len(taken) < count and (run := self._study.next_run(self._fusing.holds)) is not None:
             self._handed_out[run.name] += 1
             if self._handed_out[run.name] > MAX_HAND_OUTS:  # it may be what kills its group
@@ -70,7 +71,14 @@ class Desk:
                 continue
             self._taken.setdefault(group, set()).add(run.name)
             taken.append(self._study.config_of(run).model_dump_json())
-        return Taken(taken, self._study.until_step, waits=self._study.waits)
+            if run.last is None:
+                new.add(run.name)
+        return Taken(taken, frozenset(new), self._study.until_step, waits=self._study.waits)
+
+    def pardon(self, group: int) -> None:
+        """Its workers die of something else than the runs that they have."""
+        for name in self._taken.get(group, ()):
+            self._handed_out[name] = 0
 
     def say(self, line: str) -> None:
         self._lines.append(line)
@@ -119,8 +127,10 @@ def run_fused(
     desk = desk.options(scheduling_strategy=here).remote(study.config, study.space, directory)
     shutil.rmtree(directory / TRAIN_DIRECTORY, ignore_errors=True)
     kept = read_json(directory / SHARING)["shares_rows"] if (directory / SHARING).is_file() else None
+    part = new_part()
     jobs = [
         FusedJob(
+            part=part,
             metric=study.config.search.metric,
             directory=directory / TRAIN_DIRECTORY / f"group-{group}",
             url=f"{study.place}/{TRAIN_DIRECTORY}/group-{group}" if is_stored(study.place) else None,
@@ -134,6 +144,8 @@ def run_fused(
     ]
     hangs = [HangReader(own.directory) for own in jobs]
     stored_hangs = [StoredHangs(own.url, own.directory) for own in jobs if own.url is not None]
+    for stored in stored_hangs:
+        stored.forget()
     threads = [Fit(make_group(own)) for own in jobs]
     known, given_back = 0, set()
     while any(thread.is_alive() for thread in threads):

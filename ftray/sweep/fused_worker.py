@@ -57,7 +57,7 @@ def fused_worker(job: FusedJob) -> None:
     has_trained = False
     if clerk is not None:
         clerk.say(room.describe(slots=job.slots))
-    directory = directory_of_rank(job.url, rank) if job.url is not None else job.directory
+    directory = directory_of_rank(job.url, rank, part=job.part) if job.url is not None else job.directory
     watchdog = Watchdog(directory, rank=rank, timeout_s=job.base_run.guard.hang_timeout_s)
     while True:
         watchdog.beat()

@@ -13,6 +13,7 @@ class Known:
     def __init__(self, config: SweepConfig):
         self.config = config
         self.trials: list[Trial] = []
+        self.requests_met: set[str | None] = set()  # names of their files
         self.moves: list[Moved] = []  # of a population
         self.generation = 1  # of a population: the one that trains now
         self._sign = 1.0 if config.search.mode == "min" else -1.0
@@ -24,6 +25,7 @@ class Known:
                 trial = Trial(number, event["point"], event["cloned_from"])
                 trial.runs = [SweepRun(number, seed, run_name(number, seed, num_seeds=len(seeds))) for seed in seeds]
                 self.trials.append(trial)
+                self.requests_met.add(event.get("request"))
             case "reports":
                 for told in event["reports"]:
                     report = Report(told["step"], told["value"], told["tokens"], told["seconds"])

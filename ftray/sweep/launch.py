@@ -98,9 +98,11 @@ def search(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> N
     say(f"as it goes: {study.place}/{REPORT}")
     check_general_text(config, base_run, base)
     if fusing.example is not None and not study.is_over:
-        run_groups(directory, study, fusing, *of_groups(fusing.example, directory, base_run, base, data), say=say)
+        run_groups(directory, study, fusing, *of_groups(fusing.example, study, base_run, base, data), say=say)
         study = Study(config, study.space, directory)  # the desk has written on
     if not study.is_over:
+        if is_stored(study.place):
+            tokens_in_store(study, data)  # before several do it at once
         run_apart(directory, study, base_run, reason=fusing.reason or "the rest", say=say)
     if config.compare is not None:
         measure_methods(study, directory, base, say=say)
@@ -122,12 +124,12 @@ def check_generations(study: Study, base_run: RunConfig, data: PreparedData) -> 
 
 
 def of_groups(
-    example: RunConfig, directory: Path, base_run: RunConfig, base: BaseModel, data: PreparedData
+    example: RunConfig, study: Study, base_run: RunConfig, base: BaseModel, data: PreparedData
 ) -> tuple[BaseModel, PreparedData]:
     """Base and data that groups share; they need not be those of the sweep's first run, which are given."""
     if (example.base_model, example.data) == (base_run.base_model, base_run.data):
         return base, data
-    return prepare_data(example, lambda text: None, kept_in=trials_directory(directory) / TOKENS)
+    return prepare_data(example, lambda text: None, kept_in=local_directory(study.trials_place, TOKENS))
 
 
 def check_general_text(config: SweepConfig, base_run: RunConfig, base: BaseModel) -> None:
@@ -162,8 +164,7 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
     assert data.train.directory is not None
     train, evaluation = data.train.directory, data.eval.directory if data.eval is not None else None
     if is_stored(study.place):
-        train = store_tokens(study.trials_place, train)
-        evaluation = store_tokens(study.trials_place, evaluation) if evaluation is not None else None
+        train, evaluation = tokens_in_store(study, data)
     groups = f", in {num_groups} groups" if num_groups > 1 else ""
     say(f"fused: {slots} at a time over one base, on {described(base_run)}{groups}")
     job = {
@@ -183,6 +184,15 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
         say=say,
         on_end=lambda: refresh(look_into(directory), directory),
     )
+
+
+def tokens_in_store(study: Study, data: PreparedData) -> tuple[str, str | None]:
+    """Their URLs."""
+    assert data.train.directory is not None
+    train = store_tokens(study.trials_place, data.train.directory)
+    if data.eval is None or data.eval.directory is None:
+        return train, None
+    return train, store_tokens(study.trials_place, data.eval.directory)
 
 
 def run_apart(directory: Path, study: Study, base_run: RunConfig, *, reason: str, say: Say) -> None:

@@ -14,6 +14,7 @@ from ftray.sweep.scores import Score, ScoreJob, score_products
 from ftray.sweep.study import Study
 from ftray.sweep.trials import SweepRun
 from ftray.tracking.metrics import read_metrics
+from ftray.train.job import TOKENS
 from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher, last_line, name_for_workers, passed_secrets, worker_environment
 from ftray.train.stored_run import forget_run, local_directory
@@ -41,6 +42,7 @@ def measure_methods(study: Study, directory: Path, base: BaseModel, *, say: Say)
             say(f"{STEPS_ALONE} steps of {trial.name} alone")
             alone = measure_alone(study.config_of(trial.runs[0]), f"{study.place}/{ALONE}")
             note_measured(directory, "alone", {trial.name: alone})
+    forget_run(f"{study.place}/{ALONE}", TOKENS)
 
 
 def score_in_task(job: ScoreJob) -> dict[str, Score]:

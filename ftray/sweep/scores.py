@@ -7,7 +7,7 @@ from pathlib import Path
 from ftray.config.run import DataConfig, RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.tokens import tokenize_source
-from ftray.errors import FtrayError
+from ftray.errors import FtrayError, StoreError
 from ftray.model.chat import ChatRenderer
 
 
@@ -67,6 +67,8 @@ def score_products(job: ScoreJob, secrets: dict[str, str]) -> dict[str, Score]:
         try:
             if place is not None:
                 load_adapter(engine, name, adapter_at_hand(place) or Path(place))
+        except StoreError:
+            raise
         except FtrayError as error:
             scores[name] = Score(None, None, problem=str(error))
             continue

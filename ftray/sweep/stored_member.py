@@ -1,7 +1,10 @@
 """A fused member whose run directory lies in an object store: rank 0 has it on its machine, and keeps both alike, as
 the driver and rank 0 of a run of its own would (train/stored_run.py). The sweep's driver has the lease for all."""
 
+from pathlib import Path
+
 from ftray.config import RunConfig
+from ftray.sweep.stored_sweep import forget_leftover
 from ftray.train.checkpoint import CHECKPOINTS
 from ftray.train.finish import product_of
 from ftray.train.run_directory import RunDirectory, open_run_directory
@@ -18,8 +21,12 @@ class StoredMember:
     def url(self) -> str:
         return self._run.url
 
-    def open(self) -> RunDirectory:
-        """As the store has it. Raises `UserError`."""
+    def open(self, *, is_new: bool) -> RunDirectory:
+        """As the store has it; a checkpoint that its manifest does not prove is one no longer. `is_new`: the sweep has
+        heard nothing of it. Raises `UserError`."""
+        if is_new:
+            forget_leftover(self._config)
+        self._run.checkpoints.forget_damaged()
         self._run.fetch()
         return open_run_directory(self._config, fresh=False, stored=self._run)
 
@@ -32,7 +39,15 @@ class StoredMember:
         """The checkpoint that lies in its directory, whole. Raises `FtrayError`."""
         directory = self._run.directory / CHECKPOINTS / f"step-{step}"
         self._run.checkpoints.upload(directory, step)
+        self._notes.push_at_once()  # those of the steps before come first
         self._run.checkpoints.complete(directory, step, keep=self._config.checkpoint.keep)
+
+    def take_product(self) -> Path | None:
+        """Of the newest checkpoint that the store has, as `finish` wants it."""
+        checkpoint = self._run.newest_checkpoint()
+        if checkpoint is not None:
+            self._run.checkpoints.take_product(checkpoint, whole=False)
+        return checkpoint
 
     def close(self) -> None:
         """What was noted is in the store afterwards."""

@@ -8,19 +8,22 @@ keeps both alike:
 
 import _thread
 import contextlib
+import json
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from ftray.config import RunConfig, SweepConfig
 from ftray.errors import FtrayError, NotFoundError, UserError
+from ftray.storage import ObjectStore
 from ftray.storage.lease import Lease
 from ftray.storage.mirror import Mirror
 from ftray.sweep.study import JOURNAL, REQUESTS
 from ftray.sweep.trials import SWEEP
 from ftray.train.run_directory import only_driver
-from ftray.train.stored_run import fetch_notes, is_stored, lease_of, local_directory, place_of
+from ftray.train.stored_run import fetch_notes, forget_run, is_stored, lease_of, local_directory, place_of
 
 SYNC_S = 3.0
 
@@ -105,6 +108,14 @@ def only_driver_of_sweep(run: RunConfig) -> Iterator[StoredSweep | None]:
         yield stored
 
 
+def forget_leftover(config: RunConfig) -> None:
+    """Of a run that the journal has heard nothing of: the last lines of a journal may be lost with its driver, and what
+    then had this name may have been another point."""
+    content = ObjectStore(place_of(config.runs_dir, config.name)).read("config.json")
+    if content is not None and json.loads(content) != config.model_dump(mode="json"):
+        forget_run(config.runs_dir, config.name)
+
+
 @contextlib.contextmanager
 def sweep_at_hand(runs_dir: str, name: str) -> Iterator[Path]:
     """The directory of a sweep, for those who are not its driver. What they ask for in it goes to the store at the
@@ -112,11 +123,11 @@ def sweep_at_hand(runs_dir: str, name: str) -> Iterator[Path]:
     if not is_stored(runs_dir):
         yield Path(runs_dir) / name
         return
-    seen = local_directory(runs_dir, ".seen") / name
-    shutil.rmtree(seen, ignore_errors=True)
-    mirror = Mirror(place_of(runs_dir, name), seen)
-    mirror.pull([SWEEP, JOURNAL])
-    if not (seen / SWEEP).is_file():
-        raise NotFoundError(f"{name}: no such sweep in {runs_dir}")
-    yield seen
-    mirror.push(path.relative_to(seen).as_posix() for path in (seen / REQUESTS).glob("*"))
+    with tempfile.TemporaryDirectory(prefix="ftray-sweep-") as temporary:
+        seen = Path(temporary)
+        mirror = Mirror(place_of(runs_dir, name), seen)
+        mirror.pull([SWEEP, JOURNAL])
+        if not (seen / SWEEP).is_file():
+            raise NotFoundError(f"{name}: no such sweep in {runs_dir}")
+        yield seen
+        mirror.push(path.relative_to(seen).as_posix() for path in (seen / REQUESTS).glob("*"))

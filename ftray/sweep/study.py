@@ -84,9 +84,12 @@ class Study(Known):
     def _add_trial(self) -> bool:
         """One that the user asked for, or the search's next."""
         for path in self._requests:
-            self._note({"event": "trial", "trial": len(self.trials), **read_json(path)})
+            if path.name not in self.requests_met:  # its driver was ended before it removed that
+                asked = {"request": path.name, **read_json(path)}
+                self._note({"event": "trial", "trial": len(self.trials), **asked})
+                path.unlink()
+                return True
             path.unlink()
-            return True
         point = self._next_point()
         if point is None:
             return False

@@ -1,25 +1,29 @@
 """One run of a trial, told as reports of the sweep's metric."""
 
+import contextlib
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ftray.config import RunConfig
-from ftray.errors import DivergedError, FtrayError, InterruptedRunError, UserError
+from ftray.errors import DivergedError, FtrayError, InterruptedRunError, StoreError, UserError
+from ftray.sweep.stored_sweep import forget_leftover
 from ftray.sweep.trials import Report
 from ftray.tracking.metrics import read_metrics
 from ftray.train.job import WORKER_ERROR
 from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher
-from ftray.train.stored_run import drop_checkpoints, local_directory
+from ftray.train.stored_run import drop_checkpoints, is_stored, local_directory
 
-REFUSED = "refused"  # by the machine, before it began: a disk without room, say. Another time it may run
+REFUSED = "refused"  # by the machine: a disk without room, a store that does not answer. Another time it may run
 Tell = Callable[[Report], None]
 
 
-def run_to_end(config: RunConfig, *, metric: str, tell: Tell, until_step: int | None = None) -> tuple[str, str | None]:
+def run_to_end(
+    config: RunConfig, *, metric: str, tell: Tell, until_step: int | None = None, is_new: bool = False
+) -> tuple[str, str | None]:
     """Returns its outcome, and why where it did not finish. A run that was cut off goes on from its checkpoint. At
-    `until_step` it saves and is stopped."""
+    `until_step` it saves and is stopped. `is_new`: its sweep has heard nothing of it."""
     reporter = Reporter(config, metric=metric, tell=tell)
     watcher = Watcher(
         say=lambda text: None,
@@ -27,6 +31,8 @@ def run_to_end(config: RunConfig, *, metric: str, tell: Tell, until_step: int | 
         on_start=lambda first, count: reporter.begin(count),
     )
     try:
+        if is_new and is_stored(config.runs_dir):
+            forget_leftover(config)
         result = launch(config, watcher, until_step=until_step)
     except InterruptedRunError:
         reporter.tell_all()  # where it had come there before, nothing was followed
@@ -36,11 +42,14 @@ def run_to_end(config: RunConfig, *, metric: str, tell: Tell, until_step: int | 
     except UserError as error:
         workers_said = (local_directory(config.runs_dir, config.name) / WORKER_ERROR).is_file()
         return ("failed" if workers_said else REFUSED), str(error)
+    except StoreError as error:
+        return REFUSED, str(error)
     except FtrayError as error:
         return "failed", str(error)
     reporter.begin(result["steps"])
     reporter.tell_all()  # where it had finished before, nothing was followed
-    drop_checkpoints(config.runs_dir, config.name)  # many trials of many each would fill the disk
+    with contextlib.suppress(StoreError):  # its result stands
+        drop_checkpoints(config.runs_dir, config.name)  # many trials of many each would fill the disk
     return "finished", None
 
 

@@ -4,6 +4,7 @@ Tune asks the study for the next run and tells it what runs report. A run that i
 it saves and ends at its next step, and nothing of Ray has to be killed.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from ftray.config import RunConfig
-from ftray.errors import FtrayError, UserError
+from ftray.errors import FtrayError, StoreError, UserError
 from ftray.sweep.describe import describe_end
 from ftray.sweep.study import Study
 from ftray.sweep.trial_run import REFUSED
@@ -47,6 +48,7 @@ class TrialSettings:
     run: str
     metric: str
     until_step: int | None
+    is_new: bool  # the study has heard nothing of it
 
 
 def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, on_end: OnEnd) -> None:
@@ -89,7 +91,8 @@ class StudySearch(Searcher):
             return None if self._study.waits and self.refusal is None else Searcher.FINISHED
         self.runs[trial_id] = run.name
         config = self._study.config_of(run)
-        return vars(TrialSettings(config.model_dump_json(), self._study.config.search.metric, self._study.until_step))
+        metric, is_new = self._study.config.search.metric, run.last is None
+        return vars(TrialSettings(config.model_dump_json(), metric, self._study.until_step, is_new))
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """The callback below hears it."""
@@ -122,7 +125,8 @@ class TellStudy(tune.Callback):
             if reason is not None:
                 self._say(f"{name}  {reason}")
             if reason is not None and report.step != self._study.until_step:  # there it stops by itself
-                self._study.ask_to_end(name)
+                with contextlib.suppress(StoreError):  # it is asked again at its next report
+                    self._study.ask_to_end(name)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Its driver died more often than `MAX_TRIAL_FAILURES`."""
@@ -151,5 +155,6 @@ def run_trial(settings: dict[str, Any], secrets: dict[str, str]) -> None:
         metric=trial.metric,
         tell=lambda report: tune.report(vars(report)),
         until_step=trial.until_step,
+        is_new=trial.is_new,
     )
     tune.report({"outcome": outcome, "message": message})

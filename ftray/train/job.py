@@ -1,13 +1,17 @@
 """What the driver hands to each worker."""
 
 import os
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftray.config import RunConfig
+from ftray.errors import DivergedError, FtrayError, StoreError, UserError
+from ftray.storage import read_json, write_json
 
 WORKER_ERROR = "worker_error.json"
+KINDS = (UserError, DivergedError, StoreError, FtrayError)  # that a worker tells apart
 HARDWARE = "hardware.json"  # what rank 0 chose
 TOKENS = ".tokens"  # beside the run directories: all nodes share it
 STOP_REQUEST = "stop_request"  # while it exists, the workers save and end at the next step
@@ -28,8 +32,22 @@ class TrainJob:
     train_data: Path | str  # directory of a TokenizedDataset
     eval_data: Path | str | None
     run_url: str | None = None  # of a run in an object store
+    part: str = ""  # of the run: each driver's has a word of its own
     profile_steps: int = 0
     until_step: int | None = None  # it saves there and ends, as if it were asked to
+
+
+def write_worker_error(run_directory: Path, error: FtrayError) -> None:
+    kind = next(kind for kind in KINDS if isinstance(error, kind)).__name__
+    told = {"kind": kind, "message": str(error), "traceback": traceback.format_exc()}
+    write_json(run_directory / WORKER_ERROR, told)
+
+
+def read_worker_error(run_directory: Path) -> FtrayError | None:
+    if not (run_directory / WORKER_ERROR).is_file():
+        return None
+    told = read_json(run_directory / WORKER_ERROR)
+    return next(kind for kind in KINDS if kind.__name__ == told["kind"])(told["message"])
 
 
 def request_stop(run_directory: Path) -> None:

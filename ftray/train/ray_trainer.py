@@ -12,17 +12,17 @@ from typing import Any
 
 from ftray.config import RunConfig
 from ftray.config.run import WorkersConfig
-from ftray.errors import DivergedError, FtrayError, UserError
+from ftray.errors import FtrayError
 from ftray.model.base import BaseModel
 from ftray.storage import check_sizes, read_json
 from ftray.tracking.events import record_driver_event
 from ftray.tracking.metrics import MetricsFollower
 from ftray.train.checkpoint import CHECKPOINTS, read_state
 from ftray.train.finish import PreparedData, num_steps, ray_logs
-from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, run_in_worker
+from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, read_worker_error, run_in_worker
 from ftray.train.ray_notes import unkept_notes
 from ftray.train.run_directory import RunDirectory
-from ftray.train.stored_run import store_tokens
+from ftray.train.stored_run import new_part, store_tokens
 from ftray.train.watchdog import HangReader, clear_hangs
 
 POLL_S = 0.2
@@ -47,19 +47,8 @@ WORKER_ENVIRONMENT = (
 )
 NETWORK_PREFIXES = ("NCCL_", "TORCH_NCCL_", "FI_", "OFI_NCCL_")  # cluster/network/
 # Passed on as an argument: Ray writes the environment that it makes for a worker into its logs.
-SECRETS = (
-    "WANDB_API_KEY",
-    "HF_TOKEN",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_ENDPOINT_URL",
-    "AWS_REGION",
-    "AWS_ALLOW_HTTP",
-    "GOOGLE_SERVICE_ACCOUNT_KEY",
-    "AZURE_STORAGE_ACCOUNT_NAME",
-    "AZURE_STORAGE_ACCOUNT_KEY",
-)
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
+OF_STORES = ("AWS_", "GOOGLE_", "AZURE_")  # prefixes of all that obstore reads: keys, regions, addresses, roles
 
 
 @dataclass(frozen=True)
@@ -102,6 +91,7 @@ def train_on_ray(
         profile_steps=profile_steps,
         until_step=until_step,
         run_url=stored.url if stored is not None else None,
+        part=new_part(),
     )
     start = read_state(directory.resume_from).step if directory.resume_from is not None else 0
     watcher.on_start(start, num_steps(config, data.train))
@@ -195,7 +185,7 @@ def passed_environment() -> dict[str, str]:
 
 
 def passed_secrets() -> dict[str, str]:
-    return {name: os.environ[name] for name in SECRETS if name in os.environ}
+    return {name: value for name, value in os.environ.items() if name in SECRETS or name.startswith(OF_STORES)}
 
 
 def fit_and_follow(trainer: Any, directory: RunDirectory, watcher: Watcher) -> BaseException | None:
@@ -217,17 +207,15 @@ def fit_and_follow(trainer: Any, directory: RunDirectory, watcher: Watcher) -> B
             workers = found
             watcher.say(f"{found['world_size']} workers run on {found['hardware']}")
         watcher.on_metrics(follower.poll())
-        if (run_directory / WORKER_ERROR).is_file():
+        if read_worker_error(run_directory) is not None:
             thread.join(ERROR_GRACE_S)  # other workers may wait for the one that has given up
             break
         if workers is not None and (hang := hangs.poll(world_size=workers["world_size"])):
             record_driver_event(run_directory, "hang", message=hang)
             watcher.say(f"{hang}; the workers start again from the last checkpoint")
     watcher.on_metrics(follower.poll())
-    if (run_directory / WORKER_ERROR).is_file():
-        failure = read_json(run_directory / WORKER_ERROR)
-        kind = UserError if failure["exit_code"] == 2 else DivergedError if failure["diverged"] else FtrayError
-        raise kind(failure["message"])
+    if (told := read_worker_error(run_directory)) is not None:
+        raise told
     return thread.failure
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from ftray.errors import FtrayError
+from ftray.errors import DamagedError, FtrayError
 from ftray.model.base import cache_directory
 from ftray.storage import Manifest, ObjectStore, local_copies
 from ftray.storage.manifest import MANIFEST
@@ -31,6 +31,15 @@ class StoredCheckpoints:
         for key in sorted(keys, key=lambda key: not key.endswith(f"/{MANIFEST}")):
             if key not in named and key.partition("/")[0] not in kept:
                 self._store.delete(key)
+
+    def forget_damaged(self) -> None:
+        """Those that are newer than the newest whole one, which this machine then has."""
+        for place in self.list():
+            try:
+                self.open(place, share=(0, 1))
+                return
+            except DamagedError:
+                self._store.delete(f"{place.rpartition('/')[2]}/{MANIFEST}")
 
     def drop(self) -> None:
         """All of them."""

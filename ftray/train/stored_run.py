@@ -8,11 +8,14 @@ The driver and every rank work in a directory of their own machine, and what oth
                 hangs/ of the rank before it, if that stood still
 """
 
+import atexit
 import contextlib
 import hashlib
 import shutil
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +32,7 @@ from ftray.tracking.samples import SAMPLES
 from ftray.train.checkpoint import CHECKPOINTS
 from ftray.train.job import HARDWARE, SCRATCH, STOP_REQUEST, TOKENS, WORKER_ERROR, TrainJob, request_stop
 from ftray.train.stored_checkpoints import StoredCheckpoints
-from ftray.train.watchdog import HANGS
+from ftray.train.watchdog import HANGS, hang_file
 
 SYNC_S = 3.0
 LEASE = "driver.lease"
@@ -72,7 +75,8 @@ def lease_of(mirror: Mirror, *, refusal: str) -> Iterator[Lease]:
 
 
 class StoredRun:
-    """The driver's side."""
+    """The driver's side. While it is `opened` nobody else writes there; of a fused member (sweep/stored_member.py) the
+    sweep has the lease."""
 
     def __init__(self, runs_dir: str, name: str):
         self.url = place_of(runs_dir, name)
@@ -140,21 +144,15 @@ class StoredHangs:
         self._mirror = Mirror(url, directory)
         self._next_sync = 0.0
 
+    def forget(self) -> None:
+        """Of drivers before."""
+        self._mirror.forget(self._mirror.store.keys(HANGS))
+
     def sync(self) -> None:
         if time.monotonic() > self._next_sync:
             with contextlib.suppress(FtrayError):  # the store does not answer
                 self._mirror.take(self._mirror.store.keys(HANGS))
             self._next_sync = time.monotonic() + SYNC_S
-
-
-def send_hangs(run_url: str, workers: Path) -> None:
-    """Of the ranks before, on this machine: such a rank ends where it stands, and can send nothing itself.
-    `workers`: where each has its directory."""
-    for path in workers.glob(f"*/{HANGS}/*.txt"):
-        with contextlib.suppress(FileNotFoundError):  # another rank was first
-            if path.stat().st_size:  # those that run now have written nothing
-                ObjectStore(run_url).write(f"{HANGS}/{path.name}", path.read_bytes())
-                path.unlink()
 
 
 def store_tokens(runs_dir: str, directory: Path) -> str:
@@ -175,8 +173,8 @@ def fetch_notes(mirror: Mirror) -> None:
 
 def look_at_runs(runs_dir: str) -> Path:
     """The notes of all runs in a store, as directories of this machine."""
-    seen = local_root(runs_dir) / ".seen"
-    shutil.rmtree(seen, ignore_errors=True)
+    seen = Path(tempfile.mkdtemp(prefix="ftray-runs-"))
+    atexit.register(shutil.rmtree, seen, ignore_errors=True)
     mirror = Mirror(runs_dir, seen)
     keys = [found.key for found in mirror.store.entries() if found.key.count("/") == 1]
     mirror.pull(key for key in keys if not key.startswith(f"{TOKENS}/") and not key.endswith(f"/{LEASE}"))
@@ -256,13 +254,22 @@ def at_hand(place: Path | str) -> Path:
     return local_copies(cache_directory()).fetch(str(place)) if is_stored(str(place)) else Path(place)
 
 
-def directory_of_rank(run_url: str, rank: int) -> Path:
-    """A new one on this machine. What ranks before it that stood still wrote here goes to the store."""
+def new_part() -> str:
+    return uuid.uuid4().hex
+
+
+def directory_of_rank(run_url: str, rank: int, *, part: str) -> Path:
+    """A new one on this machine. If the rank before it stood still, in this part of the run, what it wrote goes to the
+    store: it ended where it stood, and could send nothing itself."""
     runs_dir, _, name = run_url.rpartition("/")
     directory = local_directory(runs_dir, WORKERS) / name / f"rank-{rank}"
-    send_hangs(run_url, directory.parent)
+    path, of_part = hang_file(directory, rank), directory / ".part"
+    if of_part.is_file() and of_part.read_text() == part and path.is_file() and path.stat().st_size:
+        with contextlib.suppress(FtrayError):  # the store does not answer
+            ObjectStore(run_url).write(f"{HANGS}/{path.name}", path.read_bytes())
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
+    of_part.write_text(part)
     return directory
 
 
@@ -273,7 +280,7 @@ def on_this_machine(job: TrainJob, *, rank: int) -> Iterator[tuple[TrainJob, Wor
     if job.run_url is None:
         yield job, None
         return
-    directory = directory_of_rank(job.run_url, rank)
+    directory = directory_of_rank(job.run_url, rank, part=job.part)
     notes = WorkerNotes(job.run_url, directory, rank=rank)
     try:
         yield replace(job, run_directory=directory), notes

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.plan import plan_steps
-from ftray.errors import DamagedError, DivergedError, FtrayError, UserError
+from ftray.errors import DamagedError, FtrayError, UserError
 from ftray.model.adapter import adapter_at_hand
 from ftray.model.base import BaseModel, load_weights, prepare_base
 from ftray.model.hardware import Hardware, check_stage, choose_hardware, make_deterministic
@@ -37,7 +36,7 @@ from ftray.train.checkpoint import CHECKPOINTS, Checkpoints, DirectoryCheckpoint
 from ftray.train.communication import describe_bandwidth, measure_all_reduce
 from ftray.train.engine import TrainEngine
 from ftray.train.guard import WINDOW_STEPS, LossGuard
-from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob
+from ftray.train.job import HARDWARE, TrainJob, write_worker_error
 from ftray.train.loop import Schedule, evaluation_rows, train
 from ftray.train.recording import Recorder
 from ftray.train.sampling import Sampler
@@ -58,15 +57,7 @@ def train_worker(job: TrainJob) -> None:
         try:
             run_job(here, notes, rank=rank)
         except FtrayError as error:
-            write_json(
-                here.run_directory / WORKER_ERROR,
-                {
-                    "message": str(error),
-                    "exit_code": error.exit_code,
-                    "diverged": isinstance(error, DivergedError),
-                    "traceback": traceback.format_exc(),
-                },
-            )
+            write_worker_error(here.run_directory, error)
 
 
 def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:

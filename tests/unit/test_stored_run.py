@@ -4,7 +4,6 @@ that count when their manifest is there."""
 import dataclasses
 import json
 import os
-import shutil
 import socket
 import time
 
@@ -25,12 +24,11 @@ from ftray.train.checkpoint import first_whole
 from ftray.train.job import TrainJob
 from ftray.train.stored_checkpoints import StoredCheckpoints
 from ftray.train.stored_run import (
-    WORKERS,
     StoredRun,
     WorkerNotes,
+    directory_of_rank,
     local_directory,
     local_root,
-    on_this_machine,
     store_tokens,
 )
 from ftray.train.watchdog import HangReader, hang_file
@@ -277,22 +275,29 @@ def test_a_rank_that_stood_still_is_named_by_the_one_after_it(url, monkeypatch):
     monkeypatch.setattr("ftray.train.watchdog.SILENT_AFTER_S", 0.0)
     stacks = ['Current thread 0x1:\n  File "/x/torch/distributed/c10d.py", line 7 in all_reduce\n']
     stacks += ['Current thread 0x2:\n  File "/x/data.py", line 3 in read\n']
-    run = StoredRun(url, "demo")
+    run, reader = StoredRun(url, "demo"), HangReader(local_directory(url, "demo"))
+
+    def hang(part: str) -> None:
+        for rank, stack in enumerate(stacks):
+            path = hang_file(directory_of_rank(run.url, rank, part=part), rank)
+            path.parent.mkdir()
+            path.write_text(stack)
+
+    def start_again(part: str) -> str | None:
+        for rank in range(2):
+            directory_of_rank(run.url, rank, part=part)
+        run.sync(at_once=True)
+        return reader.poll(world_size=2)
+
     with run.opened(refusal=""):
-        job, reader = a_job(run_url=run.url), HangReader(run.directory)
         for _ in range(2):  # the same again is another
-            for rank, stack in enumerate(stacks):
-                path = hang_file(local_directory(url, WORKERS) / "demo" / f"rank-{rank}", rank)
-                path.parent.mkdir(parents=True)
-                path.write_text(stack)
+            hang("a")
             run.sync(at_once=True)
             assert reader.poll(world_size=2) is None
-            with on_this_machine(job, rank=0):
-                run.sync(at_once=True)
-                assert reader.poll(world_size=2) == "rank 1 stands still at /x/data.py:3 in read"
-            run.sync(at_once=True)
-            assert reader.poll(world_size=2) is None
-            shutil.rmtree(local_directory(url, WORKERS))
+            assert start_again("a") == "rank 1 stands still at /x/data.py:3 in read"
+            assert start_again("a") is None
+        hang("a")
+        assert start_again("b") is None, "a driver before this one had it"
 
 
 def test_an_adapter_in_a_store_is_published_with_its_lineage(url, tmp_path, adapters):

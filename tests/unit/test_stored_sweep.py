@@ -13,7 +13,7 @@ from ftray.errors import FtrayError, UserError
 from ftray.storage import ObjectStore, lease
 from ftray.sweep import launch, stored_sweep
 from ftray.sweep.launch import first_run, look_into, open_directory, run_sweep
-from ftray.sweep.stored_sweep import StoredSweep
+from ftray.sweep.stored_sweep import StoredSweep, forget_leftover
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Report
 
@@ -130,6 +130,21 @@ def test_a_driver_that_another_replaced_ends_and_changes_nothing_more(sweep, mon
     with pytest.raises(FtrayError, match="another driver has taken this sweep over"), stored.opened(refusal="s"):
         overtaken(stored, store)
     assert store.read("trials.jsonl") == b"another's\n"
+
+
+def test_a_run_that_the_journal_lost_makes_room_for_the_one_that_has_its_name_now(sweep, tmp_path):
+    stored, _ = opened(sweep)
+    study = Study(*sweep, tmp_path)
+    run = study.next_run()
+    assert run is not None
+    config = study.config_of(run)
+    store = ObjectStore(f"{stored.url}/trials/t000")
+    forget_leftover(config)  # there is nothing
+    for other in (config.model_copy(update={"seed": 9}), config):
+        store.write("config.json", other.model_dump_json().encode())
+        store.write("checkpoints/step-2/manifest.json", b"{}")
+        forget_leftover(config)
+        assert bool(store.entries()) is (other is config)
 
 
 def test_a_population_does_not_go_in_a_store(sweep, tmp_path):

@@ -379,7 +379,14 @@ def test_a_cloned_trial_runs_next_and_leaves_the_search_as_it_was(load, tmp_path
         other.clone("t001", {"adapter.rank": 0})
     with pytest.raises(NotFoundError, match="t009: no such trial; s has t000, t001"):
         other.clone("t009", {})
+    (request,) = (tmp_path / "requests").glob("*.json")
+    content = request.read_text()
+    assert study.next_run() is not None
+    request.write_text(content)  # its driver was ended between the two
+    study = study_of(loaded, tmp_path)
     play(study, quality)
+    assert not request.exists()
+    assert [trial.cloned_from for trial in study.trials].count("t001") == 1
     assert study.trials[2].cloned_from == "t001"
     assert study.trials[2].point == point
     assert study.is_over
