@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 # Clients of OpenAI's API, which want their own versions of much.
 CLIENTS := .venv-clients
 
-.PHONY: help install lint test test-alone test-on-ray test-cluster test-vllm test-clients soak audit quickstart clean
+.PHONY: help install lint test test-one-half test-other-half test-cluster test-vllm test-clients soak audit quickstart clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
@@ -37,15 +37,16 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Side by side: much of what Ray's processes do is to start and to wait.
+# Two halves side by side: much of what Ray's processes do is to start and to wait.
 test: lint
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-alone test-on-ray
+	@echo "two runs of pytest side by side; each prints when it has ended (in about 15 minutes)"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-one-half test-other-half
 
-test-alone: install
-	$(BIN)/python -m pytest tests/unit tests/parity tests/gpu
-
-test-on-ray: install
+test-one-half: install
 	$(BIN)/python -m pytest tests/ray_local
+
+test-other-half: install
+	$(BIN)/python -m pytest tests/unit tests/parity tests/ray_sweeps tests/gpu
 
 # Many hosts on this machine, as network namespaces: needs root and `ip`.
 test-cluster: install

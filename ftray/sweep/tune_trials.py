@@ -6,6 +6,7 @@ it saves and ends at its next step, and nothing of Ray has to be killed.
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ftray.sweep.study import Study
 from ftray.sweep.trial_run import REFUSED
 from ftray.sweep.trials import Report
 from ftray.train.ray_trainer import Fit, last_line, passed_secrets
+from ftray.train.stored_run import is_stored, local_directory
 
 # A driver of a trial only waits: it takes no CPU, and it runs where the sweep's own driver keeps its files.
 TRIAL_BUNDLE = {"node:__internal_head__": 0.0001}
@@ -150,11 +152,14 @@ def run_trial(settings: dict[str, Any], secrets: dict[str, str]) -> None:
     from ftray.sweep.trial_run import run_to_end
 
     trial = TrialSettings(**settings)
+    config = RunConfig.model_validate_json(trial.run)
     outcome, message = run_to_end(
-        RunConfig.model_validate_json(trial.run),
+        config,
         metric=trial.metric,
         tell=lambda report: tune.report(vars(report)),
         until_step=trial.until_step,
         is_new=trial.is_new,
     )
+    if is_stored(config.runs_dir):  # it has all of it
+        shutil.rmtree(local_directory(config.runs_dir, config.name), ignore_errors=True)
     tune.report({"outcome": outcome, "message": message})
