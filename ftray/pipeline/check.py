@@ -11,8 +11,10 @@ from ftray.errors import UserError
 from ftray.registry import Registry
 from ftray.registry.reference import check_alias
 from ftray.sweep.stored_sweep import refuse_population_in_store
+from ftray.train.finish import product_of
 from ftray.train.launch import check_before_anything
 from ftray.train.run_directory import refuse_vanishing_directory
+from ftray.train.stored_run import place_of
 
 # Of an adapter: what goes on from another one has the same.
 SHAPE = ("variant", "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "modules_to_save")
@@ -56,8 +58,8 @@ def check_pipeline(config: PipelineConfig) -> RunConfig:
 def check_follows(config: PipelineConfig, path: str, stage: RunConfig | Sweep, earlier: RunConfig) -> None:
     """That a stage can start from what the one before leaves. Raises `UserError`."""
     run = points_of(stage)[0]
-    product = "adapter" if earlier.adapter is not None else "model"
-    start = start_from(f"{earlier.runs_dir}/{earlier.name}/{product}", is_adapter=earlier.adapter is not None)
+    product = f"{place_of(earlier.runs_dir, earlier.name)}/{product_of(earlier)}"
+    start = start_from(product, is_adapter=earlier.adapter is not None)
     load_stage(config, path, start if isinstance(stage, RunConfig) else None)  # the schema speaks
     if earlier.adapter is None:
         return

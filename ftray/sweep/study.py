@@ -22,6 +22,7 @@ from ftray.sweep.population import RATE, choose_moves, has_saved, take_over
 from ftray.sweep.schedulers import Arrival, make_scheduler
 from ftray.sweep.search import make_search
 from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trials_directory
+from ftray.train.finish import product_of
 from ftray.train.job import STOP_REQUEST
 from ftray.train.stored_run import ask_to_stop, is_stored, place_of
 
@@ -47,9 +48,9 @@ class Study(Known):
         self._search = make_search(space, config.search)
         first = space.config(next(iter(space.points_to_check(is_grid=config.search.algorithm == "grid"))))
         every = first.evaluation.every
-        stored = place_of(first.runs_dir, config.name) if is_stored(first.runs_dir) else None
-        self.place = stored or str(directory)  # as users and workers find it: a path or a URL
-        self.trials_place = f"{stored}/{TRIALS}" if stored is not None else str(trials_directory(directory))
+        # As users and workers find it: a path or a URL.
+        self.place = place_of(first.runs_dir, config.name) if is_stored(first.runs_dir) else str(directory)
+        self.trials_place = f"{self.place}/{TRIALS}"
         self._scheduler = make_scheduler(config.search, evaluate_every=every)
         self.generation_steps = config.search.generation_steps or every if config.search.scheduler == "pbt" else None
         self._given: set[str] = set()  # names of the runs that somebody works on
@@ -244,7 +245,7 @@ class Study(Known):
 
     def product_of(self, run: SweepRun) -> str:
         """Path or URL of the adapter or model that it leaves."""
-        return f"{self.trials_place}/{run.name}/{'adapter' if self.config_of(run).adapter is not None else 'model'}"
+        return f"{place_of(self.trials_place, run.name)}/{product_of(self.config_of(run))}"
 
     # -- what is known ---------------------------------------------------------------------------------------------
 

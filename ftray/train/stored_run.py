@@ -200,7 +200,7 @@ def forget_run(runs_dir: str, name: str) -> None:
 def ask_to_stop(runs_dir: str, name: str) -> None:
     """Its workers save and end at their next step."""
     if is_stored(runs_dir):
-        Mirror(runs_dir, local_root(runs_dir)).store.write(f"{name}/{STOP_REQUEST}", b"asked\n")
+        ObjectStore(place_of(runs_dir, name)).write(STOP_REQUEST, b"asked\n")
     else:
         request_stop(Path(runs_dir) / name)
 

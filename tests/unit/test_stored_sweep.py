@@ -8,7 +8,7 @@ from s3 import s3_server
 from tiny import RUN_OF_SWEEPS
 
 from ftray.cli.main import main
-from ftray.config import load_sweep
+from ftray.config import RunConfig, load_sweep
 from ftray.errors import FtrayError, UserError
 from ftray.storage import ObjectStore, lease
 from ftray.sweep import launch, stored_sweep
@@ -34,8 +34,8 @@ def sweep(tmp_path, monkeypatch):
         yield load_sweep(path)
 
 
-def opened(sweep) -> tuple[StoredSweep, Study]:
-    """To be called while it is open."""
+def to_open(sweep) -> tuple[StoredSweep, RunConfig]:
+    """As a driver begins."""
     base_run = first_run(*sweep)
     stored = StoredSweep(base_run.runs_dir, base_run.name)
     return stored, base_run
@@ -60,7 +60,7 @@ def wait_for(condition, *, seconds: float = 10) -> None:
 
 
 def test_it_goes_on_on_another_machine_and_hears_requests_from_a_third(sweep, tmp_path, capsys):
-    stored, base_run = opened(sweep)
+    stored, base_run = to_open(sweep)
     store = ObjectStore(stored.url)
     with stored.opened(refusal="s is running already"):
         directory = open_directory(*sweep, base_run, fresh=False, stored=stored)
@@ -91,7 +91,7 @@ def test_it_goes_on_on_another_machine_and_hears_requests_from_a_third(sweep, tm
     assert store.find("driver.lease") is None
 
     shutil.rmtree(stored.directory)  # as if this were another machine
-    again, _ = opened(sweep)
+    again, _ = to_open(sweep)
     with again.opened(refusal="s is running already"):
         study = Study(*sweep, open_directory(*sweep, base_run, fresh=False, stored=again))
         assert [trial.name for trial in study.trials if trial.is_finished] == ["t000"]
@@ -110,7 +110,7 @@ def overtaken(stored: StoredSweep, store: ObjectStore) -> None:
 
 
 def test_a_driver_that_another_replaced_ends_and_changes_nothing_more(sweep, monkeypatch):
-    stored, base_run = opened(sweep)
+    stored, base_run = to_open(sweep)
     store = ObjectStore(stored.url)
 
     def drive() -> None:
@@ -126,14 +126,14 @@ def test_a_driver_that_another_replaced_ends_and_changes_nothing_more(sweep, mon
 
     monkeypatch.setattr(stored_sweep, "SYNC_S", 60.0)  # found out at the end only
     store.delete("driver.lease")
-    stored, base_run = opened(sweep)
+    stored, base_run = to_open(sweep)
     with pytest.raises(FtrayError, match="another driver has taken this sweep over"), stored.opened(refusal="s"):
         overtaken(stored, store)
     assert store.read("trials.jsonl") == b"another's\n"
 
 
 def test_a_run_that_the_journal_lost_makes_room_for_the_one_that_has_its_name_now(sweep, tmp_path):
-    stored, _ = opened(sweep)
+    stored, _ = to_open(sweep)
     study = Study(*sweep, tmp_path)
     run = study.next_run()
     assert run is not None
