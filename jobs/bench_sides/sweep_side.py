@@ -1,5 +1,5 @@
-"""One sweep of 8 short trials, rank and rate, on the quickstart's intents, as a user starts it: wall time from the
-command to the answer, and the peak memory of its driver and workers."""
+"""One sweep of 8 trials, rank and rate, on the quickstart's intents, as a user starts it: wall time from the command to
+the answer, and the peak memory of its driver and workers."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from ftray.tracking.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 TRIALS, STEPS, EVALUATE_EVERY = 8, 12, 4
+LONG_STEPS, LONG_EVALUATE_EVERY = 60, 2  # the quickstart's own two epochs
 EVALUATION_ROWS = 24  # of the 120: on a CPU evaluations would take a third of the time, the same on all sides
 SPACE = """
   adapter.rank: [4, 16]
@@ -25,7 +26,7 @@ SPACE = """
 """
 
 
-def measure(search: str, *, overrides: str = "") -> None:
+def measure(search: str, *, overrides: str = "", steps: int = STEPS, evaluate_every: int = EVALUATE_EVERY) -> None:
     """Prints one line of JSON. `tokens_per_s`: all that the 8 trials would train on to their ends, over the wall time,
     so that a scheduler that stops trials is as much faster as it is sooner."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -34,9 +35,9 @@ def measure(search: str, *, overrides: str = "") -> None:
         (Path(scratch) / "eval.jsonl").write_text("".join(rows[:EVALUATION_ROWS]))
         config.write_text(
             f"kind: sweep\nname: s\nrun: {ROOT}/configs/quickstart/run.yaml\nspace:{SPACE}search: {{{search}}}\n"
-            f"overrides: {{epochs: null, max_steps: {STEPS}, data.eval: {scratch}/eval.jsonl, "
+            f"overrides: {{epochs: null, max_steps: {steps}, data.eval: {scratch}/eval.jsonl, "
             f"runs_dir: {scratch}/runs, registry: {scratch}/registry, workers.count: 1, "
-            f"zero.stage: 0, evaluation.every: {EVALUATE_EVERY}, evaluation.samples: 0{overrides}}}\n"
+            f"zero.stage: 0, evaluation.every: {evaluate_every}, evaluation.samples: 0{overrides}}}\n"
         )
         began, began_at = time.perf_counter(), time.time()
         command = [str(Path(sys.executable).parent / "ftray"), "sweep", str(config)]
