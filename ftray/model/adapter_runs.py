@@ -92,6 +92,7 @@ class MatmulRun:
         factors = self._factors(group)
         if factors is None:
             return
+        factors = factors.to(x_TI.dtype)
         ranks = [bt.shape[1] for bt in factors.bt]
         rows = slice(self.start, self.start + len(self.rows))
         if self.real is None and self.num_adapters == 1:

@@ -32,7 +32,7 @@ class Segment(NamedTuple):
     num_columns: int
 
 
-Shape = tuple[tuple[str, tuple[Segment, ...]], ...]  # of every adapted group
+Shape = tuple[tuple[str, torch.dtype, tuple[Segment, ...]], ...]  # of every adapted group
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ class Factors:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.a, *self.bt)
 
+    def to(self, dtype: torch.dtype) -> "Factors":
+        return Factors(self.a.to(dtype), tuple(bt.to(dtype) for bt in self.bt), self.segments)
+
 
 @dataclass(frozen=True)
 class HostAdapter:
@@ -58,7 +61,7 @@ class HostAdapter:
 
     @property
     def shape(self) -> Shape:
-        return tuple((group, factors.segments) for group, factors in sorted(self.factors.items()))
+        return tuple((group, f.a.dtype, f.segments) for group, f in sorted(self.factors.items()))
 
     @property
     def num_bytes(self) -> int:

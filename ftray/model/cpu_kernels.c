@@ -1,7 +1,7 @@
 /* One engine step on a CPU is a hundred matmuls with small operations between them. Each small operation finds its data
  * cold and its threads asleep; these do several at once, and read what is large (adapter factors, keys and values) once,
- * in place. Everything is float32 and contiguous. A row's result does not depend on the other rows, nor on the number of
- * threads.
+ * in place. Everything is float32 and contiguous; factors may be bfloat16. A row's result does not depend on the other
+ * rows, nor on the number of threads.
  */
 #include <float.h>
 #include <math.h>
@@ -157,11 +157,11 @@ typedef struct {
     i64 output, row, num_rows, column, num_columns;
 } Segment;
 
-/* The factors that all slots of a slab have of one group of layers. a: [S, R, I]; bt[o]: [S, rows[o], columns[o]], zero
- * outside the segments. Rows of all outputs together are the R rows of a, in order. */
+/* The factors that all slots of a slab have of one group of layers, float32 or, if `half`, bfloat16. a: [S, R, I];
+ * bt[o]: [S, rows[o], columns[o]], zero outside the segments. Rows of all outputs together are the R rows of a, in order. */
 typedef struct {
-    i64 in_features, rank, num_outputs, num_segments;
-    const float *a, *bt[4];
+    i64 in_features, rank, num_outputs, num_segments, half;
+    const void *a, *bt[4];
     i64 rows[4], columns[4];
     Segment segments[8];
 } Slots;
@@ -170,11 +170,15 @@ typedef struct {
     i64 slot, start, count;
 } Stretch;
 
-/* y[t] += B A x[t], with the factors of the slot whose stretch row t is in. x: [T, I]; y[o]: [T, columns[o]]. */
-void add_adapters(const Slots *slots, const Stretch *stretches, i64 G, const float *x, float *y0, float *y1, float *y2,
-                  float *y3) {
+/* Number i of `factors`; bfloat16 is the upper half of a float32. `half` is known when this is compiled. */
+INLINE float factor(const void *restrict factors, i64 i, int half) {
+    if (!half) return ((const float *)factors)[i];
+    union { uint32_t bits; float value; } wide = {(uint32_t)((const uint16_t *)factors)[i] << 16};
+    return wide.value;
+}
+
+INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, const float *x, float *const *y, int half) {
     const i64 I = slots->in_features, R = slots->rank;
-    float *const y[4] = {y0, y1, y2, y3};
     i64 num_rows = 0, first_of[G], chunks = 0;
     for (i64 g = 0; g < G; g++) first_of[g] = num_rows, num_rows += stretches[g].count;
     i64 chunk_of[slots->num_segments + 1];
@@ -188,7 +192,7 @@ void add_adapters(const Slots *slots, const Stretch *stretches, i64 G, const flo
 #pragma omp for schedule(static)
         for (i64 item = 0; item < G * fours; item++) {
             i64 g = item / fours, r = item % fours * 4, many = R - r < 4 ? R - r : 4;
-            const float *restrict a = slots->a + (stretches[g].slot * R + r) * I;
+            const void *restrict a = (const char *)slots->a + (stretches[g].slot * R + r) * I * (half ? 2 : 4);
             for (i64 t = 0; t < stretches[g].count; t++) {
                 const float *restrict from = x + (stretches[g].start + t) * I;
                 float *to = reduced + (first_of[g] + t) * R + r;
@@ -196,14 +200,19 @@ void add_adapters(const Slots *slots, const Stretch *stretches, i64 G, const flo
                     float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
                     for (i64 i = 0; i < I; i++) {
-                        s0 += a[i] * from[i];
-                        s1 += a[I + i] * from[i];
-                        s2 += a[2 * I + i] * from[i];
-                        s3 += a[3 * I + i] * from[i];
+                        s0 += factor(a, i, half) * from[i];
+                        s1 += factor(a, I + i, half) * from[i];
+                        s2 += factor(a, 2 * I + i, half) * from[i];
+                        s3 += factor(a, 3 * I + i, half) * from[i];
                     }
                     to[0] = s0, to[1] = s1, to[2] = s2, to[3] = s3;
                 } else
-                    for (i64 i = 0; i < many; i++) to[i] = dot(a + i * I, from, I);
+                    for (i64 k = 0; k < many; k++) {
+                        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                        for (i64 i = 0; i < I; i++) sum += factor(a, k * I + i, half) * from[i];
+                        to[k] = sum;
+                    }
             }
         }
 #pragma omp for schedule(static)
@@ -214,24 +223,33 @@ void add_adapters(const Slots *slots, const Stretch *stretches, i64 G, const flo
             i64 o = segment->output, columns = slots->columns[o], from = (chunk - chunk_of[s]) * COLUMNS;
             i64 width = segment->num_columns - from < COLUMNS ? segment->num_columns - from : COLUMNS;
             for (i64 before = 0; before < o; before++) skipped += slots->rows[before];
-            const float *restrict bt =
-                slots->bt[o] + (stretches[g].slot * slots->rows[o] + segment->row) * columns + segment->column + from;
+            i64 first = (stretches[g].slot * slots->rows[o] + segment->row) * columns + segment->column + from;
+            const void *restrict bt = (const char *)slots->bt[o] + first * (half ? 2 : 4);
             for (i64 t = 0; t < stretches[g].count; t++) {
                 const float *h = reduced + (first_of[g] + t) * R + skipped + segment->row;
                 float *restrict to = y[o] + (stretches[g].start + t) * columns + segment->column + from;
                 i64 r = 0;
                 for (; r + 4 <= segment->num_rows; r += 4) {
-                    const float *restrict b = bt + r * columns;
+                    const i64 b = r * columns;
 #pragma omp simd
                     for (i64 i = 0; i < width; i++)
-                        to[i] += h[r] * b[i] + h[r + 1] * b[columns + i] + h[r + 2] * b[2 * columns + i] +
-                                 h[r + 3] * b[3 * columns + i];
+                        to[i] += h[r] * factor(bt, b + i, half) + h[r + 1] * factor(bt, b + columns + i, half) +
+                                 h[r + 2] * factor(bt, b + 2 * columns + i, half) +
+                                 h[r + 3] * factor(bt, b + 3 * columns + i, half);
                 }
                 for (; r < segment->num_rows; r++)
 #pragma omp simd
-                    for (i64 i = 0; i < width; i++) to[i] += h[r] * bt[r * columns + i];
+                    for (i64 i = 0; i < width; i++) to[i] += h[r] * factor(bt, r * columns + i, half);
             }
         }
     }
     free(reduced);
+}
+
+/* y[t] += B A x[t], with the factors of the slot whose stretch row t is in. x: [T, I]; y[o]: [T, columns[o]]. */
+void add_adapters(const Slots *slots, const Stretch *stretches, i64 G, const float *x, float *y0, float *y1, float *y2,
+                  float *y3) {
+    float *const y[4] = {y0, y1, y2, y3};
+    if (slots->half) add_factors(slots, stretches, G, x, y, 1);
+    else add_factors(slots, stretches, G, x, y, 0);
 }

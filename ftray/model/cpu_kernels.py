@@ -36,7 +36,7 @@ class SegmentStruct(ctypes.Structure):
 
 class SlotsStruct(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("in_features", "rank", "num_outputs", "num_segments")],
+        *[(name, ctypes.c_int64) for name in ("in_features", "rank", "num_outputs", "num_segments", "half")],
         ("a", ctypes.c_void_p),
         ("bt", ctypes.c_void_p * MAX_OUTPUTS),
         ("rows", ctypes.c_int64 * MAX_OUTPUTS),
@@ -94,7 +94,7 @@ def build(gcc: str, openmp: Path, library: Path) -> None:
 
 
 class CpuKernels:
-    """Every tensor is float32 (indices int64) and contiguous."""
+    """Every tensor is float32 (indices int64, factors also bfloat16) and contiguous."""
 
     def __init__(self, library: Any):
         pointer, count, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -160,6 +160,7 @@ def slots_struct(factors: Factors) -> SlotsStruct:
         rank=factors.a.shape[1],
         num_outputs=len(factors.bt),
         num_segments=len(factors.segments),
+        half=factors.a.dtype == torch.bfloat16,
         a=factors.a.data_ptr(),
     )
     for index, bt in enumerate(factors.bt):

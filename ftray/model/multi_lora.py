@@ -59,6 +59,8 @@ class LoraBank:
             group, index = self._group_of[name]
             by_group.setdefault(group.name, {})[index] = module.a, (module.b * module.scale).t()
         factors = {name: self._factors(self._groups[name], found) for name, found in by_group.items()}
+        if self.kernels is not None and all(is_bfloat16(t) for own in factors.values() for t in own.tensors):
+            factors = {name: own.to(torch.bfloat16) for name, own in factors.items()}
         prepared = HostAdapter(key, factors)
         self.slots.check(prepared)
         return prepared
@@ -126,6 +128,11 @@ class LoraBank:
                 row, column = row + rank, column + width
             bt.append(own(block))
         return Factors(own(torch.cat(a)), tuple(bt), tuple(segments))
+
+
+def is_bfloat16(tensor: Tensor) -> bool:
+    """Whether bfloat16 holds the same numbers in half the bytes, as of adapters that were trained or saved in it."""
+    return torch.equal(tensor.to(torch.bfloat16).to(tensor.dtype), tensor)
 
 
 class LinearGroup:

@@ -79,8 +79,13 @@ def test_heads_that_fill_no_register_are_left_to_torch(kernels):
 RANKS, WIDTHS = (5, 16, 3), (40, 7, 300)
 
 
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def factors(request, float_factors):
+    return float_factors.to(request.param)
+
+
 @pytest.fixture(scope="module", params=[True, False], ids=["one output", "an output each"])
-def factors(request):
+def float_factors(request):
     """Of three slots and three layers."""
     a, blocks = drawn(3, sum(RANKS), 70, seed=6), [drawn(3, r, w, seed=w) for r, w in zip(RANKS, WIDTHS, strict=True)]
     if not request.param:
@@ -97,6 +102,7 @@ def factors(request):
 
 
 def wanted(factors: Factors, slot: int, x: torch.Tensor) -> list[torch.Tensor]:
+    factors = factors.to(torch.float32)
     parts = (x @ factors.a[slot].t()).split([bt.shape[1] for bt in factors.bt], dim=1)
     return [part @ bt[slot] for part, bt in zip(parts, factors.bt, strict=True)]
 

@@ -1,9 +1,13 @@
 """The engine: adapters of mixed rank in one batch equal peft one adapter at a time; mixed answers equal solo answers;
 served prompts and logits are those of training."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from engine_contract import NEAR_TIE, Reference, answers
+from safetensors.torch import load_file, save_file
 from tiny import chat_rows, write_jsonl
 
 from ftray.config.run import AdapterConfig, DataConfig
@@ -54,7 +58,7 @@ PROMPTS = [
 MIX = ["r4", "r8", "r16", "qv", None, "r4", "r4b", "r4c"]
 
 
-def mixed_log_probs(engine) -> list[torch.Tensor]:
+def mixed_log_probs(engine, mix=MIX) -> list[torch.Tensor]:
     """All prompts in one forward pass, each with its own adapter."""
     ids = torch.tensor([i for prompt in PROMPTS for i in prompt])
     lengths = [len(prompt) for prompt in PROMPTS]
@@ -62,8 +66,8 @@ def mixed_log_probs(engine) -> list[torch.Tensor]:
     from ftray.infer.attention import AttentionStep
 
     step = AttentionStep(cache=None, write_slots_T=None, decode=None, whole=packed_layout(lengths))
-    with torch.inference_mode(), engine.pinned(*MIX):
-        hidden = engine._hidden(ids, positions, list(zip(MIX, lengths, strict=True)), step)
+    with torch.inference_mode(), engine.pinned(*mix):
+        hidden = engine._hidden(ids, positions, list(zip(mix, lengths, strict=True)), step)
         return list(engine._head(hidden).log_softmax(-1).split(lengths))
 
 
@@ -73,6 +77,31 @@ def test_mixed_ranks_equal_peft(engine, tiny_base, adapters, monkeypatch, few):
     monkeypatch.setattr(adapter_runs, "KERNEL_TOKENS", few)
     for log_probs, prompt, name in zip(mixed_log_probs(engine), PROMPTS, MIX, strict=True):
         torch.testing.assert_close(log_probs, peft_log_probs(tiny_base, adapters.get(name), prompt), **CLOSE)
+
+
+@pytest.mark.parametrize("few", [0, 1000], ids=["an adapter at a time", "neighbours together"])
+def test_adapters_saved_in_bfloat16_are_held_in_it(tiny_base, adapters, step_operations, tmp_path, monkeypatch, few):
+    """Beside ones of float32, whose numbers bfloat16 would not hold."""
+    monkeypatch.setattr(adapter_runs, "KERNEL_TOKENS", few)
+    saved = {f"{name} half": saved_in_bfloat16(adapters[name], tmp_path / name) for name in ("r4", "r8", "r16", "qv")}
+    mix = ["r4 half", "r8 half", "r16 half", "qv half", None, "r4", "r8", "r16"]
+    engine = make_engine(tiny_base, adapters | saved)
+    held = {name: adapter.num_bytes for name, adapter in engine._bank.host.items()}
+    share = 0.5 if step_operations == "our kernels" else 1
+    assert [held[f"{name} half"] / held[name] for name in ("r4", "r8", "r16", "qv")] == [share] * 4
+    for log_probs, prompt, name in zip(mixed_log_probs(engine, mix), PROMPTS, mix, strict=True):
+        torch.testing.assert_close(log_probs, peft_log_probs(tiny_base, (adapters | saved).get(name), prompt), **CLOSE)
+    with pytest.raises(AssertionError):  # the twin: those that were not rounded
+        torch.testing.assert_close(
+            mixed_log_probs(engine, mix)[2], peft_log_probs(tiny_base, adapters["r16"], PROMPTS[2]), **CLOSE
+        )
+
+
+def saved_in_bfloat16(adapter: Path, directory: Path) -> Path:
+    shutil.copytree(adapter, directory)
+    weights = directory / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(weights).items()}, weights)
+    return directory
 
 
 def test_rows_of_the_wrong_adapter_are_found(engine, tiny_base, adapters, monkeypatch):
