@@ -26,6 +26,7 @@ BENCHES = {
     "serve": [
         "serve_ftray_base",
         "serve_ftray_adapters",
+        "serve_ftray_adapters_bf16",
         "serve_ftray_adapters_rank8",
         "serve_transformers",
         "serve_peft",

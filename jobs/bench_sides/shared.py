@@ -65,12 +65,14 @@ def peak_gib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
-def random_adapters(*, rank: int = RANK) -> list[Path]:
+def random_adapters(*, rank: int = RANK, dtype: str = "float32") -> list[Path]:
     directory = Path(tempfile.mkdtemp(prefix="ftray-bench-"))
-    return write_adapters(directory, count=ADAPTERS, rank=rank, targets="all-linear")
+    return write_adapters(directory, count=ADAPTERS, rank=rank, targets="all-linear", dtype=dtype)
 
 
-def write_adapters(root: Path, *, count: int, rank: int, targets: str | list[str]) -> list[Path]:
+def write_adapters(
+    root: Path, *, count: int, rank: int, targets: str | list[str], dtype: str = "float32"
+) -> list[Path]:
     """PEFT directories with a B that is not zero."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -84,7 +86,7 @@ def write_adapters(root: Path, *, count: int, rank: int, targets: str | list[str
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
-                    parameter.normal_(0, 0.01)
+                    parameter.data = parameter.normal_(0, 0.01).to(getattr(torch, dtype))
         model.save_pretrained(str(root / str(number)))
         made.append(root / str(number))
     return made
