@@ -15,7 +15,7 @@ CLIENTS := .venv-clients
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
 	@echo "make test         install, then lint and run the tests that need no GPU"
-	@echo "make test-cluster many hosts as network namespaces: workers, hosts and links that fail (root, about 15 minutes)"
+	@echo "make test-cluster jobs, Slurm, TLS; many hosts as network namespaces that fail (root, about 20 minutes)"
 	@echo "make test-vllm    the vLLM engine on a CPU, in an environment of its own (about 4 minutes)"
 	@echo "make test-clients LangChain, lm-evaluation-harness and vLLM's benchmark against an endpoint (about 2 minutes)"
 	@echo "make soak         an endpoint under load for ten minutes, while replicas die and adapters are swapped"
@@ -50,6 +50,7 @@ test-other-half: install
 
 # Many hosts on this machine, as network namespaces: needs root and `ip`.
 test-cluster: install
+	$(BIN)/python -m pytest tests/cluster/test_jobs.py
 	$(BIN)/python -m pytest tests/cluster/test_submit.py tests/cluster/test_tls.py
 	$(BIN)/python -m pytest tests/cluster/test_slurm.py
 	$(BIN)/python -m pytest tests/cluster/test_jobs_on_hosts.py

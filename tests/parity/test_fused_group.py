@@ -2,15 +2,13 @@
 losses (rtol 1e-5: float32 sums in another order) and weights (1e-4 of the change), whatever the others do."""
 
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
-from ranks import Record, Trained, config_of, train_on_ranks
+from ranks import Record, Trained, config_of, start_ranks, train_on_ranks
 
 LOSS_RTOL, WEIGHT_NORM = 1e-5, 1e-4
 MEMBERS = [
@@ -40,10 +38,7 @@ MEMBERS = [
 
 def fused_on_ranks(world_size: int, out: Path, **how: Any) -> dict[str, Trained]:
     out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(run_rank, args=(world_size, port, out, how), nprocs=world_size, join=True)
+    start_ranks(run_rank, world_size, out, how)
     return {name: Trained(**found) for name, found in torch.load(out / "fused.pt").items()}
 
 
