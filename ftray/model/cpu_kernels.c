@@ -15,6 +15,8 @@
 
 typedef int64_t i64;
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+typedef uint32_t Wide __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef uint16_t Narrow __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(sizeof(uint16_t))));
 
 INLINE float sum_of(Vector v) {
     float sums[LANES / 2];
@@ -170,11 +172,50 @@ typedef struct {
     i64 slot, start, count;
 } Stretch;
 
-/* Number i of `factors`; bfloat16 is the upper half of a float32. `half` is known when this is compiled. */
-INLINE float factor(const void *restrict factors, i64 i, int half) {
+/* Number i of `factors`, and LANES of them; bfloat16 is the upper half of a float32. `half` is known when compiled. */
+INLINE float factor(const void *factors, i64 i, int half) {
     if (!half) return ((const float *)factors)[i];
     union { uint32_t bits; float value; } wide = {(uint32_t)((const uint16_t *)factors)[i] << 16};
     return wide.value;
+}
+
+INLINE Vector factors_from(const void *factors, i64 i, int half) {
+    if (!half) return *(const Vector *)((const float *)factors + i);
+    union { Wide bits; Vector values; } wide;
+    wide.bits = __builtin_convertvector(*(const Narrow *)((const uint16_t *)factors + i), Wide) << 16;
+    return wide.values;
+}
+
+/* to[t, k] = row k of `a` (from number `first` on) times x[t], of `rows` rows and `tokens` tokens. */
+INLINE void reduce(const void *a, i64 first, i64 I, const float *x, float *to, i64 R, int rows, int tokens, int half) {
+    Vector sums[rows * tokens];
+    for (int n = 0; n < rows * tokens; n++) sums[n] = (Vector){0};
+    for (i64 i = 0; i + LANES <= I; i += LANES)
+        for (int k = 0; k < rows; k++) {
+            Vector some = factors_from(a, first + k * I + i, half);
+            for (int t = 0; t < tokens; t++) sums[k * tokens + t] += some * *(const Vector *)(x + t * I + i);
+        }
+    for (int k = 0; k < rows; k++)
+        for (int t = 0; t < tokens; t++) {
+            float sum = sum_of(sums[k * tokens + t]);
+            for (i64 i = I - I % LANES; i < I; i++) sum += factor(a, first + k * I + i, half) * x[t * I + i];
+            to[t * R + k] = sum;
+        }
+}
+
+/* to[t] += sum over `rank` rows of h[t, r] * bt[r], for W vectors of columns and `tokens` tokens. */
+INLINE void expand(const void *bt, i64 first, i64 rank, i64 columns, const float *h, i64 R, float *to, int W, int tokens,
+                   int half) {
+    Vector sums[tokens * W];
+    for (int t = 0; t < tokens; t++)
+        for (int w = 0; w < W; w++) sums[t * W + w] = *(const Vector *)(to + t * columns + w * LANES);
+    for (i64 r = 0; r < rank; r++)
+        for (int w = 0; w < W; w++) {
+            Vector some = factors_from(bt, first + r * columns + w * LANES, half);
+            for (int t = 0; t < tokens; t++) sums[t * W + w] += h[t * R + r] * some;
+        }
+    for (int t = 0; t < tokens; t++)
+        for (int w = 0; w < W; w++) *(Vector *)(to + t * columns + w * LANES) = sums[t * W + w];
 }
 
 INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, const float *x, float *const *y, int half) {
@@ -191,55 +232,43 @@ INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, con
     {
 #pragma omp for schedule(static)
         for (i64 item = 0; item < G * fours; item++) {
-            i64 g = item / fours, r = item % fours * 4, many = R - r < 4 ? R - r : 4;
-            const void *restrict a = (const char *)slots->a + (stretches[g].slot * R + r) * I * (half ? 2 : 4);
-            for (i64 t = 0; t < stretches[g].count; t++) {
-                const float *restrict from = x + (stretches[g].start + t) * I;
-                float *to = reduced + (first_of[g] + t) * R + r;
-                if (many == 4) {
-                    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-                    for (i64 i = 0; i < I; i++) {
-                        s0 += factor(a, i, half) * from[i];
-                        s1 += factor(a, I + i, half) * from[i];
-                        s2 += factor(a, 2 * I + i, half) * from[i];
-                        s3 += factor(a, 3 * I + i, half) * from[i];
-                    }
-                    to[0] = s0, to[1] = s1, to[2] = s2, to[3] = s3;
-                } else
-                    for (i64 k = 0; k < many; k++) {
-                        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-                        for (i64 i = 0; i < I; i++) sum += factor(a, k * I + i, half) * from[i];
-                        to[k] = sum;
-                    }
-            }
+            i64 g = item / fours, r = item % fours * 4, count = stretches[g].count, t = 0;
+            i64 first = (stretches[g].slot * R + r) * I;
+#define REDUCE(ROW, ROWS, TOKENS) \
+    reduce(slots->a, first + (ROW) * I, I, x + (stretches[g].start + t) * I, \
+           reduced + (first_of[g] + t) * R + r + (ROW), R, ROWS, TOKENS, half)
+            if (R - r >= 4) {
+                for (; t + 2 <= count; t += 2) REDUCE(0, 4, 2);
+                if (t < count) REDUCE(0, 4, 1);
+            } else
+                for (; t < count; t++)
+                    for (i64 k = 0; k < R - r; k++) REDUCE(k, 1, 1);
         }
 #pragma omp for schedule(static)
         for (i64 item = 0; item < G * chunks; item++) {
-            i64 g = item / chunks, chunk = item % chunks, s = 0, skipped = 0;
+            i64 g = item / chunks, chunk = item % chunks, s = 0, skipped = 0, count = stretches[g].count;
             while (chunk_of[s + 1] <= chunk) s++;
             const Segment *segment = &slots->segments[s];
             i64 o = segment->output, columns = slots->columns[o], from = (chunk - chunk_of[s]) * COLUMNS;
             i64 width = segment->num_columns - from < COLUMNS ? segment->num_columns - from : COLUMNS;
             for (i64 before = 0; before < o; before++) skipped += slots->rows[before];
             i64 first = (stretches[g].slot * slots->rows[o] + segment->row) * columns + segment->column + from;
-            const void *restrict bt = (const char *)slots->bt[o] + first * (half ? 2 : 4);
-            for (i64 t = 0; t < stretches[g].count; t++) {
+            for (i64 t = 0, tokens; t < count; t += tokens) {
+                tokens = count - t >= 2 ? 2 : 1;
                 const float *h = reduced + (first_of[g] + t) * R + skipped + segment->row;
-                float *restrict to = y[o] + (stretches[g].start + t) * columns + segment->column + from;
-                i64 r = 0;
-                for (; r + 4 <= segment->num_rows; r += 4) {
-                    const i64 b = r * columns;
-#pragma omp simd
-                    for (i64 i = 0; i < width; i++)
-                        to[i] += h[r] * factor(bt, b + i, half) + h[r + 1] * factor(bt, b + columns + i, half) +
-                                 h[r + 2] * factor(bt, b + 2 * columns + i, half) +
-                                 h[r + 3] * factor(bt, b + 3 * columns + i, half);
-                }
-                for (; r < segment->num_rows; r++)
-#pragma omp simd
-                    for (i64 i = 0; i < width; i++) to[i] += h[r] * factor(bt, r * columns + i, half);
+                float *to = y[o] + (stretches[g].start + t) * columns + segment->column + from;
+                i64 i = 0;
+#define EXPAND(W, TOKENS) expand(slots->bt[o], first + i, segment->num_rows, columns, h, R, to + i, W, TOKENS, half)
+#define EXPAND_WHILE(W) \
+    for (; i + (W) * LANES <= width; i += (W) * LANES) \
+        if (tokens == 2) EXPAND(W, 2); else EXPAND(W, 1)
+                EXPAND_WHILE(8);
+                EXPAND_WHILE(4);
+                EXPAND_WHILE(1);
+                for (; i < width; i++)
+                    for (i64 k = 0; k < tokens; k++)
+                        for (i64 r = 0; r < segment->num_rows; r++)
+                            to[k * columns + i] += h[k * R + r] * factor(slots->bt[o], first + r * columns + i, half);
             }
         }
     }
