@@ -34,7 +34,7 @@ def show(name: str, runs_dir: RunsDir = "runs") -> None:
     from ftray.storage import read_json
     from ftray.tracking.runs import RESULT, read_run
 
-    run = read_run(notes_of(runs_dir) / name)
+    run = read_run(notes_of(runs_dir) / checked(name))
     result = run.path / RESULT
     described = {
         "name": run.name,
@@ -63,7 +63,7 @@ def compare(
     from ftray.tracking.runs import differences, read_run
 
     there = notes_of(runs_dir)
-    runs = [read_run(there / name) for name in (one, other)]
+    runs = [read_run(there / checked(name)) for name in (one, other)]
     changed = [item for item in differences(runs[0].config, runs[1].config) if item[0] != "name"]
     width = max([len("final eval loss"), *(len(key) for key, _, _ in changed)])
 
@@ -95,11 +95,22 @@ def stop(name: str, runs_dir: RunsDir = "runs") -> None:
     from ftray.tracking.runs import read_run
     from ftray.train.stored_run import ask_to_stop
 
-    run = read_run(notes_of(runs_dir) / name)
+    run = read_run(notes_of(runs_dir) / checked(name))
     if run.status == "finished":
         raise UserError(f"{name}: is finished; there is nothing to stop")
     ask_to_stop(runs_dir, name)
     print(f"{name}: asked to save and stop at the end of the step it is in")
+
+
+def checked(name: str) -> str:
+    """Of a run in `runs_dir`; nothing leads out of it. Raises `UserError`."""
+    from ftray.config.schema import check_name
+    from ftray.errors import UserError
+
+    try:
+        return check_name(name)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def notes_of(runs_dir: str) -> Path:

@@ -90,7 +90,12 @@ def check_gpus(machine: Machine) -> list[Finding]:
     if len(kinds) > 1:
         fix = "give runs the GPUs of one kind: each step waits for the slowest"
         return [Finding("warning", "gpus", text, fix)]
-    return [Finding("ok", "gpus", f"{text}, CUDA {machine.cuda}, NCCL {machine.nccl or '?'}")]
+    if machine.nccl is None:
+        fix = "install torch's build for CUDA on Linux, which brings NCCL"
+        return [
+            Finding("failed", "gpus", f"{text}, but this torch is built without NCCL: no two GPUs train together", fix)
+        ]
+    return [Finding("ok", "gpus", f"{text}, CUDA {machine.cuda}, NCCL {machine.nccl}")]
 
 
 def check_memory(machine: Machine) -> list[Finding]:

@@ -23,7 +23,7 @@ from ftray.errors import UserError
 from ftray.storage.objects import first_line
 from ftray.train.preflight import MAX_CLOCK_DIFFERENCE_S, ask_nodes
 
-OF_GPUS = ("driver", "torch's CUDA", "number of GPUs")
+OF_GPUS = ("driver", "torch's CUDA", "NCCL", "number of GPUs")
 ACTOR_S = 60.0  # for an actor to come up, or a link to be measured
 
 
@@ -117,6 +117,7 @@ def compare(machines: dict[str, Machine], *, asked: float, answered: float) -> l
         ("python", lambda machine: machine.python),
         *((name, lambda machine, name=name: machine.packages[name]) for name in packages_of(machines)),
         ("torch's CUDA", lambda machine: machine.cuda),
+        ("NCCL", lambda machine: machine.nccl),
         ("driver", lambda machine: machine.gpus[0].driver if machine.gpus else None),
         ("number of GPUs", lambda machine: str(len(machine.gpus)) if machine.gpus else None),
     ):

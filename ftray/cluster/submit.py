@@ -9,6 +9,7 @@ import getpass
 import hashlib
 import json
 import logging
+import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ NAME, KIND, OWNER, DIGEST, VERSION = "ftray_name", "ftray_kind", "ftray_owner", 
 COMMANDS = {"run": "train", "sweep": "sweep", "serve": "serve", "pipeline": "pipeline"}
 GRACE_S = 300.0  # for a run to save, before it is ended
 POLL_S = 1.0
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 Say = Callable[[str], None]
 
@@ -69,7 +71,8 @@ def describe_job(kind: str, name: str, config: str, overrides: Sequence[str], *,
 
 
 def read_runtime_env(path: str) -> dict[str, Any]:
-    """What Ray makes on the nodes for a job. Raises `UserError` for what Ray would refuse there."""
+    """What Ray makes on the nodes for a job. Raises `UserError` for what Ray would refuse there, and for secrets: it is
+    all in `ray job list` and in Ray's logs."""
     from ray.runtime_env import RuntimeEnv
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -79,6 +82,8 @@ def read_runtime_env(path: str) -> dict[str, Any]:
         if not isinstance(read, dict) or "working_dir" in read:
             raise ValueError("give a mapping without working_dir, which is --working-dir")
         RuntimeEnv(**read)
+        if secret := next((name for name in read.get("env_vars", {}) if SECRET.search(name)), None):
+            raise ValueError(f"env_vars.{secret}: everyone would read it in `ray job list`; set it on the head node")
     except (OSError, YAMLError, TypeError, ValueError) as error:
         raise UserError(f"--runtime-env: {path}: {str(error).strip().splitlines()[0]}") from None
     return read

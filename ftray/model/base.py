@@ -59,6 +59,7 @@ def prepare_base(name: str, *, say: Callable[[str], None] = lambda _: None) -> B
         raise UserError(f"base_model: {name}: holds no config.json; give a Hugging Face model directory")
     else:
         directory = download_from_hub(name, say=say)
+    check_foreign_code(directory, name)
     return BaseModel(name, directory, fingerprint_of(directory))
 
 
@@ -142,6 +143,28 @@ def convert_gguf(gguf: Path, *, label: str, say: Callable[[str], None]) -> Path:
         write_manifest(directory, metadata={"converted_from": gguf.name})
         verify_directory(directory)
     return directory
+
+
+def check_foreign_code(directory: Path, name: str) -> None:
+    """Code that comes with a model is never run: transformers' own classes load it (`trust_remote_code=False`). Raises
+    `UserError` where there are none."""
+    for file in ("config.json", "tokenizer_config.json"):
+        path = directory / file
+        foreign = sorted((read_json(path).get("auto_map") or {}).items()) if path.is_file() else []
+        if not foreign:
+            continue
+        from transformers import AutoConfig, AutoTokenizer
+
+        what: Any = AutoConfig if file == "config.json" else AutoTokenizer
+        try:
+            what.from_pretrained(directory, trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise UserError(
+                f"base_model: {name}: its {file} wants code of its own ({foreign[0][1]}), which ftray does not run; "
+                "choose a base whose architecture transformers has"
+            ) from None
 
 
 def gguf_head(gguf: Path) -> bytes:
@@ -229,7 +252,7 @@ def load_tokenizer(base: BaseModel) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked later by Ray; the fast tokenizer would warn
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(base.directory)
+    return AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
 
 
 def load_weights(base: BaseModel, hardware: Hardware, *, attention: str, quantize: str | None = None) -> Any:
@@ -247,7 +270,11 @@ def load_weights(base: BaseModel, hardware: Hardware, *, attention: str, quantiz
     if quantize is not None:
         options = {"quantization_config": nf4_settings(hardware), "device_map": {"": hardware.device}}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        base.directory, dtype=hardware.dtype, attn_implementation=attention, **options
+        base.directory,
+        dtype=hardware.dtype,
+        attn_implementation=attention,
+        trust_remote_code=False,
+        **options,
     )
     if quantize is not None:
         check_nf4_rows(model, hardware)

@@ -24,7 +24,7 @@ def merge_adapter(adapter: Path, base: BaseModel, directory: Path, *, label: str
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    plain: Any = AutoModelForCausalLM.from_pretrained(base.directory, dtype="auto")
+    plain: Any = AutoModelForCausalLM.from_pretrained(base.directory, dtype="auto", trust_remote_code=False)
     try:
         adapted: Any = PeftModel.from_pretrained(plain, adapter)
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -37,7 +37,7 @@ def merge_adapter(adapter: Path, base: BaseModel, directory: Path, *, label: str
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}; choose another directory") from None
     merged.save_pretrained(staging)
-    AutoTokenizer.from_pretrained(base.directory).save_pretrained(staging)
+    AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False).save_pretrained(staging)
     origin = {"merged_adapter": label, "base_model": base.name, "base_fingerprint": base.fingerprint}
     write_manifest(staging, metadata=origin)
     staging.rename(directory)

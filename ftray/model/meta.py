@@ -52,18 +52,19 @@ def read_model_config(name: str) -> Any:
     from transformers import AutoConfig
 
     if name in EMBEDDED or Path(name).exists() or not is_hub_id(name):
-        return AutoConfig.from_pretrained(prepare_base(name).directory)
+        return AutoConfig.from_pretrained(prepare_base(name).directory, trust_remote_code=False)
     repository, _, revision = name.partition("@")
     cached = try_to_load_from_cache(repository, "config.json", revision=revision or None)
     if isinstance(cached, str):
-        return AutoConfig.from_pretrained(Path(cached).parent)
+        return AutoConfig.from_pretrained(Path(cached).parent, trust_remote_code=False)
     shape = SHAPES / f"{repository.replace('/', '--')}.json"
     if shape.is_file():
         settings = read_json(shape)
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     try:
         return AutoConfig.from_pretrained(
-            Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent
+            Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent,
+            trust_remote_code=False,
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"base_model: {name}: its config.json is not to be had: {str(error).splitlines()[0]}") from None

@@ -27,10 +27,11 @@ from ftray.tracking.runs import differences
 from ftray.train.checkpoint import data_digest
 from ftray.train.finish import PreparedData, num_steps
 from ftray.train.launch import TOKENS, check_before_anything, on_sigterm, prepare_data
-from ftray.train.preflight import check_nodes, check_resources, fitting_groups
+from ftray.train.preflight import check_nodes, check_resources, fitting_groups, nodes_for
 from ftray.train.ray_trainer import name_for_workers
 from ftray.train.run_directory import refuse_unwritable, refuse_vanishing_directory, set_aside
 from ftray.train.session import ray_session
+from ftray.train.spread import spread_base
 from ftray.train.stored_run import is_stored, local_directory, store_tokens
 
 DATA = "data.json"
@@ -93,6 +94,8 @@ def search(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> N
     check_generations(study, base_run, data)
     check_resources(base_run.workers, say=say)
     check_nodes(None if is_stored(study.place) else trials_directory(directory), base_run.workers)
+    if "://" in base_run.base_model:
+        spread_base(base_run.base_model, nodes_for(base_run.workers), say=say)
     say(describe_plan(study))
     write_sweep_report(study, directory)
     say(f"as it goes: {study.place}/{REPORT}")

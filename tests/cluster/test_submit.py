@@ -1,5 +1,7 @@
 """`ftray submit`, as a user does it who has only the client."""
 
+import getpass
+import re
 import signal
 import subprocess
 import sys
@@ -78,4 +80,6 @@ def test_ftray_submit_follows_stops_and_goes_on_by_name(head, tiny_model, train_
         env=plain_environment(**TOKEN),
         timeout=60,
     ).stdout
-    assert "'ftray_name': 'remote'" in submitted
+    for told in ("'ftray_name': 'remote'", f"'ftray_owner': '{getpass.getuser()}'", "'ftray_kind': 'run'"):
+        assert told in submitted
+    assert len(set(re.findall(r"'ftray_config': '([0-9a-f]{12})'", submitted))) == 2, "a digest of either config"

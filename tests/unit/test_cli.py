@@ -313,5 +313,8 @@ def test_runs_are_listed_compared_and_stopped(run, tmp_path):
     assert "asked to save and stop" in run("runs", "stop", "fast", *flag)[1]
     assert (tmp_path / "runs" / "fast" / "stop_request").is_file()
     assert run("runs", "stop", "slow", *flag)[::2] == (2, "error: slow: is finished; there is nothing to stop\n")
+    for command in (("show", "../runs/fast"), ("stop", "../runs/fast"), ("compare", "fast", "../runs/slow")):
+        code, _, err = run("runs", *command, *flag)
+        assert (code, "a name is lower-case" in err) == (2, True), err
     code, _, err = run("runs", "show", "fsat", *flag)
     assert (code, "no such run" in err, "fast, slow" in err) == (2, True, True)

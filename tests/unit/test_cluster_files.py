@@ -146,7 +146,9 @@ def test_what_jobs_and_the_service_run_exists():
     (service,) = documents(KUBERAY / "service.yaml")
     deploy = YAML(typ="safe", pure=True).load(service["spec"]["serveConfigV2"])
     ServeDeploySchema.model_validate(deploy)
-    ServeConfig.model_validate(deploy["applications"][0]["args"])
+    config = ServeConfig.model_validate(deploy["applications"][0]["args"])
+    (extras,) = re.findall(r"'\.\[(.+)\]'", DOCKERFILE.read_text())
+    assert config.engine.type == "torch" or config.engine.type in extras.split(","), "the image has it"
 
 
 # -- the image -------------------------------------------------------------------------------------------------------
@@ -249,6 +251,7 @@ def test_runtime_environments_are_read_and_mistakes_told(tmp_path):
         ("[uv]", "give a mapping"),
         ("uv: {packages: 3}", "packages"),
         ("uv: [", "runtime-env"),
+        ("env_vars: {A: b, WANDB_API_KEY: sentinel}", "env_vars.WANDB_API_KEY: everyone would read it"),
     ):
         path = tmp_path / "env.yaml"
         path.write_text(text)
