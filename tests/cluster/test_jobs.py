@@ -1,6 +1,7 @@
 """As a user: `ray job submit` to a head node, and Ctrl-C in the middle of `ftray train`."""
 
 import json
+import secrets
 import signal
 import subprocess
 import sys
@@ -19,9 +20,12 @@ from ftray.tracking.events import read_events
 ROOT = Path(__file__).parents[2]
 
 
+PORT = free_port()
+
+
 @pytest.fixture(scope="module")
 def head():
-    with head_node() as url:
+    with head_node(port=PORT) as url:
         yield url
 
 
@@ -70,6 +74,16 @@ def test_train_job(head, tiny_model, train_file, eval_file, tmp_path):
     assert piped.returncode == 0, piped.stdout + piped.stderr
     assert "finished already" in piped.stdout
     assert "published support@1" in piped.stdout
+
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        f"kind: sweep\nname: tries\nrun: {config}\nspace: {{optimizer.learning_rate: [1e-3, 5e-3]}}\n"
+        f"overrides: {{max_steps: 4, runs_dir: {tmp_path}/runs, registry: {tmp_path}/registry}}\n"
+        "search: {algorithm: grid}\n"
+    )
+    swept = submit(head, "jobs/sweep.py", str(sweep))
+    assert swept.returncode == 0, swept.stdout + swept.stderr
+    assert "published tries@1" in swept.stdout
 
 
 def test_serve_job_ends_with_its_job(head, tmp_path, adapters):
@@ -154,6 +168,18 @@ def test_without_the_token_nothing_is_done(head, headers):
             403,
         )
     assert httpx.get(f"{head}/api/jobs/", headers=headers).status_code in (401, 403)
+
+
+def test_a_driver_with_another_clusters_token_is_refused(head):
+    def doctor(token: str) -> subprocess.CompletedProcess:
+        command = [str(Path(sys.executable).with_name("ftray")), "doctor", "--address", f"127.0.0.1:{PORT}"]
+        environment = plain_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+
+    refused = doctor(secrets.token_hex(32))
+    assert refused.returncode == 1
+    assert "set RAY_AUTH_MODE=token and put the cluster's token into" in refused.stdout, refused.stdout + refused.stderr
+    assert "1 nodes with 4 CPUs" in doctor(TOKEN["RAY_AUTH_TOKEN"]).stdout
 
 
 def test_a_page_is_refused_even_with_the_token(head):

@@ -35,7 +35,7 @@ def project(tmp_path, tiny_model, train_file, eval_file) -> Path:
     path = tmp_path / "project"
     path.mkdir()
     (path / "run.yaml").write_text(
-        f"kind: run\nname: job\nbase_model: {tiny_model}\nmax_steps: 120\nruns_dir: {tmp_path}/runs\n"
+        f"kind: run\nname: job\nbase_model: {tiny_model}\nmax_steps: 160\nruns_dir: {tmp_path}/runs\n"
         f"data: {{train: {train_file}, eval: {eval_file}}}\nworkers: {{count: 2}}\n"
         f"batch: {{examples_per_step: 4}}\ncheckpoint: {{every: 20}}\nregistry: {tmp_path}/registry\n"
     )
@@ -77,21 +77,33 @@ def wait_for(condition, process: subprocess.Popen, *, timeout_s: float = 120):
     raise AssertionError("waited in vain")
 
 
-def test_a_driver_that_dies_is_started_again_and_goes_on(cluster, project):
+def test_a_run_that_was_stopped_goes_on_and_outlives_its_driver(cluster, project):
     process = client(cluster, project, "run.yaml")
     run = project.parent / "runs/job"
-    wait_for(lambda: list((run / "checkpoints").glob("step-*/manifest.json")), process)
+    wait_for(lambda: newest(run), process)
+    ended(client(cluster, project, "run.yaml", "--stop"))
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    saved = newest(run)
+    process = client(cluster, project, "run.yaml")
+    wait_for(lambda: newest(run) > saved, process)
     drivers = [pid for pid in cluster.processes_on(cluster.head) if is_driver(pid)]
     assert len(drivers) == 1
     os.kill(drivers[0], signal.SIGKILL)
     out = ended(process)
     assert "the driver died of SIGKILL; starts again" in out
-    assert f"resumes from {run}/checkpoints/step-" in out
-    assert "job: 120 steps" in out
-    assert read_json(run / "result.json")["steps"] == 120
-    assert [r["step"] for r in read_metrics(run) if "loss" in r] == list(range(1, 121))
+    assert f"resumes from {run}/checkpoints/step-{saved}\n" in out
+    assert out.count(f"resumes from {run}/checkpoints/step-") == 2
+    assert "job: 160 steps" in out
+    assert read_json(run / "result.json")["steps"] == 160
+    assert [r["step"] for r in read_metrics(run) if "loss" in r] == list(range(1, 161))
     workers = [event["workers"] for event in read_events(run) if event["event"] == "workers_started"]
     assert workers[-1] == 2
+
+
+def newest(run: Path) -> int:
+    """Step of the newest whole checkpoint; 0: none."""
+    return max((int(p.parent.name[5:]) for p in (run / "checkpoints").glob("step-*/manifest.json")), default=0)
 
 
 def is_driver(pid: int) -> bool:

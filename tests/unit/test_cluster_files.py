@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import jsonschema
@@ -239,6 +240,19 @@ def test_alerts_fire_when_they_should():
         command = ["promtool", *arguments]
         done = subprocess.run(command, cwd=ROOT / "cluster/prometheus", capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_jobs_upload_is_small_and_whole(tmp_path):
+    """What Ray packs of a clone, by .rayignore and .gitignore."""
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    package = tmp_path / "package.zip"
+    create_package(str(ROOT), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
+    names = set(zipfile.ZipFile(package).namelist())
+    assert {"jobs/train.py", "ftray/registry/registry.py", "configs/quickstart/data/train.jsonl"} <= names
+    assert not [name for name in names if name.split("/")[0] in ("tests", "docs", ".venv", ".git", "runs")]
+    assert package.stat().st_size < 2 << 20
 
 
 def test_runtime_environments_are_read_and_mistakes_told(tmp_path):
