@@ -1,16 +1,13 @@
 """Looks at what ftray needs, one check a function; each says what it saw and how to mend it."""
 
 import importlib.util
-import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import httpx
-
-from ftray.cluster.machine import Machine, Room, look, room
+from ftray.cluster.machine import Machine, Room, look, room, wandb_server
 from ftray.model.base import EMBEDDED
 
 MIN_MEMORY_GIB = 6.0  # two workers with the 135M model in float32, and Ray
@@ -20,7 +17,6 @@ FULL_SHM = 0.9
 MIN_OPEN_FILES = 4096
 # The oldest driver for each major version of CUDA (NVIDIA's table of compatibility).
 MIN_DRIVER = {"12": 525, "13": 580}
-REACH_S = 3.0
 CONSTRAINTS = Path(__file__).parents[2] / "cluster" / "constraints.txt"
 PINNED = ("ray", "torch", "transformers", "peft", "deepspeed", "datasets", "wandb")
 
@@ -38,7 +34,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """This machine."""
-    machine = look()
+    machine = look(wandb=wandb_server())
     return [finding for check in (*CHECKS, *LOCAL_CHECKS) for finding in check(machine)]
 
 
@@ -152,6 +148,16 @@ def check_interfaces(machine: Machine) -> list[Finding]:
     return [Finding("ok", "network", shown + fabrics)]
 
 
+def check_wandb(machine: Machine) -> list[Finding]:
+    url = wandb_server()
+    if url is None:
+        return [Finding("ok", "wandb server", "no WANDB_API_KEY: tracking.wandb: auto records offline")]
+    if machine.wandb_problem is not None:
+        fix = "open the way there, set HTTPS_PROXY, or set tracking.wandb=offline and `wandb sync` later"
+        return [Finding("warning", "wandb server", f"{url} is not reached: {machine.wandb_problem}", fix)]
+    return [Finding("ok", "wandb server", f"WANDB_API_KEY is set, {url} answers")]
+
+
 CHECKS: tuple[Callable[[Machine], list[Finding]], ...] = (
     check_python,
     check_packages,
@@ -161,6 +167,7 @@ CHECKS: tuple[Callable[[Machine], list[Finding]], ...] = (
     check_shared_memory,
     check_limits,
     check_interfaces,
+    check_wandb,
 )
 
 # -- of this machine alone -------------------------------------------------------------------------------------------
@@ -201,22 +208,9 @@ def check_serve_port(machine: Machine) -> list[Finding]:
     return [Finding("ok", "port 8000", "free for an endpoint")]
 
 
-def check_wandb(machine: Machine) -> list[Finding]:
-    if "WANDB_API_KEY" not in os.environ:
-        return [Finding("ok", "wandb server", "no WANDB_API_KEY: tracking.wandb: auto records offline")]
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    try:
-        httpx.get(url, timeout=REACH_S)
-    except httpx.HTTPError as error:
-        fix = "open the way there, set HTTPS_PROXY, or set tracking.wandb=offline and `wandb sync` later"
-        return [Finding("warning", "wandb server", f"{url} is not reached: {type(error).__name__}", fix)]
-    return [Finding("ok", "wandb server", f"WANDB_API_KEY is set, {url} answers")]
-
-
 LOCAL_CHECKS: tuple[Callable[[Machine], list[Finding]], ...] = (
     check_hardware,
     check_working_disk,
     check_embedded_model,
     check_serve_port,
-    check_wandb,
 )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import httpx
 import psutil
 
 from ftray.model.base import cache_directory
@@ -20,6 +21,7 @@ SHARED_MEMORY = Path("/dev/shm")
 FABRICS = Path("/sys/class/infiniband")
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
 NVIDIA_SMI_S = 20.0
+REACH_S = 3.0
 IPC_LOCK = 14  # its bit (linux/capability.h)
 
 
@@ -67,11 +69,17 @@ class Machine:
     fabrics: tuple[str, ...]  # RDMA adapters
     interfaces: tuple[Interface, ...]
     token_auth: bool  # Ray's, in this process
+    wandb_problem: str | None  # why the server that was asked for does not answer
     shared: str | None  # content of the file that was asked for
 
 
-def look(shared: Path | None = None) -> Machine:
-    """`shared`: a file that another machine has just written."""
+def wandb_server() -> str | None:
+    """Where runs that this process starts would be logged; None: offline."""
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai") if "WANDB_API_KEY" in os.environ else None
+
+
+def look(shared: Path | None = None, *, wandb: str | None = None) -> Machine:
+    """`shared`: a file that another machine has just written. `wandb`: a server to be asked."""
     memory, shm = psutil.virtual_memory(), shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
     described = describe_environment()
     gpus, gpu_problem = find_gpus()
@@ -95,6 +103,7 @@ def look(shared: Path | None = None) -> Machine:
         fabrics=tuple(sorted(path.name for path in FABRICS.glob("*"))),
         interfaces=find_interfaces(),
         token_auth=asks_for_token(),
+        wandb_problem=why_unreached(wandb) if wandb is not None else None,
         shared=shared.read_text() if shared is not None and shared.is_file() else None,
     )
 
@@ -102,6 +111,14 @@ def look(shared: Path | None = None) -> Machine:
 def room(place: Path) -> Room:
     existing = next(p for p in [place, *place.parents] if p.exists())
     return Room(str(existing), shutil.disk_usage(existing).free / 2**30, os.access(existing, os.W_OK))
+
+
+def why_unreached(url: str) -> str | None:
+    try:
+        httpx.get(url, timeout=REACH_S)
+    except httpx.HTTPError as error:
+        return type(error).__name__
+    return None
 
 
 def limit_gib(limit: int) -> float:

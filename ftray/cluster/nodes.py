@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray.cluster.bandwidth import CONNECT_S, Peer, judge_links, rounds
 from ftray.cluster.doctor import Finding, judge
-from ftray.cluster.machine import Machine, look
+from ftray.cluster.machine import Machine, look, wandb_server
 from ftray.errors import UserError
 from ftray.storage.objects import first_line
 from ftray.train.preflight import MAX_CLOCK_DIFFERENCE_S, ask_nodes
@@ -40,7 +40,7 @@ def examine_cluster(address: str, *, shared: Path | None, say: Callable[[str], N
             if probe is not None:
                 probe.write_text(token)
             asked = time.time()
-            answers = ask_nodes(nodes, look_there, probe)
+            answers = ask_nodes(nodes, look_there, probe, wandb_server())
             answered = time.time()
         except OSError as error:
             return [Finding("failed", "shared storage", f"{shared}: {error.strerror}", "give a directory of all nodes")]
@@ -88,8 +88,8 @@ def connected(address: str) -> Iterator[Finding | None]:
         ray.shutdown()
 
 
-def look_there(address: str, probe: Path | None) -> Machine:
-    return look(probe)
+def look_there(address: str, probe: Path | None, wandb: str | None) -> Machine:
+    return look(probe, wandb=wandb)
 
 
 def name_of(node: dict[str, Any]) -> str:

@@ -40,6 +40,7 @@ GOOD = Machine(
     fabrics=("mlx5_0",),
     interfaces=(Interface("eth0", "10.0.0.1", 100_000),),
     token_auth=True,
+    wandb_problem=None,
     shared="token",
 )
 
@@ -184,6 +185,9 @@ def test_wandb_that_is_not_reached(monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     (found,) = [finding for finding in examine() if finding.subject == "wandb server"]
     assert (found.level, "http://127.0.0.1:9 is not reached" in found.text) == ("warning", True)
+    there = judge(replace(GOOD, wandb_problem="ConnectTimeout"))  # from a node
+    assert [(found.level, found.subject) for found in broken(there)] == [("warning", "wandb server")]
+    assert broken(judge(GOOD)) == []
 
 
 def test_a_port_that_is_taken(monkeypatch):
