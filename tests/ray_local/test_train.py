@@ -3,7 +3,9 @@
 import gzip
 import json
 import os
+import secrets
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,6 +15,7 @@ from tiny import chat_rows, write_jsonl
 from watching import Recorder
 
 from ftray.errors import FtrayError, UserError
+from ftray.serve.app import ray_log_directory
 from ftray.storage import read_json, verify_directory
 from ftray.tracking.metrics import read_metrics
 from ftray.tracking.samples import read_samples
@@ -20,7 +23,14 @@ from ftray.train.checkpoint import newest_whole_checkpoint
 from ftray.train.launch import launch
 
 
-def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):
+def files_with(secret: str, *places: Path) -> list[Path]:
+    files = [path for place in places for path in place.rglob("*") if path.is_file() and not path.is_socket()]
+    return [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path, monkeypatch):
+    secret = secrets.token_hex(20)
+    monkeypatch.setenv("WANDB_API_KEY", secret)
     settings = {"tracking.wandb": "offline", "tracking.tensorboard": "true", "evaluation.samples": 3}
     recorder = Recorder()
     result = launch(config(**settings), recorder.watcher(), profile_steps=2)
@@ -60,6 +70,11 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path):
     assert any("2 workers run on cpu, float32" in line and "all-reduce at" in line for line in recorder.lines)
     assert [event["event"] for event in result["events"]] == ["workers_started"]
     assert any("40 examples" in line and "longest" in line for line in recorder.lines)
+
+    # what the workers were given stands nowhere: not in the run's directory, nor in Ray's logs
+    logs = ray_log_directory().parent
+    assert files_with("RayTrainWorker", logs), "the logs of this session"
+    assert files_with(secret, run, logs) == []
 
     # the same command again: the result stands
     again = Recorder()
