@@ -24,6 +24,7 @@ from ftray.storage.objects import first_line
 from ftray.train.preflight import MAX_CLOCK_DIFFERENCE_S, ask_nodes
 
 OF_GPUS = ("driver", "torch's CUDA", "NCCL", "number of GPUs")
+TOKEN_FIX = "set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
 ACTOR_S = 60.0  # for an actor to come up, or a link to be measured
 
 
@@ -76,10 +77,11 @@ def connected(address: str) -> Iterator[Finding | None]:
     try:
         if address != "auto":
             socket.create_connection((host, int(port or 6379)), timeout=CONNECT_S).close()  # Ray would wait longer
+            fix = f"something listens there; if it is Ray, it has another token: {TOKEN_FIX}"  # Ray does not say so
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         if "token" in str(error).lower() or "auth" in str(error).lower():
-            fix = "set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            fix = TOKEN_FIX
         yield Finding("failed", "ray cluster", f"{address}: {first_line(error)}", fix)
         return
     try:
