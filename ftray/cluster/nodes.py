@@ -19,12 +19,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ftray.cluster.bandwidth import CONNECT_S, Peer, judge_links, rounds
 from ftray.cluster.doctor import Finding, judge
 from ftray.cluster.machine import Machine, look, wandb_server
+from ftray.cluster.submit import TOKEN_FIX
 from ftray.errors import UserError
 from ftray.storage.objects import first_line
 from ftray.train.preflight import MAX_CLOCK_DIFFERENCE_S, ask_nodes
 
 OF_GPUS = ("driver", "torch's CUDA", "NCCL", "number of GPUs")
-TOKEN_FIX = "set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
 ACTOR_S = 60.0  # for an actor to come up, or a link to be measured
 
 

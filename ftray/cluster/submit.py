@@ -24,6 +24,7 @@ NAME, KIND, OWNER, DIGEST, VERSION = "ftray_name", "ftray_kind", "ftray_owner", 
 COMMANDS = {"run": "train", "sweep": "sweep", "serve": "serve", "pipeline": "pipeline"}
 GRACE_S = 300.0  # for a run to save, before it is ended
 POLL_S = 1.0
+TOKEN_FIX = "set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 Say = Callable[[str], None]
@@ -103,7 +104,7 @@ def connect(address: str | None) -> Any:
         where = address or "no address was given and RAY_ADDRESS is not set"
         hint = ""
         if "auth" in told.lower() or "401" in told or "403" in told:
-            hint = "; set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            hint = f"; {TOKEN_FIX}"
         raise UserError(f"--address: {where}: {told}{hint}") from None
 
 

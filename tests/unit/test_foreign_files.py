@@ -15,7 +15,6 @@ from ftray.model.hardware import choose_hardware
 CODE = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
-Path(__file__)
 Path({marker!r}).write_text("ran")
 
 class TheirConfig(LlamaConfig):
