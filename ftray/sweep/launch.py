@@ -94,8 +94,7 @@ def search(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> N
     check_generations(study, base_run, data)
     check_resources(base_run.workers, say=say)
     check_nodes(None if is_stored(study.place) else trials_directory(directory), base_run.workers)
-    if "://" in base_run.base_model:
-        spread_base(base_run.base_model, nodes_for(base_run.workers), say=say)
+    spread_base(base_run.base_model, nodes_for(base_run.workers), say=say)
     say(describe_plan(study))
     write_sweep_report(study, directory)
     say(f"as it goes: {study.place}/{REPORT}")

@@ -93,8 +93,7 @@ def run_in(
             check_resources(config.workers, say=watcher.say)
             check_nodes(directory.path if directory.stored is None else None, config.workers)
             base, data = preparing.result()
-            if "://" in config.base_model:
-                spread_base(config.base_model, nodes_for(config.workers), say=watcher.say)
+            spread_base(config.base_model, nodes_for(config.workers), say=watcher.say)
         done = directory.resume_from is not None and is_complete(directory.resume_from, config, data)
         if directory.stored is None and not done:
             check_disk(config, base, directory.path)

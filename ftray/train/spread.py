@@ -61,7 +61,10 @@ class Holder:
 
 
 def spread_base(url: str, nodes: list[dict[str, Any]], *, say: Callable[[str], None]) -> None:
-    """To the `nodes` that have no copy. What goes wrong is told, and left to each node."""
+    """To the `nodes` that have no copy; a base that lies in no store needs none. What goes wrong is told, and left to
+    each node."""
+    if "://" not in url:
+        return
     here = ray.get_runtime_context().get_node_id()
     ids = [here, *(node["NodeID"] for node in nodes if node["NodeID"] != here)]
     if len(ids) == 1:
