@@ -33,6 +33,7 @@ BENCHES = {
         "serve_vllm_base",
         "serve_vllm_adapters",
     ],
+    "adapters": ["adapters_ftray"],
     "latency": ["latency_ftray"],
     "sweep": ["sweep_ftray", "sweep_ftray_asha", "sweep_tune", "sweep_tune_one"],
     "sweep_long": ["sweep_long_ftray_asha", "sweep_long_tune"],

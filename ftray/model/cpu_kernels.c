@@ -8,10 +8,16 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 #define COLUMNS 128 /* of an output that one thread adds to at a time */
+/* Arrays of a known size stay in registers; of one that only the caller knows they would not. */
+#define MOST_SUMS 16
+#define MOST_HEAD_LANES 32
 
 typedef int64_t i64;
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
@@ -104,7 +110,7 @@ INLINE void attend_to_page(const float *query, const float *page, i64 count, i64
         for (i64 end = h + sharing; h < end; h++) {
             float *weight = score + h * page_tokens, *to = result + h * head;
             const float *keys = page + k * head, *values = page + (K + k) * head;
-            Vector turned[W], sums[W];
+            Vector turned[MOST_HEAD_LANES], sums[MOST_HEAD_LANES];
             for (i64 w = 0; w < W; w++) turned[w] = *(const Vector *)(query + h * head + w * LANES) * scaling;
             for (i64 t = 0; t < count; t++) {
                 Vector products = turned[0] * *(const Vector *)(keys + t * token);
@@ -182,17 +188,22 @@ INLINE float factor(const void *factors, i64 i, int half) {
 INLINE Vector factors_from(const void *factors, i64 i, int half) {
     if (!half) return *(const Vector *)((const float *)factors + i);
     union { Wide bits; Vector values; } wide;
+#ifdef __AVX512F__ /* one instruction, of which gcc 12 makes four */
+    wide.bits = (Wide)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)((const uint16_t *)factors + i))) << 16;
+#else
     wide.bits = __builtin_convertvector(*(const Narrow *)((const uint16_t *)factors + i), Wide) << 16;
+#endif
     return wide.values;
 }
 
 /* to[t, k] = row k of `a` (from number `first` on) times x[t], of `rows` rows and `tokens` tokens. */
 INLINE void reduce(const void *a, i64 first, i64 I, const float *x, float *to, i64 R, int rows, int tokens, int half) {
-    Vector sums[rows * tokens];
+    Vector sums[MOST_SUMS];
     for (int n = 0; n < rows * tokens; n++) sums[n] = (Vector){0};
     for (i64 i = 0; i + LANES <= I; i += LANES)
         for (int k = 0; k < rows; k++) {
             Vector some = factors_from(a, first + k * I + i, half);
+            if (tokens < 4) __builtin_prefetch((const char *)a + (first + (rows + k) * I + i) * (half ? 2 : 4));
             for (int t = 0; t < tokens; t++) sums[k * tokens + t] += some * *(const Vector *)(x + t * I + i);
         }
     for (int k = 0; k < rows; k++)
@@ -204,18 +215,37 @@ INLINE void reduce(const void *a, i64 first, i64 I, const float *x, float *to, i
 }
 
 /* to[t] += sum over `rank` rows of h[t, r] * bt[r], for W vectors of columns and `tokens` tokens. */
-INLINE void expand(const void *bt, i64 first, i64 rank, i64 columns, const float *h, i64 R, float *to, int W, int tokens,
-                   int half) {
-    Vector sums[tokens * W];
+INLINE void expand(const void *bt, i64 first, i64 rank, i64 columns, const float *h, i64 R, float *to, const char *next,
+                   int W, int tokens, int half) {
+    Vector sums[MOST_SUMS];
     for (int t = 0; t < tokens; t++)
         for (int w = 0; w < W; w++) sums[t * W + w] = *(const Vector *)(to + t * columns + w * LANES);
     for (i64 r = 0; r < rank; r++)
         for (int w = 0; w < W; w++) {
             Vector some = factors_from(bt, first + r * columns + w * LANES, half);
+            __builtin_prefetch(next + (r * columns + w * LANES) * (half ? 2 : 4));
             for (int t = 0; t < tokens; t++) sums[t * W + w] += h[t * R + r] * some;
         }
     for (int t = 0; t < tokens; t++)
         for (int w = 0; w < W; w++) *(Vector *)(to + t * columns + w * LANES) = sums[t * W + w];
+}
+
+/* What one thread adds at a time: up to COLUMNS columns of one segment, to the tokens of stretch g. */
+typedef struct {
+    i64 g, o, rows, columns, first, from, width, row;
+} Piece;
+
+INLINE Piece piece(const Slots *slots, const Stretch *stretches, const i64 *chunk_of, i64 chunks, i64 item) {
+    Piece p = {.g = item / chunks};
+    i64 chunk = item % chunks, s = 0;
+    while (chunk_of[s + 1] <= chunk) s++;
+    const Segment *segment = &slots->segments[s];
+    i64 within = (chunk - chunk_of[s]) * COLUMNS, rest = segment->num_columns - within;
+    p.o = segment->output, p.rows = segment->num_rows, p.columns = slots->columns[p.o], p.row = segment->row;
+    p.from = segment->column + within, p.width = rest < COLUMNS ? rest : COLUMNS;
+    p.first = (stretches[p.g].slot * slots->rows[p.o] + segment->row) * p.columns + p.from;
+    for (i64 before = 0; before < p.o; before++) p.row += slots->rows[before];
+    return p;
 }
 
 INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, const float *x, float *const *y, int half) {
@@ -238,6 +268,7 @@ INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, con
     reduce(slots->a, first + (ROW) * I, I, x + (stretches[g].start + t) * I, \
            reduced + (first_of[g] + t) * R + r + (ROW), R, ROWS, TOKENS, half)
             if (R - r >= 4) {
+                for (; t + 4 <= count; t += 4) REDUCE(0, 4, 4); /* prompts: 16 sums stay in registers */
                 for (; t + 2 <= count; t += 2) REDUCE(0, 4, 2);
                 if (t < count) REDUCE(0, 4, 1);
             } else
@@ -246,29 +277,27 @@ INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, con
         }
 #pragma omp for schedule(static)
         for (i64 item = 0; item < G * chunks; item++) {
-            i64 g = item / chunks, chunk = item % chunks, s = 0, skipped = 0, count = stretches[g].count;
-            while (chunk_of[s + 1] <= chunk) s++;
-            const Segment *segment = &slots->segments[s];
-            i64 o = segment->output, columns = slots->columns[o], from = (chunk - chunk_of[s]) * COLUMNS;
-            i64 width = segment->num_columns - from < COLUMNS ? segment->num_columns - from : COLUMNS;
-            for (i64 before = 0; before < o; before++) skipped += slots->rows[before];
-            i64 first = (stretches[g].slot * slots->rows[o] + segment->row) * columns + segment->column + from;
-            for (i64 t = 0, tokens; t < count; t += tokens) {
-                tokens = count - t >= 2 ? 2 : 1;
-                const float *h = reduced + (first_of[g] + t) * R + skipped + segment->row;
-                float *to = y[o] + (stretches[g].start + t) * columns + segment->column + from;
+            const Piece p = piece(slots, stretches, chunk_of, chunks, item);
+            const Piece q = piece(slots, stretches, chunk_of, chunks, item + 1 < G * chunks ? item + 1 : item);
+            const char *next = (const char *)slots->bt[q.o] + q.first * (half ? 2 : 4);
+            for (i64 t = 0, tokens; t < stretches[p.g].count; t += tokens) {
+                tokens = stretches[p.g].count - t >= 2 ? 2 : 1;
+                const float *h = reduced + (first_of[p.g] + t) * R + p.row;
+                float *to = y[p.o] + (stretches[p.g].start + t) * p.columns + p.from;
                 i64 i = 0;
-#define EXPAND(W, TOKENS) expand(slots->bt[o], first + i, segment->num_rows, columns, h, R, to + i, W, TOKENS, half)
+#define EXPAND(W, TOKENS) \
+    expand(slots->bt[p.o], p.first + i, p.rows, p.columns, h, R, to + i, next + i * (half ? 2 : 4), W, TOKENS, half)
 #define EXPAND_WHILE(W) \
-    for (; i + (W) * LANES <= width; i += (W) * LANES) \
+    for (; i + (W) * LANES <= p.width; i += (W) * LANES) \
         if (tokens == 2) EXPAND(W, 2); else EXPAND(W, 1)
                 EXPAND_WHILE(8);
                 EXPAND_WHILE(4);
                 EXPAND_WHILE(1);
-                for (; i < width; i++)
+                for (; i < p.width; i++)
                     for (i64 k = 0; k < tokens; k++)
-                        for (i64 r = 0; r < segment->num_rows; r++)
-                            to[k * columns + i] += h[k * R + r] * factor(slots->bt[o], first + r * columns + i, half);
+                        for (i64 r = 0; r < p.rows; r++)
+                            to[k * p.columns + i] +=
+                                h[k * R + r] * factor(slots->bt[p.o], p.first + r * p.columns + i, half);
             }
         }
     }

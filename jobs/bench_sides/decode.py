@@ -12,18 +12,24 @@ from ftray.infer.torch_engine import TorchEngine
 from ftray.model.hardware import choose_hardware
 
 
-def decode(adapters: list[Path]) -> None:
-    config = EngineConfig(max_sequences=SEQUENCES, context_tokens=1024, kv_cache_tokens=16384)
-    engine = TorchEngine(BASE, choose_hardware(), config, AdaptersConfig())
-    keys = [str(path) for path in adapters]
-    for key in keys:
-        load_adapter(engine, key, Path(key))
+class Decoder:
+    def __init__(self, adapters: list[Path]):
+        config = EngineConfig(max_sequences=SEQUENCES, context_tokens=1024, kv_cache_tokens=16384)
+        self._engine = TorchEngine(BASE, choose_hardware(), config, AdaptersConfig())
+        self._keys = [str(path) for path in adapters]
+        for key in self._keys:
+            load_adapter(self._engine, key, Path(key))
+        self.tokenizer = self._engine.tokenizer
 
-    def run(prompts: list[list[int]], new_tokens: int) -> None:
+    def run(self, prompts: list[list[int]], new_tokens: int) -> None:
         sampling = Sampling(temperature=0, max_tokens=new_tokens, ignore_eos=True)
         for i, prompt in enumerate(prompts):
-            engine.add(Request(str(i), prompt, sampling, keys[i % len(keys)] if keys else None))
-        while engine.has_work:
-            engine.step()
+            adapter = self._keys[i % len(self._keys)] if self._keys else None
+            self._engine.add(Request(str(i), prompt, sampling, adapter))
+        while self._engine.has_work:
+            self._engine.step()
 
-    print(json.dumps({"tokens_per_s": decoding_rate(run, engine.tokenizer), "peak_gib": peak_gib()}))
+
+def decode(adapters: list[Path]) -> None:
+    decoder = Decoder(adapters)
+    print(json.dumps({"tokens_per_s": decoding_rate(decoder.run, decoder.tokenizer), "peak_gib": peak_gib()}))
