@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache, pages_for
-from ftray.model.cpu_kernels import HEAD_LANES, CpuKernels
+from ftray.model.cpu_kernels import HEAD_LANES, MOST_HEAD_DIM, CpuKernels
 from ftray.model.packed_attention import PackedLayout, packed_causal_attention, register_attention
 
 PAGED = "ftray_paged"
@@ -78,7 +78,7 @@ def decode_context(
     like = cache.layers[0]
     most = pages_for(max(lengths))
     padded = torch.tensor([[*own[:most], *[0] * (most - len(own))] for own in pages])
-    if kernels is not None and like.shape[-1] % HEAD_LANES == 0:
+    if kernels is not None and like.shape[-1] % HEAD_LANES == 0 and like.shape[-1] <= MOST_HEAD_DIM:
         return KernelContext(padded, torch.tensor(lengths), kernels)
     hidden_nL = torch.arange(most * PAGE_TOKENS)[None, :] >= torch.tensor(lengths)[:, None]
     return DecodeContext(padded.to(like.device), bias(hidden_nL, like))

@@ -26,7 +26,7 @@ from ftray.model.base import cache_directory
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 MAX_OUTPUTS, MAX_SEGMENTS = 4, 8  # as in the source
-HEAD_LANES = 16  # attention takes heads of a multiple of so many dimensions
+HEAD_LANES, MOST_HEAD_DIM = 16, 512  # attention takes heads of a multiple of so many dimensions, up to so many
 COMPILE_TIMEOUT_S = 120
 
 

@@ -36,7 +36,9 @@ def test_gated_product_of_extremes(kernels):
     torch.testing.assert_close(out, functional.silu(gate), rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "width"), [(9, 3, 64), (4, 4, 32), (8, 1, 128), (3, 1, 80)])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "width"), [(9, 3, 64), (4, 4, 32), (8, 1, 128), (3, 1, 80), (2, 1, 512)]
+)
 def test_rotation_and_attention(kernels, num_heads, num_kv_heads, width):
     lengths = [1, PAGE_TOKENS, 3 * PAGE_TOKENS + 5, 40]
     cache = KVCache(num_layers=1, num_kv_heads=num_kv_heads, head_dim=width, num_tokens=256, like=torch.zeros(0))
@@ -71,8 +73,9 @@ def test_rotation_and_attention(kernels, num_heads, num_kv_heads, width):
     assert (forgotten.attend(query, layer, scaling=width**-0.5) - torchs)[1:].abs().amax(dim=(1, 2)).min() > 1e-3
 
 
-def test_heads_that_fill_no_register_are_left_to_torch(kernels):
-    cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=24, num_tokens=64, like=torch.zeros(0))
+@pytest.mark.parametrize("width", [24, 528])
+def test_heads_that_the_registers_do_not_fit_are_left_to_torch(kernels, width):
+    cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=width, num_tokens=64, like=torch.zeros(0))
     assert isinstance(decode_context([[1]], [3], cache, kernels), DecodeContext)
 
 
