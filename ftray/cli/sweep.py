@@ -65,8 +65,8 @@ def run(
     print(f"  {study.place}/{REPORT}")
     if study.best is None:
         raise FtrayError(f"{loaded.name}: no trial finished; see {study.trials_place}")
-    if not study.moves:  # else its weights are of several trials
-        print(f"again by itself: {train_command(study, study.best)}")
+    if not study.moves and study.best_run is not None:  # else its weights are of several trials
+        print(f"again by itself: {train_command(study, study.best_run)}")
     publish_best(study)
 
 
@@ -99,10 +99,10 @@ def clone_trial(
     from ftray.sweep.stored_sweep import sweep_at_hand
 
     with sweep_at_hand(runs_dir, sweep) as directory:
-        point = look_into(directory).clone(trial, parse_changes(changes))
-    print(
-        f"{sweep} will try {point_text(point)}; if it does not run now, the same `ftray sweep` command goes on with it"
-    )
+        study = look_into(directory)
+        point = study.clone(trial, parse_changes(changes))
+    first = f"{study.spent}: raise search.budget, and " if study.spent is not None else "if it does not run now, "
+    print(f"{sweep} will try {point_text(point)}; {first}the same `ftray sweep` command goes on with it")
 
 
 def parse_changes(words: list[str]) -> dict[str, Any]:

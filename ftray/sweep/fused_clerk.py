@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +69,18 @@ class Clerk:
             return [], True
         taken: Any = ray.get(self._job.desk.take.remote(self._job.group, count))
         configs = [RunConfig.model_validate_json(text) for text in taken.runs]
-        try:
+        with self._pardoned():
             found = [self._assignment(c, taken.until_step, is_new=c.name in taken.new) for c in configs]
-        except StoreError:
+        return [assignment for assignment in found if assignment is not None], taken.waits or bool(taken.runs)
+
+    @contextlib.contextmanager
+    def _pardoned(self) -> Iterator[None]:
+        """A full disk or a store that does not answer ends the group, and is no fault of the runs that it has."""
+        try:
+            yield
+        except (OSError, StoreError):
             ray.get(self._job.desk.pardon.remote(self._job.group))
             raise
-        return [assignment for assignment in found if assignment is not None], taken.waits or bool(taken.runs)
 
     def _assignment(self, config: RunConfig, until_step: int | None, *, is_new: bool) -> Assignment | None:
         stored = StoredMember(config) if is_stored(config.runs_dir) else None
@@ -174,7 +181,8 @@ class Clerk:
         if (upload := self._uploads.pop(member.name, None)) is not None:
             upload.result()  # of the save before, which this one may remove
         try:
-            save(member, self._base, data_digest=self._job.data_digest)
+            with self._pardoned():
+                save(member, self._base, data_digest=self._job.data_digest)
         except OSError as error:
             if must:
                 raise
@@ -200,12 +208,14 @@ class Clerk:
         """Of results that could not be written or told: nobody would hear of these members again."""
         done = [future for future in self._finishing if future.done()]
         self._finishing = [future for future in self._finishing if not future.done()]
-        for future in done:
-            future.result()
+        with self._pardoned():
+            for future in done:
+                future.result()
 
     def close(self) -> None:
-        for future in self._finishing:
-            future.result()
+        with self._pardoned():
+            for future in self._finishing:
+                future.result()
         self._writer.shutdown()
 
     def _finish(self, member: Member, outcome: str, message: str | None) -> None:

@@ -4,12 +4,13 @@ import contextlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node  # no public one
 from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
@@ -22,6 +23,7 @@ from ftray.storage import read_json, write_json
 from ftray.sweep.describe import describe_end
 from ftray.sweep.fusable import fusing_of
 from ftray.sweep.fused_job import FusedJob, run_fused_in_worker
+from ftray.sweep.report import LivePage
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Outcome, Report
 from ftray.train.preflight import fitting_groups
@@ -116,10 +118,9 @@ def run_fused(
     directory: Path,
     job: dict[str, Any],
     *,
-    num_groups: int,
-    slots: int,
+    slots_of_groups: Sequence[int],
     say: Say,
-    on_end: Callable[[], None],
+    on_news: LivePage,
 ) -> None:
     """`job`: what of a `FusedJob` the caller knows. Until the study has no more."""
     here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
@@ -140,7 +141,7 @@ def run_fused(
             shares_rows=kept,
             **job,
         )
-        for group in range(num_groups)
+        for group, slots in enumerate(slots_of_groups)
     ]
     hangs = [HangReader(own.directory) for own in jobs]
     stored_hangs = [StoredHangs(own.url, own.directory) for own in jobs if own.url is not None]
@@ -164,9 +165,9 @@ def run_fused(
             if thread.failure is not None and own.group not in given_back:  # the others go on with what it had
                 given_back.add(own.group)
                 ray.get(desk.start_over.remote(own.group))
-        if num_ended != known:
+        if lines or num_ended != known:
+            on_news(has_ended=num_ended != known)
             known = num_ended
-            on_end()
     for line in ray.get(desk.news.remote())[0]:
         say(line)
     with contextlib.suppress(RayError):
@@ -202,8 +203,8 @@ def groups_of(base_run: RunConfig) -> tuple[RunConfig, int]:
     more groups on it would hold the base more often, and be no faster."""
     workers = base_run.workers
     if not workers.gpus_each and isinstance(workers.count, int):
-        cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-        free = min(cores, int(ray.available_resources().get("CPU", 0)))  # others may have taken some for good
+        # Others may have taken some for good, on every node.
+        free = max(int(node.get("CPU", 0)) for node in available_resources_per_node().values())
         each = max(workers.cpus_each, free // workers.count)
         workers = workers.model_copy(update={"cpus_each": each})
     return base_run.model_copy(update={"workers": workers}), fitting_groups(workers)

@@ -16,7 +16,7 @@ from ftray.sweep.describe import describe_plan, describe_state
 from ftray.sweep.fusable import Fusing, fusing_of
 from ftray.sweep.fused_trials import groups_of, run_fused
 from ftray.sweep.measure import measure_methods
-from ftray.sweep.report import REPORT, write_sweep_report
+from ftray.sweep.report import REPORT, LivePage, write_sweep_report
 from ftray.sweep.scores import tokenize_text
 from ftray.sweep.stored_sweep import StoredSweep, only_driver_of_sweep, refuse_population_in_store
 from ftray.sweep.study import Study
@@ -162,13 +162,13 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
         limits.append(-(-planned // TPE_ROUNDS))
     num_groups = min([num_groups, *limits])
     slots = FUSED_SLOTS if wanted == "auto" else int(wanted)
-    slots = min([slots, *(-(-limit // num_groups) for limit in limits)])  # no group takes what others could
+    in_all = min([slots * num_groups, *limits])
     assert data.train.directory is not None
     train, evaluation = data.train.directory, data.eval.directory if data.eval is not None else None
     if is_stored(study.place):
         train, evaluation = tokens_in_store(study, data)
-    groups = f", in {num_groups} groups" if num_groups > 1 else ""
-    say(f"fused: {slots} at a time over one base, on {described(base_run)}{groups}")
+    groups = f" in each of {num_groups} groups" if num_groups > 1 else ""
+    say(f"fused: {in_all} at a time over one base{groups}, on {described(base_run)}")
     job = {
         "base_run": base_run,
         "base_name": name_for_workers(base_run, base),
@@ -181,11 +181,14 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
         study,
         directory,
         job,
-        num_groups=num_groups,
-        slots=slots,
+        slots_of_groups=shares(in_all, num_groups),  # none takes what others could
         say=say,
-        on_end=lambda: refresh(look_into(directory), directory),
+        on_news=LivePage(lambda: refresh(look_into(directory), directory)),
     )
+
+
+def shares(whole: int, count: int) -> list[int]:
+    return [whole // count + (number < whole % count) for number in range(count)]
 
 
 def tokens_in_store(study: Study, data: PreparedData) -> tuple[str, str | None]:
@@ -202,7 +205,8 @@ def run_apart(directory: Path, study: Study, base_run: RunConfig, *, reason: str
     room, limit = fitting_groups(base_run.workers), study.config.search.max_concurrent
     at_a_time = room if limit is None else min(room, limit)
     say(f"apart: {at_a_time} at a time, each on {described(base_run)} ({reason})")
-    run_trials(study, directory, max_concurrent=at_a_time, say=say, on_end=lambda: refresh(study, directory))
+    page = LivePage(lambda: refresh(study, directory))
+    run_trials(study, directory, max_concurrent=at_a_time, say=say, on_news=page)
 
 
 def described(run: RunConfig) -> str:

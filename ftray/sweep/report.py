@@ -1,6 +1,9 @@
 """`sweep.html`: the table, the plots and the choice. One file, no network."""
 
+import math
 import shlex
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +25,24 @@ from ftray.sweep.plots import (
 from ftray.sweep.scores import Score
 from ftray.sweep.search import importance
 from ftray.sweep.study import Study
-from ftray.sweep.trials import Trial
+from ftray.sweep.trials import SweepRun, Trial
 
 TEMPLATE = Path(__file__).with_name("sweep.html")
 REPORT = "sweep.html"
+
+
+class LivePage:
+    """When it is written anew: at the end of a run, and now and then as reports come."""
+
+    def __init__(self, write: Callable[[], None], *, every_s: float = 15.0):
+        self._write = write
+        self._every_s = every_s
+        self._written = -math.inf
+
+    def __call__(self, *, has_ended: bool) -> None:
+        if has_ended or time.monotonic() - self._written >= self._every_s:
+            self._write()
+            self._written = time.monotonic()
 
 
 def write_sweep_report(study: Study, directory: Path) -> Path:
@@ -44,7 +61,7 @@ def write_sweep_report(study: Study, directory: Path) -> Path:
         rows=[row_of(trial, study) for trial in study.ranked],
         conclusion=conclusion(study),
         best=study.best,
-        command=train_command(study, study.best) if study.best is not None and not study.moves else None,
+        command=train_command(study, study.best_run) if study.best_run is not None and not study.moves else None,
         plan=describe_plan(study),
         state=describe_state(study),
         num_runs=len(study.runs),
@@ -134,12 +151,12 @@ def outcome_text(trial: Trial) -> str:
     return f"{status_text(trial)} (cloned from {trial.cloned_from}: {point_text(trial.point)})"
 
 
-def train_command(study: Study, trial: Trial) -> str:
-    """What runs the trial again by itself, its first seed."""
+def train_command(study: Study, run: SweepRun) -> str:
+    """What runs it again by itself."""
     config = study.config
-    set_keys = {**flat(config.overrides), **study.space.overrides(trial.point), "seed": config.seeds[0]}
+    set_keys = {**flat(config.overrides), **study.space.overrides(study.point_of(run)), "seed": run.seed}
     words = [f"{key}={flow_text(value)}" for key, value in set_keys.items()]
-    return shlex.join(["ftray", "train", config.run, f"name={config.name}-{trial.name}", *words])
+    return shlex.join(["ftray", "train", config.run, f"name={config.name}-{run.name}", *words])
 
 
 def flat(overrides: dict, prefix: str = "") -> dict:

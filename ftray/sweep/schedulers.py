@@ -1,4 +1,4 @@
-"""Which runs go on. Values are losses here: lower is better."""
+"""Which trials go on. Values are losses here: lower is better."""
 
 import math
 import statistics
@@ -13,14 +13,14 @@ from ftray.config.sweep import SearchConfig
 
 @dataclass(frozen=True)
 class Arrival:
-    run: str
+    trial: str
     step: int
     value: float
 
 
 class Scheduler(Protocol):
     def goes_on(self, arrival: Arrival, *, beside: Sequence[Arrival] = ()) -> bool:
-        """A run's next report, in the order in which they came. `beside`: of other runs at the same moment."""
+        """A trial's next report, in the order in which they came. `beside`: of other trials at the same moment."""
         ...
 
 
@@ -33,7 +33,7 @@ class Asha:
     """Asynchronous successive halving, with early stopping instead of promotion (Li et al. 2020, arXiv 1810.05934,
     section 3; the rule of Ray Tune's `AsyncHyperBandScheduler` with one bracket).
 
-    Rungs lie at grace, grace x eta, grace x eta^2 ... steps. A run that arrives at a rung goes on when its value is
+    Rungs lie at grace, grace x eta, grace x eta^2 ... steps. A trial that arrives at a rung goes on when its value is
     within the best 1 / eta of those that arrived there before it; the first of a rung always does. What arrives in the
     same moment, as the members of a fused group do, is judged together: in turns a bad one that came first would go on.
     """
@@ -45,12 +45,12 @@ class Asha:
 
     def goes_on(self, arrival: Arrival, *, beside: Sequence[Arrival] = ()) -> bool:
         rung = self._rung_at(arrival.step)
-        if rung is None or arrival.run in self._rungs.setdefault(rung, {}):
+        if rung is None or arrival.trial in self._rungs.setdefault(rung, {}):
             return True
         arrived = self._rungs[rung]
-        others = arrived | {other.run: other.value for other in beside if self._rung_at(other.step) == rung}
+        others = arrived | {other.trial: other.value for other in beside if self._rung_at(other.step) == rung}
         cutoff = np.quantile(list(others.values()), 1 / self._eta) if others else math.inf
-        arrived[arrival.run] = arrival.value
+        arrived[arrival.trial] = arrival.value
         return bool(arrival.value <= cutoff)
 
     def _rung_at(self, step: int) -> int | None:
@@ -63,10 +63,10 @@ class Asha:
 
 
 class MedianStopping:
-    """A run whose best value so far is worse than the median of the others' means up to the same step is stopped
+    """A trial whose best value so far is worse than the median of the others' means up to the same step is stopped
     (Golovin et al. 2017, Google Vizier, section 3.2.2)."""
 
-    MIN_RUNS = 3  # that have come as far
+    MIN_TRIALS = 3  # that have come as far
 
     def __init__(self, *, grace_steps: int):
         self._grace = grace_steps
@@ -74,10 +74,10 @@ class MedianStopping:
 
     def goes_on(self, arrival: Arrival, *, beside: Sequence[Arrival] = ()) -> bool:
         step = arrival.step
-        curve = self._curves.setdefault(arrival.run, [])
+        curve = self._curves.setdefault(arrival.trial, [])
         curve.append((step, arrival.value))
-        others = [c for name, c in self._curves.items() if name != arrival.run and c[-1][0] >= step]
-        if step < self._grace or len(others) < self.MIN_RUNS:
+        others = [c for name, c in self._curves.items() if name != arrival.trial and c[-1][0] >= step]
+        if step < self._grace or len(others) < self.MIN_TRIALS:
             return True
         means = [statistics.fmean(v for at, v in other if at <= step) for other in others]
         return min(v for _, v in curve) <= statistics.median(means)

@@ -5,6 +5,7 @@ died goes on where it stood.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from ftray.sweep.known import Known
 from ftray.sweep.population import RATE, choose_moves, has_saved, take_over
 from ftray.sweep.schedulers import Arrival, make_scheduler
 from ftray.sweep.search import make_search
-from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trials_directory
+from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trial_name, trials_directory
 from ftray.train.finish import product_of
 from ftray.train.job import STOP_REQUEST
 from ftray.train.stored_run import ask_to_stop, is_stored, place_of
@@ -55,6 +56,7 @@ class Study(Known):
         self.generation_steps = config.search.generation_steps or every if config.search.scheduler == "pbt" else None
         self._given: set[str] = set()  # names of the runs that somebody works on
         self._asked: dict[str, str] = {}  # why a run was asked to stop
+        self._judged: dict[str, int] = {}  # by trial: up to which step the scheduler has
         self._diverged: dict[str, str] = {}  # whose metric is no number any more
         self._clock = clock
         self._began = clock()
@@ -71,8 +73,8 @@ class Study(Known):
         there is nothing to start, now or ever. New trials that do not fit wait for somebody else."""
         while self.spent is None:
             for run in [run for run in self.runs if run.outcome is None and run.name not in self._given]:
-                if self._is_called_off(run.name):
-                    self._note({"event": "end", "run": run.name, "outcome": "stopped", "message": BY_USER})
+                if self._is_called_off(run.name) or run.name in self._asked:  # as another seed of its trial may be
+                    self._note_end(run.name, "stopped", None)
             self._turn_generation()  # also one that failed before, on a full disk
             for run in self.runs:
                 if run.outcome is None and not run.waits and run.name not in self._given and fits(self.config_of(run)):
@@ -184,13 +186,17 @@ class Study(Known):
             self._given.discard(name)
             self._turn_generation()
             return run
-        if name in self._diverged:
-            outcome, message = "diverged", self._diverged[name]
         if outcome != "stopped" or name in self._asked or self.spent is None:
-            message = message if outcome != "stopped" else self._asked.get(name, BY_USER)
-            self._note({"event": "end", "run": name, "outcome": outcome, "message": message})
+            self._note_end(name, outcome, message)
             self._turn_generation()
         return run
+
+    def _note_end(self, name: str, outcome: Outcome, message: str | None) -> None:
+        if name in self._diverged:
+            outcome, message = "diverged", self._diverged[name]
+        elif outcome == "stopped":
+            message = self._asked.get(name, BY_USER)
+        self._note({"event": "end", "run": name, "outcome": outcome, "message": message})
 
     # -- a population ----------------------------------------------------------------------------------------------
 
@@ -294,9 +300,20 @@ class Study(Known):
     def _apply(self, event: dict[str, Any]) -> None:
         self.apply(event)
         if event["event"] == "reports":
-            arrivals = [Arrival(told["run"], told["step"], self._sign * told["value"]) for told in event["reports"]]
+            arrivals = self._arrivals(event["reports"])
             for arrival in arrivals:
                 beside = [other for other in arrivals if other is not arrival]
                 if not self._scheduler.goes_on(arrival, beside=beside):
                     reason = f"{self.config.search.scheduler}, at step {arrival.step}"
-                    self._asked.setdefault(arrival.run, reason)
+                    for run in self.trial(arrival.trial).runs:
+                        self._asked.setdefault(run.name, reason)
+
+    def _arrivals(self, reports: list[dict[str, Any]]) -> list[Arrival]:
+        """A trial is judged once at a step, by the mean of those of its seeds that came there first, and all of them go
+        on or end: one that lost a seed could not be the best, and seed by seed every trial might lose one."""
+        values: dict[tuple[str, int], list[float]] = {}
+        for told in reports:
+            values.setdefault((trial_name(self.run(told["run"]).trial), told["step"]), []).append(told["value"])
+        news = {at: told for at, told in values.items() if at[1] > self._judged.get(at[0], 0)}
+        self._judged.update(sorted(news, key=lambda at: at[1]))
+        return [Arrival(trial, step, self._sign * statistics.fmean(told)) for (trial, step), told in news.items()]

@@ -19,9 +19,10 @@ from ray.tune.search import Searcher
 from ftray.config import RunConfig
 from ftray.errors import FtrayError, StoreError, UserError
 from ftray.sweep.describe import describe_end
+from ftray.sweep.report import LivePage
 from ftray.sweep.study import Study
 from ftray.sweep.trial_run import REFUSED
-from ftray.sweep.trials import Report
+from ftray.sweep.trials import Report, trial_name
 from ftray.train.ray_trainer import Fit, last_line, passed_secrets
 from ftray.train.stored_run import is_stored, local_directory
 
@@ -40,7 +41,6 @@ QUIET_TUNE = {
 
 
 Say = Callable[[str], None]
-OnEnd = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class TrialSettings:
     is_new: bool  # the study has heard nothing of it
 
 
-def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, on_end: OnEnd) -> None:
-    """Until the study has no more. `on_end`: called after each run."""
+def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, on_news: LivePage) -> None:
+    """Until the study has no more."""
     os.environ.update(QUIET_TUNE)
     search = StudySearch(study)
     trainable = tune.with_parameters(run_trial, secrets=passed_secrets())  # not among what Tune writes down of a trial
@@ -65,7 +65,7 @@ def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, 
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(directory / TUNE_DIRECTORY),
             failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
-            callbacks=[TellStudy(study, search, say, on_end)],
+            callbacks=[TellStudy(study, search, say, on_news)],
             verbose=0,
         ),
     )
@@ -73,7 +73,10 @@ def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, 
     while thread.is_alive():
         thread.join(POLL_S)
     if search.refusal is not None:
-        raise UserError(f"{search.refusal}\n  the same command goes on")
+        raise UserError(
+            f"{search.refusal}\n  the same command goes on; if that trial can never run, end it first: "
+            f"ftray sweep stop-trial {study.config.name} {search.refused_trial}"
+        )
     if thread.failure is not None:
         raise FtrayError(f"Ray Tune failed: {last_line(thread.failure)}") from thread.failure
 
@@ -86,6 +89,7 @@ class StudySearch(Searcher):
         self._study = study
         self.runs: dict[str, str] = {}  # by Tune's trial id
         self.refusal: str | None = None  # why the machine takes no more
+        self.refused_trial: str | None = None
 
     def suggest(self, trial_id: str) -> Any:
         run = self._study.next_run() if self.refusal is None else None
@@ -107,11 +111,11 @@ class StudySearch(Searcher):
 
 
 class TellStudy(tune.Callback):
-    def __init__(self, study: Study, search: StudySearch, say: Say, on_end: OnEnd):
+    def __init__(self, study: Study, search: StudySearch, say: Say, on_news: LivePage):
         self._study = study
         self._search = search
         self._say = say
-        self._on_end = on_end
+        self._on_news = on_news
         self._ended: set[str] = set()
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
@@ -124,6 +128,7 @@ class TellStudy(tune.Callback):
             reason = self._study.report(name, report)
             if is_news:
                 self._say(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
+                self._on_news(has_ended=False)
             if reason is not None:
                 self._say(f"{name}  {reason}")
             if reason is not None and report.step != self._study.until_step:  # there it stops by itself
@@ -140,10 +145,11 @@ class TellStudy(tune.Callback):
         self._ended.add(trial_id)
         name = self._search.runs[trial_id]
         if outcome == REFUSED:
-            self._search.refusal = message
+            self._search.refusal = f"{name}: {message}"
+            self._search.refused_trial = trial_name(self._study.run(name).trial)
             return
         self._say(describe_end(self._study, self._study.end(name, outcome, message)))
-        self._on_end()
+        self._on_news(has_ended=True)
 
 
 def run_trial(settings: dict[str, Any], secrets: dict[str, str]) -> None:

@@ -18,10 +18,11 @@ from ftray.storage import write_json
 from ftray.sweep.describe import conclusion
 from ftray.sweep.fusable import fusing_of
 from ftray.sweep.fused_group import RowSharing
-from ftray.sweep.launch import check_inputs
+from ftray.sweep.fused_trials import MAX_HAND_OUTS, Desk
+from ftray.sweep.launch import check_inputs, shares
 from ftray.sweep.member_room import MemberRoom
 from ftray.sweep.plots import cell
-from ftray.sweep.report import train_command, write_sweep_report
+from ftray.sweep.report import LivePage, train_command, write_sweep_report
 from ftray.sweep.schedulers import Arrival, Asha, MedianStopping
 from ftray.sweep.search import STARTUP_TRIALS, importance
 from ftray.sweep.study import JOURNAL, Study
@@ -244,7 +245,7 @@ def test_asha_judges_together_what_arrives_together():
     arrivals = [Arrival(str(number), 10, 9.0 - number) for number in range(9)]
     in_turns, together = (Asha(grace_steps=10, reduction_factor=3) for _ in range(2))
     assert all(in_turns.goes_on(arrival) for arrival in arrivals)
-    passed = [a.run for a in arrivals if together.goes_on(a, beside=[other for other in arrivals if other is not a])]
+    passed = [a.trial for a in arrivals if together.goes_on(a, beside=[other for other in arrivals if other is not a])]
     assert passed == ["6", "7", "8"]
     elsewhere = [Arrival("x", 30, 0.0)]
     assert Asha(grace_steps=10, reduction_factor=3).goes_on(Arrival("y", 10, 5.0), beside=elsewhere)
@@ -259,6 +260,65 @@ def test_what_a_group_reports_together_is_judged_so_and_read_again_the_same(load
     assert stopped == set(names[:2])
     again = study_of(loaded, tmp_path)
     assert {name for name in names if again.report(name, reports[name]) is not None} == stopped
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["side by side", "one after the other"])
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_seeds_go_on_and_end_with_their_trial(load, tmp_path, scheduler, together):
+    """Seed by seed every trial here would lose one, and none could be the best."""
+    noise = {(trial, seed): abs(trial - seed) % 3 for trial in range(3) for seed in range(3)}
+    study = study_of(load(f"{{algorithm: grid, scheduler: {scheduler}, grace_steps: 10}}", more="seeds: 3"), tmp_path)
+    steps = (10, 20, 30, 40)
+    if together:
+        runs = list(iter(study.next_run, None))
+        for step in steps:
+            values = {run.name: noise[run.trial % 3, run.seed] - step / 100 for run in runs}
+            told = study.report_together({name: Report(step, value, 1, 1.0) for name, value in values.items()})
+            for run in [run for run in runs if told[run.name] is not None]:
+                study.end(run.name, "stopped")
+                runs.remove(run)
+        for run in runs:
+            study.end(run.name, "finished")
+    else:
+        play(study, lambda point, step: random.Random(json.dumps(point)).random() - step / 100)
+    assert study.best is not None
+    assert all(len({run.outcome for run in trial.runs}) == 1 for trial in study.trials)
+    assert study.is_over
+
+
+def test_who_shares_slots_takes_none_too_many():
+    assert shares(3, 2) == [2, 1]
+    assert shares(8, 1) == [8]
+    assert shares(4, 4) == [1] * 4
+
+
+def test_the_page_is_written_anew_at_an_end_and_now_and_then(load):
+    written = []
+    page = LivePage(lambda: written.append(1), every_s=3600)
+    for has_ended, times in ((False, 1), (False, 1), (True, 2), (False, 2)):
+        page(has_ended=has_ended)
+        assert len(written) == times
+    often = LivePage(lambda: written.append(1), every_s=0)
+    often(has_ended=False)
+    often(has_ended=False)
+    assert len(written) == 4
+
+
+def test_a_run_that_kills_its_group_is_given_up_and_a_full_disk_is_not_its_fault(load, tmp_path):
+    desk = Desk(*load("{algorithm: grid}"), tmp_path)
+    names = set()
+    for _ in range(MAX_HAND_OUTS + 2):  # each time the group begins again
+        names = {json.loads(run)["name"] for run in desk.take(0, 1).runs}
+        desk.pardon(0)
+        desk.start_over(0)
+    assert names == {"t000"}
+    for _ in range(MAX_HAND_OUTS + 1):
+        names = {json.loads(run)["name"] for run in desk.take(0, 1).runs}
+        desk.start_over(0)
+    assert names == {"t001"}
+    lines, num_ended = desk.news()
+    assert num_ended == 1
+    assert "its workers died 3 times" in lines[0]
 
 
 def test_median_stopping_compares_with_the_others_at_the_same_step():
@@ -283,8 +343,9 @@ def test_a_study_that_was_cut_off_anywhere_goes_on_as_it_would_have(load, tmp_pa
     whole = study_of(loaded, tmp_path / "whole")
     names = play(whole, quality)
     journal = (tmp_path / "whole" / JOURNAL).read_bytes()
-    assert len(names) == 16
+    assert len(names) < 16  # a trial that was stopped needs no other seed
     assert {run.outcome for run in whole.runs} == {"finished", "stopped"}
+    assert all(len({run.outcome for run in trial.runs}) == 1 for trial in whole.trials)
     for cut in (1, len(journal) // 3, len(journal) // 2, len(journal) - 5):
         directory = tmp_path / f"cut{cut}"
         directory.mkdir()
@@ -407,7 +468,7 @@ def test_the_report_shows_every_trial_and_how_to_run_the_best_again(load, tmp_pa
     assert "cloned from t001" in page
     assert page.count("<svg") == 4
     assert "http-equiv" not in page  # it is over
-    words = shlex.split(train_command(study, study.best))
+    words = shlex.split(train_command(study, study.best_run))
     run = load_config(words[2], words[3:], kind="run")
     wanted = study.config_of(study.best_run)
     for key in ("adapter", "optimizer", "data", "seed", "max_steps"):
@@ -564,7 +625,7 @@ def test_variables_are_values_that_expressions_use_and_no_run_has(load, tmp_path
     assert rates == pytest.approx([1e-5, 1e-4, 1e-3, 1e-4, 1e-3, 1e-2])
     study = Study(config, loaded, tmp_path)
     study.next_run()
-    assert "variables." not in train_command(study, study.trials[0])
+    assert "variables." not in train_command(study, study.runs[0])
     with pytest.raises(ConfigError, match=r"a run has no key 'variables\.other'"):
         load(space=space.replace("variables.rate *", "variables.other *"))
 
