@@ -1,14 +1,16 @@
-"""Waiting sequences in one queue per flow, served by deficit round robin on tokens (Shreedhar and Varghese 1995).
+"""Waiting sequences in one queue per flow, served by deficit round robin on tokens (Shreedhar and Varghese 1995): first
+between tenants, then between the adapters of a tenant, so that many adapters do not make a share larger.
 
-How long an answer gets is not known when it is let in, so a flow pays afterwards: every token computed for it, prompt
-or answer, is taken from its credit, which may become a debt. A flow in debt waits while others have credit; when
-all are in debt, all get whole quanta until one has credit. A flow with nothing waiting or running is forgotten.
+How long an answer gets is not known when it is let in, so it is paid for afterwards: every token computed, prompt or
+answer, is taken from the credit of its flow and of its tenant, which may become a debt. Who is in debt waits while
+others have credit; when all are in debt, all get whole quanta until one has credit. A flow with nothing waiting or
+running is forgotten, and a tenant without flows.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 # Small: what is left of a flow's credit is what a newcomer waits for.
 QUANTUM_TOKENS = 16
@@ -24,20 +26,35 @@ class Flow(Generic[Item]):
     credit: float = 0
     weight: float = 1
 
+    @property
+    def waits(self) -> bool:
+        return bool(self.waiting)
+
+
+@dataclass
+class Tenant(Generic[Item]):
+    flows: OrderedDict[FlowKey, Flow[Item]] = field(default_factory=OrderedDict)  # the next to be served first
+    credit: float = 0
+
+    @property
+    def waits(self) -> bool:
+        return any(flow.waits for flow in self.flows.values())
+
 
 class FairQueue(Generic[Item]):
     def __init__(self):
-        self._flows: OrderedDict[FlowKey, Flow[Item]] = OrderedDict()  # the next to be served first
+        self._tenants: OrderedDict[str, Tenant[Item]] = OrderedDict()  # the next to be served first
 
     def __len__(self) -> int:
-        return sum(len(flow.waiting) for flow in self._flows.values())
+        return sum(len(flow.waiting) for tenant in self._tenants.values() for flow in tenant.flows.values())
 
     def __iter__(self) -> Iterator[Item]:
-        return (item for flow in self._flows.values() for item in flow.waiting)
+        flows = (flow for tenant in self._tenants.values() for flow in tenant.flows.values())
+        return (item for flow in flows for item in flow.waiting)
 
     def push(self, key: FlowKey, item: Item, *, front: bool = False, weight: float = 1) -> None:
         """`front`: it has run before, or belongs to one that runs. `weight`: a flow of 2 pays half for tokens."""
-        flow = self._flows.setdefault(key, Flow())
+        flow = self._tenants.setdefault(key[0], Tenant()).flows.setdefault(key, Flow())
         flow.weight = weight
         if front:
             flow.waiting.appendleft(item)
@@ -45,38 +62,53 @@ class FairQueue(Generic[Item]):
             flow.waiting.append(item)
 
     def in_order(self) -> Iterator[tuple[FlowKey, Item]]:
-        """The first of each waiting flow, in the order in which they may be let in: those with credit in turn, then,
-        for places that none of them can take, those in debt. `start` or leave each."""
-        waiting = [key for key, flow in self._flows.items() if flow.waiting]
-        if waiting and all(self._flows[key].credit <= 0 for key in waiting):
-            best = max(self._flows[key].credit for key in waiting)
-            for key in waiting:
-                self._flows[key].credit += QUANTUM_TOKENS * (1 + -best // QUANTUM_TOKENS)
-        in_credit = [key for key in waiting if self._flows[key].credit > 0]
-        in_debt = [key for key in waiting if self._flows[key].credit <= 0]
-        for key in [*in_credit, *sorted(in_debt, key=lambda key: -self._flows[key].credit)]:
-            yield key, self._flows[key].waiting[0]
+        """The first of each waiting flow, in the order in which they may be let in. `start` or leave each."""
+        for name in in_turn(self._tenants):
+            flows = self._tenants[name].flows
+            for key in in_turn(flows):
+                yield key, flows[key].waiting[0]
 
     def start(self, key: FlowKey) -> Item:
-        """Takes the flow's first item out to run. Another flow is next."""
-        flow = self._flows[key]
+        """Takes the flow's first item out to run. Another tenant is next, and of this one another flow."""
+        tenant, flow = self._tenants[key[0]], self._flow(key)
         flow.num_running += 1
-        self._flows.move_to_end(key)
+        self._tenants.move_to_end(key[0])
+        tenant.flows.move_to_end(key)
         return flow.waiting.popleft()
 
     def charge(self, key: FlowKey, num_tokens: int) -> None:
-        self._flows[key].credit -= num_tokens / self._flows[key].weight
+        flow = self._flow(key)
+        flow.credit -= num_tokens / flow.weight
+        self._tenants[key[0]].credit -= num_tokens / flow.weight
 
     def stop(self, key: FlowKey) -> None:
         """One of the flow's running items has ended (or is pushed back)."""
-        self._flows[key].num_running -= 1
+        self._flow(key).num_running -= 1
         self._forget_if_idle(key)
 
     def remove(self, key: FlowKey, item: Item) -> None:
-        self._flows[key].waiting.remove(item)
+        self._flow(key).waiting.remove(item)
         self._forget_if_idle(key)
 
+    def _flow(self, key: FlowKey) -> Flow[Item]:
+        return self._tenants[key[0]].flows[key]
+
     def _forget_if_idle(self, key: FlowKey) -> None:
-        flow = self._flows[key]
+        flow, flows = self._flow(key), self._tenants[key[0]].flows
         if not flow.waiting and not flow.num_running:
-            del self._flows[key]
+            del flows[key]
+        if not flows:
+            del self._tenants[key[0]]
+
+
+def in_turn(parties: Mapping[Any, Any]) -> list[Any]:
+    """Names of those that wait (tenants, or flows): with credit in turn, then, for places that none of them can take,
+    those in debt."""
+    waiting = [name for name, party in parties.items() if party.waits]
+    if waiting and all(parties[name].credit <= 0 for name in waiting):
+        best = max(parties[name].credit for name in waiting)
+        for name in waiting:
+            parties[name].credit += QUANTUM_TOKENS * (1 + -best // QUANTUM_TOKENS)
+    in_credit = [name for name in waiting if parties[name].credit > 0]
+    in_debt = [name for name in waiting if parties[name].credit <= 0]
+    return [*in_credit, *sorted(in_debt, key=lambda name: -parties[name].credit)]

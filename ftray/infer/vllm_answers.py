@@ -24,11 +24,14 @@ class Answering:
 def token_events(answering: Answering, part: Any, cached: int) -> Iterator[TokenEvent]:
     """vLLM may hand over several tokens at once, with their text: it goes with the last."""
     tokens = list(part.token_ids)
+    if not tokens and part.finish_reason is not None:  # as of a request that vLLM itself gives up
+        index, count = part.index, answering.num_generated[part.index]
+        yield TokenEvent(answering.request.id, -1, part.text, count, finish_reason(part), index=index)
     for place, token in enumerate(tokens):
         is_last = place == len(tokens) - 1
         reason: FinishReason | None = None
         if is_last and part.finish_reason is not None:
-            reason = part.finish_reason if part.finish_reason in ("stop", "length") else "error"
+            reason = finish_reason(part)
         answering.num_generated[part.index] += 1
         yield TokenEvent(
             answering.request.id,
@@ -41,6 +44,10 @@ def token_events(answering: Answering, part: Any, cached: int) -> Iterator[Token
             logprobs=told(part.logprobs[place], token, answering.request.sampling.logprobs) if part.logprobs else None,
             queued_s=answering.queued_s,
         )
+
+
+def finish_reason(part: Any) -> FinishReason:
+    return part.finish_reason if part.finish_reason in ("stop", "length") else "error"
 
 
 def told(found: dict[int, Any], token: int, num_top: int | None) -> TokenLogprobs:

@@ -153,7 +153,7 @@ class VllmEngine:
         while self._num_running < self.config.max_sequences and (found := self._next()) is not None:
             flow, answering = found
             self._waiting.start(flow)
-            self._num_running += 1
+            self._num_running += answering.request.sampling.n
             if answering.request.adapter is not None:
                 self._adapters_in_use[answering.request.adapter] += 1
             answering.started = True
@@ -208,7 +208,7 @@ class VllmEngine:
             yield from token_events(answering, part, cached)
 
     def _ended(self, answering: Answering) -> None:
-        self._num_running -= 1
+        self._num_running -= answering.request.sampling.n
         self._waiting.stop(answering.request.flow)
         adapter = answering.request.adapter
         if adapter is not None:

@@ -1,6 +1,7 @@
 """Adapters as plain PEFT directories: read back and checked for serving. (lora.py trains and writes them.)"""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,7 +86,13 @@ def read_adapter(directory: Path, *, label: str) -> Adapter:
             raise AdapterError(f"{label}: {name}: lora_A and lora_B do not fit together; publish the adapter again")
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise AdapterError(f"{label}: {name}: holds NaN or infinity; the run that made it diverged")
-        modules[name] = LoraWeights(a.float(), b.float(), lora_scale(config, name, a.shape[0]))
+        try:
+            scale = lora_scale(config, name, a.shape[0])
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise AdapterError(f"{label}: {name}: no scale from lora_alpha and rank {a.shape[0]} ({error!r})") from None
+        if not math.isfinite(scale):
+            raise AdapterError(f"{label}: {name}: lora_alpha makes the scale {scale}; publish the adapter again")
+        modules[name] = LoraWeights(a.float(), b.float(), scale)
     if tensors or not modules:
         unknown = next(iter(tensors), "no LoRA weights at all")
         raise AdapterError(f"{label}: {WEIGHTS_FILE} holds {unknown}, which is no LoRA weight; merge it into its base")

@@ -15,6 +15,8 @@ from ftray.errors import DataError
 from ftray.model.tool_prompt import knows_tools, told_in_text
 
 ROLES = ("system", "user", "assistant", "tool")
+# Of pieces of text, the token ids are remembered: of so many, each of so many characters at most.
+MAX_PIECES, SHORT_PIECE = 10_000, 1_000
 Message = dict[str, Any]
 
 
@@ -102,7 +104,7 @@ class ChatRenderer:
         ids = self._pieces.get(text)
         if ids is None:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(self._pieces) < 10_000:
+            if len(text) <= SHORT_PIECE and len(self._pieces) < MAX_PIECES:
                 self._pieces[text] = ids
         return ids
 

@@ -204,7 +204,7 @@ class EngineReplica:
                     yield {"error": "the engine could not finish this answer; try again", "status": 500}
                     return
                 told_event = self._token_event(event, number * job.sampling.n + event.index)
-                if job.echo and event.num_completion_tokens == 1:
+                if job.echo and event.num_completion_tokens == 1 and event.token_id >= 0:
                     told_event["prompt"] = self._prompt_told(prompts[number], event.prompt_logprobs)
                 yield told_event
 
@@ -212,7 +212,7 @@ class EngineReplica:
         return {
             "index": index,
             "is_first_answer": event.index == 0,
-            "num_tokens": 1,
+            "num_tokens": int(event.token_id >= 0),  # an answer may end without another
             "text": event.text,
             "finish_reason": event.finish_reason,
             "cached_tokens": event.num_cached_prompt_tokens,

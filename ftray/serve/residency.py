@@ -20,6 +20,9 @@ MAX_LOADS = 2
 HOT = 2.0
 HOTTER = 2.0
 
+# A load waits so long for one adapter of which no request is in flight.
+PATIENCE_S = 5.0
+
 Happening = Literal["hit", "miss", "loaded", "failed", "evicted"]
 Signal = Callable[[Happening, str, float], None]  # the adapter, and how many seconds a load took
 Prepare = Callable[[str], Coroutine[None, None, PreparedAdapter]]
@@ -36,17 +39,28 @@ class Resident:
 
 class AdapterResidency:
     def __init__(
-        self, prepare: Prepare, load: Load, unload: Unload, *, budget_bytes: int, signal: Signal = lambda *_: None
+        self,
+        prepare: Prepare,
+        load: Load,
+        unload: Unload,
+        *,
+        budget_bytes: int,
+        patience_s: float = PATIENCE_S,
+        signal: Signal = lambda *_: None,
     ):
         self._prepare = prepare
         self._load = load
         self._unload = unload
         self.budget_bytes = budget_bytes
+        self._patience_s = patience_s
         self._signal = signal
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._may_load = asyncio.Semaphore(MAX_LOADS)
         self._may_place = asyncio.Lock()  # first come, first served
         self._unpinned = asyncio.Event()
+        self._leaving: str | None = None  # it goes once the requests that have it have ended: nobody new gets it
+        self._has_left = asyncio.Event()
+        self._bad: set[str] = set()  # those that could not be loaded, until they can
         self.traffic = Traffic()
 
     @contextlib.asynccontextmanager
@@ -59,6 +73,8 @@ class AdapterResidency:
 
     @contextlib.asynccontextmanager
     async def _held(self, key: str) -> AsyncIterator[None]:
+        while key == self._leaving:
+            await self._has_left.wait()
         resident = self._residents.get(key)
         if resident is None:
             resident = Resident(asyncio.ensure_future(self._bring(key)))
@@ -83,7 +99,7 @@ class AdapterResidency:
     def worth_prefetching(self) -> str | None:
         """The most asked for of those that are not here, if there is room or what would go is asked for far less: a
         flood of adapters used once drives hot ones out."""
-        away = next((key for key in self.traffic.hottest() if key not in self._residents), None)
+        away = next((k for k in self.traffic.hottest() if k not in self._residents and k not in self._bad), None)
         if away is None or self.traffic.count(away) < HOT:
             return None
         largest = max((resident.num_bytes for resident in self._residents.values()), default=0)
@@ -120,25 +136,40 @@ class AdapterResidency:
                 await self._make_room(adapter.num_bytes)
                 await self._load(adapter)
                 self._residents[key].num_bytes = adapter.num_bytes
+        self._bad.discard(key)
         self._signal("loaded", key, time.perf_counter() - began)
 
     def _forget_if_failed(self, key: str, loading: asyncio.Task[None]) -> None:
         """Also when nobody waits any more: a later request tries again."""
         if (loading.cancelled() or loading.exception() is not None) and self._residents[key].loading is loading:
             del self._residents[key]
+            self._bad.add(key)
             self._signal("failed", key, 0.0)
 
     def _next_victim(self) -> str | None:
         return next((k for k, r in self._residents.items() if r.pins == 0 and r.loading.done()), None)
 
     async def _make_room(self, num_bytes: int) -> None:
-        """Waits while everything that could go is in use: running requests end, and the budget holds."""
-        while self.resident_bytes + num_bytes > self.budget_bytes:
-            victim = self._next_victim()
-            if victim is None:
-                self._unpinned.clear()
-                await self._unpinned.wait()
-            else:
+        """Waits while everything that could go is in use: running requests end, and the budget holds. Where requests
+        for each of them overlap without end, the one with the fewest has to go."""
+        try:
+            while self.resident_bytes + num_bytes > self.budget_bytes:
+                victim = self._next_victim()
+                if victim is None:
+                    await self._wait_for_end_of_use()
+                    continue
                 del self._residents[victim]
                 await self._unload(victim)
                 self._signal("evicted", victim, 0.0)
+        finally:
+            self._leaving = None
+            self._has_left.set()
+
+    async def _wait_for_end_of_use(self) -> None:
+        self._unpinned.clear()
+        try:
+            await asyncio.wait_for(self._unpinned.wait(), self._patience_s if self._leaving is None else None)
+        except TimeoutError:
+            loaded = [key for key, resident in self._residents.items() if resident.loading.done()]
+            self._leaving = min(loaded, key=self.num_pins)
+            self._has_left.clear()

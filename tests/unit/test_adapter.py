@@ -45,6 +45,8 @@ def first(tensors, part):
         (lambda d: (d / "adapter_config.json").write_text("{"), "is not JSON"),
         (lambda d: edit_config(d, peft_type="IA3"), "only LORA is served"),
         (lambda d: edit_config(d, use_dora=True), "use_dora=True cannot be served"),
+        (lambda d: edit_config(d, lora_alpha=float("nan")), "lora_alpha makes the scale nan"),
+        (lambda d: edit_config(d, lora_alpha=None), "no scale from lora_alpha"),
         (lambda d: edit_config(d, modules_to_save=["lm_head"]), "merge it into its base"),
         (lambda d: (d / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
         (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x" * 100), "is corrupt"),

@@ -91,6 +91,26 @@ def test_who_cannot_be_let_in_does_not_keep_flows_in_debt_out():
     assert [key for key, _ in queue.in_order()] == [blocked, debtor]
 
 
+def test_many_adapters_do_not_make_a_tenants_share_larger():
+    queue: FairQueue[int] = FairQueue()
+    many = [("crawler", f"a{number}@1") for number in range(50)]
+    one = ("person", "own@1")
+    for turn in range(40):
+        for key in [*many, one]:
+            queue.push(key, turn)
+    served = serve(queue, dict.fromkeys([*many, one], 100), 60)
+    assert served.count(one) == pytest.approx(30, abs=2)
+    assert one in served[:2]
+    of_many = [served.count(key) for key in many]
+    assert max(of_many) <= 1  # who are served in turn among themselves
+    alike = [("", key[1]) for key in [*many, one]]  # the twin: all of one tenant
+    queue = FairQueue()
+    for turn in range(40):
+        for key in alike:
+            queue.push(key, turn)
+    assert serve(queue, dict.fromkeys(alike, 100), 60).count(("", "own@1")) <= 2
+
+
 def test_an_idle_flow_is_forgotten():
     queue: FairQueue[int] = FairQueue()
     queue.push(("a", ""), 1)

@@ -244,6 +244,63 @@ def test_the_budget_holds_while_all_are_in_use():
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("patience_s", [0.02, None], ids=["", "twin"])
+def test_requests_that_overlap_without_end_do_not_keep_another_adapter_out(patience_s):
+    """A flood on the one adapter that memory holds: always a request of it is in flight."""
+
+    async def scenario():
+        loader = Loader(num_bytes=80)
+        residency = AdapterResidency(
+            loader.prepare, loader.load, loader.unload, budget_bytes=100, patience_s=patience_s or 3600
+        )
+        over = False
+
+        async def flood(begin_s):
+            await asyncio.sleep(begin_s)
+            while not over:
+                async with residency.pinned("flood@1"):
+                    await asyncio.sleep(0.01)
+
+        async def use(key):
+            async with residency.pinned(key):
+                return set(loader.resident)
+
+        floods = [asyncio.create_task(flood(number * 0.003)) for number in range(3)]
+        await asyncio.sleep(0.05)
+        try:
+            return await asyncio.wait_for(use("light@1"), 1)
+        except TimeoutError:
+            return None
+        finally:
+            over = True
+            await asyncio.gather(*floods)
+            assert await use("flood@1") == {"flood@1"}  # it comes back
+
+    assert asyncio.run(scenario()) == ({"light@1"} if patience_s is not None else None)
+
+
+def test_an_adapter_that_could_not_be_loaded_is_not_brought_in_unasked():
+    async def scenario():
+        loader = Loader()
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=100)
+
+        async def use(key):
+            async with residency.pinned(key):
+                pass
+
+        for _ in range(5):
+            loader.fail_next = True
+            with pytest.raises(UserError):
+                await use("bad@1")
+        for _ in range(4):
+            residency.traffic.note("good@1")
+        assert residency.worth_prefetching() == "good@1"
+        await use("bad@1")  # it was the store
+        assert residency.resident_keys == ["bad@1"]
+
+    asyncio.run(scenario())
+
+
 def test_a_promoted_version_is_brought_in_where_its_name_is_used(tmp_path):
     async def scenario():
         loader = Loader()
