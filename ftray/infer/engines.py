@@ -18,8 +18,12 @@ LOCAL_KV_CACHE_TOKENS = 16384
 
 def check_engine(config: EngineConfig) -> None:
     """The part of `make_engine` that costs nothing."""
-    if config.type == "vllm" and importlib.util.find_spec("vllm") is None:
+    if not has_engine(config):
         raise UserError("engine.type: vllm is not installed; pip install 'ftray[vllm]', or use type: torch")
+
+
+def has_engine(config: EngineConfig) -> bool:
+    return config.type != "vllm" or importlib.util.find_spec("vllm") is not None
 
 
 def make_engine(base: BaseModel, hardware: Hardware, config: EngineConfig, adapters: AdaptersConfig) -> Engine:

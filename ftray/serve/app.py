@@ -20,7 +20,6 @@ from ray.serve.schema import ServeDeploySchema
 
 from ftray.config import ServeConfig
 from ftray.errors import FtrayError, UserError
-from ftray.infer.engines import check_engine
 from ftray.model.base import check_base_name, prepare_base
 from ftray.registry import Registry
 from ftray.serve.access_log import AccessLog
@@ -232,7 +231,6 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
 def check_endpoint(config: ServeConfig) -> None:
     """Everything that can be known before ray starts: base, preloaded adapters, port."""
     check_base_name(config.base_model)
-    check_engine(config.engine)
     registry = Registry(config.adapters.registry)
     if config.adapters.preload:
         base = prepare_base(config.base_model)

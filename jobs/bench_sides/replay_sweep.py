@@ -68,7 +68,7 @@ def replay(costs: Costs, *, slots: int, asha: bool, seed: int = 0) -> Outcome:
         due = [trial for trial in group if asha and trial.step % EVALUATE_EVERY == 0]
         arrivals = {trial.number: Arrival(str(trial.number), trial.step, trial.loss(chance)) for trial in due}
         together = list(arrivals.values())
-        stopped = [a.run for a in together if not scheduler.goes_on(a, beside=[b for b in together if b is not a])]
+        stopped = [a.trial for a in together if not scheduler.goes_on(a, beside=[b for b in together if b is not a])]
         group[:] = [trial for trial in group if str(trial.number) not in stopped and trial.step < STEPS]
         started = 0
         while waiting and len(group) < slots:

@@ -158,6 +158,16 @@ def test_serve_checks_preloaded_adapters_and_shows_the_plan(run, serve_config, a
     assert "support@1" in out
 
 
+def test_an_endpoint_for_gpus_is_planned_where_there_are_none(run, serve_config):
+    big = ("engine.type=vllm", "engine.tensor_parallel=4", "replicas.gpus_each=4", "replicas.max=3")
+    code, out, _ = run("serve", serve_config, *big, "--dry-run")
+    assert code == 0
+    assert "# replicas: 1 to 3, each of 1 CPUs and 4 GPUs of one node, the base split over 4 of them" in out
+    assert "# vllm is not installed here" in out
+    code, _, err = run("serve", serve_config, *big)
+    assert (code, "vllm is not installed; pip install" in err) == (2, True)
+
+
 def test_the_life_of_an_adapter(run, adapters, tmp_path):
     flag = ("--registry", tmp_path / "registry")
     assert "has no adapters" in run("adapters", "list", *flag)[1]
