@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from ftray.infer.protocol import Engine, Request, TokenEvent
 
 IDLE_POLL_S = 1.0
 FOLLOW_UP_S = 0.001
+MAX_COMMANDS_S = 0.05  # beside answers that go on: a burst of schemas to compile does not stop them
 
 Item = TypeVar("Item")
 
@@ -80,12 +82,15 @@ class EngineRunner:
             function, future = self._commands.get(block=block, timeout=IDLE_POLL_S if block else None)
         except queue.Empty:
             return
+        began = time.monotonic()
         while True:  # what a finished command leads to (a load to the request that waited for it) is not a step late
             if future.set_running_or_notify_cancel():  # False: the caller has gone away
                 try:
                     future.set_result(function())
                 except Exception as error:  # noqa: BLE001  carried to the caller
                     future.set_exception(error)
+            if self.engine.has_work and time.monotonic() - began > MAX_COMMANDS_S:
+                return
             try:
                 function, future = self._commands.get(timeout=FOLLOW_UP_S)
             except queue.Empty:

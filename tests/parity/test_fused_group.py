@@ -167,8 +167,12 @@ def compare(found: dict[str, Trained], alone: dict[str, Trained], *, without: st
 
 @pytest.mark.parametrize(
     ("world_size", "how"),
-    [(1, {}), (2, {"token_budget": 150}), (1, {"stop_early": "wide", "checkpointed": True})],
-    ids=["one rank", "two ranks, small rows", "one stopped early, activations computed again"],
+    [
+        (1, {}),
+        (2, {"token_budget": 150, "stop_early": "wide"}),
+        (1, {"stop_early": "wide", "checkpointed": True}),
+    ],
+    ids=["one rank", "two ranks, small rows, one stopped early", "one stopped early, activations computed again"],
 )
 def test_members_of_a_group_are_the_runs_alone(world_size, how, fixed, alone, tmp_path):
     compare(fused_on_ranks(world_size, tmp_path, **fixed, **how), alone, without=how.get("stop_early"))

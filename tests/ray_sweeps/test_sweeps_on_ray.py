@@ -55,6 +55,13 @@ def test_fused_trials_stop_diverge_and_go_on(ray_session, sweep_file, tmp_path, 
         run_sweep(*load_sweep(sweep_file, ["search.seed=3"]), say=print)
 
 
+def test_the_slot_of_a_stopped_trial_is_filled_while_the_others_train(ray_session, sweep_file, tmp_path, capsys):
+    out = run_sweep_command(sweep_file, "name=refilled", "search.fused=2", capsys=capsys)
+    assert "best: t000" in out
+    first, stopped, next_one = (read_metrics(tmp_path / "runs/refilled/trials" / f"t00{n}") for n in range(3))
+    assert stopped[-1]["time"] < next_one[0]["time"] < first[-1]["time"]
+
+
 def run_sweep_command(*words: object, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit, match="0"):
         main(["sweep", *map(str, words)])
