@@ -10,7 +10,8 @@ VLLM := .venv-vllm
 # Clients of OpenAI's API, which want their own versions of much.
 CLIENTS := .venv-clients
 
-.PHONY: help install lint test test-one-half test-other-half test-cluster test-vllm test-clients soak audit quickstart clean
+.PHONY: help install lint test test-one-half test-other-half test-cluster test-jobs test-submit test-slurm \
+	test-jobs-on-hosts test-hosts test-vllm test-clients soak audit quickstart clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
@@ -49,11 +50,21 @@ test-other-half: install
 	$(BIN)/python -m pytest tests/unit tests/parity tests/ray_sweeps tests/gpu
 
 # Many hosts on this machine, as network namespaces: needs root and `ip`.
-test-cluster: install
+test-cluster: test-jobs test-submit test-slurm test-jobs-on-hosts test-hosts
+
+test-jobs: install
 	$(BIN)/python -m pytest tests/cluster/test_jobs.py
+
+test-submit: install
 	$(BIN)/python -m pytest tests/cluster/test_submit.py tests/cluster/test_tls.py
+
+test-slurm: install
 	$(BIN)/python -m pytest tests/cluster/test_slurm.py
+
+test-jobs-on-hosts: install
 	$(BIN)/python -m pytest tests/cluster/test_jobs_on_hosts.py
+
+test-hosts: install
 	$(BIN)/python -m pytest tests/cluster/test_cluster.py
 
 test-vllm: $(VLLM)/.installed
