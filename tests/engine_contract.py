@@ -187,7 +187,7 @@ class EngineContract:
             engine.add(Request("a", prompts[0], greedy(), "ghost@1"))
         with pytest.raises(UserError, match="response_format: regex"):
             engine.add(Request("a", prompts[0], greedy(structure=Structure("regex", "("))))
-        with pytest.raises(UserError, match=f"token {engine.vocab_size} is none of this model"):
+        with pytest.raises(UserError, match=f"prompt: {engine.vocab_size} is no token id of this model"):
             engine.add(Request("a", [5, engine.vocab_size], greedy()))
         with pytest.raises(UserError, match="logit_bias: -1"):
             engine.add(Request("a", prompts[0], greedy(logit_bias={-1: 1.0})))

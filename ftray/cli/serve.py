@@ -30,12 +30,12 @@ def serve(
     if print_deploy:
         print(to_yaml(deploy_schema(settings)), end="")
         return
+    if not dry_run:  # a plan needs no engine
+        check_engine(settings.engine)
+    check_endpoint(settings)
     if dry_run:
-        check_endpoint(settings)
         show_plan(settings)
         return
-    check_engine(settings.engine)
-    check_endpoint(settings)
     run_endpoint(settings, detach=detach)
 
 

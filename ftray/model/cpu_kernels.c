@@ -185,6 +185,8 @@ INLINE float factor(const void *factors, i64 i, int half) {
     return wide.value;
 }
 
+INLINE const char *place_of(const void *factors, i64 i, int half) { return (const char *)factors + i * (half ? 2 : 4); }
+
 INLINE Vector factors_from(const void *factors, i64 i, int half) {
     if (!half) return *(const Vector *)((const float *)factors + i);
     union { Wide bits; Vector values; } wide;
@@ -203,7 +205,7 @@ INLINE void reduce(const void *a, i64 first, i64 I, const float *x, float *to, i
     for (i64 i = 0; i + LANES <= I; i += LANES)
         for (int k = 0; k < rows; k++) {
             Vector some = factors_from(a, first + k * I + i, half);
-            if (tokens < 4) __builtin_prefetch((const char *)a + (first + (rows + k) * I + i) * (half ? 2 : 4));
+            if (tokens < 4) __builtin_prefetch(place_of(a, first + (rows + k) * I + i, half));
             for (int t = 0; t < tokens; t++) sums[k * tokens + t] += some * *(const Vector *)(x + t * I + i);
         }
     for (int k = 0; k < rows; k++)
@@ -223,7 +225,7 @@ INLINE void expand(const void *bt, i64 first, i64 rank, i64 columns, const float
     for (i64 r = 0; r < rank; r++)
         for (int w = 0; w < W; w++) {
             Vector some = factors_from(bt, first + r * columns + w * LANES, half);
-            __builtin_prefetch(next + (r * columns + w * LANES) * (half ? 2 : 4));
+            __builtin_prefetch(place_of(next, r * columns + w * LANES, half));
             for (int t = 0; t < tokens; t++) sums[t * W + w] += h[t * R + r] * some;
         }
     for (int t = 0; t < tokens; t++)
@@ -279,14 +281,14 @@ INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, con
         for (i64 item = 0; item < G * chunks; item++) {
             const Piece p = piece(slots, stretches, chunk_of, chunks, item);
             const Piece q = piece(slots, stretches, chunk_of, chunks, item + 1 < G * chunks ? item + 1 : item);
-            const char *next = (const char *)slots->bt[q.o] + q.first * (half ? 2 : 4);
+            const char *next = place_of(slots->bt[q.o], q.first, half);
             for (i64 t = 0, tokens; t < stretches[p.g].count; t += tokens) {
                 tokens = stretches[p.g].count - t >= 2 ? 2 : 1;
                 const float *h = reduced + (first_of[p.g] + t) * R + p.row;
                 float *to = y[p.o] + (stretches[p.g].start + t) * p.columns + p.from;
                 i64 i = 0;
 #define EXPAND(W, TOKENS) \
-    expand(slots->bt[p.o], p.first + i, p.rows, p.columns, h, R, to + i, next + i * (half ? 2 : 4), W, TOKENS, half)
+    expand(slots->bt[p.o], p.first + i, p.rows, p.columns, h, R, to + i, place_of(next, i, half), W, TOKENS, half)
 #define EXPAND_WHILE(W) \
     for (; i + (W) * LANES <= p.width; i += (W) * LANES) \
         if (tokens == 2) EXPAND(W, 2); else EXPAND(W, 1)

@@ -167,8 +167,8 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
     train, evaluation = data.train.directory, data.eval.directory if data.eval is not None else None
     if is_stored(study.place):
         train, evaluation = tokens_in_store(study, data)
-    groups = f" in each of {num_groups} groups" if num_groups > 1 else ""
-    say(f"fused: {in_all} at a time over one base{groups}, on {described(base_run)}")
+    groups = f", in {num_groups} groups" if num_groups > 1 else ""
+    say(f"fused: {in_all} at a time over one base, on {described(base_run)}{groups}")
     job = {
         "base_run": base_run,
         "base_name": name_for_workers(base_run, base),

@@ -214,7 +214,7 @@ class Study(Known):
         """When all wait: some take over from others, and all go on."""
         step, open_runs = self.until_step, [run for run in self.runs if run.outcome is None]
         for run in [run for run in open_runs if run.waits and self._user_stops(run)]:
-            self._note({"event": "end", "run": run.name, "outcome": "stopped", "message": BY_USER})
+            self._note_end(run.name, "stopped", None)
             open_runs.remove(run)
         if step is None or not open_runs or not all(run.waits for run in open_runs):
             return

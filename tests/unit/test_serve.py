@@ -186,6 +186,11 @@ class Loader:
         self.resident.remove(key)
 
 
+async def touch(residency: AdapterResidency, key: str) -> None:
+    async with residency.pinned(key):
+        pass
+
+
 def test_one_load_in_flight_per_version():
     async def scenario():
         loader = Loader()
@@ -206,17 +211,13 @@ def test_least_recently_used_goes_first_and_never_a_pinned_one():
         loader = Loader()
         residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=100)
 
-        async def touch(key):
-            async with residency.pinned(key):
-                pass
-
         async with residency.pinned("a@1"):
-            await touch("b@1")
-            await touch("c@1")
+            await touch(residency, "b@1")
+            await touch(residency, "c@1")
             assert loader.resident == {"a@1", "c@1"}  # a is older, but in use
-            await touch("d@1")
+            await touch(residency, "d@1")
             assert loader.resident == {"a@1", "d@1"}
-        await touch("e@1")
+        await touch(residency, "e@1")
         assert loader.resident == {"d@1", "e@1"}
         assert residency.resident_bytes == 80
 
@@ -284,18 +285,14 @@ def test_an_adapter_that_could_not_be_loaded_is_not_brought_in_unasked():
         loader = Loader()
         residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=100)
 
-        async def use(key):
-            async with residency.pinned(key):
-                pass
-
         for _ in range(5):
             loader.fail_next = True
             with pytest.raises(UserError):
-                await use("bad@1")
+                await touch(residency, "bad@1")
         for _ in range(4):
             residency.traffic.note("good@1")
         assert residency.worth_prefetching() == "good@1"
-        await use("bad@1")  # it was the store
+        await touch(residency, "bad@1")  # it was the store
         assert residency.resident_keys == ["bad@1"]
 
     asyncio.run(scenario())
