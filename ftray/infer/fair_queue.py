@@ -40,6 +40,10 @@ class Tenant(Generic[Item]):
     def waits(self) -> bool:
         return any(flow.waits for flow in self.flows.values())
 
+    @property
+    def num_running(self) -> int:
+        return sum(flow.num_running for flow in self.flows.values())
+
 
 class FairQueue(Generic[Item]):
     def __init__(self):
@@ -89,6 +93,16 @@ class FairQueue(Generic[Item]):
     def remove(self, key: FlowKey, item: Item) -> None:
         self._flow(key).waiting.remove(item)
         self._forget_if_idle(key)
+
+    def crowded_beside(self, key: FlowKey) -> FlowKey | None:
+        """The flow that has most running, of the tenant that has most, if `key`'s tenant has none; else, if `key` has
+        none, of its own tenant. None where nobody has several."""
+        own = self._tenants[key[0]]
+        richest = own if own.num_running else max(self._tenants.values(), key=lambda tenant: tenant.num_running)
+        if self._flow(key).num_running or richest.num_running < 2:
+            return None
+        giver = max(richest.flows, key=lambda flow: richest.flows[flow].num_running)
+        return giver if richest is not own or richest.flows[giver].num_running > 1 else None
 
     def _flow(self, key: FlowKey) -> Flow[Item]:
         return self._tenants[key[0]].flows[key]

@@ -3,14 +3,15 @@
 Everything that runs goes first: a decoding sequence with its newest token, a prompt with its next piece (chunked
 prefill, Agrawal et al. 2024, arXiv 2403.02310), so that a long prompt never stops the others. Then waiting ones come
 in, as `fair_queue.py` orders them. When the cache is full the newest sequence gives its pages back and waits at the
-front of its flow; its tokens are computed again later, or found in the cache.
+front of its flow; its tokens are computed again later, or found in the cache. So does the newest of a tenant (or of an
+adapter) that has several places when another has long been next and has none: long answers keep nobody out.
 """
 
 import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ftray.infer.fair_queue import FairQueue
+from ftray.infer.fair_queue import FairQueue, FlowKey
 from ftray.infer.kv_cache import PAGE_TOKENS, PagePool, page_name, pages_for
 from ftray.infer.protocol import Request, TokenLogprobs
 from ftray.infer.sampler import TokenSampler
@@ -18,6 +19,8 @@ from ftray.infer.text import TextStream
 
 # While an adapter waits for a slot in use, others may go on for this many steps; then nobody new comes in before it.
 MAX_STEPS_PASSED_OVER = 64
+# While every place is taken, who is next and has none waits so many steps; then who has several gives one up.
+MAX_STEPS_CROWDED_OUT = 64
 
 
 @dataclass(eq=False)
@@ -39,6 +42,7 @@ class Sequence:
     added_at: float = field(default_factory=time.monotonic)
     queued_s: float = 0.0  # until it first ran
     passed_over_since: int | None = None  # the step in which others first went before it
+    crowded_out_since: int | None = None  # the step since which it is next, and only others' many places are in its way
     siblings: list["Sequence"] = field(default_factory=list)  # wait until the prompt's pages are there to share
 
     @property
@@ -105,6 +109,7 @@ class Scheduler:
         pieces: list[Piece] = []
         self._num_steps += 1
         room = self._max_prefill_tokens
+        self._make_way()
         preemptions = self.num_preemptions
         for sequence in list(self.running):
             is_prompt = sequence.num_pending > 1
@@ -135,6 +140,36 @@ class Scheduler:
         elif any(other is sequence for other in self.waiting):
             self.waiting.remove(sequence.request.flow, sequence)
 
+    def _make_way(self) -> None:
+        """For the one that is next, if a place is all that it lacks."""
+        first = next(self.waiting.in_order(), None)
+        if first is None:
+            return
+        flow, sequence = first
+        newest = self._newest_of_crowd(flow) if len(self.running) == self._max_sequences else None
+        if newest is None or not self._would_fit(sequence, beside=newest):
+            sequence.crowded_out_since = None
+        elif sequence.crowded_out_since is None:
+            sequence.crowded_out_since = self._num_steps
+        elif self._num_steps - sequence.crowded_out_since >= MAX_STEPS_CROWDED_OUT:
+            self._preempt(newest)
+
+    def _newest_of_crowd(self, flow: FlowKey) -> Sequence | None:
+        giver = self.waiting.crowded_beside(flow)
+        return next((other for other in reversed(self.running) if other.request.flow == giver), None)
+
+    def _would_fit(self, sequence: Sequence, *, beside: Sequence) -> bool:
+        """In the place of the other: its pages and its adapter can be had."""
+        if self.pool.num_available + len(beside.pages) < pages_for(len(sequence.tokens) + 1):
+            return False
+        adapter = sequence.request.adapter
+        if adapter is None or self._adapters.is_on_device(adapter):
+            return True
+        if not self._adapters.acquire(adapter):
+            return False
+        self._adapters.release(adapter)
+        return True
+
     def _admit(self, pieces: list[Piece], room: int) -> None:
         while room > 0 and len(self.running) < self._max_sequences:
             sequence = self._next()
@@ -163,6 +198,7 @@ class Scheduler:
                 if sequence.num_found is None:
                     sequence.num_found = sequence.num_cached
                     sequence.queued_s = time.monotonic() - sequence.added_at
+                sequence.passed_over_since = sequence.crowded_out_since = None
                 self.running.append(self.waiting.start(flow))
                 return sequence
             if sequence.passed_over_since is None:

@@ -51,7 +51,7 @@ ADAPTER_BYTES = Metric("ftray_adapter_bytes", "gauge", "Bytes of adapters", ("ti
 ADAPTER_BUDGET = Metric("ftray_adapter_budget_bytes", "gauge", "adapters.host_budget")
 RUNNING = Metric("ftray_sequences_running", "gauge", "Answers that the engine computes now")
 WAITING = Metric("ftray_sequences_waiting", "gauge", "Answers that wait for the engine")
-PREEMPTIONS = Metric("ftray_preemptions", "counter", "Answers pushed back because the KV cache was full")
+PREEMPTIONS = Metric("ftray_preemptions", "counter", "Answers pushed back: no KV cache left, or a tenant had no place")
 KV_USED = Metric("ftray_kv_tokens_used", "gauge", "Tokens in the KV cache's used pages")
 KV_TOTAL = Metric("ftray_kv_tokens_total", "gauge", "Tokens that the KV cache has room for")
 

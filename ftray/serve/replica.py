@@ -68,7 +68,7 @@ class EngineReplica:
             prompts = await asyncio.to_thread(lambda: [self._prompt_ids(prompt, job) for prompt in job.prompts])
             asked = time.perf_counter()
             # Closed in order when a client leaves: the engine lets go of the sequence before the adapter is unpinned.
-            async with self._pinned(job.adapter):
+            async with self._pinned(job):
                 adapter_s = time.perf_counter() - asked
                 async with contextlib.aclosing(self._tokens(job, prompts, adapter_s)) as events:
                     async for event in together(events, every_s=job.every_s):
@@ -107,7 +107,7 @@ class EngineReplica:
         if longest > context:
             raise UserError(f"input: a text of {longest} tokens exceeds this endpoint's context of {context} tokens")
         vectors: list[list[float]] = []
-        async with self._pinned(job.adapter):
+        async with self._pinned(job):
             for group in groups_within(texts, self.config.engine.max_prefill_tokens):  # others decode in between
                 found_nE = await self.runner.call(partial(self.engine.embed, group, job.adapter))
                 size = found_nE.shape[1]
@@ -233,8 +233,10 @@ class EngineReplica:
             told = [first, *(self._told(token, of) for token, of in zip(ids[1:], logprobs, strict=True))]
         return {"text": self.engine.tokenizer.decode(ids), "logprobs": told}
 
-    def _pinned(self, adapter: str | None) -> contextlib.AbstractAsyncContextManager[None]:
-        return self.residency.pinned(adapter) if adapter is not None else contextlib.nullcontext()
+    def _pinned(self, job: GenerateJob | EmbedJob) -> contextlib.AbstractAsyncContextManager[None]:
+        if job.adapter is None:
+            return contextlib.nullcontext()
+        return self.residency.pinned(job.adapter, tenant=job.tenant)
 
     async def _prepare(self, key: str) -> PreparedAdapter:
         """In a thread: decoding goes on while an adapter is fetched, read and checked."""

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from ftray.errors import AdapterError
 from ftray.infer.protocol import PreparedAdapter
+from ftray.serve.load_turns import LoadTurns, Turn
 from ftray.serve.traffic import Traffic
 
-# Adapters read and checked at the same time, beside the budget.
+# Adapters read and checked at the same time, beside the budget; tenants take turns.
 MAX_LOADS = 2
 # An adapter is brought in unasked after so many requests in the last minute or two, and in the place of another only if
 # it is asked for so many times as often.
@@ -22,6 +23,8 @@ HOTTER = 2.0
 
 # A load waits so long for one adapter of which no request is in flight.
 PATIENCE_S = 5.0
+
+PREFETCH = "(prefetch)"  # loads that no request waits for take turns like a tenant's
 
 Happening = Literal["hit", "miss", "loaded", "failed", "evicted"]
 Signal = Callable[[Happening, str, float], None]  # the adapter, and how many seconds a load took
@@ -55,7 +58,7 @@ class AdapterResidency:
         self._patience_s = patience_s
         self._signal = signal
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
-        self._may_load = asyncio.Semaphore(MAX_LOADS)
+        self._turns = LoadTurns(MAX_LOADS)
         self._may_place = asyncio.Lock()  # first come, first served
         self._unpinned = asyncio.Event()
         self._leaving: str | None = None  # it goes once the requests that have it have ended: nobody new gets it
@@ -64,22 +67,25 @@ class AdapterResidency:
         self.traffic = Traffic()
 
     @contextlib.asynccontextmanager
-    async def pinned(self, key: str) -> AsyncIterator[None]:
+    async def pinned(self, key: str, *, tenant: str = "") -> AsyncIterator[None]:
         """For a request: loads the adapter if it is not here; while the context is open it stays."""
         self.traffic.note(key)
         self._signal("hit" if self.is_resident(key) else "miss", key, 0.0)
-        async with self._held(key):
+        async with self._held(key, tenant):
             yield
 
     @contextlib.asynccontextmanager
-    async def _held(self, key: str) -> AsyncIterator[None]:
+    async def _held(self, key: str, tenant: str) -> AsyncIterator[None]:
         while key == self._leaving:
             await self._has_left.wait()
         resident = self._residents.get(key)
         if resident is None:
-            resident = Resident(asyncio.ensure_future(self._bring(key)))
+            turn = self._turns.ask(tenant, key)
+            resident = Resident(asyncio.ensure_future(self._bring(key, turn)))
             self._residents[key] = resident
             resident.loading.add_done_callback(lambda task: self._forget_if_failed(key, task))
+        elif self._turns.is_waiting(key):
+            self._turns.ask(tenant, key)
         self._residents.move_to_end(key)
         resident.pins += 1
         try:
@@ -90,10 +96,12 @@ class AdapterResidency:
             resident.pins -= 1
             if resident.pins == 0:
                 self._unpinned.set()
+                if self._residents.get(key) is resident and self._turns.is_waiting(key):
+                    self._abandon(key)
 
     async def prefetch(self, key: str) -> None:
         """Brings an adapter in before anybody asks for it."""
-        async with self._held(key):
+        async with self._held(key, PREFETCH):
             pass
 
     def worth_prefetching(self) -> str | None:
@@ -123,9 +131,9 @@ class AdapterResidency:
     def resident_bytes(self) -> int:
         return sum(resident.num_bytes for resident in self._residents.values())
 
-    async def _bring(self, key: str) -> None:
+    async def _bring(self, key: str, turn: Turn) -> None:
         began = time.perf_counter()
-        async with self._may_load:
+        async with self._turns.taken(turn):
             adapter = await self._prepare(key)
             if adapter.num_bytes > self.budget_bytes:
                 raise AdapterError(
@@ -139,15 +147,22 @@ class AdapterResidency:
         self._bad.discard(key)
         self._signal("loaded", key, time.perf_counter() - began)
 
+    def _abandon(self, key: str) -> None:
+        """Everybody who wanted it has left before its load's turn came."""
+        self._turns.withdraw(key)
+        self._residents.pop(key).loading.cancel()
+
     def _forget_if_failed(self, key: str, loading: asyncio.Task[None]) -> None:
         """Also when nobody waits any more: a later request tries again."""
-        if (loading.cancelled() or loading.exception() is not None) and self._residents[key].loading is loading:
+        has_failed = loading.cancelled() or loading.exception() is not None
+        resident = self._residents.get(key)
+        if has_failed and resident is not None and resident.loading is loading:
             del self._residents[key]
             self._bad.add(key)
             self._signal("failed", key, 0.0)
 
     def _next_victim(self) -> str | None:
-        return next((k for k, r in self._residents.items() if r.pins == 0 and r.loading.done()), None)
+        return next((k for k, r in self._residents.items() if r.pins == 0 and r.num_bytes and r.loading.done()), None)
 
     async def _make_room(self, num_bytes: int) -> None:
         """Waits while everything that could go is in use: running requests end, and the budget holds. Where requests

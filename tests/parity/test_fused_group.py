@@ -2,6 +2,7 @@
 losses (rtol 1e-5: float32 sums in another order) and weights (1e-4 of the change), whatever the others do."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Record, Trained, config_of, start_ranks, train_on_ranks
+from tiny import pair_rows, write_jsonl
 
 LOSS_RTOL, WEIGHT_NORM = 1e-5, 1e-4
 MEMBERS = [
@@ -68,6 +70,8 @@ def run_group(
     save_at: int | None = None,
     checkpointed: bool = False,
     share_a_norm: bool = False,
+    records: Sequence[Record] = MEMBERS,
+    policy_as_reference: bool = False,
 ) -> dict[str, dict[str, Any]]:
     from ftray.config.run import MemoryConfig
     from ftray.data.tokens import tokenize_source
@@ -76,18 +80,25 @@ def run_group(
     from ftray.model.fused_lora import FusedLora
     from ftray.model.hardware import choose_hardware
     from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
-    from ftray.objectives import OBJECTIVES
+    from ftray.objectives import OBJECTIVES, LogProbs
     from ftray.sweep.fused_group import FusedGroup, MemberStep
     from ftray.sweep.member import make_member, save
     from ftray.train.checkpoint import newest_whole_checkpoint
 
     configs = {}
-    for record in MEMBERS:
+    for record in records:
         config = config_of(record, base_directory=base_directory, train_file=train_file)
         configs[record.name] = config.model_copy(update={"name": record.name, "runs_dir": str(out / "runs")})
     base = prepare_base(base_directory)
     first = next(iter(configs.values()))
-    dataset = tokenize_source("data.train", train_file, first.data, ChatRenderer(load_tokenizer(base)))
+    data, kind = first.data, first.objective.type
+    dataset = tokenize_source("data.train", data.train, data, ChatRenderer(load_tokenizer(base)), objective=kind)
+    objective = OBJECTIVES[kind](**first.objective.model_dump(exclude={"type"}))
+    if policy_as_reference:
+        loss = objective.loss
+        objective = replace(
+            objective, loss=lambda logs, row: loss(LogProbs(logs.policy_N, logs.policy_N.detach()), row)
+        )
     model = load_weights(base, choose_hardware(), attention=register_packed_attention())
     prepare_layers(model, MemoryConfig(activation_checkpointing=checkpointed))
     fused = FusedLora(model)
@@ -100,7 +111,7 @@ def run_group(
         )
         for name, config in configs.items()
     ]
-    group = FusedGroup(PackedCausalLM(model), fused, OBJECTIVES["sft"](), choose_hardware(), token_budget=token_budget)
+    group = FusedGroup(PackedCausalLM(model), fused, objective, choose_hardware(), token_budget=token_budget)
     found = {
         member.name: {
             "losses": [],
@@ -181,6 +192,30 @@ def test_members_of_a_group_are_the_runs_alone(world_size, how, fixed, alone, tm
 def test_members_that_share_a_gradient_norm_are_found(fixed, alone, tmp_path):
     with pytest.raises(AssertionError):
         compare(fused_on_ranks(1, tmp_path, **fixed, share_a_norm=True), alone)
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory, fixed):
+    """Members that learn from pairs, of one beta and of rates and ranks of their own; and each alone."""
+    out = tmp_path_factory.mktemp("preferences")
+    settings = {"objective": "{type: dpo, beta: 0.2}", "data.train": str(write_jsonl(out / "p.jsonl", pair_rows(20)))}
+    members = [
+        Record("small", settings=settings),
+        Record("wide", settings=settings | {"adapter": "{rank: 8, alpha: 8}", "optimizer.learning_rate": 3e-3}),
+    ]
+    return members, train_on_ranks(1, members, out, **fixed)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_members_that_learn_from_preferences_share_a_reference(world_size, fixed, preferences, tmp_path):
+    members, alone = preferences
+    compare(fused_on_ranks(world_size, tmp_path, **fixed, records=members), alone)
+
+
+def test_a_reference_that_moves_with_the_adapters_is_found(fixed, preferences, tmp_path):
+    members, alone = preferences
+    with pytest.raises(AssertionError):
+        compare(fused_on_ranks(1, tmp_path, **fixed, records=members, policy_as_reference=True), alone)
 
 
 def test_a_member_goes_on_from_its_checkpoint_in_a_group_or_alone(fixed, alone, tmp_path):

@@ -62,6 +62,28 @@ def test_the_slot_of_a_stopped_trial_is_filled_while_the_others_train(ray_sessio
     assert stopped[-1]["time"] < next_one[0]["time"] < first[-1]["time"]
 
 
+def test_two_groups_share_the_trials(ray_session, sweep_file, tmp_path, capsys, monkeypatch):
+    """As on two nodes: both take from one desk, and none is given a trial that the other has."""
+    monkeypatch.setattr("ftray.sweep.launch.groups_of", lambda run: (run, 2))
+    sweep_file.write_text(
+        f"kind: sweep\nname: two\nrun: {tmp_path}/run.yaml\noverrides: {{max_steps: 20}}\n"
+        "space: {optimizer.learning_rate: [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]}\nsearch: {algorithm: grid, fused: 2}\n"
+    )
+    out = run_sweep_command(sweep_file, capsys=capsys)
+    assert "fused: 4 at a time over one base" in out
+    assert "in 2 groups" in out
+    directory = tmp_path / "runs/two"
+    assert len(list((directory / "ray-train").glob("group-*"))) == 2
+    begun = []
+    for run in look_into(directory).runs:
+        assert run.outcome == "finished"
+        records = [record for record in read_metrics(directory / "trials" / run.name) if "loss" in record]
+        assert [record["step"] for record in records] == list(range(1, 21)), "no step is missing or doubled"
+        begun.append((records[0]["time"], records[-1]["time"]))
+    # Four at once are more than a group of two holds.
+    assert max(sum(first <= time <= last for first, last in begun) for time, _ in begun) > 2
+
+
 def run_sweep_command(*words: object, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit, match="0"):
         main(["sweep", *map(str, words)])

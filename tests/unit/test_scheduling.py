@@ -10,7 +10,7 @@ from ftray.errors import AdapterError
 from ftray.infer.fair_queue import FairQueue
 from ftray.infer.kv_cache import PagePool, page_name
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.scheduler import MAX_STEPS_PASSED_OVER, Scheduler, Sequence
+from ftray.infer.scheduler import MAX_STEPS_CROWDED_OUT, MAX_STEPS_PASSED_OVER, Scheduler, Sequence
 from ftray.model.adapter_runs import runs_of
 from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Segment
 
@@ -294,6 +294,52 @@ def test_a_flood_does_not_keep_a_light_tenant_waiting():
 def test_without_flows_of_its_own_it_would_wait_for_the_whole_flood():
     """The twin: the same requests in one queue."""
     assert min(light_beside_heavy(same_flow=True).values()) > 200
+
+
+def first_token_beside_long_answers(*, tenant: str, adapter: str) -> tuple[int, Scheduler]:
+    """Four answers of 500 tokens hold the four places; how many steps another's request waits."""
+    scheduler = make_scheduler()
+    for number in range(4):
+        scheduler.add(sequence(f"long{number}", adapter="heavy@1", tenant="crawler", answer=500))
+    done = steps(scheduler, more=lambda step: [sequence("new", adapter=adapter, tenant=tenant)] if step == 9 else [])
+    assert len(done) == 5  # nobody is lost
+    assert scheduler.pool.num_used == 0
+    return done["new"][0] - 9, scheduler
+
+
+@pytest.mark.parametrize("tenant", ["person", "crawler"], ids=["tenants", "adapters"])
+def test_long_answers_that_hold_every_place_give_one_up(tenant):
+    waited, scheduler = first_token_beside_long_answers(tenant=tenant, adapter="light@1")
+    assert waited <= MAX_STEPS_CROWDED_OUT + 2
+    assert scheduler.num_preemptions == 1
+
+
+def test_of_its_own_flow_a_request_waits_for_the_end_of_an_answer():
+    waited, scheduler = first_token_beside_long_answers(tenant="crawler", adapter="heavy@1")
+    assert waited > 450
+    assert scheduler.num_preemptions == 0
+
+
+def test_with_admission_alone_it_would_wait_as_long(monkeypatch):
+    """The twin."""
+    monkeypatch.setattr(Scheduler, "_make_way", lambda self: None)
+    assert first_token_beside_long_answers(tenant="person", adapter="light@1")[0] > 450
+
+
+@pytest.mark.parametrize("lacks", ["a slot", "pages", "a share of the prompts' tokens"])
+def test_no_place_is_given_up_where_it_would_not_help(lacks):
+    """All four places are taken; the slot, or the pages, are in use by those that would stay. Or a place is free, and a
+    long prompt takes all that a step computes of prompts."""
+    scheduler = make_scheduler(room=1 if lacks == "a slot" else 100, pages=150 if lacks == "pages" else 600)
+    prompt = 10 if lacks != "a share of the prompts' tokens" else 64 * 100
+    for number in range(4 if prompt == 10 else 3):
+        new = sequence(f"long{number}", adapter="heavy@1", tenant="crawler", answer=400, prompt=prompt)
+        scheduler.add(new)
+    wide = 16 * 140 if lacks == "pages" else 10
+    new = sequence("new", adapter="light@1", tenant="person", prompt=wide)
+    done = steps(scheduler, more=lambda step: [new] if step == 9 else [])
+    assert len(done) == 4 + (prompt == 10)
+    assert scheduler.num_preemptions == 0
 
 
 def test_adapters_that_wait_for_a_slot_are_passed_over_but_not_for_ever():

@@ -280,6 +280,66 @@ def test_requests_that_overlap_without_end_do_not_keep_another_adapter_out(patie
     assert asyncio.run(scenario()) == ({"light@1"} if patience_s is not None else None)
 
 
+def place_of_the_light_one(*, tenant: str) -> int:
+    """One tenant asks for a hundred adapters at once, then another for one: the how many-th load is that?"""
+
+    async def scenario():
+        loader = Loader(num_bytes=1)
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=1000)
+
+        async def use(key, tenant):
+            async with residency.pinned(key, tenant=tenant):
+                pass
+
+        crowd = [asyncio.create_task(use(f"a{number}@1", "crawler")) for number in range(100)]
+        await asyncio.sleep(0)
+        await asyncio.gather(use("light@1", tenant), *crowd)
+        assert len(loader.loads) == 101
+        return loader.loads.index("light@1")
+
+    return asyncio.run(scenario())
+
+
+def test_a_hundred_cold_adapters_of_one_tenant_do_not_keep_the_one_of_another_waiting():
+    assert place_of_the_light_one(tenant="person") <= 3
+    assert place_of_the_light_one(tenant="crawler") == 100  # the twin: nobody takes turns with himself
+
+
+def test_whose_turn_is_first_brings_the_adapter_in_for_both():
+    async def scenario():
+        loader = Loader(num_bytes=1)
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=1000)
+
+        async def use(key, tenant):
+            async with residency.pinned(key, tenant=tenant):
+                pass
+
+        crowd = [asyncio.create_task(use(f"a{number}@1", "crawler")) for number in range(50)]
+        await asyncio.sleep(0)
+        await asyncio.gather(use("a49@1", "person"), *crowd)
+        assert loader.loads.index("a49@1") <= 3
+        assert len(loader.loads) == 50
+
+    asyncio.run(scenario())
+
+
+def test_loads_nobody_waits_for_any_more_are_not_begun():
+    async def scenario():
+        loader = Loader(num_bytes=1)
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=1000)
+        crowd = [asyncio.create_task(touch(residency, f"a{number}@1")) for number in range(50)]
+        await asyncio.sleep(0)
+        for client in crowd:
+            client.cancel()
+        await asyncio.gather(*crowd, return_exceptions=True)
+        await touch(residency, "later@1")
+        assert loader.loads == ["a0@1", "a1@1", "later@1"]  # two were under way
+        assert set(residency.resident_keys) == {"a0@1", "a1@1", "later@1"}
+        await touch(residency, "a7@1")  # and what was abandoned can be asked for again
+
+    asyncio.run(scenario())
+
+
 def test_an_adapter_that_could_not_be_loaded_is_not_brought_in_unasked():
     async def scenario():
         loader = Loader()
