@@ -140,7 +140,7 @@ def publish_best(study: "Study") -> None:
 
 def show_points(config: SweepConfig, space: Space) -> None:
     print(to_yaml(config))
-    points = list(space.grid()) if config.search.algorithm == "grid" else None
+    points = list(space.grid(config.search.trials)) if config.search.algorithm == "grid" else None
     if points is None:
         print(
             f"# would try {config.search.trials or 'as many as the budget allows'} points by {config.search.algorithm}"

@@ -18,7 +18,7 @@ from ftray.config.expression import Expression
 from ftray.config.load import KINDS, describe_problem, load_config, read_yaml
 from ftray.config.run import RunConfig
 from ftray.config.schema import Strict
-from ftray.config.sweep import SweepConfig, is_variable
+from ftray.config.sweep import SearchConfig, SweepConfig, is_variable
 from ftray.errors import ConfigError
 
 SAMPLED_POINTS = 200  # of a space that is not a grid: so many are checked against the run's schema before the start
@@ -37,9 +37,9 @@ class Space:
         """What is chosen; the rest follows from it."""
         return {key: domain for key, domain in self.domains.items() if not isinstance(domain, Expression)}
 
-    def grid(self) -> Iterator[dict[str, Any]]:
-        """The last key changes fastest."""
-        for values in itertools.product(*(domain.grid for domain in self.free.values())):
+    def grid(self, trials: int | None = None) -> Iterator[dict[str, Any]]:
+        """Its points, or the first so many. The last key changes fastest."""
+        for values in itertools.islice(itertools.product(*(domain.grid for domain in self.free.values())), trials):
             yield dict(zip(self.free, values, strict=True))
 
     def sample(self, chance: random.Random) -> dict[str, Any]:
@@ -84,10 +84,11 @@ class Space:
             set_at(tree, key, copy.deepcopy(value))
         return tree
 
-    def points_to_check(self, *, is_grid: bool) -> Iterator[dict[str, Any]]:
-        """All of a grid; else every choice and every end of a range beside a point, and points by chance."""
-        if is_grid:
-            yield from self.grid()
+    def points_to_check(self, search: SearchConfig) -> Iterator[dict[str, Any]]:
+        """All of a grid that will run; else every choice and every end of a range beside a point, and points by
+        chance."""
+        if search.algorithm == "grid":
+            yield from self.grid(search.trials)
             return
         chance = random.Random(0)
         first = {key: domain.extremes[0] for key, domain in self.free.items()}
@@ -183,7 +184,7 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, Any]
 def problems_of(space: Space, config: SweepConfig) -> list[str]:
     """What the run's schema refuses of the points: each rule once, at the first point that breaks it."""
     found: dict[Any, str] = {}
-    for point in space.points_to_check(is_grid=config.search.algorithm == "grid"):
+    for point in space.points_to_check(config.search):
         at = f"space: at {point_text(point)}"
         try:
             run = space.config(point)

@@ -104,7 +104,7 @@ def points_of(stage: RunConfig | Sweep) -> list[RunConfig]:
     if isinstance(stage, RunConfig):
         return [stage]
     config, space = stage
-    points = space.points_to_check(is_grid=config.search.algorithm == "grid")
+    points = space.points_to_check(config.search)
     return [space.config(point, name=config.name) for point in points]
 
 

@@ -27,7 +27,7 @@ class Fusing:
 def fusing_of(config: SweepConfig, space: Space) -> Fusing:
     if config.search.fused == "off":
         return Fusing(None, "search.fused: off")
-    runs = [space.config(point) for point in space.points_to_check(is_grid=config.search.algorithm == "grid")]
+    runs = [space.config(point) for point in space.points_to_check(config.search)]
     example = next((run for run in runs if why_not(run) is None), None)
     if example is None:
         return Fusing(None, why_not(runs[0]))

@@ -66,7 +66,7 @@ def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = Fals
 
 def check_inputs(config: SweepConfig, space: Space) -> None:
     """Of all points: a file that is missing is told before the first trial. Raises `UserError`."""
-    runs = [space.config(point) for point in space.points_to_check(is_grid=config.search.algorithm == "grid")]
+    runs = [space.config(point) for point in space.points_to_check(config.search)]
     if starts := [run.adapter.init_from for run in runs if run.adapter is not None and run.adapter.init_from]:
         raise UserError(
             f"adapter.init_from: {starts[0]}: the trials of a sweep start from their base; fold the adapter into it "
@@ -235,7 +235,7 @@ def refresh(study: Study, directory: Path) -> None:
 
 def first_run(config: SweepConfig, space: Space) -> RunConfig:
     """The sweep, as those parts see it that know runs: its data, workers and place."""
-    point = next(iter(space.points_to_check(is_grid=config.search.algorithm == "grid")))
+    point = next(iter(space.points_to_check(config.search)))
     return space.config(point, name=config.name)
 
 

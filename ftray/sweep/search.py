@@ -19,8 +19,8 @@ class Search(Protocol):
 
 
 class GridSearch:
-    def __init__(self, space: Space):
-        self._points = list(space.grid())
+    def __init__(self, space: Space, *, trials: int | None):
+        self._points = list(space.grid(trials))
 
     def point(self, number: int, earlier: Sequence[Trial]) -> dict[str, Any] | None:
         return self._points[number] if number < len(self._points) else None
@@ -55,7 +55,7 @@ class TpeSearch:
 
 def make_search(space: Space, search: SearchConfig) -> Search:
     if search.algorithm == "grid":
-        return GridSearch(space)
+        return GridSearch(space, trials=search.trials)
     if search.algorithm == "random":
         return RandomSearch(space, seed=search.seed)
     return TpeSearch(space, search)

@@ -47,7 +47,7 @@ class Study(Known):
         self.space = space
         self.spent_s = 0.0  # of earlier drivers
         self._search = make_search(space, config.search)
-        first = space.config(next(iter(space.points_to_check(is_grid=config.search.algorithm == "grid"))))
+        first = space.config(next(iter(space.points_to_check(config.search))))
         every = first.evaluation.every
         # As users and workers find it: a path or a URL.
         self.place = place_of(first.runs_dir, config.name) if is_stored(first.runs_dir) else str(directory)
@@ -275,11 +275,8 @@ class Study(Known):
     @property
     def num_planned(self) -> int | None:
         """Trials in all; None: as many as the budget allows."""
-        search = self.config.search
-        if search.algorithm != "grid":
-            return search.trials
-        whole = sum(1 for _ in self.space.grid())
-        return whole if search.trials is None else min(whole, search.trials)
+        trials = self.config.search.trials
+        return trials if self.config.search.algorithm != "grid" else sum(1 for _ in self.space.grid(trials))
 
     @property
     def num_planned_runs(self) -> int | None:

@@ -148,6 +148,17 @@ def test_a_grid_has_every_point_and_the_expressions_follow(load):
     assert (run.name, run.seed, config.seeds) == ("t005", 3, (0,))
 
 
+def test_of_a_grid_without_end_only_the_trials_that_will_run_are_looked_at(load, tmp_path):
+    """2 billion points, of which the second billion would be refused."""
+    axes = "".join(f"\n  variables.v{number}: {list(range(10))}" for number in range(9))
+    space = f"\n  adapter.dropout: [0, 2]{axes}\n  batch.examples_per_step: {{expression: 1 + variables.v8}}\n"
+    study = study_of(load("{algorithm: grid, trials: 10}", space=space), tmp_path)
+    assert study.num_planned == 10
+    assert len(play(study, lambda point, step: 1.0)) == 10
+    with pytest.raises(ConfigError, match=r"adapter\.dropout=2"):
+        load("{algorithm: grid, trials: 2}", space="\n  adapter.dropout: [0, 2]\n")
+
+
 def test_an_expression_may_use_what_the_run_says_or_its_defaults(load):
     space = load(space="\n  optimizer.warmup_steps: {expression: max_steps // adapter.rank}\n  adapter.rank: [4, 8]\n")[
         1
