@@ -37,6 +37,7 @@ BENCHES = {
     "latency": ["latency_ftray"],
     "sweep": ["sweep_ftray", "sweep_ftray_asha", "sweep_tune", "sweep_tune_one"],
     "sweep_long": ["sweep_long_ftray_asha", "sweep_long_tune"],
+    "sweep_small": ["sweep_small_ftray", "sweep_small_tune", "sweep_small_tune_one"],
 }
 # vLLM's sides run in the environment that `make test-vllm` makes; without it they are left out, and that is said.
 VLLM_PYTHON = str(Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python")

@@ -18,6 +18,7 @@ from ftray.tracking.metrics import read_metrics
 ROOT = Path(__file__).parents[2]
 TRIALS, STEPS, EVALUATE_EVERY = 8, 12, 4
 LONG_STEPS, LONG_EVALUATE_EVERY = 60, 2  # the quickstart's own two epochs
+SMALL, SMALL_STEPS = ", batch.examples_per_step: 2", 30  # about 73 tokens a step
 EVALUATION_ROWS = 24  # of the 120: on a CPU evaluations would take a third of the time, the same on all sides
 SPACE = """
   adapter.rank: [4, 16]
