@@ -37,6 +37,10 @@ class AdapterError(UserError):
     """An adapter directory is corrupt, or does not fit the base model or the engine."""
 
 
+class UnwritableError(UserError):
+    """A directory cannot be made or written now: no room, or no permission."""
+
+
 class NotFoundError(UserError):
     """A name that is in no registry, file or endpoint."""
 

@@ -50,19 +50,22 @@ def run(
     if dry_run:
         show_points(loaded, space)
         return
-    from ftray.sweep.launch import look_into, run_sweep, sweep_directory
+    from ftray.sweep.launch import look_into, run_sweep, sweep_directory, uninterrupted
     from ftray.sweep.report import REPORT, train_command
 
     command = shlex.join(["ftray", "sweep", config, *(overrides or ())])
     try:
         study = run_sweep(loaded, space, say=lambda text: print(f"  {text}", flush=True), fresh=fresh)
     except InterruptedRunError as error:
-        show_answer(look_into(sweep_directory(loaded, space)))
+        with uninterrupted():
+            show_answer(look_into(sweep_directory(loaded, space)))
         raise type(error)(f"{error}\n  go on with: {command}") from None
     show_answer(study)
     directory = sweep_directory(loaded, space)
     show_comparison(study, directory)
     print(f"  {study.place}/{REPORT}")
+    if study.gave_up is not None:
+        print(f"{study.gave_up}; mend the cause, and give search.trials to go on")
     if study.best is None:
         raise FtrayError(f"{loaded.name}: no trial finished; see {study.trials_place}")
     if not study.moves and study.best_run is not None:  # else its weights are of several trials

@@ -18,7 +18,7 @@ from ftray.config.expression import Expression
 from ftray.config.load import KINDS, describe_problem, load_config, read_yaml
 from ftray.config.run import RunConfig
 from ftray.config.schema import Strict
-from ftray.config.sweep import SearchConfig, SweepConfig, is_variable
+from ftray.config.sweep import NOT_SWEPT, SearchConfig, SweepConfig, is_variable
 from ftray.errors import ConfigError
 
 SAMPLED_POINTS = 200  # of a space that is not a grid: so many are checked against the run's schema before the start
@@ -104,11 +104,10 @@ def without_variables(values: dict[str, Any]) -> dict[str, Any]:
 def sample(domain: Choice | Range, chance: random.Random) -> Any:
     if isinstance(domain, Choice):
         return chance.choice(domain.values)
-    if domain.is_log:
-        value = math.exp(chance.uniform(math.log(domain.low), math.log(domain.high)))
-    else:
-        value = chance.uniform(domain.low, domain.high)
-    return round(value) if domain.is_int else value
+    half = 0.5 if domain.is_int else 0.0  # each whole number has the same share, those at the ends too
+    low, high = domain.low - half, domain.high + half
+    value = math.exp(chance.uniform(math.log(low), math.log(high))) if domain.is_log else chance.uniform(low, high)
+    return min(max(round(value), domain.low), domain.high) if domain.is_int else value
 
 
 def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -184,6 +183,7 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, Any]
 def problems_of(space: Space, config: SweepConfig) -> list[str]:
     """What the run's schema refuses of the points: each rule once, at the first point that breaks it."""
     found: dict[Any, str] = {}
+    evaluated_on: set[str | None] = set()
     for point in space.points_to_check(config.search):
         at = f"space: at {point_text(point)}"
         try:
@@ -196,6 +196,9 @@ def problems_of(space: Space, config: SweepConfig) -> list[str]:
         else:
             if config.search.metric == "eval_loss" and run.data.eval is None:
                 found["metric"] = "search.metric: eval_loss needs data.eval in the run; add it, or choose metric loss"
+            evaluated_on.add(run.data.eval)
+            if len(evaluated_on) > 1:
+                found["eval"] = f"{at}: data.eval is {run.data.eval}: {NOT_SWEPT['data.eval']}"
             steps, every = config.search.generation_steps, run.evaluation.every
             if steps is not None and steps % every:
                 found["generation"] = f"search.generation_steps: {steps} is no multiple of evaluation.every ({every})"

@@ -41,7 +41,8 @@ def why_not_swept(key: str) -> str | None:
 
 
 class BudgetConfig(Strict):
-    """Over all trials; the sweep ends with the first that is used up."""
+    """Over all trials; the sweep ends with the first that is used up. Steps and tokens count when they are reported, at
+    evaluations."""
 
     steps: PositiveInt | None = None
     tokens: PositiveInt | None = None

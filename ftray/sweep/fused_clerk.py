@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from ftray.config import RunConfig
-from ftray.errors import FtrayError, StoreError
+from ftray.errors import FtrayError, StoreError, UnwritableError
 from ftray.sweep.fused_group import MemberStep, RowSharing
 from ftray.sweep.fused_job import FusedJob
 from ftray.sweep.member import Member, save
@@ -78,7 +78,7 @@ class Clerk:
         """A full disk or a store that does not answer ends the group, and is no fault of the runs that it has."""
         try:
             yield
-        except (OSError, StoreError):
+        except (OSError, StoreError, UnwritableError):
             ray.get(self._job.desk.pardon.remote(self._job.group))
             raise
 
@@ -88,7 +88,7 @@ class Clerk:
             directory = open_run_directory(config, fresh=False) if stored is None else stored.open(is_new=is_new)
             if directory.finished is None and directory.resume_from is not None:
                 check_same_data(directory.resume_from, self._job.data_digest)
-        except StoreError:
+        except (StoreError, UnwritableError):
             raise
         except FtrayError as error:
             self.refuse(config.name, str(error))

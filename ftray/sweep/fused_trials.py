@@ -64,9 +64,13 @@ class Desk:
         self._study.take_back(self._taken.pop(group, set()))
 
     def take(self, group: int, count: int) -> Taken:
-        """So many runs at most."""
+        """So many runs at most. Of those whose group has died a group takes one at a time, and nobody else until that
+        one has got on, so that the one that kills it is found."""
         taken, new = [], set()
-        while len(taken) < count and (run := self._study.next_run(self._fusing.holds)) is not None:
+        while len(taken) < count and not self._has_suspect(group):
+            run = self._study.next_run(self._fusing.holds)
+            if run is None:
+                break
             self._handed_out[run.name] += 1
             if self._handed_out[run.name] > MAX_HAND_OUTS:  # it may be what kills its group
                 self.end(run.name, "failed", f"its workers died {MAX_HAND_OUTS} times")
@@ -76,6 +80,9 @@ class Desk:
             if run.last is None:
                 new.add(run.name)
         return Taken(taken, frozenset(new), self._study.until_step, waits=self._study.waits)
+
+    def _has_suspect(self, group: int) -> bool:
+        return any(self._handed_out[name] > 1 for name in self._taken.get(group, ()))
 
     def pardon(self, group: int) -> None:
         """Its workers die of something else than the runs that they have."""
@@ -201,10 +208,10 @@ def make_group(job: FusedJob) -> TorchTrainer:
 def groups_of(base_run: RunConfig) -> tuple[RunConfig, int]:
     """The run with a group's workers, and how many groups the cluster holds. Without GPUs a group takes a node's cores:
     more groups on it would hold the base more often, and be no faster."""
-    workers = base_run.workers
+    workers, nodes = base_run.workers, list(available_resources_per_node().values())
     if not workers.gpus_each and isinstance(workers.count, int):
         # Others may have taken some for good, on every node.
-        free = max(int(node.get("CPU", 0)) for node in available_resources_per_node().values())
+        free = max(int(node.get("CPU", 0)) for node in nodes)
         each = max(workers.cpus_each, free // workers.count)
         workers = workers.model_copy(update={"cpus_each": each})
-    return base_run.model_copy(update={"workers": workers}), fitting_groups(workers)
+    return base_run.model_copy(update={"workers": workers}), fitting_groups(workers, nodes)

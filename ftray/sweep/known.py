@@ -8,6 +8,8 @@ from ftray.errors import NotFoundError
 from ftray.sweep.population import RATE, Moved
 from ftray.sweep.trials import Report, SweepRun, Trial, run_name
 
+MAX_BARREN = 10
+
 
 class Known:
     def __init__(self, config: SweepConfig):
@@ -86,6 +88,16 @@ class Known:
     @property
     def steps(self) -> int:
         return sum(run.last.step for run in self.runs if run.last is not None)
+
+    @property
+    def gave_up(self) -> str | None:
+        """Why a search without a number of trials makes no more: what fails at once uses up no steps and no tokens."""
+        last = [trial for trial in self.trials if trial.is_over][-MAX_BARREN:]
+        search = self.config.search
+        has_number = search.algorithm == "grid" or search.trials is not None
+        if has_number or len(last) < MAX_BARREN or any(run.reports for trial in last for run in trial.runs):
+            return None
+        return f"the last {MAX_BARREN} trials ended before their first report (the last: {last[-1].message})"
 
     def history(self, name: str) -> list[Moved]:
         """How a population's weights came into this run, the last move last."""

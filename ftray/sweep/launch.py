@@ -2,7 +2,9 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ftray.config import RunConfig, Space, SweepConfig
@@ -59,8 +61,9 @@ def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = Fals
                 try:
                     search_in(directory, study, base_run, say=say)
                 finally:
-                    study = look_into(directory)  # a fused sweep's desk has written on
-                    refresh(study, directory)
+                    with uninterrupted():
+                        study = look_into(directory)  # a fused sweep's desk has written on
+                        refresh(study, directory)
         return study
 
 
@@ -108,6 +111,19 @@ def search(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> N
         run_apart(directory, study, base_run, reason=fusing.reason or "the rest", say=say)
     if config.compare is not None:
         measure_methods(study, directory, base, say=say)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C would cost the report, and the word of what goes on with the sweep."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 def interrupt() -> None:

@@ -64,7 +64,8 @@ class Asha:
 
 class MedianStopping:
     """A trial whose best value so far is worse than the median of the others' means up to the same step is stopped
-    (Golovin et al. 2017, Google Vizier, section 3.2.2)."""
+    (Golovin et al. 2017, Google Vizier, section 3.2.2). What arrives in the same moment counts for each other: in turns
+    the first ones would never have enough others, and would always go on."""
 
     MIN_TRIALS = 3  # that have come as far
 
@@ -73,9 +74,11 @@ class MedianStopping:
         self._curves: dict[str, list[tuple[int, float]]] = {}
 
     def goes_on(self, arrival: Arrival, *, beside: Sequence[Arrival] = ()) -> bool:
-        step = arrival.step
-        curve = self._curves.setdefault(arrival.trial, [])
-        curve.append((step, arrival.value))
+        for told in (arrival, *beside):
+            curve = self._curves.setdefault(told.trial, [])
+            if not curve or curve[-1][0] < told.step:
+                curve.append((told.step, told.value))
+        step, curve = arrival.step, self._curves[arrival.trial]
         others = [c for name, c in self._curves.items() if name != arrival.trial and c[-1][0] >= step]
         if step < self._grace or len(others) < self.MIN_TRIALS:
             return True

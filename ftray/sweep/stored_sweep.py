@@ -100,7 +100,7 @@ def refuse_population_in_store(config: SweepConfig, run: RunConfig) -> None:
 def only_driver_of_sweep(run: RunConfig) -> Iterator[StoredSweep | None]:
     """`run`: it has the sweep's name and place. As `only_driver` of a run."""
     if not is_stored(run.runs_dir):
-        with only_driver(run):
+        with only_driver(run, stop_with="Ctrl-C where it was started"):
             yield None
         return
     stored = StoredSweep(run.runs_dir, run.name)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.config.domains import Range
-from ftray.config.sweep import why_not_in_population, why_not_swept
+from ftray.config.sweep import NOT_SWEPT, why_not_in_population, why_not_swept
 from ftray.errors import ConfigError
 from ftray.storage import read_json, write_bytes, write_json
 from ftray.sweep.journal import Journal
@@ -116,6 +116,8 @@ class Study(Known):
         if refused:
             raise ConfigError(label, refused)
         self.space.check_point(point, label=label)
+        if self.space.config(point).data.eval != self.space.config(trial.latest).data.eval:
+            raise ConfigError(label, [f"data.eval: {NOT_SWEPT['data.eval']}"])
         write_json(self._directory / REQUESTS / f"{time.time_ns()}.json", {"point": point, "cloned_from": trial.name})
         return point
 
@@ -145,14 +147,14 @@ class Study(Known):
 
     @property
     def is_over(self) -> bool:
-        if self.spent is not None:
-            return True
-        return all(trial.is_over for trial in self.trials) and not self._requests and self._next_point() is None
+        is_idle = all(trial.is_over for trial in self.trials) and not self._requests
+        return self.spent is not None or (is_idle and self._next_point() is None)
 
     def _next_point(self) -> dict[str, Any] | None:
         own = [trial for trial in self.trials if trial.cloned_from is None]
         limit = self.config.search.trials
-        return None if limit is not None and len(own) >= limit else self._search.point(len(own), own)
+        is_last = self.gave_up is not None or (limit is not None and len(own) >= limit)
+        return None if is_last else self._search.point(len(own), own)
 
     def report(self, name: str, report: Report) -> str | None:
         """Returns why the run is to stop, or None. A run that resumed may tell again what it has told."""
@@ -296,14 +298,16 @@ class Study(Known):
 
     def _apply(self, event: dict[str, Any]) -> None:
         self.apply(event)
+        if event["event"] == "end" and event["outcome"] in ("failed", "diverged"):
+            for run in self.trials[self.run(event["run"]).trial].runs:  # without all its seeds it cannot be the best
+                self._asked.setdefault(run.name, f"{event['run']} of its trial {event['outcome']}")
         if event["event"] == "reports":
             arrivals = self._arrivals(event["reports"])
             for arrival in arrivals:
                 beside = [other for other in arrivals if other is not arrival]
                 if not self._scheduler.goes_on(arrival, beside=beside):
-                    reason = f"{self.config.search.scheduler}, at step {arrival.step}"
                     for run in self.trial(arrival.trial).runs:
-                        self._asked.setdefault(run.name, reason)
+                        self._asked.setdefault(run.name, f"{self.config.search.scheduler}, at step {arrival.step}")
 
     def _arrivals(self, reports: list[dict[str, Any]]) -> list[Arrival]:
         """A trial is judged once at a step, by the mean of those of its seeds that came there first, and all of them go

@@ -1,6 +1,7 @@
 """One run of a trial, told as reports of the sweep's metric."""
 
 import contextlib
+import errno
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,6 +44,10 @@ def run_to_end(
         workers_said = (local_directory(config.runs_dir, config.name) / WORKER_ERROR).is_file()
         return ("failed" if workers_said else REFUSED), str(error)
     except StoreError as error:
+        return REFUSED, str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         return REFUSED, str(error)
     except FtrayError as error:
         return "failed", str(error)

@@ -75,7 +75,8 @@ def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, 
     if search.refusal is not None:
         raise UserError(
             f"{search.refusal}\n  the same command goes on; if that trial can never run, end it first: "
-            f"ftray sweep stop-trial {study.config.name} {search.refused_trial}"
+            f"ftray sweep stop-trial {study.config.name} {search.refused_trial} "
+            f"--runs-dir {study.place.rpartition('/')[0]}"
         )
     if thread.failure is not None:
         raise FtrayError(f"Ray Tune failed: {last_line(thread.failure)}") from thread.failure

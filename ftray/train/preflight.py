@@ -8,7 +8,7 @@ import shutil
 import struct
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,11 @@ def check_resources(workers: WorkersConfig, *, say: Callable[[str], None]) -> No
     )
 
 
-def fitting_groups(workers: WorkersConfig) -> int:
-    """How many runs of so many workers the cluster holds at a time, at least one."""
-    fitting = sum(workers_that_fit(node["Resources"], need_of(workers)) for node in ray.nodes() if node["Alive"])
+def fitting_groups(workers: WorkersConfig, nodes: Sequence[Mapping[str, float]] | None = None) -> int:
+    """How many runs of so many workers the cluster holds at a time, at least one. `nodes`: what each has; None: all."""
+    if nodes is None:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fitting = sum(workers_that_fit(node, need_of(workers)) for node in nodes)
     return max(1, fitting // workers.max_count)
 
 
@@ -64,7 +66,7 @@ def need_of(workers: WorkersConfig) -> dict[str, float]:
     return {"CPU": float(workers.cpus_each), "GPU": float(workers.gpus_each)}
 
 
-def workers_that_fit(node: dict[str, Any], need: dict[str, float]) -> int:
+def workers_that_fit(node: Mapping[str, float], need: dict[str, float]) -> int:
     return min(int(node.get(name, 0) // amount) for name, amount in need.items() if amount > 0)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ftray.config import RunConfig
-from ftray.errors import UserError
+from ftray.errors import UnwritableError, UserError
 from ftray.storage import read_json, write_json
 from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import RESULT, differences
@@ -57,9 +57,9 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def only_driver(config: RunConfig) -> Iterator[StoredRun | None]:
+def only_driver(config: RunConfig, *, stop_with: str | None = None) -> Iterator[StoredRun | None]:
     """Two drivers of one run would write over each other. The lock ends with the process that holds it. Yields the run
-    in its store, where it lies in one."""
+    in its store, where it lies in one. `stop_with`: what ends the other; None: `ftray runs stop`."""
     if is_stored(config.runs_dir):
         stored = StoredRun(config.runs_dir, config.name)
         with stored.opened(refusal=f"{config.name} is running already, by another driver"):
@@ -74,8 +74,8 @@ def only_driver(config: RunConfig) -> Iterator[StoredRun | None]:
         raise UserError(f"{path}: another user's; choose another name (name=...) or runs_dir") from None
     except Timeout:
         raise UserError(
-            f"{config.name} is running already, by another process; stop it with `ftray runs stop {config.name}`, "
-            "or choose another name (name=...)"
+            f"{config.name} is running already, by another process; "
+            f"stop it with {stop_with or f'`ftray runs stop {config.name}`'}, or choose another name (name=...)"
         ) from None
     try:
         yield None
@@ -130,7 +130,7 @@ def refuse_unwritable(path: Path) -> None:
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:
-        raise UserError(
+        raise UnwritableError(
             f"runs_dir: {path} cannot be written: {error.strerror}; choose another with runs_dir=PATH"
         ) from None
 

@@ -3,6 +3,7 @@
 import json
 import random
 import shlex
+from collections import Counter
 
 import pytest
 from tiny import RUN_OF_SWEEPS
@@ -315,6 +316,68 @@ def test_the_page_is_written_anew_at_an_end_and_now_and_then(load):
     assert len(written) == 4
 
 
+def test_the_one_that_kills_its_group_is_found_and_the_others_finish(load, tmp_path):
+    """t003 ends its group's workers before anybody's first report."""
+    desk = Desk(*load("{algorithm: grid}"), tmp_path)
+    members: list[str] = []
+    for _ in range(100):
+        taken = [json.loads(run)["name"] for run in desk.take(0, 4 - len(members)).runs]
+        members += taken
+        if not members:
+            break
+        if "t003" in members:
+            desk.start_over(0)
+            members = []
+            continue
+        for name in members:
+            desk.report({name: Report(10, 1.0, 100, 1.0)})
+            desk.end(name, "finished", None)
+        members = []
+    study = Study(*load("{algorithm: grid}"), tmp_path, is_driver=False)
+    assert {run.name: run.outcome for run in study.runs} == {
+        name: "failed" if name == "t003" else "finished" for name in ("t000", "t001", "t002", "t003", "t004", "t005")
+    }
+
+
+def test_a_search_whose_trials_all_fail_at_once_ends(load, tmp_path):
+    """They use up no steps of a budget."""
+    loaded = load("{algorithm: random, budget: {steps: 1000}}")
+    study = study_of(loaded, tmp_path)
+    for _ in range(100):
+        if (run := study.next_run()) is None:
+            break
+        study.end(run.name, "failed", "no such module")
+    assert len(study.trials) == 10
+    assert study.is_over
+    assert study.gave_up is not None
+    assert "no such module" in study.gave_up
+    assert study_of(load("{algorithm: random, trials: 12}"), tmp_path).next_run() is not None  # as a user asks
+
+
+def test_the_other_seeds_of_a_trial_that_failed_end(load, tmp_path):
+    loaded = load(more="seeds: 3")
+    study = study_of(loaded, tmp_path)
+    first, second = study.next_run(), study.next_run()
+    assert first is not None
+    assert second is not None
+    study.end(first.name, "diverged", "nan")
+    assert study.report(second.name, Report(10, 1.0, 100, 1.0)) == f"{first.name} of its trial diverged"
+    again = study_of(loaded, tmp_path)  # read again it knows as much
+    for known in (study, again):
+        assert known.report(second.name, Report(20, 1.0, 200, 2.0)) is not None
+    study.end(second.name, "stopped")
+    assert study.next_run().trial == 1  # pyright: ignore
+    assert [run.outcome for run in study.trials[0].runs] == ["diverged", "stopped", "stopped"]
+
+
+def test_whole_numbers_of_a_range_have_the_same_share(load):
+    space = load("{algorithm: random, trials: 1}", space="\n  adapter.rank: {int_uniform: [1, 4]}\n")[1]
+    chance = random.Random(0)
+    counts = Counter(space.sample(chance)["adapter.rank"] for _ in range(4000))
+    assert sorted(counts) == [1, 2, 3, 4]
+    assert all(count == pytest.approx(1000, rel=0.1) for count in counts.values())
+
+
 def test_a_run_that_kills_its_group_is_given_up_and_a_full_disk_is_not_its_fault(load, tmp_path):
     desk = Desk(*load("{algorithm: grid}"), tmp_path)
     names = set()
@@ -330,6 +393,21 @@ def test_a_run_that_kills_its_group_is_given_up_and_a_full_disk_is_not_its_fault
     lines, num_ended = desk.news()
     assert num_ended == 1
     assert "its workers died 3 times" in lines[0]
+
+
+def test_median_stopping_judges_together_what_arrives_together():
+    """In a rising grid of rates the worst are those that come first."""
+    arrivals = [Arrival(f"t{number}", 10, value) for number, value in enumerate((9.0, 8.0, 7.0, 1.0, 1.1))]
+
+    def kept(scheduler, *, beside: bool) -> list[str]:
+        return [
+            arrival.trial
+            for arrival in arrivals
+            if scheduler.goes_on(arrival, beside=[a for a in arrivals if a is not arrival] if beside else [])
+        ]
+
+    assert kept(MedianStopping(grace_steps=10), beside=True) == ["t3", "t4"]
+    assert kept(MedianStopping(grace_steps=10), beside=False) == ["t0", "t1", "t2", "t3", "t4"]  # the twin: in turns
 
 
 def test_median_stopping_compares_with_the_others_at_the_same_step():
