@@ -95,9 +95,9 @@ def run_group(
     dataset = tokenize_source("data.train", data.train, data, ChatRenderer(load_tokenizer(base)), objective=kind)
     objective = OBJECTIVES[kind](**first.objective.model_dump(exclude={"type"}))
     if policy_as_reference:
-        loss = objective.loss
+        real = objective.loss
         objective = replace(
-            objective, loss=lambda logs, row: loss(LogProbs(logs.policy_N, logs.policy_N.detach()), row)
+            objective, loss=lambda logs, row: real(LogProbs(logs.policy_N, logs.policy_N.detach()), row)
         )
     model = load_weights(base, choose_hardware(), attention=register_packed_attention())
     prepare_layers(model, MemoryConfig(activation_checkpointing=checkpointed))
