@@ -177,7 +177,7 @@ def show_answer(study: "Study") -> None:
     for trial in study.ranked:
         values = [short(trial.latest[key]) for key in keys]
         spent = [str(trial.step), f"{trial.tokens:,}", f"{trial.seconds:.0f} s"]
-        rows.append([trial.name, *values, metric_text(trial), *spent, status_text(trial)])
+        rows.append([trial.name, *values, metric_text(trial), *spent, status_text(trial, study)])
     print_table(columns, rows, to_the_left=["trial", "outcome"])
     print(conclusion(study))
 

@@ -78,17 +78,22 @@ def parallel_coordinates(study: Study) -> str:
 
 
 def heat_map(study: Study, keys: tuple[str, str]) -> str:
-    """The best mean of every pair of values, of two keys; a range is cut into bins."""
+    """The best mean of every pair of values, of two keys; a range is cut into bins. Of trials that came to their ends,
+    or where a cell has none, of others, which it says."""
     from matplotlib.figure import Figure
 
     down, across = (study.space.free[key] for key in keys)
     rows, columns = cells(down), cells(across)
     grid = np.full((len(rows), len(columns)), np.nan)
+    is_final = np.zeros(grid.shape, dtype=bool)
     better = min if study.config.search.mode == "min" else max
     for trial in of_the_space(study):
         if trial.mean is not None and math.isfinite(trial.mean):
             at = cell(down, trial.point[keys[0]], len(rows)), cell(across, trial.point[keys[1]], len(columns))
-            grid[at] = trial.mean if np.isnan(grid[at]) else better(grid[at], trial.mean)
+            if np.isnan(grid[at]) or (trial.is_finished and not is_final[at]):
+                grid[at], is_final[at] = trial.mean, trial.is_finished
+            elif trial.is_finished == is_final[at]:
+                grid[at] = better(grid[at], trial.mean)
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap=COLOURS if study.config.search.mode == "max" else "viridis", aspect="auto")
@@ -96,7 +101,8 @@ def heat_map(study: Study, keys: tuple[str, str]) -> str:
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
             colour = "white" if (value < middle) == (study.config.search.mode == "min") else "black"
-            axes.text(column, row, f"{value:.4g}", ha="center", va="center", fontsize=8, color=colour)
+            text = f"{value:.4g}" if is_final[row, column] else f"{value:.4g}\n(not to the end)"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_xticks(range(len(columns)), columns, fontsize=8)
     axes.set_ylabel(keys[0], fontsize=8)

@@ -84,7 +84,7 @@ def row_of(trial: Trial, study: Study) -> dict:
         "step": trial.step,
         "tokens": trial.tokens,
         "seconds": trial.seconds,
-        "outcome": outcome_text(trial),
+        "outcome": outcome_text(trial, study),
         "is_best": trial is study.best,
     }
 
@@ -141,14 +141,16 @@ def metric_text(trial: Trial) -> str:
     return f"{trial.mean:.4f}" + ("" if trial.half_interval is None else f" ± {trial.half_interval:.4f}")
 
 
-def status_text(trial: Trial) -> str:
+def status_text(trial: Trial, study: Study) -> str:
+    if not trial.is_over and study.spent is not None:
+        return f"cut off: {study.spent}"
     return trial.status if trial.message is None else f"{trial.status}: {trial.message.splitlines()[0]}"
 
 
-def outcome_text(trial: Trial) -> str:
+def outcome_text(trial: Trial, study: Study) -> str:
     if trial.cloned_from is None:
-        return status_text(trial)
-    return f"{status_text(trial)} (cloned from {trial.cloned_from}: {point_text(trial.point)})"
+        return status_text(trial, study)
+    return f"{status_text(trial, study)} (cloned from {trial.cloned_from}: {point_text(trial.point)})"
 
 
 def train_command(study: Study, run: SweepRun) -> str:

@@ -22,8 +22,8 @@ from ftray.sweep.fused_group import RowSharing
 from ftray.sweep.fused_trials import MAX_HAND_OUTS, Desk
 from ftray.sweep.launch import check_inputs, shares
 from ftray.sweep.member_room import MemberRoom
-from ftray.sweep.plots import cell
-from ftray.sweep.report import LivePage, train_command, write_sweep_report
+from ftray.sweep.plots import cell, heat_map
+from ftray.sweep.report import LivePage, status_text, train_command, write_sweep_report
 from ftray.sweep.schedulers import Arrival, Asha, MedianStopping
 from ftray.sweep.search import STARTUP_TRIALS, importance
 from ftray.sweep.study import JOURNAL, Study
@@ -747,6 +747,15 @@ def test_rows_are_shared_where_that_is_faster():
         assert ways[8:] == [faster] * 12
     kept = RowSharing(is_faster=False)
     assert not kept.now
+
+
+def test_a_cell_of_the_heat_map_says_where_nothing_came_to_its_end(load, tmp_path):
+    study = study_of(load("{algorithm: grid, budget: {steps: 230}}"), tmp_path)  # of 240 in all
+    play(study, lambda point, step: step / 1000)
+    page = heat_map(study, ("adapter.rank", "optimizer.learning_rate"))
+    assert page.count("(not to the end)") == 1
+    assert status_text(study.trials[0], study) == "finished"
+    assert status_text(study.trials[5], study) == "cut off: the budget of 230 steps is spent"
 
 
 def test_a_point_stands_in_its_own_cell_of_the_heat_map():
