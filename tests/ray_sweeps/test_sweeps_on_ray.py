@@ -1,11 +1,8 @@
 """Sweeps on Ray Tune, end to end, and our ASHA against Ray's."""
 
 import random
-import threading
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
@@ -85,38 +82,6 @@ def test_two_groups_share_the_trials(ray_session, sweep_file, tmp_path, capsys, 
         begun.append((records[0]["time"], records[-1]["time"]))
     # Four at once are more than a group of two holds.
     assert max(sum(first <= time <= last for first, last in begun) for time, _ in begun) > 2
-
-
-def test_trials_of_two_workers_each_run_side_by_side_and_one_loses_a_worker(ray_session, sweep_file, tmp_path, capsys):
-    sweep_file.write_text(
-        f"kind: sweep\nname: wide\nrun: {tmp_path}/run.yaml\n"
-        "overrides: {max_steps: 30, checkpoint.every: 5, workers.count: 2, zero.stage: 2}\n"
-        "space: {optimizer.learning_rate: [1e-3, 5e-3]}\nsearch: {algorithm: grid, fused: off}\n"
-    )
-    trials = tmp_path / "runs/wide/trials"
-    killed = threading.Thread(target=kill_a_worker_at_step, args=(trials / "t001", 8))
-    killed.start()
-    out = run_sweep_command(sweep_file, capsys=capsys)
-    killed.join()
-    assert "apart: 2 at a time, each on 2 workers of 1 CPU (" in out
-    starts, steps = {}, {}
-    for name in ("t000", "t001"):
-        events = [event["event"] for event in read_json(trials / name / "result.json")["events"]]
-        starts[name] = events.count("workers_started")
-        steps[name] = [record for record in read_metrics(trials / name) if "loss" in record]
-        assert [record["step"] for record in steps[name]] == list(range(1, 31)), "no step is missing or doubled"
-    assert sorted(starts.values()) == [1, 2], "the other trial goes on as it was"
-    assert steps["t001"][0]["time"] < steps["t000"][-1]["time"], "side by side"
-
-
-def kill_a_worker_at_step(run: Path, step: int) -> None:
-    """One of this session's, whichever trial's."""
-    end = time.monotonic() + 120
-    while not any(record["step"] >= step for record in read_metrics(run)):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-    workers[-1].kill()
 
 
 def run_sweep_command(*words: object, capsys: pytest.CaptureFixture[str]) -> str:
