@@ -198,7 +198,7 @@ def problems_of(space: Space, config: SweepConfig) -> list[str]:
                 found["metric"] = "search.metric: eval_loss needs data.eval in the run; add it, or choose metric loss"
             evaluated_on.add(run.data.eval)
             if len(evaluated_on) > 1:
-                found["eval"] = f"{at}: data.eval is {run.data.eval}: {NOT_SWEPT['data.eval']}"
+                found.setdefault("eval", f"{at}: data.eval is {run.data.eval}: {NOT_SWEPT['data.eval']}")
             steps, every = config.search.generation_steps, run.evaluation.every
             if steps is not None and steps % every:
                 found["generation"] = f"search.generation_steps: {steps} is no multiple of evaluation.every ({every})"

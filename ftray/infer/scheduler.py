@@ -163,7 +163,11 @@ class Scheduler:
         if self.pool.num_available + len(beside.pages) < pages_for(len(sequence.tokens) + 1):
             return False
         adapter = sequence.request.adapter
-        if adapter is None or self._adapters.is_on_device(adapter):
+        return adapter is None or self._brings(adapter)
+
+    def _brings(self, adapter: str) -> bool:
+        """To the device, if it is not there and a slot can be had."""
+        if self._adapters.is_on_device(adapter):
             return True
         if not self._adapters.acquire(adapter):
             return False
@@ -212,8 +216,7 @@ class Scheduler:
         for _, sequence in self.waiting.in_order():
             adapter = sequence.request.adapter
             if adapter is not None:
-                if not self._adapters.is_on_device(adapter) and self._adapters.acquire(adapter):
-                    self._adapters.release(adapter)
+                self._brings(adapter)
                 return
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:

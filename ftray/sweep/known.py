@@ -92,10 +92,11 @@ class Known:
     @property
     def gave_up(self) -> str | None:
         """Why a search without a number of trials makes no more: what fails at once uses up no steps and no tokens."""
-        last = [trial for trial in self.trials if trial.is_over][-MAX_BARREN:]
         search = self.config.search
-        has_number = search.algorithm == "grid" or search.trials is not None
-        if has_number or len(last) < MAX_BARREN or any(run.reports for trial in last for run in trial.runs):
+        if search.algorithm == "grid" or search.trials is not None:
+            return None
+        last = [trial for trial in self.trials if trial.is_over][-MAX_BARREN:]
+        if len(last) < MAX_BARREN or any(run.reports for trial in last for run in trial.runs):
             return None
         return f"the last {MAX_BARREN} trials ended before their first report (the last: {last[-1].message})"
 

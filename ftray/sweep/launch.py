@@ -3,8 +3,7 @@
 import contextlib
 import shutil
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from ftray.config import RunConfig, Space, SweepConfig
@@ -28,7 +27,7 @@ from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import differences
 from ftray.train.checkpoint import data_digest
 from ftray.train.finish import PreparedData, num_steps
-from ftray.train.launch import TOKENS, check_before_anything, on_sigterm, prepare_data
+from ftray.train.launch import TOKENS, check_before_anything, handled, on_sigterm, prepare_data
 from ftray.train.preflight import check_nodes, check_resources, fitting_groups, nodes_for
 from ftray.train.ray_trainer import name_for_workers
 from ftray.train.run_directory import refuse_unwritable, refuse_vanishing_directory, set_aside
@@ -113,17 +112,9 @@ def search(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> N
         measure_methods(study, directory, base, say=say)
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+def uninterrupted() -> contextlib.AbstractContextManager[None]:
     """A second Ctrl-C would cost the report, and the word of what goes on with the sweep."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, earlier)
+    return handled(signal.SIGINT, signal.SIG_IGN)
 
 
 def interrupt() -> None:

@@ -136,21 +136,28 @@ def stop_on_sigterm(run_directory: Path) -> contextlib.AbstractContextManager[th
 
 @contextlib.contextmanager
 def on_sigterm(react: Callable[[], None]) -> Iterator[threading.Event]:
-    """Yields what is set before `react` is called. In another thread than the main one no signal arrives."""
+    """Yields what is set before `react` is called."""
     terminated = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield terminated
-        return
 
     def handle(*_: Any) -> None:
         terminated.set()
         react()
 
-    earlier = signal.signal(signal.SIGTERM, handle)  # after ray.init, which sets one that ends the process at once
-    try:
+    with handled(signal.SIGTERM, handle):  # after ray.init, which sets one that ends the process at once
         yield terminated
+
+
+@contextlib.contextmanager
+def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """In another thread than the main one no signal arrives."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(number, handler)
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        signal.signal(number, earlier)
 
 
 def prepare_data(

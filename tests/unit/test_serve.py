@@ -186,8 +186,8 @@ class Loader:
         self.resident.remove(key)
 
 
-async def touch(residency: AdapterResidency, key: str) -> None:
-    async with residency.pinned(key):
+async def touch(residency: AdapterResidency, key: str, *, tenant: str = "") -> None:
+    async with residency.pinned(key, tenant=tenant):
         pass
 
 
@@ -280,47 +280,31 @@ def test_requests_that_overlap_without_end_do_not_keep_another_adapter_out(patie
     assert asyncio.run(scenario()) == ({"light@1"} if patience_s is not None else None)
 
 
-def place_of_the_light_one(*, tenant: str) -> int:
-    """One tenant asks for a hundred adapters at once, then another for one: the how many-th load is that?"""
+def loads_beside_a_crowd(count: int, key: str, *, tenant: str) -> list[str]:
+    """One tenant asks for so many adapters, a0@1 and on, at once, then `tenant` for one. The loads in their order."""
 
     async def scenario():
         loader = Loader(num_bytes=1)
         residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=1000)
-
-        async def use(key, tenant):
-            async with residency.pinned(key, tenant=tenant):
-                pass
-
-        crowd = [asyncio.create_task(use(f"a{number}@1", "crawler")) for number in range(100)]
+        crowd = [asyncio.create_task(touch(residency, f"a{n}@1", tenant="crawler")) for n in range(count)]
         await asyncio.sleep(0)
-        await asyncio.gather(use("light@1", tenant), *crowd)
-        assert len(loader.loads) == 101
-        return loader.loads.index("light@1")
+        await asyncio.gather(touch(residency, key, tenant=tenant), *crowd)
+        return loader.loads
 
     return asyncio.run(scenario())
 
 
 def test_a_hundred_cold_adapters_of_one_tenant_do_not_keep_the_one_of_another_waiting():
-    assert place_of_the_light_one(tenant="person") <= 3
-    assert place_of_the_light_one(tenant="crawler") == 100  # the twin: nobody takes turns with himself
+    fair, twin = (loads_beside_a_crowd(100, "light@1", tenant=tenant) for tenant in ("person", "crawler"))
+    assert len(fair) == len(twin) == 101
+    assert fair.index("light@1") <= 3
+    assert twin.index("light@1") == 100  # nobody takes turns with himself
 
 
 def test_whose_turn_is_first_brings_the_adapter_in_for_both():
-    async def scenario():
-        loader = Loader(num_bytes=1)
-        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=1000)
-
-        async def use(key, tenant):
-            async with residency.pinned(key, tenant=tenant):
-                pass
-
-        crowd = [asyncio.create_task(use(f"a{number}@1", "crawler")) for number in range(50)]
-        await asyncio.sleep(0)
-        await asyncio.gather(use("a49@1", "person"), *crowd)
-        assert loader.loads.index("a49@1") <= 3
-        assert len(loader.loads) == 50
-
-    asyncio.run(scenario())
+    loads = loads_beside_a_crowd(50, "a49@1", tenant="person")
+    assert loads.index("a49@1") <= 3
+    assert len(loads) == 50
 
 
 def test_loads_nobody_waits_for_any_more_are_not_begun():

@@ -319,20 +319,16 @@ def test_the_page_is_written_anew_at_an_end_and_now_and_then(load):
 def test_the_one_that_kills_its_group_is_found_and_the_others_finish(load, tmp_path):
     """t003 ends its group's workers before anybody's first report."""
     desk = Desk(*load("{algorithm: grid}"), tmp_path)
-    members: list[str] = []
     for _ in range(100):
-        taken = [json.loads(run)["name"] for run in desk.take(0, 4 - len(members)).runs]
-        members += taken
+        members = [json.loads(run)["name"] for run in desk.take(0, 4).runs]
         if not members:
             break
         if "t003" in members:
             desk.start_over(0)
-            members = []
             continue
         for name in members:
             desk.report({name: Report(10, 1.0, 100, 1.0)})
             desk.end(name, "finished", None)
-        members = []
     study = Study(*load("{algorithm: grid}"), tmp_path, is_driver=False)
     assert {run.name: run.outcome for run in study.runs} == {
         name: "failed" if name == "t003" else "finished" for name in ("t000", "t001", "t002", "t003", "t004", "t005")
