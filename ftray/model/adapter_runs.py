@@ -12,9 +12,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from ftray.model.adapter_slots import Factors, Place, Slab
-from ftray.model.cpu_kernels import CpuKernels, slots_struct
+from ftray.model.cpu_kernels import CpuKernels, SlotsStruct, slots_struct
 
 # Up to so many tokens an adapter's factors cost more to read than to multiply by: padding to them is free.
 FEW_TOKENS = 8
@@ -30,6 +31,10 @@ class Run(Protocol):
         """Adds B A x of the run's adapters to their tokens' rows of the group's outputs."""
         ...
 
+    def add_and_gate(self, gate_TO: Tensor, up_TO: Tensor, x_TI: Tensor, group: str) -> None:
+        """As `add_to`, and then gate = silu(gate) * up, in all rows."""
+        ...
+
 
 def runs_of(stretches: Sequence[Stretch], device: torch.device, kernels: CpuKernels | None) -> list[Run]:
     if kernels is not None:
@@ -38,7 +43,7 @@ def runs_of(stretches: Sequence[Stretch], device: torch.device, kernels: CpuKern
             if stretch[2] <= KERNEL_TOKENS:
                 slabs.setdefault(stretch[0].slab.number, []).append(stretch)
         few = [KernelRun(own, kernels) for own in slabs.values()]
-        return [*few, *(make_run([stretch], device) for stretch in stretches if stretch[2] > KERNEL_TOKENS)]
+        return [*(make_run([stretch], device) for stretch in stretches if stretch[2] > KERNEL_TOKENS), *few]
     groups: list[list[Stretch]] = []
     for stretch in sorted(stretches, key=lambda s: (s[0].order, s[1])):
         if groups and can_join(groups[-1], stretch):
@@ -64,12 +69,23 @@ class KernelRun:
         self._stretches_G3 = torch.tensor([(place.slot, start, count) for place, start, count in stretches])
 
     def add_to(self, outs_TO: Sequence[Tensor], x_TI: Tensor, group: str) -> None:
-        struct = self._slab.structs.get(group)
-        if struct is None:
-            if group not in self._slab.factors:
-                return
-            struct = self._slab.structs[group] = slots_struct(self._slab.factors[group])
-        self._kernels.add_adapters_(struct, self._stretches_G3, x_TI, outs_TO)
+        slots = self._slots(group)
+        if slots is not None:
+            self._kernels.add_adapters_(slots, self._stretches_G3, x_TI, outs_TO)
+
+    def add_and_gate(self, gate_TO: Tensor, up_TO: Tensor, x_TI: Tensor, group: str) -> None:
+        slots = self._slots(group)
+        if slots is None:
+            self._kernels.silu_times_(gate_TO, up_TO)
+        else:
+            self._kernels.add_adapters_(slots, self._stretches_G3, x_TI, (gate_TO, up_TO), gated=True)
+
+    def _slots(self, group: str) -> SlotsStruct | None:
+        """None: these adapters leave the group as it is."""
+        slots = self._slab.structs.get(group)
+        if slots is None and group in self._slab.factors:
+            slots = self._slab.structs[group] = slots_struct(self._slab.factors[group])
+        return slots
 
 
 @dataclass
@@ -109,6 +125,10 @@ class MatmulRun:
             else:
                 update = torch.bmm(part, bt).view(len(self.rows), -1)
                 out_TO.index_add_(0, self.rows.index_select(0, self.real), update.index_select(0, self.real))
+
+    def add_and_gate(self, gate_TO: Tensor, up_TO: Tensor, x_TI: Tensor, group: str) -> None:
+        self.add_to((gate_TO, up_TO), x_TI, group)
+        silu(gate_TO, inplace=True).mul_(up_TO)
 
     def _factors(self, group: str) -> Factors | None:
         """Of the run's slots, with a leading G; None: these adapters leave the group as it is."""

@@ -68,15 +68,15 @@ void rms_norm(const float *x, const float *weight, float *out, i64 T, i64 n, dou
     }
 }
 
-/* gate = silu(gate) * up */
+INLINE void silu_times_row(float *restrict gate, const float *restrict up, i64 n) {
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+}
+
+/* gate = silu(gate) * up, of T rows of n. */
 void silu_times(float *gate, const float *up, i64 T, i64 n) {
 #pragma omp parallel for schedule(static)
-    for (i64 t = 0; t < T; t++) {
-        float *restrict g = gate + t * n;
-        const float *restrict u = up + t * n;
-#pragma omp simd
-        for (i64 i = 0; i < n; i++) g[i] = g[i] / (1.0f + exponential(-g[i])) * u[i];
-    }
+    for (i64 t = 0; t < T; t++) silu_times_row(gate + t * n, up + t * n, n);
 }
 
 /* heads: [T, H + 2K, D], queries, keys, values. Turns queries and keys by their positions' angles, in place, and copies
@@ -169,8 +169,8 @@ typedef struct {
  * bt[o]: [S, rows[o], columns[o]], zero outside the segments. Rows of all outputs together are the R rows of a, in order. */
 typedef struct {
     i64 in_features, rank, num_outputs, num_segments, half;
-    const void *a, *bt[4];
-    i64 rows[4], columns[4];
+    const void *a, *bt[2];
+    i64 rows[2], columns[2];
     Segment segments[8];
 } Slots;
 
@@ -250,7 +250,8 @@ INLINE Piece piece(const Slots *slots, const Stretch *stretches, const i64 *chun
     return p;
 }
 
-INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, const float *x, float *const *y, int half) {
+INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, const float *x, float *const *y, i64 gated,
+                        int half) {
     const i64 I = slots->in_features, R = slots->rank;
     i64 num_rows = 0, first_of[G], chunks = 0;
     for (i64 g = 0; g < G; g++) first_of[g] = num_rows, num_rows += stretches[g].count;
@@ -302,14 +303,17 @@ INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, con
                                 h[k * R + r] * factor(slots->bt[p.o], p.first + r * p.columns + i, half);
             }
         }
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < gated; t++)
+            silu_times_row(y[0] + t * slots->columns[0], y[1] + t * slots->columns[0], slots->columns[0]);
     }
     free(reduced);
 }
 
-/* y[t] += B A x[t], with the factors of the slot whose stretch row t is in. x: [T, I]; y[o]: [T, columns[o]]. */
-void add_adapters(const Slots *slots, const Stretch *stretches, i64 G, const float *x, float *y0, float *y1, float *y2,
-                  float *y3) {
-    float *const y[4] = {y0, y1, y2, y3};
-    if (slots->half) add_factors(slots, stretches, G, x, y, 1);
-    else add_factors(slots, stretches, G, x, y, 0);
+/* y[t] += B A x[t], with the factors of the slot whose stretch row t is in. x: [T, I]; y[o]: [T, columns[o]]. After it
+ * y0 = silu(y0) * y1 in the first `gated` rows, also in those without an adapter. */
+void add_adapters(const Slots *slots, const Stretch *stretches, i64 G, const float *x, float *y0, float *y1, i64 gated) {
+    float *const y[2] = {y0, y1};
+    if (slots->half) add_factors(slots, stretches, G, x, y, gated, 1);
+    else add_factors(slots, stretches, G, x, y, gated, 0);
 }

@@ -25,7 +25,7 @@ from ftray.model.base import cache_directory
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
-MAX_OUTPUTS, MAX_SEGMENTS = 4, 8  # as in the source
+MAX_OUTPUTS, MAX_SEGMENTS = 2, 8  # as in the source
 HEAD_LANES, MOST_HEAD_DIM = 16, 512  # attention takes heads of a multiple of so many dimensions, up to so many
 COMPILE_TIMEOUT_S = 120
 
@@ -108,7 +108,9 @@ class CpuKernels:
         self._silu_times = function("silu_times", pointer, pointer, count, count)
         self._rotate_and_keep = function("rotate_and_keep", *[pointer] * 3, *[count] * 4, pointer, pointer)
         self._attend = function("attend_to_pages", *[pointer] * 5, *[count] * 7, real)
-        self._add_adapters = function("add_adapters", pointer, pointer, count, *[pointer] * (1 + MAX_OUTPUTS))
+        self._add_adapters = function(
+            "add_adapters", ctypes.POINTER(SlotsStruct), pointer, count, *[pointer] * 3, count
+        )
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, epsilon: float) -> Tensor:
         out = torch.empty_like(x_TE)
@@ -146,11 +148,16 @@ class CpuKernels:
         )
         return out
 
-    def add_adapters_(self, slots: SlotsStruct, stretches_G3: Tensor, x_TI: Tensor, outs_TO: Sequence[Tensor]) -> None:
-        """Adds B A x to the rows of every stretch (slot, first row, number of rows)."""
-        outs = [out.data_ptr() for out in outs_TO] + [0] * (MAX_OUTPUTS - len(outs_TO))
-        where = ctypes.byref(slots), stretches_G3.data_ptr(), len(stretches_G3)
-        self._add_adapters(*where, x_TI.data_ptr(), *outs)
+    def add_adapters_(
+        self, slots: SlotsStruct, stretches_G3: Tensor, x_TI: Tensor, outs_TO: Sequence[Tensor], *, gated: bool = False
+    ) -> None:
+        """Adds B A x to the rows of every stretch (slot, first row, number of rows). `gated`: the first output becomes
+        silu(first) * second, in all of its rows."""
+        second = outs_TO[1].data_ptr() if len(outs_TO) > 1 else None
+        self._add_adapters(
+            *(slots, stretches_G3.data_ptr(), len(stretches_G3), x_TI.data_ptr(), outs_TO[0].data_ptr(), second),
+            len(x_TI) if gated else 0,
+        )
 
 
 def slots_struct(factors: Factors) -> SlotsStruct:

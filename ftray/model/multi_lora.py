@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from ftray.model.adapter import Adapter, check_shapes
 from ftray.model.adapter_runs import Run, Stretch, runs_of
@@ -155,7 +154,9 @@ class LinearGroup:
         """Of layer `index`. The model asks for one after the other with the same tensor: computed at the first."""
         if x is not self._input:
             outs = [block(x) for block in self._blocks]
-            self._add_adapters(x, outs)
+            x_TI = x.reshape(-1, self.in_features).contiguous()
+            for run in self._bank.runs:
+                run.add_to([out.view(-1, out.shape[-1]) for out in outs], x_TI, self.name)
             joined = len(outs) < len(self.out_features)
             self._input, self._outputs = x, list(outs[0].split(self.out_features, dim=-1)) if joined else outs
         out = self._outputs[index]
@@ -167,7 +168,8 @@ class LinearGroup:
         """The joined outputs, [T, O]; with `residual` added."""
         (block,) = self._blocks
         out = block(x_TI) if residual is None else block.plus(x_TI, residual)
-        self._add_adapters(x_TI, [out])
+        for run in self._bank.runs:
+            run.add_to((out,), x_TI, self.name)
         return out
 
     def gated(self, x_TI: Tensor) -> Tensor:
@@ -176,14 +178,8 @@ class LinearGroup:
         if not self._bank.runs:
             return second.times(x_TI, first.silu(x_TI))
         gate, up = first(x_TI), second(x_TI)
-        self._add_adapters(x_TI, [gate, up])
-        kernels = self._bank.kernels
-        return silu(gate, inplace=True).mul_(up) if kernels is None else kernels.silu_times_(gate, up)
-
-    def _add_adapters(self, x: Tensor, outs: list[Tensor]) -> None:
-        """In place; `outs` of the blocks."""
-        if not self._bank.runs:
-            return
-        x_TI, outs_TO = x.reshape(-1, self.in_features).contiguous(), [out.view(-1, out.shape[-1]) for out in outs]
-        for run in self._bank.runs:
-            run.add_to(outs_TO, x_TI, self.name)
+        *others, last = self._bank.runs
+        for run in others:
+            run.add_to((gate, up), x_TI, self.name)
+        last.add_and_gate(gate, up, x_TI, self.name)
+        return gate

@@ -89,12 +89,10 @@ def factors(request, float_factors):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["one output", "an output each"])
 def float_factors(request):
-    """Of three slots and three layers."""
-    a, blocks = drawn(3, sum(RANKS), 70, seed=6), [drawn(3, r, w, seed=w) for r, w in zip(RANKS, WIDTHS, strict=True)]
+    """Of three slots and three layers, or two."""
     if not request.param:
-        return Factors(
-            a, tuple(blocks), tuple(Segment(i, 0, r, 0, w) for i, (r, w) in enumerate(zip(RANKS, WIDTHS, strict=True)))
-        )
+        return gate_and_up()
+    a, blocks = drawn(3, sum(RANKS), 70, seed=6), [drawn(3, r, w, seed=w) for r, w in zip(RANKS, WIDTHS, strict=True)]
     joined, segments, row, column = torch.zeros(3, sum(RANKS), sum(WIDTHS)), [], 0, 0
     for block in blocks:
         _, rank, width = block.shape
@@ -102,6 +100,14 @@ def float_factors(request):
         segments.append(Segment(0, row, rank, column, width))
         row, column = row + rank, column + width
     return Factors(a, (joined,), tuple(segments))
+
+
+def gate_and_up() -> Factors:
+    ranks, width = (5, 16), 300
+    blocks = tuple(drawn(3, rank, width, seed=rank) for rank in ranks)
+    return Factors(
+        drawn(3, sum(ranks), 70, seed=6), blocks, tuple(Segment(i, 0, rank, 0, width) for i, rank in enumerate(ranks))
+    )
 
 
 def wanted(factors: Factors, slot: int, x: torch.Tensor) -> list[torch.Tensor]:
@@ -125,6 +131,16 @@ def test_adapters_of_a_slab(kernels, factors):
     assert all((out[6] == 0).all() for out in outs)  # nobody's row
     with pytest.raises(AssertionError):  # the twin
         torch.testing.assert_close(outs[0][:1], wanted(factors, 1, x[:1])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_and_the_gated_product_at_once(kernels):
+    factors, x = gate_and_up(), drawn(6, 70, seed=8)
+    slots, stretches = cpu_kernels.slots_struct(factors), torch.tensor([(1, 0, 2), (2, 3, 3)])  # row 2 is nobody's
+    gate, up = drawn(6, 300, seed=9), drawn(6, 300, seed=10)
+    together = gate.clone(), up.clone()
+    kernels.add_adapters_(slots, stretches, x, together, gated=True)
+    kernels.add_adapters_(slots, stretches, x, (gate, up))
+    assert torch.equal(together[0], kernels.silu_times_(gate, up))
 
 
 def test_a_row_does_not_depend_on_others_nor_on_threads(kernels, factors):

@@ -114,9 +114,9 @@ def test_rows_of_the_wrong_adapter_are_found(engine, tiny_base, adapters, monkey
         run.real = torch.arange(len(run.rows))
         return run
 
-    def exchanged(self, slots, stretches_G3, x_TI, outs_TO):
+    def exchanged(self, slots, stretches_G3, x_TI, outs_TO, **kwargs):
         wrong = torch.cat((stretches_G3[:, :1].roll(1, 0), stretches_G3[:, 1:]), dim=1)
-        add_adapters_(self, slots, wrong, x_TI, outs_TO)
+        add_adapters_(self, slots, wrong, x_TI, outs_TO, **kwargs)
 
     monkeypatch.setattr(adapter_runs, "FEW_TOKENS", 1000)
     monkeypatch.setattr(adapter_runs, "make_run", shifted)
