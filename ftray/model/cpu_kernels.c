@@ -5,6 +5,7 @@
  */
 #include <float.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -263,8 +264,9 @@ INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, con
     float *reduced = malloc(num_rows * R * sizeof(float)); /* A x */
 #pragma omp parallel
     {
-#pragma omp for schedule(static)
-        for (i64 item = 0; item < G * fours; item++) {
+        /* Where every thread has whole adapters, it has reduced itself all that it expands: nobody waits in between. */
+        const i64 threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        for (i64 item = G * fours * thread / threads; item < G * fours * (thread + 1) / threads; item++) {
             i64 g = item / fours, r = item % fours * 4, count = stretches[g].count, t = 0;
             i64 first = (stretches[g].slot * R + r) * I;
 #define REDUCE(ROW, ROWS, TOKENS) \
@@ -278,8 +280,10 @@ INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, con
                 for (; t < count; t++)
                     for (i64 k = 0; k < R - r; k++) REDUCE(k, 1, 1);
         }
-#pragma omp for schedule(static)
-        for (i64 item = 0; item < G * chunks; item++) {
+        if (G % threads) {
+#pragma omp barrier
+        }
+        for (i64 item = G * chunks * thread / threads; item < G * chunks * (thread + 1) / threads; item++) {
             const Piece p = piece(slots, stretches, chunk_of, chunks, item);
             const Piece q = piece(slots, stretches, chunk_of, chunks, item + 1 < G * chunks ? item + 1 : item);
             const char *next = place_of(slots->bt[q.o], q.first, half);
@@ -302,6 +306,9 @@ INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, con
                             to[k * p.columns + i] +=
                                 h[k * R + r] * factor(slots->bt[p.o], p.first + r * p.columns + i, half);
             }
+        }
+        if (gated) {
+#pragma omp barrier
         }
 #pragma omp for schedule(static)
         for (i64 t = 0; t < gated; t++)
