@@ -264,7 +264,7 @@ class VllmEngine:
         used, preempted = (told[f"vllm:{name}"].value for name in ("kv_cache_usage_perc", "num_preemptions"))
         return EngineStats(
             num_running=self._num_running,
-            num_waiting=len(self._answering) - self._num_running,
+            num_waiting=sum(a.request.sampling.n for a in self._answering.values()) - self._num_running,
             num_preemptions=int(preempted),
             kv_tokens_used=round(used * self.config.kv_cache_tokens),
             kv_tokens_total=self.config.kv_cache_tokens,

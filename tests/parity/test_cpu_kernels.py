@@ -1,5 +1,8 @@
 """Each CPU kernel against torch's operations, on shapes with remainders; and that rows do not depend on each other."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
@@ -8,7 +11,7 @@ from ftray.infer.attention import DecodeContext, KernelContext, decode_context
 from ftray.infer.decoder import rotate_
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.model import cpu_kernels
-from ftray.model.adapter_slots import Factors, Segment
+from ftray.model.adapter_slots import Factors, Segment, empty_bytes
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -122,10 +125,14 @@ def added(kernels, factors: Factors, stretches: list[tuple[int, int, int]], x: t
     return [out - 1 for out in outs]
 
 
-def test_adapters_of_a_slab(kernels, factors):
+STRETCHES = [(2, 0, 1), (0, 1, 4), (1, 7, 5), (0, 5, 1)]
+
+
+@pytest.mark.parametrize("number", [4, 3], ids=["whole adapters a thread", "adapters that threads share"])
+def test_adapters_of_a_slab(kernels, factors, number):
     x = drawn(12, 70, seed=7)
-    outs = added(kernels, factors, [(2, 0, 1), (0, 1, 4), (1, 7, 5), (0, 5, 1)], x)
-    for slot, rows in ((2, slice(0, 1)), (0, slice(1, 6)), (1, slice(7, 12))):
+    outs = added(kernels, factors, STRETCHES[:number], x)
+    for slot, rows in ((2, slice(0, 1)), (0, slice(1, 6 if number == 4 else 5)), (1, slice(7, 12))):
         for out, right in zip(outs, wanted(factors, slot, x[rows]), strict=True):
             torch.testing.assert_close(out[rows], right, rtol=1e-4, atol=1e-4)
     assert all((out[6] == 0).all() for out in outs)  # nobody's row
@@ -162,3 +169,23 @@ def test_without_a_compiler_there_are_none(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu_kernels, "cache_directory", lambda: tmp_path)
     assert cpu_kernels.compiled.__wrapped__() is None
     assert list(tmp_path.rglob("*.so")) == []
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="Linux with huge pages")
+def test_slots_are_in_huge_pages():
+    """Asked for, on memory that can have them; whether some are free is the machine's."""
+    memory = empty_bytes(8 * 2**20, torch.device("cpu"))
+    assert "hg" in flags_of(memory)
+    assert "sh" not in flags_of(memory), "shared memory has none"
+    assert "hg" not in flags_of(torch.zeros(8 * 2**20, dtype=torch.uint8))  # the twin
+
+
+def flags_of(memory: torch.Tensor) -> list[str]:
+    """Of the mapping that the middle of it lies in (proc_pid_smaps(5))."""
+    place, inside = memory.data_ptr() + len(memory) // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= place < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("no such mapping")
