@@ -43,14 +43,15 @@ def runs_of(stretches: Sequence[Stretch], device: torch.device, kernels: CpuKern
             if stretch[2] <= KERNEL_TOKENS:
                 slabs.setdefault(stretch[0].slab.number, []).append(stretch)
         few = [KernelRun(own, kernels) for own in slabs.values()]
-        return [*(make_run([stretch], device) for stretch in stretches if stretch[2] > KERNEL_TOKENS), *few]
+        long = [make_run([stretch], device, kernels) for stretch in stretches if stretch[2] > KERNEL_TOKENS]
+        return [*long, *few]
     groups: list[list[Stretch]] = []
     for stretch in sorted(stretches, key=lambda s: (s[0].order, s[1])):
         if groups and can_join(groups[-1], stretch):
             groups[-1].append(stretch)
         else:
             groups.append([stretch])
-    return [make_run(group, device) for group in groups]
+    return [make_run(group, device, kernels) for group in groups]
 
 
 def can_join(group: Sequence[Stretch], stretch: Stretch) -> bool:
@@ -98,6 +99,7 @@ class MatmulRun:
     rows: Tensor  # [G * n] row of every place; a pad repeats its adapter's first row
     real: Tensor | None  # places that are no pad; None: all are, and the rows are neighbours from `start` on
     start: int
+    kernels: CpuKernels | None
     _views: dict[str, Factors | None] = field(default_factory=dict)
 
     @property
@@ -128,7 +130,10 @@ class MatmulRun:
 
     def add_and_gate(self, gate_TO: Tensor, up_TO: Tensor, x_TI: Tensor, group: str) -> None:
         self.add_to((gate_TO, up_TO), x_TI, group)
-        silu(gate_TO, inplace=True).mul_(up_TO)
+        if self.kernels is None:
+            silu(gate_TO, inplace=True).mul_(up_TO)
+        else:
+            self.kernels.silu_times_(gate_TO, up_TO)
 
     def _factors(self, group: str) -> Factors | None:
         """Of the run's slots, with a leading G; None: these adapters leave the group as it is."""
@@ -139,7 +144,7 @@ class MatmulRun:
         return self._views[group]
 
 
-def make_run(group: Sequence[Stretch], device: torch.device) -> MatmulRun:
+def make_run(group: Sequence[Stretch], device: torch.device, kernels: CpuKernels | None) -> MatmulRun:
     most = max(count for _, _, count in group)
     rows: list[int] = []
     real: list[int] = []
@@ -154,4 +159,5 @@ def make_run(group: Sequence[Stretch], device: torch.device) -> MatmulRun:
         rows=torch.tensor(rows, device=device),
         real=None if whole else torch.tensor(real, device=device),
         start=rows[0],
+        kernels=kernels,
     )

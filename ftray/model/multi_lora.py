@@ -154,9 +154,10 @@ class LinearGroup:
         """Of layer `index`. The model asks for one after the other with the same tensor: computed at the first."""
         if x is not self._input:
             outs = [block(x) for block in self._blocks]
-            x_TI = x.reshape(-1, self.in_features).contiguous()
-            for run in self._bank.runs:
-                run.add_to([out.view(-1, out.shape[-1]) for out in outs], x_TI, self.name)
+            if self._bank.runs:
+                x_TI, outs_TO = x.reshape(-1, self.in_features).contiguous(), [o.view(-1, o.shape[-1]) for o in outs]
+                for run in self._bank.runs:
+                    run.add_to(outs_TO, x_TI, self.name)
             joined = len(outs) < len(self.out_features)
             self._input, self._outputs = x, list(outs[0].split(self.out_features, dim=-1)) if joined else outs
         out = self._outputs[index]

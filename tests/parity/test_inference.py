@@ -108,8 +108,8 @@ def test_rows_of_the_wrong_adapter_are_found(engine, tiny_base, adapters, monkey
     """The twin: each adapter is applied to the row before its own."""
     make_run, add_adapters_ = adapter_runs.make_run, CpuKernels.add_adapters_
 
-    def shifted(group, device):
-        run = make_run(group, device)
+    def shifted(group, device, kernels):
+        run = make_run(group, device, kernels)
         run.rows = run.rows.roll(1)
         run.real = torch.arange(len(run.rows))
         return run
