@@ -68,7 +68,7 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
             print("stopping", flush=True)
     finally:
         if not leave:
-            stop_endpoint(wait=not joined)
+            stop_endpoint()
         ray.shutdown()
 
 

@@ -23,6 +23,7 @@ from ftray.errors import FtrayError, UserError
 NAME, KIND, OWNER, DIGEST, VERSION = "ftray_name", "ftray_kind", "ftray_owner", "ftray_config", "ftray_version"
 COMMANDS = {"run": "train", "sweep": "sweep", "serve": "serve", "pipeline": "pipeline"}
 GRACE_S = 300.0  # for a run to save, before it is ended
+END_S = 60  # between SIGTERM and SIGKILL; Ray gives 3, in which an endpoint on a busy head has not left yet
 POLL_S = 1.0
 TOKEN_FIX = "set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
@@ -90,6 +91,11 @@ def read_runtime_env(path: str) -> dict[str, Any]:
     return read
 
 
+def with_time_to_end(runtime_env: dict[str, Any]) -> dict[str, Any]:
+    """Ray's supervisor of a job reads it in its own environment, which is the job's."""
+    return runtime_env | {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(END_S)} | (runtime_env.get("env_vars") or {})}
+
+
 def connect(address: str | None) -> Any:
     """Raises `UserError` with the reason in the user's terms."""
     from ray.exceptions import AuthenticationError
@@ -135,7 +141,7 @@ class Jobs:
         submitted = self._client.submit_job(
             entrypoint=job.entrypoint(working_dir, retries=retries),
             submission_id=f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-            runtime_env=runtime_env | {"working_dir": str(working_dir)},
+            runtime_env=with_time_to_end(runtime_env) | {"working_dir": str(working_dir)},
             metadata=job.metadata,
         )
         self._say(f"submitted {submitted}")

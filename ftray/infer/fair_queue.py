@@ -1,10 +1,11 @@
 """Waiting sequences in one queue per flow, served by deficit round robin on tokens (Shreedhar and Varghese 1995): first
-between tenants, then between the adapters of a tenant, so that many adapters do not make a share larger.
+between parties, then between the flows of a party. A tenant is a party, its adapters are its flows, and many adapters
+do not make a share larger. Where callers are unknown an adapter is a party, and the users that requests name its flows.
 
 How long an answer gets is not known when it is let in, so it is paid for afterwards: every token computed, prompt or
-answer, is taken from the credit of its flow and of its tenant, which may become a debt. Who is in debt waits while
+answer, is taken from the credit of its flow and of its party, which may become a debt. Who is in debt waits while
 others have credit; when all are in debt, all get whole quanta until one has credit. A flow with nothing waiting or
-running is forgotten, and a tenant without flows.
+running is forgotten, and a party without flows.
 """
 
 from collections import OrderedDict, deque
@@ -16,7 +17,7 @@ from typing import Any, Generic, TypeVar
 QUANTUM_TOKENS = 16
 
 Item = TypeVar("Item")
-FlowKey = tuple[str, str]  # tenant, adapter
+FlowKey = tuple[str, str]  # party, and which flow of it
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Flow(Generic[Item]):
 
 
 @dataclass
-class Tenant(Generic[Item]):
+class Party(Generic[Item]):
     flows: OrderedDict[FlowKey, Flow[Item]] = field(default_factory=OrderedDict)  # the next to be served first
     credit: float = 0
 
@@ -47,18 +48,18 @@ class Tenant(Generic[Item]):
 
 class FairQueue(Generic[Item]):
     def __init__(self):
-        self._tenants: OrderedDict[str, Tenant[Item]] = OrderedDict()  # the next to be served first
+        self._parties: OrderedDict[str, Party[Item]] = OrderedDict()  # the next to be served first
 
     def __len__(self) -> int:
-        return sum(len(flow.waiting) for tenant in self._tenants.values() for flow in tenant.flows.values())
+        return sum(len(flow.waiting) for party in self._parties.values() for flow in party.flows.values())
 
     def __iter__(self) -> Iterator[Item]:
-        flows = (flow for tenant in self._tenants.values() for flow in tenant.flows.values())
+        flows = (flow for party in self._parties.values() for flow in party.flows.values())
         return (item for flow in flows for item in flow.waiting)
 
     def push(self, key: FlowKey, item: Item, *, front: bool = False, weight: float = 1) -> None:
         """`front`: it has run before, or belongs to one that runs. `weight`: a flow of 2 pays half for tokens."""
-        flow = self._tenants.setdefault(key[0], Tenant()).flows.setdefault(key, Flow())
+        flow = self._parties.setdefault(key[0], Party()).flows.setdefault(key, Flow())
         flow.weight = weight
         if front:
             flow.waiting.appendleft(item)
@@ -67,23 +68,23 @@ class FairQueue(Generic[Item]):
 
     def in_order(self) -> Iterator[tuple[FlowKey, Item]]:
         """The first of each waiting flow, in the order in which they may be let in. `start` or leave each."""
-        for name in in_turn(self._tenants):
-            flows = self._tenants[name].flows
+        for name in in_turn(self._parties):
+            flows = self._parties[name].flows
             for key in in_turn(flows):
                 yield key, flows[key].waiting[0]
 
     def start(self, key: FlowKey) -> Item:
-        """Takes the flow's first item out to run. Another tenant is next, and of this one another flow."""
-        tenant, flow = self._tenants[key[0]], self._flow(key)
+        """Takes the flow's first item out to run. Another party is next, and of this one another flow."""
+        party, flow = self._parties[key[0]], self._flow(key)
         flow.num_running += 1
-        self._tenants.move_to_end(key[0])
-        tenant.flows.move_to_end(key)
+        self._parties.move_to_end(key[0])
+        party.flows.move_to_end(key)
         return flow.waiting.popleft()
 
     def charge(self, key: FlowKey, num_tokens: int) -> None:
         flow = self._flow(key)
         flow.credit -= num_tokens / flow.weight
-        self._tenants[key[0]].credit -= num_tokens / flow.weight
+        self._parties[key[0]].credit -= num_tokens / flow.weight
 
     def stop(self, key: FlowKey) -> None:
         """One of the flow's running items has ended (or is pushed back)."""
@@ -95,28 +96,28 @@ class FairQueue(Generic[Item]):
         self._forget_if_idle(key)
 
     def crowded_beside(self, key: FlowKey) -> FlowKey | None:
-        """The flow that has most running, of the tenant that has most, if `key`'s tenant has none; else, if `key` has
-        none, of its own tenant. None where nobody has several."""
-        own = self._tenants[key[0]]
-        richest = own if own.num_running else max(self._tenants.values(), key=lambda tenant: tenant.num_running)
+        """The flow that has most running, of the party that has most, if `key`'s party has none; else, if `key` has
+        none, of its own party. None where nobody has several."""
+        own = self._parties[key[0]]
+        richest = own if own.num_running else max(self._parties.values(), key=lambda party: party.num_running)
         if self._flow(key).num_running or richest.num_running < 2:
             return None
         giver = max(richest.flows, key=lambda flow: richest.flows[flow].num_running)
         return giver if richest is not own or richest.flows[giver].num_running > 1 else None
 
     def _flow(self, key: FlowKey) -> Flow[Item]:
-        return self._tenants[key[0]].flows[key]
+        return self._parties[key[0]].flows[key]
 
     def _forget_if_idle(self, key: FlowKey) -> None:
-        flow, flows = self._flow(key), self._tenants[key[0]].flows
+        flow, flows = self._flow(key), self._parties[key[0]].flows
         if not flow.waiting and not flow.num_running:
             del flows[key]
         if not flows:
-            del self._tenants[key[0]]
+            del self._parties[key[0]]
 
 
 def in_turn(parties: Mapping[Any, Any]) -> list[Any]:
-    """Names of those that wait (tenants, or flows): with credit in turn, then, for places that none of them can take,
+    """Names of those that wait (parties, or flows): with credit in turn, then, for places that none of them can take,
     those in debt."""
     waiting = [name for name, party in parties.items() if party.waits]
     if waiting and all(parties[name].credit <= 0 for name in waiting):

@@ -45,13 +45,16 @@ class Request:
     prompt_ids: Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
     adapter: str | None = None  # the key it was loaded under; None: the base model
-    tenant: str = ""  # who asks: adapters and tenants share the engine fairly
+    tenant: str = ""  # who asks, if that is known: tenants and adapters share the engine fairly
+    user: str = ""  # the name that an unknown caller gives
     priority: float = 1.0  # the share of this flow against others
 
     @property
     def flow(self) -> tuple[str, str]:
-        """Whom `fair_queue.py` counts its tokens for."""
-        return self.tenant, self.adapter or ""
+        """What `fair_queue.py` counts its tokens for: a party's flow. Whoever is not known can give any number of
+        names, which must not make the share of one adapter larger; so then the adapter is the party."""
+        adapter = self.adapter or ""
+        return (self.tenant, adapter) if self.tenant else (adapter, self.user)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 Everything that runs goes first: a decoding sequence with its newest token, a prompt with its next piece (chunked
 prefill, Agrawal et al. 2024, arXiv 2403.02310), so that a long prompt never stops the others. Then waiting ones come
 in, as `fair_queue.py` orders them. When the cache is full the newest sequence gives its pages back and waits at the
-front of its flow; its tokens are computed again later, or found in the cache. So does the newest of a tenant (or of an
-adapter) that has several places when another has long been next and has none: long answers keep nobody out.
+front of its flow; its tokens are computed again later, or found in the cache. So does the newest of a party (or of a
+flow) that has several places when another has long been next and has none: long answers keep nobody out of a place
+(pages and slots they keep until they end).
 """
 
 import time

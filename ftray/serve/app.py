@@ -305,8 +305,8 @@ def check_running_port(port: int) -> None:
         )
 
 
-def stop_endpoint(*, wait: bool = True) -> None:
+def stop_endpoint() -> None:
     """The application goes, once what it has begun is answered. Serve itself stays: on a cluster it may be somebody
     else's, and a session of our own ends with `ray.shutdown`."""
     if ray.is_initialized() and APP_NAME in serve.status().applications:
-        serve.delete(APP_NAME, _blocking=wait)
+        serve.delete(APP_NAME)  # waits: a process that ends at once may take its request along

@@ -93,8 +93,8 @@ class Ingress:
             is_chat=isinstance(shape, ChatShape),
             sampling=request.sampling(),
             adapter=model.adapter,
-            # Who is not known may share by the name they give; a tenant gets no larger share by giving many.
-            tenant=tenant.name or request.user or "",
+            tenant=tenant.name,
+            user=request.user or "",
             priority=tenant.priority,
             tools=tools,
             echo=request.wants_echo,

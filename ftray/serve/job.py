@@ -17,6 +17,7 @@ class GenerateJob:
     sampling: Sampling
     adapter: str | None  # NAME@N
     tenant: str = ""  # replicas share their time fairly among tenants and adapters
+    user: str = ""  # the name that a caller who is no tenant gives
     priority: float = 1.0  # the tenant's share
     tools: tuple[dict[str, Any], ...] = ()  # told with chat messages
     echo: bool = False  # each answer begins with its prompt
@@ -33,6 +34,12 @@ class EmbedJob:
     adapter: str | None
     dimensions: int | None = None
     tenant: str = ""
+    user: str = ""
+
+
+def party(job: GenerateJob | EmbedJob) -> str:
+    """Whose places it takes. A name that anybody can give has none of its own."""
+    return job.tenant or job.adapter or ""
 
 
 @dataclass(frozen=True)

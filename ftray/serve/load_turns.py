@@ -1,5 +1,5 @@
-"""Who may load an adapter next: some at a time, and tenants take turns, so that one that asks for hundreds of adapters
-does not keep another waiting for its one."""
+"""Who may load an adapter next: some at a time, and parties (tenants; else the users that requests name) take turns, so
+that one that asks for hundreds of adapters does not keep another waiting for its one."""
 
 import asyncio
 import contextlib
@@ -13,11 +13,11 @@ class LoadTurns:
     def __init__(self, places: int):
         self._free = places
         self._waiting: dict[str, Turn] = {}  # by adapter
-        self._asked: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()  # tenants, the next first: their adapters
+        self._asked: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()  # parties, the next first: their adapters
 
-    def ask(self, tenant: str, adapter: str) -> Turn:
-        """Also for one that another tenant waits for: whose turn is first brings it in for both."""
-        self._asked.setdefault(tenant, OrderedDict()).setdefault(adapter)
+    def ask(self, party: str, adapter: str) -> Turn:
+        """Also for one that another party waits for: whose turn is first brings it in for both."""
+        self._asked.setdefault(party, OrderedDict()).setdefault(adapter)
         turn = self._waiting.setdefault(adapter, Turn())
         self._give()
         return turn
@@ -28,10 +28,10 @@ class LoadTurns:
     def withdraw(self, adapter: str) -> None:
         """Nobody waits for it any more."""
         del self._waiting[adapter]
-        for tenant in [tenant for tenant, adapters in self._asked.items() if adapter in adapters]:
-            del self._asked[tenant][adapter]
-            if not self._asked[tenant]:
-                del self._asked[tenant]
+        for party in [party for party, adapters in self._asked.items() if adapter in adapters]:
+            del self._asked[party][adapter]
+            if not self._asked[party]:
+                del self._asked[party]
 
     @contextlib.asynccontextmanager
     async def taken(self, turn: Turn) -> AsyncIterator[None]:
@@ -46,9 +46,9 @@ class LoadTurns:
 
     def _give(self) -> None:
         while self._free and self._asked:
-            tenant, adapters = next(iter(self._asked.items()))
+            party, adapters = next(iter(self._asked.items()))
             adapter = next(iter(adapters))
-            self._asked.move_to_end(tenant)
+            self._asked.move_to_end(party)
             turn = self._waiting[adapter]
             self.withdraw(adapter)
             self._free -= 1

@@ -19,7 +19,7 @@ from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
-from ftray.serve.job import EmbedJob, Event, GenerateJob, QuickJob, TokenizeJob, TokenizerInfoJob
+from ftray.serve.job import EmbedJob, Event, GenerateJob, QuickJob, TokenizeJob, TokenizerInfoJob, party
 from ftray.serve.messages import renderable
 from ftray.serve.metrics import UNMETERED, AdapterMetrics, EngineMetrics, Meter
 from ftray.serve.places import Places
@@ -59,10 +59,10 @@ class EngineReplica:
     async def generate(self, job: GenerateJob) -> AsyncGenerator[Event]:
         """First {"prompt_tokens", "adapter_s", "queue_s"}, then tokens of the answers (`_token_event`); or one
         {"error"}."""
-        if (refusal := self._places.refusal(job.tenant, job.num_answers)) is not None:
+        if (refusal := self._places.refusal(party(job), job.num_answers)) is not None:
             yield {"error": refusal[1], "status": refusal[0]}
             return
-        self._places.take(job.tenant, job.num_answers)
+        self._places.take(party(job), job.num_answers)
         try:
             # In a thread: a text of megabytes takes seconds, and others wait for their tokens.
             prompts = await asyncio.to_thread(lambda: [self._prompt_ids(prompt, job) for prompt in job.prompts])
@@ -76,7 +76,7 @@ class EngineReplica:
         except FtrayError as error:
             yield error_event(error)
         finally:
-            self._places.give_back(job.tenant, job.num_answers)
+            self._places.give_back(party(job), job.num_answers)
 
     async def answer(self, job: QuickJob) -> Event:
         """What needs no queue: vectors, token ids, a text; or {"error"}."""
@@ -92,13 +92,13 @@ class EngineReplica:
             return error_event(error)
 
     async def _embed(self, job: EmbedJob) -> Event:
-        if (refusal := self._places.refusal(job.tenant, len(job.texts))) is not None:
+        if (refusal := self._places.refusal(party(job), len(job.texts))) is not None:
             return {"error": refusal[1], "status": refusal[0]}
-        self._places.take(job.tenant, len(job.texts))
+        self._places.take(party(job), len(job.texts))
         try:
             return await self._vectors(job)
         finally:
-            self._places.give_back(job.tenant, len(job.texts))
+            self._places.give_back(party(job), len(job.texts))
 
     async def _vectors(self, job: EmbedJob) -> Event:
         texts = await asyncio.to_thread(lambda: [self._text_ids(text, key="input") for text in job.texts])
@@ -191,7 +191,8 @@ class EngineReplica:
 
     async def _tokens(self, job: GenerateJob, prompts: list[list[int]], adapter_s: float) -> AsyncGenerator[Event]:
         requests = [
-            Request(uuid.uuid4().hex, ids, job.sampling, job.adapter, job.tenant, job.priority) for ids in prompts
+            Request(uuid.uuid4().hex, ids, job.sampling, job.adapter, job.tenant, job.user, job.priority)
+            for ids in prompts
         ]
         told = False
         async with contextlib.aclosing(merged([self.runner.generate(request) for request in requests])) as events:
@@ -236,7 +237,7 @@ class EngineReplica:
     def _pinned(self, job: GenerateJob | EmbedJob) -> contextlib.AbstractAsyncContextManager[None]:
         if job.adapter is None:
             return contextlib.nullcontext()
-        return self.residency.pinned(job.adapter, tenant=job.tenant)
+        return self.residency.pinned(job.adapter, party=job.tenant or job.user)
 
     async def _prepare(self, key: str) -> PreparedAdapter:
         """In a thread: decoding goes on while an adapter is fetched, read and checked."""

@@ -14,7 +14,7 @@ from ftray.infer.protocol import PreparedAdapter
 from ftray.serve.load_turns import LoadTurns, Turn
 from ftray.serve.traffic import Traffic
 
-# Adapters read and checked at the same time, beside the budget; tenants take turns.
+# Adapters read and checked at the same time, beside the budget; parties take turns.
 MAX_LOADS = 2
 # An adapter is brought in unasked after so many requests in the last minute or two, and in the place of another only if
 # it is asked for so many times as often.
@@ -24,7 +24,7 @@ HOTTER = 2.0
 # A load waits so long for one adapter of which no request is in flight.
 PATIENCE_S = 5.0
 
-PREFETCH = "(prefetch)"  # loads that no request waits for take turns like a tenant's
+PREFETCH = "(prefetch)"  # loads that no request waits for take turns like a party's
 
 Happening = Literal["hit", "miss", "loaded", "failed", "evicted"]
 Signal = Callable[[Happening, str, float], None]  # the adapter, and how many seconds a load took
@@ -67,25 +67,25 @@ class AdapterResidency:
         self.traffic = Traffic()
 
     @contextlib.asynccontextmanager
-    async def pinned(self, key: str, *, tenant: str = "") -> AsyncIterator[None]:
+    async def pinned(self, key: str, *, party: str = "") -> AsyncIterator[None]:
         """For a request: loads the adapter if it is not here; while the context is open it stays."""
         self.traffic.note(key)
         self._signal("hit" if self.is_resident(key) else "miss", key, 0.0)
-        async with self._held(key, tenant):
+        async with self._held(key, party):
             yield
 
     @contextlib.asynccontextmanager
-    async def _held(self, key: str, tenant: str) -> AsyncIterator[None]:
+    async def _held(self, key: str, party: str) -> AsyncIterator[None]:
         while key == self._leaving:
             await self._has_left.wait()
         resident = self._residents.get(key)
         if resident is None:
-            turn = self._turns.ask(tenant, key)
+            turn = self._turns.ask(party, key)
             resident = Resident(asyncio.ensure_future(self._bring(key, turn)))
             self._residents[key] = resident
             resident.loading.add_done_callback(lambda task: self._forget_if_failed(key, task))
         elif self._turns.is_waiting(key):
-            self._turns.ask(tenant, key)
+            self._turns.ask(party, key)
         self._residents.move_to_end(key)
         resident.pins += 1
         try:

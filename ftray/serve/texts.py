@@ -64,7 +64,7 @@ class TextRoutes:
         caller = await self._gate.admit(exchange, user=request.user)
         model = await resolved(self._names, request.model, key=caller.key, may_use=caller.tenant.may_use)
         answer = exchange.answer = Answer(caller, model, exchange.request_id, exchange.began)
-        job = EmbedJob(texts, model.adapter, request.dimensions, caller.tenant.name)
+        job = EmbedJob(texts, model.adapter, request.dimensions, caller.tenant.name, request.user or "")
         found = await self._embedded(answer, job, deadline_of(exchange.headers, self._timeout_s))
         answer.prompt_tokens, answer.is_whole = found["prompt_tokens"], True
         await asyncio.shield(detached(self._gate.record(answer.usage())))  # also when the client has gone

@@ -74,7 +74,8 @@ def wait_for(condition, process: subprocess.Popen, *, timeout_s: float = 120):
             return found
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.2)
-    raise AssertionError("waited in vain")
+    process.kill()
+    raise AssertionError(f"waited in vain: {process.communicate(timeout=60)[0]}")
 
 
 def test_a_run_that_was_stopped_goes_on_and_outlives_its_driver(cluster, project):

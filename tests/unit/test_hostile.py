@@ -56,7 +56,7 @@ def test_one_request_or_one_tenant_does_not_take_all_places():
     places.give_back("bolt", 30)
     places.give_back("acme", 70)
     assert places.refusal("acme", 100) is None
-    places.take("", 90)  # without tenants there is nobody to leave places to
+    places.take("", 90)  # the base, asked by unknown callers: nobody to leave places to
     assert places.refusal("", 10) is None
 
 

@@ -234,10 +234,10 @@ def make_scheduler(*, room: int = 100, places: int = 4, pages: int = 200) -> Sch
 
 
 def sequence(
-    name: str, *, adapter: str | None = None, tenant: str = "", prompt: int = 10, answer: int = 20
+    name: str, *, adapter: str | None = None, tenant: str = "", user: str = "", prompt: int = 10, answer: int = 20
 ) -> Sequence:
     unused: Any = SimpleNamespace()
-    request = Request(name, list(range(prompt)), Sampling(), adapter, tenant)
+    request = Request(name, list(range(prompt)), Sampling(), adapter, tenant, user)
     return Sequence(
         request=request,
         index=0,
@@ -294,6 +294,25 @@ def test_a_flood_does_not_keep_a_light_tenant_waiting():
 def test_without_flows_of_its_own_it_would_wait_for_the_whole_flood():
     """The twin: the same requests in one queue."""
     assert min(light_beside_heavy(same_flow=True).values()) > 200
+
+
+def newcomers_wait_among_strangers() -> int:
+    """Nobody has a key: 200 requests for one adapter, each of another `user`, then one for another adapter."""
+    scheduler = make_scheduler()
+    for i in range(200):
+        scheduler.add(sequence(f"heavy{i}", adapter="heavy@1", user=f"somebody-{i}"))
+    light = sequence("light", adapter="light@1", user="person")
+    return steps(scheduler, more=lambda step: [light] if step == 7 else [])["light"][0] - 7
+
+
+def test_many_names_of_strangers_do_not_make_an_adapters_share_larger():
+    assert newcomers_wait_among_strangers() <= 21
+
+
+def test_with_a_share_for_every_name_the_newcomer_would_wait_for_all_of_them(monkeypatch):
+    """The twin: names that anybody may make up count like tenants."""
+    monkeypatch.setattr(Request, "flow", property(lambda request: (request.user, request.adapter or "")))
+    assert newcomers_wait_among_strangers() > 900
 
 
 def first_token_beside_long_answers(*, tenant: str, adapter: str) -> tuple[int, Scheduler]:
