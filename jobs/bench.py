@@ -1,17 +1,23 @@
 """`python jobs/bench.py NAME`: our side against others, in turns, in one run; JSON is kept. Names: `BENCHES`.
 
-Every side is a program of its own (jobs/bench_sides/), started anew for every turn, that prints one line of JSON.
-Ratios of medians are what counts: the machine's speed drifts, and it drifts for both.
+Every side is a program of its own (jobs/bench_sides/), started anew for every turn, that prints one line of JSON. Those
+of a bench in ROUNDS stay, and go one short round each in turn. Ratios of medians are what counts: the machine's speed
+drifts, and it drifts for both.
 """
 
 import argparse
+import contextlib
+import functools
 import json
+import operator
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -33,17 +39,21 @@ BENCHES = {
         "serve_vllm_base",
         "serve_vllm_adapters",
     ],
-    "adapters": ["adapters_ftray"],
     "latency": ["latency_ftray"],
     "sweep": ["sweep_ftray", "sweep_ftray_asha", "sweep_tune", "sweep_tune_one"],
     "sweep_long": ["sweep_long_ftray_asha", "sweep_long_tune"],
     "sweep_small": ["sweep_small_ftray", "sweep_small_tune", "sweep_small_tune_one"],
 }
+ROUNDS = ("serve",)
 # vLLM's sides run in the environment that `make test-vllm` makes; without it they are left out, and that is said.
 VLLM_PYTHON = str(Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python")
 # Both sides of a bench run with these. glibc keeps freed blocks of up to 32 MiB for later; given back, the peak is what
 # is in use.
-ENVIRONMENT = {"long": {"MALLOC_MMAP_THRESHOLD_": "8388608", "MALLOC_TRIM_THRESHOLD_": "8388608"}}
+ENVIRONMENT = {
+    "long": {"MALLOC_MMAP_THRESHOLD_": "8388608", "MALLOC_TRIM_THRESHOLD_": "8388608"},
+    "serve": {"THP_MEM_ALLOC_ENABLE": "1"},  # torch's tensors in huge pages, as our replicas have them
+    "latency": {"THP_MEM_ALLOC_ENABLE": "1"},
+}
 PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "ray")
 
 
@@ -55,11 +65,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     chosen = parser.parse_args()
     turns: dict[str, list[dict]] = {side: [] for side in sides_of(chosen.bench)}
-    for turn in range(chosen.turns):
-        for side, results in turns.items():
-            print(f"turn {turn + 1}: {side} ...", end=" ", flush=True)
-            results.append(run_side(side, threads=chosen.threads, more=ENVIRONMENT.get(chosen.bench, {})))
-            print(json.dumps(results[-1]), flush=True)
+    environment = environment_of(chosen.bench, threads=chosen.threads)
+    with contextlib.ExitStack() as stack:
+        if chosen.bench in ROUNDS:
+            run = {side: stack.enter_context(waiting_side(side, environment)) for side in turns}
+        else:
+            run = {side: functools.partial(run_side, side, environment) for side in turns}
+        for turn in range(chosen.turns):
+            # Every second turn goes the other way round: a drift favours nobody.
+            for side in list(turns)[:: 1 if turn % 2 == 0 else -1]:
+                print(f"turn {turn + 1}: {side} ...", end=" ", flush=True)
+                turns[side].append(run[side]())
+                print(json.dumps(turns[side][-1]), flush=True)
     report = {
         "bench": chosen.bench,
         "date": time.strftime("%Y-%m-%d"),
@@ -69,6 +86,8 @@ def main() -> None:
         "ratios_of_tokens_per_s": ratios(turns),
         "turns": turns,
     }
+    if chosen.bench in ROUNDS:
+        report["ratios_within_a_turn"] = ratios_within_a_turn(turns)
     path = chosen.out or OUT / f"{chosen.bench}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(
@@ -84,14 +103,49 @@ def sides_of(bench: str) -> list[str]:
     return [side for side in BENCHES[bench] if side not in missing]
 
 
-def run_side(side: str, *, threads: int, more: dict[str, str]) -> dict:
-    environment = os.environ | more | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    python = VLLM_PYTHON if "vllm" in side else sys.executable
-    program = [python, str(SIDES / f"{side}.py")]
-    done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
+def environment_of(bench: str, *, threads: int) -> dict[str, str]:
+    more = ENVIRONMENT.get(bench, {})
+    return os.environ | more | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def program_of(side: str) -> list[str]:
+    return [VLLM_PYTHON if "vllm" in side else sys.executable, str(SIDES / f"{side}.py")]
+
+
+def run_side(side: str, environment: dict[str, str]) -> dict:
+    done = subprocess.run(program_of(side), capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+
+
+@contextlib.contextmanager
+def waiting_side(side: str, environment: dict[str, str]) -> Iterator[Callable[[], dict]]:
+    """It gets ready at once, then goes a round for each call; between them it waits for a line."""
+    with tempfile.TemporaryFile("w+") as log:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(program_of(side), stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment)
+        assert process.stdin is not None
+        answers = process.stdout
+        assert answers is not None
+
+        def answer() -> dict:
+            for line in answers:
+                if line.startswith("{"):
+                    return json.loads(line)
+            log.seek(0)
+            sys.exit(f"{side} failed:\n{log.read()[-3000:]}")
+
+        def round_of() -> dict:
+            print(file=process.stdin, flush=True)
+            return answer()
+
+        try:
+            answer()
+            yield round_of
+        finally:
+            process.stdin.close()
+            process.wait()
 
 
 def medians(results: list[dict]) -> dict:
@@ -103,6 +157,13 @@ def ratios(turns: dict[str, list[dict]]) -> dict[str, float]:
     rate = {side: statistics.median(r["tokens_per_s"] for r in results) for side, results in turns.items()}
     ours = [side for side in rate if "ftray" in side or side.startswith("overhead")]
     return {f"{a} / {b}": round(rate[a] / rate[b], 2) for a in ours for b in rate if a != b}
+
+
+def ratios_within_a_turn(turns: dict[str, list[dict]]) -> dict[str, float]:
+    """Median over the turns of our sides' rates over those that others had seconds before or after."""
+    rates = {side: [result["tokens_per_s"] for result in results] for side, results in turns.items()}
+    pairs = [(a, b) for a in rates for b in rates if a != b and "ftray" in a]
+    return {f"{a} / {b}": round(statistics.median(map(operator.truediv, rates[a], rates[b])), 2) for a, b in pairs}
 
 
 def describe_hardware(threads: int) -> str:

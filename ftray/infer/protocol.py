@@ -128,6 +128,10 @@ class Engine(Protocol):
         """Reads and checks an adapter, in any thread while the engine steps. Raises `AdapterError`."""
         ...
 
+    def prepare_structure(self, structure: Structure) -> None:
+        """Compiles it, in any thread while the engine steps; `add` then finds it. Raises `UserError` for a bad one."""
+        ...
+
     def load_adapter(self, prepared: Any) -> None:
         """What `prepare_adapter` of the same engine returned. Under a key that is loaded already it replaces it."""
         ...

@@ -1,6 +1,7 @@
 """Answers that must match a JSON schema or a regular expression (llguidance: which tokens may come next)."""
 
-from functools import cached_property
+import threading
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -10,28 +11,49 @@ from torch import Tensor
 from ftray.errors import UserError
 from ftray.infer.protocol import Structure
 
+KEPT = 64  # grammars; callers ask for the same ones again and again
+
 
 class Grammars:
-    """Of one tokenizer. The first structured request pays for making its table, about a second."""
+    """Of one tokenizer, for any thread: what a grammar takes to compile (a second for the first, which makes the
+    tokenizer's table, and for a large schema) need not be taken from the thread that decodes."""
 
     def __init__(self, tokenizer: Any, *, vocab_size: int, stop_ids: set[int]):
         self._hf_tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._stop_ids = sorted(stop_ids)
+        self._table: Any = None
+        self._table_lock = threading.Lock()
+        self._compiled: OrderedDict[Structure, GrammarMatcher] = OrderedDict()  # least recently used first
+        self._compiled_lock = threading.Lock()  # never held while something compiles
 
-    @cached_property
+    def matcher(self, structure: Structure) -> "GrammarMatcher":
+        """At the beginning of an answer. Raises `UserError` when the schema or expression is not one."""
+        with self._compiled_lock:
+            found = self._compiled.get(structure)
+        if found is None:
+            found = self._compile(structure)
+        with self._compiled_lock:
+            self._compiled[structure] = found
+            self._compiled.move_to_end(structure)
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+        return found.copy()
+
     def _tokenizer(self) -> Any:
         import llguidance.hf
 
-        try:
-            return llguidance.hf.from_tokenizer(
-                self._hf_tokenizer, n_vocab=self._vocab_size, eos_token=self._stop_ids or None
-            )
-        except ValueError as error:
-            raise UserError(f"response_format: this model's tokenizer cannot guide answers ({error})") from None
+        with self._table_lock:
+            if self._table is None:
+                try:
+                    self._table = llguidance.hf.from_tokenizer(
+                        self._hf_tokenizer, n_vocab=self._vocab_size, eos_token=self._stop_ids or None
+                    )
+                except ValueError as error:
+                    raise UserError(f"response_format: this model's tokenizer cannot guide answers ({error})") from None
+            return self._table
 
-    def matcher(self, structure: Structure) -> "GrammarMatcher":
-        """Raises `UserError` when the schema or expression is not one."""
+    def _compile(self, structure: Structure) -> "GrammarMatcher":
         from llguidance import LLMatcher
 
         try:
@@ -39,7 +61,7 @@ class Grammars:
                 grammar = LLMatcher.grammar_from_regex(structure.text)
             else:  # without white space, which a weak model goes on with for ever
                 grammar = LLMatcher.grammar_from_json_schema(structure.text, overrides={"whitespace_flexible": False})
-            matcher = LLMatcher(self._tokenizer, grammar)
+            matcher = LLMatcher(self._tokenizer(), grammar)
             problem = matcher.get_error()
         except ValueError as error:
             problem = str(error)

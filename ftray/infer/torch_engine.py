@@ -21,7 +21,7 @@ from ftray.infer.checks import check_request
 from ftray.infer.decoder import make_stack
 from ftray.infer.embedding import Embedding, embedding_of
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
-from ftray.infer.protocol import EngineStats, FinishReason, Request, TokenEvent, TokenLogprobs
+from ftray.infer.protocol import EngineStats, FinishReason, Request, Structure, TokenEvent, TokenLogprobs
 from ftray.infer.sampler import TokenSampler, sample, told
 from ftray.infer.scheduler import Piece, Scheduler, Sequence
 from ftray.infer.structure import GrammarMatcher, Grammars
@@ -232,6 +232,9 @@ class TorchEngine:
             del self._sequences[sequence.request.id]
 
     # -- adapters ------------------------------------------------------------------------------------------------
+
+    def prepare_structure(self, structure: Structure) -> None:
+        self._grammars.matcher(structure)
 
     def prepare_adapter(self, key: str, directory: Path) -> HostAdapter:
         adapter = read_adapter(directory, label=key)

@@ -25,7 +25,7 @@ from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.checks import check_request
 from ftray.infer.fair_queue import FairQueue, FlowKey
-from ftray.infer.protocol import EngineStats, Request, TokenEvent
+from ftray.infer.protocol import EngineStats, Request, Structure, TokenEvent
 from ftray.infer.sampler import GREEDY_BELOW
 from ftray.infer.structure import Grammars
 from ftray.infer.vllm_answers import Answering, token_events
@@ -217,6 +217,9 @@ class VllmEngine:
                 del self._adapters_in_use[adapter]
 
     # -- adapters ------------------------------------------------------------------------------------------------
+
+    def prepare_structure(self, structure: Structure) -> None:
+        self._grammars.matcher(structure)
 
     def prepare_adapter(self, key: str, directory: Path) -> VllmAdapter:
         adapter = read_adapter(directory, label=key)

@@ -39,6 +39,8 @@ from ftray.serve.replica import EngineReplica
 from ftray.serve.request_metrics import RequestMetrics
 from ftray.serve.texts import TextRoutes
 
+# Tensors of more than 2 MiB in huge pages (torch asks Linux for them): a CPU decodes about a twentieth faster.
+REPLICA_ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 APP_NAME = "ftray"
 # Above the engine's own queue, so that the engine, which knows its load, is the one that answers 429.
 SPARE_REQUESTS = 64
@@ -149,7 +151,11 @@ def build_app(config: ServeConfig) -> serve.Application:
     engine = serve.deployment(
         ReplicaDeployment,  # pyright: ignore[reportArgumentType]
         name="engine",
-        ray_actor_options={"num_cpus": replicas.cpus_each, "num_gpus": replicas.gpus_each},
+        ray_actor_options={
+            "num_cpus": replicas.cpus_each,
+            "num_gpus": replicas.gpus_each,
+            "runtime_env": {"env_vars": REPLICA_ENVIRONMENT},
+        },
         max_ongoing_requests=config.engine.max_sequences + config.engine.max_waiting + SPARE_REQUESTS,
         user_config={},
         health_check_period_s=HEALTH_PERIOD_S,

@@ -64,8 +64,7 @@ class EngineReplica:
             return
         self._places.take(party(job), job.num_answers)
         try:
-            # In a thread: a text of megabytes takes seconds, and others wait for their tokens.
-            prompts = await asyncio.to_thread(lambda: [self._prompt_ids(prompt, job) for prompt in job.prompts])
+            prompts = await asyncio.to_thread(self._read, job)
             asked = time.perf_counter()
             # Closed in order when a client leaves: the engine lets go of the sequence before the adapter is unpinned.
             async with self._pinned(job):
@@ -77,6 +76,12 @@ class EngineReplica:
             yield error_event(error)
         finally:
             self._places.give_back(party(job), job.num_answers)
+
+    def _read(self, job: GenerateJob) -> list[list[int]]:
+        """In a thread: a text of megabytes or a large schema takes seconds, and others wait for their tokens."""
+        if job.sampling.structure is not None:
+            self.engine.prepare_structure(job.sampling.structure)
+        return [self._prompt_ids(prompt, job) for prompt in job.prompts]
 
     async def answer(self, job: QuickJob) -> Event:
         """What needs no queue: vectors, token ids, a text; or {"error"}."""

@@ -1,9 +1,8 @@
 """Our engine decoding SEQUENCES prompts of NEW_TOKENS each, with or without adapters."""
 
-import json
 from pathlib import Path
 
-from shared import BASE, SEQUENCES, decoding_rate, peak_gib
+from shared import BASE, SEQUENCES, decode_in_rounds
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.engines import load_adapter
@@ -32,4 +31,4 @@ class Decoder:
 
 def decode(adapters: list[Path]) -> None:
     decoder = Decoder(adapters)
-    print(json.dumps({"tokens_per_s": decoding_rate(decoder.run, decoder.tokenizer), "peak_gib": peak_gib()}))
+    decode_in_rounds(decoder.run, decoder.tokenizer)

@@ -1,10 +1,9 @@
 """transformers' generate over the same prompts, for the other sides."""
 
-import json
 from typing import Any
 
 import torch
-from shared import BASE, decoding_rate, peak_gib
+from shared import BASE, decode_in_rounds
 from transformers import AutoTokenizer
 
 
@@ -17,4 +16,4 @@ def generate(model: Any, **options: Any) -> None:
         limits = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
         model.generate(input_ids=batch, attention_mask=torch.ones_like(batch), do_sample=False, **limits, **options)
 
-    print(json.dumps({"tokens_per_s": decoding_rate(run, tokenizer), "peak_gib": peak_gib()}))
+    decode_in_rounds(run, tokenizer)

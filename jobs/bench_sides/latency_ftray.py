@@ -1,12 +1,16 @@
-"""How long a request waits, through a whole replica: at several rates, and with more adapters than the device holds.
+"""How long a request waits, through a whole replica: at several rates, with more adapters than the device holds, and
+with more of them asked for at the same time than it holds.
 
-Requests come at random times (Poisson) and ask for adapters by Zipf's law. The device has room for SLOTS adapters,
-memory for HOST. A cold adapter is in the registry only, a warm one on the device.
+Requests come at random times (Poisson) and ask for adapters by Zipf's law. The device has room for so many adapters,
+memory for HOST. A cold adapter is in the registry only, a warm one on the device. A gap is the time between two tokens
+of an answer, while others begin, are computed and load.
 """
 
 import asyncio
+import itertools
 import json
 import random
+import statistics
 import tempfile
 import time
 from dataclasses import dataclass
@@ -20,21 +24,26 @@ from ftray.infer.protocol import Sampling
 from ftray.registry import Registry
 from ftray.serve.replica import EngineReplica, GenerateJob
 
-SLOTS, HOST = 16, 64
+HOST = 64
 ANSWER_TOKENS = 32
 SECONDS = 30
-RATES = (1, 2, 3)  # requests a second, 64 adapters
-ADAPTERS = (16, 64, 256, 1000)  # registered, at 2 requests a second
+TRAFFIC = {  # (registered adapters, slots): requests a second
+    (16, 16): (2,),
+    (64, 16): (1, 2, 3),
+    (64, 4): (2, 3),
+    (256, 16): (2,),
+    (1000, 16): (2,),
+}
 
 
 @dataclass
 class Timing:
     first_s: float
-    per_token_s: float
+    gaps_s: list[float]
     where: str  # the adapter was: device, host, registry
 
 
-def make_replica(directory: Path, num_adapters: int) -> EngineReplica:
+def make_replica(directory: Path, num_adapters: int, num_slots: int) -> EngineReplica:
     made = write_adapters(directory / "made", count=8, rank=8, targets=["q_proj", "v_proj"])
     registry = Registry(str(directory / "registry"))
     for i in range(num_adapters):
@@ -50,7 +59,7 @@ def make_replica(directory: Path, num_adapters: int) -> EngineReplica:
     )
     replica = EngineReplica(config)
     size = replica.engine.prepare_adapter("size", made[0]).num_bytes
-    replica.engine._bank.slots.budget_bytes = SLOTS * size  # pyright: ignore[reportAttributeAccessIssue]
+    replica.engine._bank.slots.budget_bytes = num_slots * size  # pyright: ignore[reportAttributeAccessIssue]
     replica.residency.budget_bytes = HOST * size
     return replica
 
@@ -70,7 +79,7 @@ async def ask(replica: EngineReplica, key: str, prompt: list[int]) -> Timing:
         assert "error" not in event, event
         if "text" in event:
             times.append(time.perf_counter())
-    return Timing(times[0] - began, (times[-1] - times[0]) / (len(times) - 1), where)
+    return Timing(times[0] - began, [later - earlier for earlier, later in itertools.pairwise(times)], where)
 
 
 async def traffic(replica: EngineReplica, prompts: list[list[int]], *, num_adapters: int, rate: float) -> list[Timing]:
@@ -93,7 +102,8 @@ def quantile(values: list[float], share: float) -> float | None:
 
 
 def summary(name: str, timings: list[Timing]) -> dict[str, Any]:
-    first, per_token = [t.first_s for t in timings], [t.per_token_s for t in timings]
+    first, per_token = [t.first_s for t in timings], [statistics.mean(t.gaps_s) for t in timings]
+    gaps = [gap for t in timings for gap in t.gaps_s]
     warm = [t.first_s for t in timings if t.where == "device"]
     cold = [t.first_s for t in timings if t.where == "registry"]
     return {
@@ -102,6 +112,8 @@ def summary(name: str, timings: list[Timing]) -> dict[str, Any]:
         f"{name}_first_token_p99_ms": quantile(first, 0.99),
         f"{name}_per_token_p50_ms": quantile(per_token, 0.5),
         f"{name}_per_token_p99_ms": quantile(per_token, 0.99),
+        f"{name}_gap_p99_ms": quantile(gaps, 0.99),
+        f"{name}_gap_most_ms": quantile(gaps, 1),
         f"{name}_warm_p50_ms": quantile(warm, 0.5),
         f"{name}_cold_p50_ms": quantile(cold, 0.5),
         f"{name}_cold_requests": len(cold),
@@ -111,16 +123,15 @@ def summary(name: str, timings: list[Timing]) -> dict[str, Any]:
 async def measure() -> dict[str, Any]:
     result: dict[str, Any] = {}
     began, num_tokens = time.perf_counter(), 0
-    for num_adapters in ADAPTERS:
+    for (num_adapters, num_slots), rates in TRAFFIC.items():
         with tempfile.TemporaryDirectory(prefix="ftray-bench-") as directory:
-            replica = make_replica(Path(directory), num_adapters)
+            replica = make_replica(Path(directory), num_adapters, num_slots)
             prompts = decoding_prompts(replica.engine.tokenizer)
             await ask(replica, "a0@1", prompts[0])
-            rates = RATES if num_adapters == 64 else (2,)
             for rate in rates:
                 timings = await traffic(replica, prompts, num_adapters=num_adapters, rate=rate)
                 num_tokens += len(timings) * ANSWER_TOKENS
-                result |= summary(f"adapters_{num_adapters}_rate_{rate}", timings)
+                result |= summary(f"adapters_{num_adapters}_slots_{num_slots}_rate_{rate}", timings)
             replica.runner.close()
     return {"tokens_per_s": round(num_tokens / (time.perf_counter() - began), 1), **result, "peak_gib": peak_gib()}
 

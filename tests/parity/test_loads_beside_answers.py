@@ -1,0 +1,88 @@
+"""What takes long before an answer can begin (an adapter's load, a schema's compilation) stops no other answer."""
+
+import asyncio
+import threading
+
+import pytest
+from tiny import write_peft_adapter, write_tiny_model
+
+from ftray.config import parse_config
+from ftray.infer.protocol import Sampling, Structure
+from ftray.registry import Registry
+from ftray.serve.job import GenerateJob
+from ftray.serve.replica import EngineReplica
+
+SLOW = {"an adapter": "prepare_adapter", "a schema": "prepare_structure"}
+JOBS = {
+    "an adapter": GenerateJob([[5, 9, 33]], False, Sampling(temperature=0, max_tokens=8), "support@1"),
+    "a schema": GenerateJob([[5, 9]], False, Sampling(max_tokens=8, structure=Structure("regex", "(yes|no)")), None),
+}
+OTHER = GenerateJob([[60, 7, 5]], False, Sampling(temperature=0, max_tokens=40, ignore_eos=True), None)
+
+
+@pytest.fixture
+def replica(tmp_path):
+    base = write_tiny_model(tmp_path / "base")
+    registry = Registry(str(tmp_path / "registry"))
+    registry.publish("support", write_peft_adapter(tmp_path / "a", base, rank=8, seed=3), metadata={})
+    text = (
+        f"kind: serve\nbase_model: {base}\nadapters: {{registry: {registry.location}}}\n"
+        "engine: {context_tokens: 128, kv_cache_tokens: 1024}\n"
+    )
+    replica = EngineReplica(parse_config(text, kind="serve", source="test"))
+    yield replica
+    replica.close()
+
+
+async def events_of(replica: EngineReplica, job: GenerateJob) -> list[dict]:
+    return [event async for event in replica.generate(job)]
+
+
+class Held:
+    """Stands before one of the engine's methods: who calls it waits until `let_go`."""
+
+    def __init__(self, engine, name: str):
+        self._called, self._open, self._method = threading.Event(), threading.Event(), getattr(engine, name)
+        setattr(engine, name, self)
+
+    def __call__(self, *arguments):
+        self._called.set()
+        assert self._open.wait(60)
+        return self._method(*arguments)
+
+    async def wait(self) -> None:
+        assert await asyncio.to_thread(self._called.wait, 20)
+
+    def let_go(self) -> None:
+        self._open.set()
+
+
+async def goes_on_beside(replica: EngineReplica, what: str, *, patience_s: float) -> bool:
+    """Whether an answer that runs already, and one that begins, end while another's beginning is held."""
+    held = Held(replica.engine, SLOW[what])
+    running = asyncio.create_task(events_of(replica, OTHER))
+    slow = asyncio.create_task(events_of(replica, JOBS[what]))
+    await held.wait()
+    others = [running, asyncio.create_task(events_of(replica, OTHER))]
+    done, _ = await asyncio.wait(others, timeout=patience_s)
+    held.let_go()
+    answers = await asyncio.gather(slow, *others)
+    assert [answer[-1]["finish_reason"] in ("stop", "length") for answer in answers] == [True] * 3
+    return len(done) == 2
+
+
+@pytest.mark.parametrize("what", SLOW)
+def test_answers_go_on_while_another_gets_ready(replica, what):
+    assert asyncio.run(goes_on_beside(replica, what, patience_s=60))
+
+
+@pytest.mark.parametrize("what", SLOW)
+def test_in_the_engines_thread_it_would_stop_them(replica, what, monkeypatch):
+    """The twin."""
+
+    async def in_the_engines_thread(function, *arguments):
+        return await replica.runner.call(lambda: function(*arguments))
+
+    monkeypatch.setattr("ftray.serve.replica.asyncio.to_thread", in_the_engines_thread)
+    monkeypatch.setattr(Held, "wait", lambda self: asyncio.sleep(0.5))
+    assert not asyncio.run(goes_on_beside(replica, what, patience_s=0.5))
