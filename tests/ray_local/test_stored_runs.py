@@ -30,7 +30,7 @@ def losses(run):
 
 def test_a_run_in_a_store_is_the_run_on_a_disk(ray_session, config, runs_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stored_run, "SYNC_S", 0.3)
-    settings = {"max_steps": 24, "evaluation.samples": 2, "checkpoint.keep": 2}
+    settings = {"max_steps": 16, "evaluation.samples": 2, "checkpoint.keep": 2}
     whole = launch(config(**settings), Recorder().watcher())
     settings["runs_dir"] = runs_dir
     recorder = Recorder()
@@ -59,12 +59,12 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(ray_session, config, runs_dir, tm
     result = launch(config(**settings), again.watcher())
     run = look_at_runs(runs_dir) / "demo"
     assert losses(run) == losses(tmp_path / "runs/demo")
-    assert result["steps"] == 24
+    assert result["steps"] == 16
     assert result["final_loss"] == whole["final_loss"]
     assert result["output"] == f"{runs_dir}/demo/adapter"
     keys = {found.key for found in store.entries()}
     steps = sorted({key.split("/")[1] for key in keys if key.startswith("checkpoints/")})
-    assert steps == ["step-20", "step-24"]
+    assert steps == ["step-12", "step-16"]
     assert {"report.html", "result.json", "samples.jsonl"} <= keys
     assert read_json(run / "result.json") == result
 
