@@ -212,6 +212,19 @@ class EngineContract:
             if name == first:  # once it is replaced without
                 engine.unload_adapter("swapped")
 
+    def test_weights_in_use_neither_change_nor_go(self, engine, prompts, adapters, reference):
+        first, second = list(adapters)[:2]
+        load_adapter(engine, "swapped", adapters[first])
+        engine.add(Request("a", prompts[0], greedy(), "swapped"))
+        given = [event.token_id for event in engine.step()]
+        with pytest.raises(AdapterError, match="swapped: answers that use it have not ended"):
+            load_adapter(engine, "swapped", adapters[second])
+        with pytest.raises(AdapterError, match="swapped: answers that use it have not ended"):
+            engine.unload_adapter("swapped")
+        reference.check_greedy(first, prompts[0], [*given, *tokens(run(engine, [])[("a", 0)])])
+        load_adapter(engine, "swapped", adapters[second])
+        engine.unload_adapter("swapped")
+
     def test_a_bad_adapter_is_refused_and_harms_nobody(self, loaded, prompts, adapters, tmp_path):
         name = next(iter(adapters))
         before = tokens(run(loaded, [Request("a", prompts[0], greedy(), name)])[("a", 0)])

@@ -3,7 +3,7 @@
 from collections.abc import Container, Iterable
 from typing import Any
 
-from ftray.errors import UserError
+from ftray.errors import AdapterError, UserError
 from ftray.infer.protocol import Request
 
 
@@ -29,3 +29,9 @@ def check_request(request: Request, *, context_tokens: int, vocab_size: int, loa
     if request.adapter is not None and request.adapter not in loaded:
         raise UserError(f"{request.adapter}: not loaded in this engine")
     return wanted if wanted is not None else context_tokens - num_prompt
+
+
+def check_unused(key: str, in_flight: Iterable[Request]) -> None:
+    """Before an adapter goes, or other weights come under its key. Raises `AdapterError`."""
+    if any(request.adapter == key for request in in_flight):
+        raise AdapterError(f"{key}: answers that use it have not ended; its weights stay until then")

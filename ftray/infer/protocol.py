@@ -133,11 +133,12 @@ class Engine(Protocol):
         ...
 
     def load_adapter(self, prepared: Any) -> None:
-        """What `prepare_adapter` of the same engine returned. Under a key that is loaded already it replaces it."""
+        """What `prepare_adapter` of the same engine returned. Under a key that is loaded already it replaces it; raises
+        `AdapterError` while a request that uses it is in flight."""
         ...
 
     def unload_adapter(self, key: str) -> None:
-        """No request that uses it may be in flight."""
+        """Raises `AdapterError` while a request that uses it is in flight."""
         ...
 
     def embed(self, texts: Sequence[Sequence[int]], adapter: str | None) -> Any:

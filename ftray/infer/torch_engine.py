@@ -17,7 +17,7 @@ from torch import Tensor
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import FtrayError
 from ftray.infer.attention import AttentionStep, continuation, decode_context, register_paged_attention
-from ftray.infer.checks import check_request
+from ftray.infer.checks import check_request, check_unused
 from ftray.infer.decoder import make_stack
 from ftray.infer.embedding import Embedding, embedding_of
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
@@ -242,11 +242,13 @@ class TorchEngine:
         return self._bank.prepare(key, adapter)
 
     def load_adapter(self, prepared: HostAdapter) -> None:
+        check_unused(prepared.key, (answers[0].request for answers in self._sequences.values()))
         self._bank.load(prepared)
         # Another load under the same name gets another salt: what the cache knows of the old weights is not found.
         self._salts[prepared.key] = f"{next(self._loads)} {prepared.key}".encode()
 
     def unload_adapter(self, key: str) -> None:
+        check_unused(key, (answers[0].request for answers in self._sequences.values()))
         self._bank.unload(key)
         del self._salts[key]
 

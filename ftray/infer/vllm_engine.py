@@ -23,7 +23,7 @@ from typing import Any
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import AdapterError, FtrayError, UserError
-from ftray.infer.checks import check_request
+from ftray.infer.checks import check_request, check_unused
 from ftray.infer.fair_queue import FairQueue, FlowKey
 from ftray.infer.protocol import EngineStats, Request, Structure, TokenEvent
 from ftray.infer.sampler import GREEDY_BELOW
@@ -245,6 +245,7 @@ class VllmEngine:
         self._loaded[prepared.key] = lora, prepared
 
     def unload_adapter(self, key: str) -> None:
+        check_unused(key, (answering.request for answering in self._answering.values()))
         self._wait_for(self._left(key))
         lora, _ = self._loaded.pop(key)
         self._wait_for(self._llm.remove_lora(lora.lora_int_id))

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from engine_contract import Reference, run
 from tiny import chat_rows, write_jsonl
 
 from ftray.config.run import DataConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
-from ftray.infer.engines import generate, load_adapter
+from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request, Sampling
 from ftray.infer.torch_engine import TorchEngine
 from ftray.model.base import load_weights
@@ -38,9 +39,20 @@ def test_mixed_adapters_generate(tiny_base, adapters, renderer):
         load_adapter(engine, name, directory)
     names = list(adapters)
     prompts = [renderer.prompt_ids(row["messages"][:1]) for row in chat_rows(8, seed=4)]
-    wanted = [Request(str(i), p, Sampling(temperature=0, max_tokens=8), names[i % 4]) for i, p in enumerate(prompts)]
-    mixed = generate(engine, wanted)
-    assert mixed.keys() == {str(i) for i in range(8)}
+    sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
+    wanted = [Request(str(i), p, sampling, names[i % len(names)]) for i, p in enumerate(prompts)]
+    reference = Reference(tiny_base.directory, adapters)
+    for (name, _), events in run(engine, wanted).items():
+        request = wanted[int(name)]
+        told = torch.tensor([event.logprobs.chosen for event in events])
+        ids = [*request.prompt_ids, *(event.token_id for event in events)]
+
+        def expected(adapter, ids=ids, count=len(events)):
+            rows = reference.log_probs(adapter, ids)[-count - 1 : -1]
+            return rows.gather(1, torch.tensor(ids[-count:])[:, None])[:, 0]
+
+        torch.testing.assert_close(told, expected(request.adapter), **CLOSE)
+        assert not torch.allclose(told, expected(None), **CLOSE)  # the base's are told apart
 
 
 def test_training_in_bfloat16_follows_float32(tiny_base, tiny_model, train_file, tmp_path):
