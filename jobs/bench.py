@@ -1,8 +1,8 @@
 """`python jobs/bench.py NAME`: our side against others, in turns, in one run; JSON is kept. Names: `BENCHES`.
 
 Every side is a program of its own (jobs/bench_sides/), started anew for every turn, that prints one line of JSON. Those
-of a bench in ROUNDS stay, and go one short round each in turn. Ratios of medians are what counts: the machine's speed
-drifts, and it drifts for both.
+of a bench in ROUNDS stay, and go one short round each in turn. Ratios are what counts, of medians or,
+of rounds, within a turn: the machine's speed drifts, and it drifts for both.
 """
 
 import argparse
@@ -137,15 +137,20 @@ def waiting_side(side: str, environment: dict[str, str]) -> Iterator[Callable[[]
             sys.exit(f"{side} failed:\n{log.read()[-3000:]}")
 
         def round_of() -> dict:
-            print(file=process.stdin, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # it has died: `answer` tells why
+                print(file=process.stdin, flush=True)
             return answer()
 
         try:
             answer()
             yield round_of
         finally:
-            process.stdin.close()
-            process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def medians(results: list[dict]) -> dict:

@@ -49,9 +49,16 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
     print(f"starting {settings.base_model} on {settings.host}:{settings.port}", flush=True)
     if settings.tenants.database is None and settings.host not in ("127.0.0.1", "localhost"):
         print(f"warning: without tenants.database whoever reaches {settings.host} may use it", flush=True)
-    stopped = threading.Event()
+    stopped, ready = threading.Event(), threading.Event()
+
+    def stop(*_: object) -> None:
+        is_first = not stopped.is_set()
+        stopped.set()
+        if is_first and not ready.is_set():
+            raise KeyboardInterrupt  # out of a start that may take minutes
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
+        signal.signal(number, stop)
     joined = start_ray()
     if detach and not joined:
         ray.shutdown()
@@ -59,6 +66,7 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
     leave = False
     try:
         url = start_endpoint(settings)
+        ready.set()
         print(f"ready: {url}/v1", flush=True)
         print(f"  models: curl -s {url}/v1/models", flush=True)
         print(f"  ask:    {curl_line(url, settings.served_name or settings.base_model)}", flush=True)

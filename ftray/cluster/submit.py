@@ -23,7 +23,7 @@ from ftray.errors import FtrayError, UserError
 NAME, KIND, OWNER, DIGEST, VERSION = "ftray_name", "ftray_kind", "ftray_owner", "ftray_config", "ftray_version"
 COMMANDS = {"run": "train", "sweep": "sweep", "serve": "serve", "pipeline": "pipeline"}
 GRACE_S = 300.0  # for a run to save, before it is ended
-END_S = 60  # between SIGTERM and SIGKILL; Ray gives 3, in which an endpoint on a busy head has not left yet
+END_S = 90  # between SIGTERM and SIGKILL; Ray gives 3, in which an endpoint on a busy head has not left yet
 POLL_S = 1.0
 TOKEN_FIX = "set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)

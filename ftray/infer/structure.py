@@ -1,7 +1,7 @@
 """Answers that must match a JSON schema or a regular expression (llguidance: which tokens may come next)."""
 
 import threading
-from collections import OrderedDict
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,14 @@ from torch import Tensor
 from ftray.errors import UserError
 from ftray.infer.protocol import Structure
 
-KEPT = 64  # grammars; callers ask for the same ones again and again
+KEPT = 64  # grammars that were prepared and not asked for yet
 
 
 class Grammars:
-    """Of one tokenizer, for any thread: what a grammar takes to compile (a second for the first, which makes the
-    tokenizer's table, and for a large schema) need not be taken from the thread that decodes."""
+    """Of one tokenizer, for any thread: a large schema takes a second to compile, which need not be the second of the
+    thread that decodes. The first one also makes the tokenizer's table, tenths of a second in which no thread runs.
+
+    Each is for one request: its answers share a lexer, and what brings that to its limits ends them all."""
 
     def __init__(self, tokenizer: Any, *, vocab_size: int, stop_ids: set[int]):
         self._hf_tokenizer = tokenizer
@@ -24,21 +26,23 @@ class Grammars:
         self._stop_ids = sorted(stop_ids)
         self._table: Any = None
         self._table_lock = threading.Lock()
-        self._compiled: OrderedDict[Structure, GrammarMatcher] = OrderedDict()  # least recently used first
-        self._compiled_lock = threading.Lock()  # never held while something compiles
+        self._prepared: deque[tuple[Structure, GrammarMatcher]] = deque(maxlen=KEPT)
+        self._prepared_lock = threading.Lock()  # never held while something compiles
+
+    def prepare(self, structure: Structure) -> None:
+        """For one call of `matcher` to come. Raises `UserError` when the schema or expression is not one."""
+        matcher = self._compile(structure)
+        with self._prepared_lock:
+            self._prepared.append((structure, matcher))
 
     def matcher(self, structure: Structure) -> "GrammarMatcher":
-        """At the beginning of an answer. Raises `UserError` when the schema or expression is not one."""
-        with self._compiled_lock:
-            found = self._compiled.get(structure)
-        if found is None:
-            found = self._compile(structure)
-        with self._compiled_lock:
-            self._compiled[structure] = found
-            self._compiled.move_to_end(structure)
-            if len(self._compiled) > KEPT:
-                self._compiled.popitem(last=False)
-        return found.copy()
+        """The one that was prepared, or a new one. Raises `UserError` when the schema or expression is not one."""
+        with self._prepared_lock:
+            for number, (other, matcher) in enumerate(self._prepared):
+                if other == structure:
+                    del self._prepared[number]
+                    return matcher
+        return self._compile(structure)
 
     def _tokenizer(self) -> Any:
         import llguidance.hf

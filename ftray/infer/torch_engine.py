@@ -234,7 +234,7 @@ class TorchEngine:
     # -- adapters ------------------------------------------------------------------------------------------------
 
     def prepare_structure(self, structure: Structure) -> None:
-        self._grammars.matcher(structure)
+        self._grammars.prepare(structure)
 
     def prepare_adapter(self, key: str, directory: Path) -> HostAdapter:
         adapter = read_adapter(directory, label=key)

@@ -219,7 +219,7 @@ class VllmEngine:
     # -- adapters ------------------------------------------------------------------------------------------------
 
     def prepare_structure(self, structure: Structure) -> None:
-        self._grammars.matcher(structure)
+        self._grammars.prepare(structure)
 
     def prepare_adapter(self, key: str, directory: Path) -> VllmAdapter:
         adapter = read_adapter(directory, label=key)

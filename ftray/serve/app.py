@@ -29,7 +29,7 @@ from ftray.serve.exchange import Watcher
 from ftray.serve.gate import Gate
 from ftray.serve.ingress import Ingress
 from ftray.serve.limits import Gatekeeper
-from ftray.serve.memory import give_back_free_memory, keep_few_arenas, keep_out_of_collections
+from ftray.serve.memory import ask_for_huge_pages, give_back_free_memory, keep_few_arenas, keep_out_of_collections
 from ftray.serve.metrics import OF_REPLICAS, OF_REQUESTS
 from ftray.serve.models import ModelNames
 from ftray.serve.overview import Overview, RecentTraffic
@@ -39,8 +39,6 @@ from ftray.serve.replica import EngineReplica
 from ftray.serve.request_metrics import RequestMetrics
 from ftray.serve.texts import TextRoutes
 
-# Tensors of more than 2 MiB in huge pages (torch asks Linux for them): a CPU decodes about a twentieth faster.
-REPLICA_ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 APP_NAME = "ftray"
 # Above the engine's own queue, so that the engine, which knows its load, is the one that answers 429.
 SPARE_REQUESTS = 64
@@ -58,6 +56,7 @@ class LedgerDeployment(Gatekeeper):
 class ReplicaDeployment(EngineReplica):
     def __init__(self, config: ServeConfig):
         keep_few_arenas()
+        ask_for_huge_pages()
         super().__init__(config, meter=RayMeter(OF_REPLICAS))
 
     async def reconfigure(self, _: Any) -> None:
@@ -151,11 +150,7 @@ def build_app(config: ServeConfig) -> serve.Application:
     engine = serve.deployment(
         ReplicaDeployment,  # pyright: ignore[reportArgumentType]
         name="engine",
-        ray_actor_options={
-            "num_cpus": replicas.cpus_each,
-            "num_gpus": replicas.gpus_each,
-            "runtime_env": {"env_vars": REPLICA_ENVIRONMENT},
-        },
+        ray_actor_options={"num_cpus": replicas.cpus_each, "num_gpus": replicas.gpus_each},
         max_ongoing_requests=config.engine.max_sequences + config.engine.max_waiting + SPARE_REQUESTS,
         user_config={},
         health_check_period_s=HEALTH_PERIOD_S,
@@ -315,4 +310,7 @@ def stop_endpoint() -> None:
     """The application goes, once what it has begun is answered. Serve itself stays: on a cluster it may be somebody
     else's, and a session of our own ends with `ray.shutdown`."""
     if ray.is_initialized() and APP_NAME in serve.status().applications:
-        serve.delete(APP_NAME)  # waits: a process that ends at once may take its request along
+        try:
+            serve.delete(APP_NAME)  # waits: a process that ends at once may take its request along
+        except TimeoutError:
+            print("the endpoint still ends what it has begun (replicas.drain_s); it goes by itself", flush=True)

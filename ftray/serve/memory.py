@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import sys
 
 M_ARENA_MAX = -8  # malloc.h
@@ -13,6 +14,12 @@ def keep_few_arenas() -> None:
     serves none of the others: what is held then creeps up for hours while what is used stays the same."""
     if libc := _glibc():
         libc.mallopt(M_ARENA_MAX, NUM_ARENAS)
+
+
+def ask_for_huge_pages() -> None:
+    """Tensors of more than 2 MiB lie in pages of 2 MiB, if Linux has some, and a CPU decodes about a twentieth faster.
+    Torch looks at it before the first tensor of a process."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_out_of_collections() -> None:

@@ -18,8 +18,8 @@ class Places:
             return 400, f"the request asks for {count} answers; this endpoint takes at most {self.total} at a time"
         if self._taken.total() + count > self.total:
             return 429, "too many requests wait for this endpoint; try again"
-        if party and self._taken[party] + count > self.total - self.total // LEFT_TO_OTHERS and self._taken[party]:
-            return 429, f"too many requests of {party} wait for this endpoint; try again"
+        if self._taken[party] + count > self.total - self.total // LEFT_TO_OTHERS and self._taken[party]:
+            return 429, f"too many requests of {party or 'the base'} wait for this endpoint; try again"
         return None
 
     def take(self, party: str, count: int) -> None:

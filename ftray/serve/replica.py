@@ -14,7 +14,7 @@ from ftray.config import ServeConfig
 from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.checks import check_token_ids
 from ftray.infer.engines import make_engine
-from ftray.infer.protocol import PreparedAdapter, Request, TokenEvent, TokenLogprobs
+from ftray.infer.protocol import PreparedAdapter, Request, Structure, TokenEvent, TokenLogprobs
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
@@ -27,6 +27,8 @@ from ftray.serve.prefetch import Prefetcher
 from ftray.serve.residency import AdapterResidency
 from ftray.serve.runner import EngineRunner, merged
 
+ANY_TEXT = Structure("regex", ".*")
+
 
 class EngineReplica:
     def __init__(self, config: ServeConfig, *, meter: Meter = UNMETERED):
@@ -38,6 +40,7 @@ class EngineReplica:
         self.engine = engine
         self.renderer = ChatRenderer(engine.tokenizer)
         self.runner = EngineRunner(engine)
+        self._compiling = asyncio.Semaphore(1)  # one schema at a time: the decoder needs the cores
         self._places = Places(config.engine.max_sequences + config.engine.max_waiting)
         self.registry = Registry(config.adapters.registry, tolerant=True)
         self.residency = AdapterResidency(
@@ -50,7 +53,10 @@ class EngineReplica:
         self._engine_metrics = EngineMetrics(meter)
 
     async def preload(self) -> None:
-        """The configured adapters, and from now on those that aliases move to."""
+        """The configured adapters, and from now on those that aliases move to. And the table that the first structured
+        answer needs: making it stops every thread for some tenths of a second."""
+        with contextlib.suppress(UserError):  # a tokenizer that cannot guide answers
+            await asyncio.to_thread(self.engine.prepare_structure, ANY_TEXT)
         for reference in self.config.adapters.preload:
             exact = await asyncio.to_thread(self.registry.resolve, reference)
             await self.residency.prefetch(str(exact))
@@ -64,7 +70,7 @@ class EngineReplica:
             return
         self._places.take(party(job), job.num_answers)
         try:
-            prompts = await asyncio.to_thread(self._read, job)
+            prompts = await self._read(job)
             asked = time.perf_counter()
             # Closed in order when a client leaves: the engine lets go of the sequence before the adapter is unpinned.
             async with self._pinned(job):
@@ -77,11 +83,12 @@ class EngineReplica:
         finally:
             self._places.give_back(party(job), job.num_answers)
 
-    def _read(self, job: GenerateJob) -> list[list[int]]:
-        """In a thread: a text of megabytes or a large schema takes seconds, and others wait for their tokens."""
+    async def _read(self, job: GenerateJob) -> list[list[int]]:
+        """In threads: a text of megabytes or a large schema takes seconds, and others wait for their tokens."""
         if job.sampling.structure is not None:
-            self.engine.prepare_structure(job.sampling.structure)
-        return [self._prompt_ids(prompt, job) for prompt in job.prompts]
+            async with self._compiling:
+                await asyncio.to_thread(self.engine.prepare_structure, job.sampling.structure)
+        return await asyncio.to_thread(lambda: [self._prompt_ids(prompt, job) for prompt in job.prompts])
 
     async def answer(self, job: QuickJob) -> Event:
         """What needs no queue: vectors, token ids, a text; or {"error"}."""

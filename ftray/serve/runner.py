@@ -14,7 +14,7 @@ from ftray.infer.protocol import Engine, Request, TokenEvent
 
 IDLE_POLL_S = 1.0
 FOLLOW_UP_S = 0.001
-MAX_COMMANDS_S = 0.05  # beside answers that go on: a burst of schemas to compile does not stop them
+MAX_COMMANDS_S = 0.05  # beside answers that go on: a burst of requests does not stop them
 
 Item = TypeVar("Item")
 

@@ -76,6 +76,24 @@ def test_answers_go_on_while_another_gets_ready(replica, what):
     assert asyncio.run(goes_on_beside(replica, what, patience_s=60))
 
 
+def test_a_schema_is_compiled_once_and_never_in_the_engines_thread(replica, monkeypatch):
+    grammars, threads = replica.engine._grammars, []
+    compiled = grammars._compile
+
+    def watched(structure):
+        threads.append(threading.current_thread().name)
+        return compiled(structure)
+
+    monkeypatch.setattr(grammars, "_compile", watched)
+    for _ in range(2):
+        asyncio.run(events_of(replica, JOBS["a schema"]))
+    assert len(threads) == 2
+    assert "ftray-engine" not in threads
+    monkeypatch.setattr(replica.engine, "prepare_structure", lambda structure: None)  # the twin
+    asyncio.run(events_of(replica, JOBS["a schema"]))
+    assert threads[2] == "ftray-engine"
+
+
 @pytest.mark.parametrize("what", SLOW)
 def test_in_the_engines_thread_it_would_stop_them(replica, what, monkeypatch):
     """The twin."""

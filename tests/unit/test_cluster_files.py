@@ -19,6 +19,8 @@ from packaging.version import Version
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ruamel.yaml import YAML
 
+from ftray.cluster.submit import END_S, with_time_to_end
+
 ROOT = Path(__file__).parents[2]
 RAY_UP = sorted((ROOT / "cluster/ray_up").glob("*.yaml"))
 
@@ -303,3 +305,9 @@ def test_every_dependency_is_pinned():
     extras = [line for name, lines in project["optional-dependencies"].items() for line in lines]
     wanted = {canonicalize_name(Requirement(line).name) for line in [*project["dependencies"], *extras]}
     assert wanted - set(pins()) == unpinned
+
+
+@pytest.mark.parametrize("given", [None, {}, {"A": "b"}, {"A": "b", "RAY_JOB_STOP_WAIT_TIME_S": "5"}])
+def test_a_job_has_time_to_end_unless_its_user_says_how_much(given):
+    made = with_time_to_end({"pip": ["x"], "env_vars": given})
+    assert made == {"pip": ["x"], "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(END_S)} | (given or {})}

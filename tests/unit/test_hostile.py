@@ -56,8 +56,9 @@ def test_one_request_or_one_tenant_does_not_take_all_places():
     places.give_back("bolt", 30)
     places.give_back("acme", 70)
     assert places.refusal("acme", 100) is None
-    places.take("", 90)  # the base, asked by unknown callers: nobody to leave places to
-    assert places.refusal("", 10) is None
+    places.take("", 75)  # the base, asked by callers who are unknown
+    assert places.refusal("", 1) == (429, "too many requests of the base wait for this endpoint; try again")
+    assert places.refusal("support@1", 25) is None
 
 
 def test_what_fails_inside_is_a_500_in_openais_shape_and_in_the_log(client, backend, log_file):
