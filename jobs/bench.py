@@ -1,8 +1,8 @@
 """`python jobs/bench.py NAME`: our side against others, in turns, in one run; JSON is kept. Names: `BENCHES`.
 
 Every side is a program of its own (jobs/bench_sides/), started anew for every turn, that prints one line of JSON. Those
-of a bench in ROUNDS stay, and go one short round each in turn. Ratios are what counts, of medians or,
-of rounds, within a turn: the machine's speed drifts, and it drifts for both.
+of a bench in ROUNDS stay, and go one short round each in turn. Ratios are what counts (of medians; of rounds also
+within a turn): the machine's speed drifts, and it drifts for both.
 """
 
 import argparse

@@ -74,6 +74,9 @@ class TorchEngine:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
+    def prepare_structure(self, structure: Structure) -> None:
+        self._grammars.prepare(structure)
+
     def add(self, request: Request) -> None:
         max_tokens = check_request(
             request, context_tokens=self.config.context_tokens, vocab_size=self.vocab_size, loaded=self._bank
@@ -233,22 +236,23 @@ class TorchEngine:
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
-    def prepare_structure(self, structure: Structure) -> None:
-        self._grammars.prepare(structure)
-
     def prepare_adapter(self, key: str, directory: Path) -> HostAdapter:
         adapter = read_adapter(directory, label=key)
         check_rank(adapter, self.max_rank, label=key)
         return self._bank.prepare(key, adapter)
 
     def load_adapter(self, prepared: HostAdapter) -> None:
-        check_unused(prepared.key, (answers[0].request for answers in self._sequences.values()))
+        check_unused(prepared.key, self._in_flight)
         self._bank.load(prepared)
         # Another load under the same name gets another salt: what the cache knows of the old weights is not found.
         self._salts[prepared.key] = f"{next(self._loads)} {prepared.key}".encode()
 
+    @property
+    def _in_flight(self) -> Iterator[Request]:
+        return (answers[0].request for answers in self._sequences.values())
+
     def unload_adapter(self, key: str) -> None:
-        check_unused(key, (answers[0].request for answers in self._sequences.values()))
+        check_unused(key, self._in_flight)
         self._bank.unload(key)
         del self._salts[key]
 

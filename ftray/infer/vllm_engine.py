@@ -77,6 +77,9 @@ class VllmEngine:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
+    def prepare_structure(self, structure: Structure) -> None:
+        self._grammars.prepare(structure)
+
     def add(self, request: Request) -> None:
         max_tokens = check_request(
             request, context_tokens=self.config.context_tokens, vocab_size=self.vocab_size, loaded=self._loaded
@@ -217,9 +220,6 @@ class VllmEngine:
                 del self._adapters_in_use[adapter]
 
     # -- adapters ------------------------------------------------------------------------------------------------
-
-    def prepare_structure(self, structure: Structure) -> None:
-        self._grammars.prepare(structure)
 
     def prepare_adapter(self, key: str, directory: Path) -> VllmAdapter:
         adapter = read_adapter(directory, label=key)
