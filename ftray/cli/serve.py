@@ -87,26 +87,19 @@ def curl_line(url: str, model: str, message: str = "Hello!", *, system: str | No
     return f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
 
 
-def replicas_text(settings: ServeConfig) -> str:
-    replicas, split = settings.replicas, settings.engine.tensor_parallel
-    count = f"{replicas.min}" if replicas.min == replicas.max else f"{replicas.min} to {replicas.max}"
-    gpus = f" and {replicas.gpus_each:g} GPUs" if replicas.gpus_each else ""
-    base = f", the base split over {split} of them" if split > 1 else ""
-    return f"replicas: {count}, each of {replicas.cpus_each:g} CPUs{gpus} of one node{base}"
-
-
 def show_plan(settings: ServeConfig) -> None:
     from ftray.infer.engines import has_engine
     from ftray.registry import Registry
     from ftray.serve.accounts import without_password
     from ftray.serve.models import ModelNames
+    from ftray.serve.resources import resources_text
 
     database = settings.tenants.database
     shown = settings.model_dump(mode="json")
     shown["tenants"]["database"] = without_password(database) if database is not None else None
     print(to_yaml(shown))
     names = ModelNames(settings.served_name or settings.base_model, Registry(settings.adapters.registry)).names()
-    print(f"# {replicas_text(settings)}")
+    print(f"# {resources_text(settings)}")
     if not has_engine(settings.engine):
         print("# vllm is not installed here; the nodes of the replicas need it: pip install 'ftray[vllm]'")
     print(f"# would serve on http://{settings.host}:{settings.port}/v1: {', '.join(names)}")

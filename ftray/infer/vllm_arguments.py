@@ -14,6 +14,8 @@ from ftray.model.hardware import Hardware
 MAX_HOST_ADAPTERS = 10_000
 # More make every step slower, used or not.
 MAX_SLOTS = 64
+# What each of several workers takes of its GPU in Ray's books, which leaves the replica a part of the first.
+GPUS_PER_WORKER = 0.9
 # The ranks that vLLM has slots for.
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -40,6 +42,8 @@ def vllm_arguments(
         "max_lora_rank": slot_rank(max_rank),
         "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
         "tensor_parallel_size": config.tensor_parallel,
+        # Workers in the bundles of the replica's placement group.
+        **({"distributed_executor_backend": "ray"} if config.tensor_parallel > 1 else {}),
         "enforce_eager": not on_gpu,
         # On a CPU vLLM would refuse to start unless nearly all memory is free, though the cache's size is given above.
         **({} if on_gpu else {"gpu_memory_utilization": 0.2}),

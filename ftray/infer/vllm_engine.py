@@ -11,6 +11,7 @@ vLLM runs in a process of its own and is spoken to from an event loop in a threa
 
 import asyncio
 import itertools
+import os
 import queue
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from ftray.infer.protocol import EngineStats, Request, Structure, TokenEvent
 from ftray.infer.sampler import GREEDY_BELOW
 from ftray.infer.structure import Grammars
 from ftray.infer.vllm_answers import Answering, token_events
-from ftray.infer.vllm_arguments import linear_shapes, slots_within, vllm_arguments
+from ftray.infer.vllm_arguments import GPUS_PER_WORKER, linear_shapes, slots_within, vllm_arguments
 from ftray.model.adapter import check_rank, check_shapes, read_adapter
 from ftray.model.base import BaseModel, check_length, generation_stop_ids, load_tokenizer, text_config
 from ftray.model.chat import stop_token_ids
@@ -292,6 +293,7 @@ class VllmEngine:
 
 
 async def start_vllm(arguments: dict[str, Any]) -> Any:
+    os.environ["VLLM_RAY_PER_WORKER_GPUS"] = str(GPUS_PER_WORKER)
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -37,6 +37,7 @@ from ftray.serve.ray_metrics import RayMeter
 from ftray.serve.remote import RemoteLedger, ReplicaBackend
 from ftray.serve.replica import EngineReplica
 from ftray.serve.request_metrics import RequestMetrics
+from ftray.serve.resources import replica_resources
 from ftray.serve.texts import TextRoutes
 
 APP_NAME = "ftray"
@@ -57,6 +58,8 @@ class ReplicaDeployment(EngineReplica):
     def __init__(self, config: ServeConfig):
         keep_few_arenas()
         ask_for_huge_pages()
+        # A process of vLLM joins this cluster from here; left to itself it would start one of its own.
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         super().__init__(config, meter=RayMeter(OF_REPLICAS))
 
     async def reconfigure(self, _: Any) -> None:
@@ -150,13 +153,13 @@ def build_app(config: ServeConfig) -> serve.Application:
     engine = serve.deployment(
         ReplicaDeployment,  # pyright: ignore[reportArgumentType]
         name="engine",
-        ray_actor_options={"num_cpus": replicas.cpus_each, "num_gpus": replicas.gpus_each},
         max_ongoing_requests=config.engine.max_sequences + config.engine.max_waiting + SPARE_REQUESTS,
         user_config={},
         health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=replicas.drain_s,
         max_surge_percent=replicas.max_surge_percent,
         request_router_config=RequestRouterConfig(**router),
+        **replica_resources(config),
         **scaling,
     )
     ingress = serve.deployment(

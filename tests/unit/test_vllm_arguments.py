@@ -6,9 +6,9 @@ import torch
 from ftray.config.serve import AdaptersConfig, EngineConfig, ServeConfig
 from ftray.errors import UserError
 from ftray.infer.engines import check_engine
-from ftray.infer.vllm_arguments import linear_shapes, slots_within, vllm_arguments
+from ftray.infer.vllm_arguments import GPUS_PER_WORKER, linear_shapes, slots_within, vllm_arguments
 from ftray.model.hardware import Hardware
-from ftray.serve.app import build_app
+from ftray.serve.resources import replica_resources
 
 H100 = Hardware(torch.device("cuda", 0), torch.bfloat16, "nccl", "as if")
 
@@ -17,6 +17,7 @@ def test_a_base_shared_by_four_gpus(tiny_base):
     config = EngineConfig(type="vllm", tensor_parallel=4, kv_cache_tokens=65536, context_tokens=4096)
     told = vllm_arguments(tiny_base, H100, config, num_slots=8, max_rank=48)
     assert told["tensor_parallel_size"] == 4
+    assert told["distributed_executor_backend"] == "ray"
     assert told["dtype"] == "bfloat16"
     assert told["num_gpu_blocks_override"] * told["block_size"] == 65536
     assert told["max_lora_rank"] == 64  # the next rank it has slots for
@@ -27,10 +28,18 @@ def serve_config(**engine) -> dict:
     return {"kind": "serve", "base_model": "smollm2-135m", "engine": {"type": "vllm", **engine}}
 
 
-def test_the_replica_gets_the_gpus_that_share_the_base():
-    config = ServeConfig.model_validate(serve_config(tensor_parallel=4) | {"replicas": {"gpus_each": 4}})
-    engine = build_app(config)._bound_deployment.init_args[1]
-    assert engine._bound_deployment.ray_actor_options["num_gpus"] == 4
+def test_gpus_that_share_the_base_are_one_placement_group():
+    def resources(engine: dict, **replicas) -> dict:
+        return replica_resources(ServeConfig.model_validate(serve_config(**engine) | {"replicas": replicas}))
+
+    shared = resources({"tensor_parallel": 4}, gpus_each=4, cpus_each=3)
+    assert shared["placement_group_bundles"] == [{"CPU": 3, "GPU": 1}, {"GPU": 1}, {"GPU": 1}, {"GPU": 1}]
+    assert shared["placement_group_strategy"] == "STRICT_PACK"
+    assert shared["ray_actor_options"] == {"num_cpus": 3, "num_gpus": pytest.approx(1 - GPUS_PER_WORKER)}
+    assert resources({"tensor_parallel": 4}, gpus_each=4, across_nodes=True)["placement_group_strategy"] == "PACK"
+    assert resources({}, gpus_each=1) == {"ray_actor_options": {"num_cpus": 1, "num_gpus": 1}}
+    with pytest.raises(ValueError, match=r"replicas\.across_nodes: needs GPUs that share the base model"):
+        ServeConfig.model_validate(serve_config() | {"replicas": {"across_nodes": True}})
     with pytest.raises(ValueError, match=r"replicas\.gpus_each must be 4 \(it is 0\)"):
         ServeConfig.model_validate(serve_config(tensor_parallel=4))
     with pytest.raises(ValueError, match=r"engine\.tensor_parallel: 4 needs engine\.type vllm"):
