@@ -1,57 +1,60 @@
 """Which tokens of a step use which slots, in as few multiplications as there can be.
 
-On a GPU neighbouring slots with few tokens each are one batched matmul; on a CPU the kernels of `cpu_kernels.py` take
-all of a slab's. A longer stretch of one adapter, a prompt, is a run of its own.
+The kernels of `cpu_kernels.py` take all of a slab's. Elsewhere neighbouring slots with few tokens each are one batched
+matmul; a longer stretch of one adapter, a prompt, is a run of its own.
 
 Shapes: T tokens, G adapters with n tokens each, R summed ranks of a group's layers.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from ftray.model.adapter_slots import Factors, Place, Slab
-from ftray.model.cpu_kernels import CpuKernels, SlotsStruct, slots_struct
+from ftray.model.cpu_kernels import AdaptersArray, AdaptersStruct, slots_struct
 
 # Up to so many tokens an adapter's factors cost more to read than to multiply by: padding to them is free.
 FEW_TOKENS = 8
-# Up to so many tokens of an adapter the CPU kernels are faster than a matmul of its own (11 against 36 ms for 8 tokens
-# of 8 adapters, 50 against 61 for 128 of 4; rank 16, 135M model).
-KERNEL_TOKENS = 128
 
 Stretch = tuple[Place, int, int]  # an adapter's place, its first row, its number of rows
 
 
-class Run(Protocol):
-    def add_to(self, outs_TO: Sequence[Tensor], x_TI: Tensor, group: str) -> None:
-        """Adds B A x of the run's adapters to their tokens' rows of the group's outputs."""
-        ...
+class StepRuns:
+    """What the layers of a step add for the adapters of its tokens: with CPU kernels all of it while they multiply,
+    elsewhere in multiplications apart (`matmuls`)."""
 
-    def add_and_gate(self, gate_TO: Tensor, up_TO: Tensor, x_TI: Tensor, group: str) -> None:
-        """As `add_to`, and then gate = silu(gate) * up, in all rows."""
-        ...
+    def __init__(self, stretches: Sequence[Stretch], device: torch.device, *, with_kernels: bool):
+        self.stretches = stretches
+        self.matmuls = [] if with_kernels else matmul_runs(stretches, device)
+        self._slabs = slab_runs(stretches) if with_kernels else []
+        self._arrays: dict[str, AdaptersArray | None] = {}
+
+    def adapters(self, group: str) -> AdaptersArray | None:
+        """For the kernels. None: they leave the group's outputs as they are. Valid while this lives."""
+        if group not in self._arrays:
+            found = [own for run in self._slabs if (own := run.adapters(group)) is not None]
+            self._arrays[group] = (AdaptersStruct * len(found))(*found) if found else None
+        return self._arrays[group]
 
 
-def runs_of(stretches: Sequence[Stretch], device: torch.device, kernels: CpuKernels | None) -> list[Run]:
-    if kernels is not None:
-        slabs: dict[int, list[Stretch]] = {}
-        for stretch in stretches:
-            if stretch[2] <= KERNEL_TOKENS:
-                slabs.setdefault(stretch[0].slab.number, []).append(stretch)
-        few = [KernelRun(own, kernels) for own in slabs.values()]
-        long = [make_run([stretch], device, kernels) for stretch in stretches if stretch[2] > KERNEL_TOKENS]
-        return [*long, *few]
+def slab_runs(stretches: Sequence[Stretch]) -> "list[SlabRun]":
+    slabs: dict[int, list[Stretch]] = {}
+    for stretch in stretches:
+        slabs.setdefault(stretch[0].slab.number, []).append(stretch)
+    return [SlabRun(own) for own in slabs.values()]
+
+
+def matmul_runs(stretches: Sequence[Stretch], device: torch.device) -> "list[MatmulRun]":
     groups: list[list[Stretch]] = []
     for stretch in sorted(stretches, key=lambda s: (s[0].order, s[1])):
         if groups and can_join(groups[-1], stretch):
             groups[-1].append(stretch)
         else:
             groups.append([stretch])
-    return [make_run(group, device, kernels) for group in groups]
+    return [make_run(group, device) for group in groups]
 
 
 def can_join(group: Sequence[Stretch], stretch: Stretch) -> bool:
@@ -61,32 +64,23 @@ def can_join(group: Sequence[Stretch], stretch: Stretch) -> bool:
     return all(count <= FEW_TOKENS for _, _, count in [*group, stretch])
 
 
-class KernelRun:
-    """All stretches of few tokens of one slab."""
+class SlabRun:
+    """All stretches of one slab."""
 
-    def __init__(self, stretches: Sequence[Stretch], kernels: CpuKernels):
+    def __init__(self, stretches: Sequence[Stretch]):
         self._slab = stretches[0][0].slab
-        self._kernels = kernels
+        self._num_tokens = sum(count for _, _, count in stretches)
         self._stretches_G3 = torch.tensor([(place.slot, start, count) for place, start, count in stretches])
 
-    def add_to(self, outs_TO: Sequence[Tensor], x_TI: Tensor, group: str) -> None:
-        slots = self._slots(group)
-        if slots is not None:
-            self._kernels.add_adapters_(slots, self._stretches_G3, x_TI, outs_TO)
-
-    def add_and_gate(self, gate_TO: Tensor, up_TO: Tensor, x_TI: Tensor, group: str) -> None:
-        slots = self._slots(group)
-        if slots is None:
-            self._kernels.silu_times_(gate_TO, up_TO)
-        else:
-            self._kernels.add_adapters_(slots, self._stretches_G3, x_TI, (gate_TO, up_TO), gated=True)
-
-    def _slots(self, group: str) -> SlotsStruct | None:
-        """None: these adapters leave the group as it is."""
+    def adapters(self, group: str) -> AdaptersStruct | None:
+        """None: these adapters leave the group as it is. Valid while the run lives."""
         slots = self._slab.structs.get(group)
-        if slots is None and group in self._slab.factors:
+        if slots is None:
+            if group not in self._slab.factors:
+                return None
             slots = self._slab.structs[group] = slots_struct(self._slab.factors[group])
-        return slots
+        stretches = self._stretches_G3
+        return AdaptersStruct(ctypes.pointer(slots), stretches.data_ptr(), len(stretches), self._num_tokens)
 
 
 @dataclass
@@ -99,7 +93,6 @@ class MatmulRun:
     rows: Tensor  # [G * n] row of every place; a pad repeats its adapter's first row
     real: Tensor | None  # places that are no pad; None: all are, and the rows are neighbours from `start` on
     start: int
-    kernels: CpuKernels | None
     _views: dict[str, Factors | None] = field(default_factory=dict)
 
     @property
@@ -107,6 +100,7 @@ class MatmulRun:
         return self.end - self.first
 
     def add_to(self, outs_TO: Sequence[Tensor], x_TI: Tensor, group: str) -> None:
+        """Adds B A x of the run's adapters to their tokens' rows of the group's outputs."""
         factors = self._factors(group)
         if factors is None:
             return
@@ -128,13 +122,6 @@ class MatmulRun:
                 update = torch.bmm(part, bt).view(len(self.rows), -1)
                 out_TO.index_add_(0, self.rows.index_select(0, self.real), update.index_select(0, self.real))
 
-    def add_and_gate(self, gate_TO: Tensor, up_TO: Tensor, x_TI: Tensor, group: str) -> None:
-        self.add_to((gate_TO, up_TO), x_TI, group)
-        if self.kernels is None:
-            silu(gate_TO, inplace=True).mul_(up_TO)
-        else:
-            self.kernels.silu_times_(gate_TO, up_TO)
-
     def _factors(self, group: str) -> Factors | None:
         """Of the run's slots, with a leading G; None: these adapters leave the group as it is."""
         if group not in self._views:
@@ -144,7 +131,7 @@ class MatmulRun:
         return self._views[group]
 
 
-def make_run(group: Sequence[Stretch], device: torch.device, kernels: CpuKernels | None) -> MatmulRun:
+def make_run(group: Sequence[Stretch], device: torch.device) -> MatmulRun:
     most = max(count for _, _, count in group)
     rows: list[int] = []
     real: list[int] = []
@@ -159,5 +146,4 @@ def make_run(group: Sequence[Stretch], device: torch.device, kernels: CpuKernels
         rows=torch.tensor(rows, device=device),
         real=None if whole else torch.tensor(real, device=device),
         start=rows[0],
-        kernels=kernels,
     )

@@ -46,7 +46,7 @@ class Factors:
     """
 
     a: Tensor  # [R, in]
-    bt: tuple[Tensor, ...]  # of each multiplication: [ranks, outs]
+    bt: tuple[Tensor, ...]  # of each multiplication: [ranks, outs]; for the CPU kernels in blocks of columns
     segments: tuple[Segment, ...]
 
     @property

@@ -14,8 +14,15 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+/* An innermost loop of its own: inlined into all that surrounds it, gcc keeps some of its sums in memory. */
+#define APART static __attribute__((noinline))
 #define LANES 16
-#define COLUMNS 128 /* of an output that one thread adds to at a time */
+#define VECTORS 2                 /* of columns that a thread computes at a time */
+#define COLUMNS (VECTORS * LANES) /* so many side by side are how weights lie in memory */
+#define CHUNK 64                  /* rows that a thread computes at a time */
+#define MOST_ROWS 8               /* whose sums are in registers at once */
+#define MOST_LINES 1024 /* of adapters that are fetched while weights are multiplied */
+#define LINE 64         /* bytes of the cache */
 /* Arrays of a known size stay in registers; of one that only the caller knows they would not. */
 #define MOST_SUMS 16
 #define MOST_HEAD_LANES 32
@@ -69,15 +76,10 @@ void rms_norm(const float *x, const float *weight, float *out, i64 T, i64 n, dou
     }
 }
 
-INLINE void silu_times_row(float *restrict gate, const float *restrict up, i64 n) {
+/* gate = silu(gate) * up. */
+INLINE void silu_times(float *restrict gate, const float *restrict up, i64 n) {
 #pragma omp simd
     for (i64 i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
-}
-
-/* gate = silu(gate) * up, of T rows of n. */
-void silu_times(float *gate, const float *up, i64 T, i64 n) {
-#pragma omp parallel for schedule(static)
-    for (i64 t = 0; t < T; t++) silu_times_row(gate + t * n, up + t * n, n);
 }
 
 /* heads: [T, H + 2K, D], queries, keys, values. Turns queries and keys by their positions' angles, in place, and copies
@@ -167,11 +169,12 @@ typedef struct {
 } Segment;
 
 /* The factors that all slots of a slab have of one group of layers, float32 or, if `half`, bfloat16. a: [S, R, I];
- * bt[o]: [S, rows[o], columns[o]], zero outside the segments. Rows of all outputs together are the R rows of a, in order. */
+ * bt[o]: [S, blocks of COLUMNS columns, rows[o], COLUMNS], zero outside the segments. Rows of all outputs together are the R
+ * rows of a, in order. */
 typedef struct {
     i64 in_features, rank, num_outputs, num_segments, half;
     const void *a, *bt[2];
-    i64 rows[2], columns[2];
+    i64 rows[2], blocks[2];
     Segment segments[8];
 } Slots;
 
@@ -200,13 +203,13 @@ INLINE Vector factors_from(const void *factors, i64 i, int half) {
 }
 
 /* to[t, k] = row k of `a` (from number `first` on) times x[t], of `rows` rows and `tokens` tokens. */
-INLINE void reduce(const void *a, i64 first, i64 I, const float *x, float *to, i64 R, int rows, int tokens, int half) {
+INLINE void reduce_any(const void *a, i64 first, i64 I, const float *x, float *to, i64 R, int rows, int tokens, int half) {
     Vector sums[MOST_SUMS];
     for (int n = 0; n < rows * tokens; n++) sums[n] = (Vector){0};
     for (i64 i = 0; i + LANES <= I; i += LANES)
         for (int k = 0; k < rows; k++) {
             Vector some = factors_from(a, first + k * I + i, half);
-            if (tokens < 4) __builtin_prefetch(place_of(a, first + (rows + k) * I + i, half));
+            if (tokens < 4) __builtin_prefetch(place_of(a, first + (2 * rows + k) * I + i, half), 0, 2);
             for (int t = 0; t < tokens; t++) sums[k * tokens + t] += some * *(const Vector *)(x + t * I + i);
         }
     for (int k = 0; k < rows; k++)
@@ -217,110 +220,268 @@ INLINE void reduce(const void *a, i64 first, i64 I, const float *x, float *to, i
         }
 }
 
+#define REDUCE_OF(ROWS, TOKENS) \
+    APART void reduce_##ROWS##_##TOKENS(const void *a, i64 first, i64 I, const float *x, float *to, i64 R, int half) { \
+        if (half) reduce_any(a, first, I, x, to, R, ROWS, TOKENS, 1); \
+        else reduce_any(a, first, I, x, to, R, ROWS, TOKENS, 0); \
+    }
+REDUCE_OF(1, 1)
+REDUCE_OF(4, 1)
+REDUCE_OF(4, 2)
+REDUCE_OF(4, 4)
+
 /* to[t] += sum over `rank` rows of h[t, r] * bt[r], for W vectors of columns and `tokens` tokens. */
-INLINE void expand(const void *bt, i64 first, i64 rank, i64 columns, const float *h, i64 R, float *to, const char *next,
-                   int W, int tokens, int half) {
+INLINE void expand_any(const void *bt, i64 first, i64 rank, const float *h, i64 R, float *to, int W, int tokens, int half) {
     Vector sums[MOST_SUMS];
     for (int t = 0; t < tokens; t++)
-        for (int w = 0; w < W; w++) sums[t * W + w] = *(const Vector *)(to + t * columns + w * LANES);
+        for (int w = 0; w < W; w++) sums[t * W + w] = *(const Vector *)(to + t * COLUMNS + w * LANES);
     for (i64 r = 0; r < rank; r++)
         for (int w = 0; w < W; w++) {
-            Vector some = factors_from(bt, first + r * columns + w * LANES, half);
-            __builtin_prefetch(place_of(next, r * columns + w * LANES, half));
+            Vector some = factors_from(bt, first + r * COLUMNS + w * LANES, half);
             for (int t = 0; t < tokens; t++) sums[t * W + w] += h[t * R + r] * some;
         }
     for (int t = 0; t < tokens; t++)
-        for (int w = 0; w < W; w++) *(Vector *)(to + t * columns + w * LANES) = sums[t * W + w];
+        for (int w = 0; w < W; w++) *(Vector *)(to + t * COLUMNS + w * LANES) = sums[t * W + w];
 }
 
-/* What one thread adds at a time: up to COLUMNS columns of one segment, to the tokens of stretch g. */
+#define EXPAND_OF(W, TOKENS) \
+    APART void expand_##W##_##TOKENS(const void *bt, i64 first, i64 rank, const float *h, i64 R, float *to, int half) { \
+        if (half) expand_any(bt, first, rank, h, R, to, W, TOKENS, 1); \
+        else expand_any(bt, first, rank, h, R, to, W, TOKENS, 0); \
+    }
+EXPAND_OF(1, 1)
+EXPAND_OF(1, 2)
+EXPAND_OF(1, 4)
+EXPAND_OF(2, 1)
+EXPAND_OF(2, 2)
+EXPAND_OF(2, 4)
+
+/* The adapters of one slab in a multiplication. reduced: A x, [tokens of all stretches, R]. */
 typedef struct {
-    i64 g, o, rows, columns, first, from, width, row;
-} Piece;
+    const Slots *slots;
+    const Stretch *stretches;
+    i64 num_stretches, num_tokens;
+    float *reduced;
+} Adapters;
 
-INLINE Piece piece(const Slots *slots, const Stretch *stretches, const i64 *chunk_of, i64 chunks, i64 item) {
-    Piece p = {.g = item / chunks};
-    i64 chunk = item % chunks, s = 0;
-    while (chunk_of[s + 1] <= chunk) s++;
-    const Segment *segment = &slots->segments[s];
-    i64 within = (chunk - chunk_of[s]) * COLUMNS, rest = segment->num_columns - within;
-    p.o = segment->output, p.rows = segment->num_rows, p.columns = slots->columns[p.o], p.row = segment->row;
-    p.from = segment->column + within, p.width = rest < COLUMNS ? rest : COLUMNS;
-    p.first = (stretches[p.g].slot * slots->rows[p.o] + segment->row) * p.columns + p.from;
-    for (i64 before = 0; before < p.o; before++) p.row += slots->rows[before];
-    return p;
-}
-
-INLINE void add_factors(const Slots *slots, const Stretch *stretches, i64 G, const float *x, float *const *y, i64 gated,
-                        int half) {
+/* This thread's share of A x, of the rows of A that the outputs from `output` to `end` have. */
+INLINE void reduce_share(const Adapters *a, const float *x, i64 output, i64 end, i64 thread, i64 threads) {
+    const Slots *slots = a->slots;
     const i64 I = slots->in_features, R = slots->rank;
-    i64 num_rows = 0, first_of[G], chunks = 0;
-    for (i64 g = 0; g < G; g++) first_of[g] = num_rows, num_rows += stretches[g].count;
-    i64 chunk_of[slots->num_segments + 1];
-    for (i64 s = 0; s < slots->num_segments; s++)
-        chunk_of[s] = chunks, chunks += (slots->segments[s].num_columns + COLUMNS - 1) / COLUMNS;
-    chunk_of[slots->num_segments] = chunks;
-    const i64 fours = (R + 3) / 4;
-    float *reduced = malloc(num_rows * R * sizeof(float)); /* A x */
-#pragma omp parallel
-    {
-        /* Where every thread has whole adapters, it has reduced itself all that it expands: nobody waits in between. */
-        const i64 threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        for (i64 item = G * fours * thread / threads; item < G * fours * (thread + 1) / threads; item++) {
-            i64 g = item / fours, r = item % fours * 4, count = stretches[g].count, t = 0;
-            i64 first = (stretches[g].slot * R + r) * I;
-#define REDUCE(ROW, ROWS, TOKENS) \
-    reduce(slots->a, first + (ROW) * I, I, x + (stretches[g].start + t) * I, \
-           reduced + (first_of[g] + t) * R + r + (ROW), R, ROWS, TOKENS, half)
-            if (R - r >= 4) {
+    i64 from = 0, to = 0;
+    for (i64 o = 0; o < end; o++) {
+        if (o < output) from += slots->rows[o];
+        to += slots->rows[o];
+    }
+    const i64 fours = (to - from + 3) / 4, items = a->num_stretches * fours;
+    i64 token = 0;
+    for (i64 g = 0; g < a->num_stretches; token += a->stretches[g].count, g++)
+        for (i64 f = 0; f < fours; f++) {
+            const i64 item = g * fours + f, r = from + f * 4, count = a->stretches[g].count;
+            if (item < items * thread / threads || item >= items * (thread + 1) / threads) continue;
+            const i64 first = (a->stretches[g].slot * R + r) * I;
+            i64 t = 0;
+#define REDUCE(ROW, NUM_ROWS, TOKENS) \
+    reduce_##NUM_ROWS##_##TOKENS(slots->a, first + (ROW) * I, I, x + (a->stretches[g].start + t) * I, \
+                                 a->reduced + (token + t) * R + r + (ROW), R, slots->half)
+            if (to - r >= 4) {
                 for (; t + 4 <= count; t += 4) REDUCE(0, 4, 4); /* prompts: 16 sums stay in registers */
                 for (; t + 2 <= count; t += 2) REDUCE(0, 4, 2);
                 if (t < count) REDUCE(0, 4, 1);
             } else
                 for (; t < count; t++)
-                    for (i64 k = 0; k < R - r; k++) REDUCE(k, 1, 1);
+                    for (i64 k = 0; k < to - r; k++) REDUCE(k, 1, 1);
         }
-        if (G % threads) {
-#pragma omp barrier
-        }
-        for (i64 item = G * chunks * thread / threads; item < G * chunks * (thread + 1) / threads; item++) {
-            const Piece p = piece(slots, stretches, chunk_of, chunks, item);
-            const Piece q = piece(slots, stretches, chunk_of, chunks, item + 1 < G * chunks ? item + 1 : item);
-            const char *next = place_of(slots->bt[q.o], q.first, half);
-            for (i64 t = 0, tokens; t < stretches[p.g].count; t += tokens) {
-                tokens = stretches[p.g].count - t >= 2 ? 2 : 1;
-                const float *h = reduced + (first_of[p.g] + t) * R + p.row;
-                float *to = y[p.o] + (stretches[p.g].start + t) * p.columns + p.from;
-                i64 i = 0;
-#define EXPAND(W, TOKENS) \
-    expand(slots->bt[p.o], p.first + i, p.rows, p.columns, h, R, to + i, place_of(next, i, half), W, TOKENS, half)
-#define EXPAND_WHILE(W) \
-    for (; i + (W) * LANES <= p.width; i += (W) * LANES) \
-        if (tokens == 2) EXPAND(W, 2); else EXPAND(W, 1)
-                EXPAND_WHILE(8);
-                EXPAND_WHILE(4);
-                EXPAND_WHILE(1);
-                for (; i < p.width; i++)
-                    for (i64 k = 0; k < tokens; k++)
-                        for (i64 r = 0; r < p.rows; r++)
-                            to[k * p.columns + i] +=
-                                h[k * R + r] * factor(slots->bt[p.o], p.first + r * p.columns + i, half);
-            }
-        }
-        if (gated) {
-#pragma omp barrier
-        }
-#pragma omp for schedule(static)
-        for (i64 t = 0; t < gated; t++)
-            silu_times_row(y[0] + t * slots->columns[0], y[1] + t * slots->columns[0], slots->columns[0]);
-    }
-    free(reduced);
 }
 
-/* y[t] += B A x[t], with the factors of the slot whose stretch row t is in. x: [T, I]; y[o]: [T, columns[o]]. After it
- * y0 = silu(y0) * y1 in the first `gated` rows, also in those without an adapter. */
-void add_adapters(const Slots *slots, const Stretch *stretches, i64 G, const float *x, float *y0, float *y1, i64 gated) {
-    float *const y[2] = {y0, y1};
-    if (slots->half) add_factors(slots, stretches, G, x, y, gated, 1);
-    else add_factors(slots, stretches, G, x, y, gated, 0);
+/* The columns of segment `s` that are in this block, and where its B lies there: false if none. */
+typedef struct {
+    i64 from, width, first;
+} Part;
+
+INLINE int part_of(const Slots *slots, const Segment *s, i64 slot, i64 output, i64 block, Part *part) {
+    const i64 column = block * COLUMNS, end = s->column + s->num_columns, last = column + COLUMNS;
+    part->from = s->column > column ? s->column - column : 0;
+    part->width = (end < last ? end : last) - column - part->from;
+    part->first = (((slot * slots->blocks[output] + block) * slots->rows[output]) + s->row) * COLUMNS + part->from;
+    return s->output == output && part->width > 0;
+}
+
+/* to[t] += B (A x)[t] of one block of columns, in rows `row` to `end`. to: [end - row, COLUMNS]. */
+INLINE void add_adapters(const Adapters *a, i64 output, i64 block, i64 row, i64 end, float *to) {
+    const Slots *slots = a->slots;
+    const int half = slots->half;
+    const i64 R = slots->rank;
+    i64 row_of_a = 0, token = 0;
+    for (i64 before = 0; before < output; before++) row_of_a += slots->rows[before];
+    for (i64 g = 0; g < a->num_stretches; token += a->stretches[g].count, g++) {
+        const Stretch *stretch = &a->stretches[g];
+        const i64 start = stretch->start > row ? stretch->start : row, stop = stretch->start + stretch->count;
+        const i64 last = stop < end ? stop : end;
+        if (start >= last) continue;
+        for (i64 s = 0; s < slots->num_segments; s++) {
+            const Segment *segment = &slots->segments[s];
+            Part part;
+            if (!part_of(slots, segment, stretch->slot, output, block, &part)) continue;
+            const void *bt = slots->bt[output];
+            for (i64 t = start, tokens; t < last; t += tokens) {
+                tokens = last - t >= 4 ? 4 : last - t >= 2 ? 2 : 1;
+                const float *h = a->reduced + (token + t - stretch->start) * R + row_of_a + segment->row;
+                float *sums = to + (t - row) * COLUMNS + part.from;
+                i64 i = 0;
+#define EXPAND_WHILE(W) \
+    for (; i + (W) * LANES <= part.width; i += (W) * LANES) \
+        if (tokens == 4) expand_##W##_4(bt, part.first + i, segment->num_rows, h, R, sums + i, half); \
+        else if (tokens == 2) expand_##W##_2(bt, part.first + i, segment->num_rows, h, R, sums + i, half); \
+        else expand_##W##_1(bt, part.first + i, segment->num_rows, h, R, sums + i, half)
+                EXPAND_WHILE(2);
+                EXPAND_WHILE(1);
+                for (; i < part.width; i++)
+                    for (i64 k = 0; k < tokens; k++)
+                        for (i64 r = 0; r < segment->num_rows; r++)
+                            sums[k * COLUMNS + i] += h[k * R + r] * factor(bt, part.first + r * COLUMNS + i, half);
+            }
+        }
+    }
+}
+
+/* Where the factors are that `add_adapters` will read: lines of the cache, to be fetched. Returns how many. */
+INLINE i64 lines_of(const Adapters *a, i64 output, i64 block, const char **lines, i64 n) {
+    const Slots *slots = a->slots;
+    const i64 size = COLUMNS * (slots->half ? 2 : 4);
+    for (i64 g = 0; g < a->num_stretches; g++)
+        for (i64 s = 0; s < slots->num_segments; s++) {
+            const Segment *segment = &slots->segments[s];
+            Part part;
+            if (!part_of(slots, segment, a->stretches[g].slot, output, block, &part)) continue;
+            const char *from = place_of(slots->bt[output], part.first, slots->half), *to = from + segment->num_rows * size;
+            for (; from < to && n < MOST_LINES; from += LINE) lines[n++] = from;
+        }
+    return n;
+}
+
+/* Linear layers of one input side by side. weight: [blocks of COLUMNS outputs, in, COLUMNS], bias: [blocks, COLUMNS], zero
+ * behind the last output. */
+typedef struct {
+    i64 in, out;
+    const float *weight, *bias;
+} Layer;
+
+/* What is fetched while a block is multiplied: the weights of the next, `per_input` lines with each input, and adapters'
+ * factors, one line with each of the first inputs. */
+typedef struct {
+    const float *weight;
+    int per_input;
+    const char *const *lines;
+    i64 num_lines;
+} Ahead;
+
+/* to[t] = bias + W x[t] of one block, for `rows` rows; each sum is made from the first input to the last. */
+INLINE void multiply_rows(const float *weight, const float *bias, const float *x, float *to, i64 I, int rows,
+                          const Ahead *ahead) {
+    const int per_input = ahead->per_input;
+    const i64 num_lines = ahead->num_lines;
+    const char *const *lines = ahead->lines;
+    const float *next = ahead->weight;
+    Vector sums[MOST_ROWS * VECTORS];
+    for (int t = 0; t < rows; t++)
+        for (int v = 0; v < VECTORS; v++) sums[t * VECTORS + v] = *(const Vector *)(bias + v * LANES);
+    for (i64 i = 0; i < I; i++) {
+        Vector some[VECTORS];
+        for (int v = 0; v < VECTORS; v++) some[v] = *(const Vector *)(weight + i * COLUMNS + v * LANES);
+        if (per_input) {
+            __builtin_prefetch(next, 0, 2);
+            if (per_input > 1) __builtin_prefetch(next + LANES, 0, 2);
+            next += per_input * LANES;
+        }
+        if (i < num_lines) __builtin_prefetch(lines[i], 0, 2);
+        for (int t = 0; t < rows; t++)
+            for (int v = 0; v < VECTORS; v++) sums[t * VECTORS + v] += some[v] * x[t * I + i];
+    }
+    for (int t = 0; t < rows; t++)
+        for (int v = 0; v < VECTORS; v++) *(Vector *)(to + t * COLUMNS + v * LANES) = sums[t * VECTORS + v];
+}
+
+#define MULTIPLY_ROWS(NUM_ROWS) \
+    APART void multiply_##NUM_ROWS(const float *weight, const float *bias, const float *x, float *to, i64 I, \
+                                   const Ahead *ahead) { \
+        multiply_rows(weight, bias, x, to, I, NUM_ROWS, ahead); \
+    }
+MULTIPLY_ROWS(1)
+MULTIPLY_ROWS(2)
+#ifdef __AVX512F__
+MULTIPLY_ROWS(4)
+MULTIPLY_ROWS(8)
+#endif
+
+/* A block's weights come from memory once for all rows: while the first rows are multiplied, and the second where there
+ * are some, the next block is fetched. */
+INLINE void multiply_block(const Layer *layer, i64 block, const float *x, i64 row, i64 end, float *to, i64 after,
+                           const char *const *lines, i64 num_lines) {
+    const i64 I = layer->in;
+    const float *weight = layer->weight + block * I * COLUMNS, *bias = layer->bias + block * COLUMNS;
+    const float *next = layer->weight + after * I * COLUMNS;
+    Ahead ahead = {next, end - row >= 2 * MOST_ROWS ? 1 : 2, lines, num_lines};
+    i64 t = row;
+#define MULTIPLY(NUM_ROWS) \
+    for (; end - t >= NUM_ROWS; t += NUM_ROWS) { \
+        multiply_##NUM_ROWS(weight, bias, x + t * I, to + (t - row) * COLUMNS, I, &ahead); \
+        ahead.weight += I * LANES * ahead.per_input, ahead.num_lines = 0; \
+        if (ahead.weight >= next + I * COLUMNS) ahead.per_input = 0; \
+    }
+#ifdef __AVX512F__
+    MULTIPLY(8)
+    MULTIPLY(4)
+#endif
+    MULTIPLY(2)
+    MULTIPLY(1)
+}
+
+INLINE void write_row(const float *from, const float *residual, float *to, i64 width) {
+    if (residual)
+        for (i64 i = 0; i < width; i++) to[i] = from[i] + residual[i];
+    else
+        for (i64 i = 0; i < width; i++) to[i] = from[i];
+}
+
+/* y = W x + b + B A x + residual, of T rows. x: [T, in]; y, residual: [T, out]; no residual: NULL. With two layers
+ * y = silu(of the first) * of the second. Adapters are those of the outputs from number `output` on; each slab's A x is
+ * made first, B is read while its columns of W x are in the nearest cache. */
+void linear(const Layer *layers, i64 num_layers, i64 output, Adapters *adapters, i64 num_adapters, const float *x, i64 T,
+            const float *residual, float *y) {
+    const i64 out = layers[0].out, blocks = (out + COLUMNS - 1) / COLUMNS, chunks = (T + CHUNK - 1) / CHUNK;
+    for (i64 k = 0; k < num_adapters; k++)
+        adapters[k].reduced = malloc(adapters[k].num_tokens * adapters[k].slots->rank * sizeof(float));
+#pragma omp parallel
+    {
+        const i64 threads = omp_get_num_threads(), thread = omp_get_thread_num(), items = blocks * chunks;
+        for (i64 k = 0; k < num_adapters; k++)
+            reduce_share(&adapters[k], x, output, output + num_layers, thread, threads);
+        if (num_adapters) {
+#pragma omp barrier
+        }
+        float results[2][CHUNK * COLUMNS];
+        const char *lines[MOST_LINES];
+        for (i64 item = items * thread / threads; item < items * (thread + 1) / threads; item++) {
+            const i64 block = item / chunks, row = item % chunks * CHUNK, column = block * COLUMNS;
+            const i64 end = row + CHUNK < T ? row + CHUNK : T, width = out - column < COLUMNS ? out - column : COLUMNS;
+            const i64 after = block + 1 < blocks ? block + 1 : block;
+            for (i64 l = 0; l < num_layers; l++) {
+                i64 num_lines = 0;
+                for (i64 k = 0; k < num_adapters; k++)
+                    num_lines = lines_of(&adapters[k], output + l, block, lines, num_lines);
+                multiply_block(&layers[l], block, x, row, end, results[l], after, lines, num_lines);
+                for (i64 k = 0; k < num_adapters; k++)
+                    add_adapters(&adapters[k], output + l, block, row, end, results[l]);
+            }
+            if (num_layers == 2) silu_times(results[0], results[1], (end - row) * COLUMNS);
+            for (i64 t = row; t < end; t++) {
+                const float *from = results[0] + (t - row) * COLUMNS;
+                const i64 at = t * out + column;
+                if (width == COLUMNS) write_row(from, residual ? residual + at : NULL, y + at, COLUMNS);
+                else write_row(from, residual ? residual + at : NULL, y + at, width);
+            }
+        }
+    }
+    for (i64 k = 0; k < num_adapters; k++) free(adapters[k].reduced);
 }

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ftray.model.adapter_slots import Factors
 from ftray.model.base import cache_directory
@@ -26,6 +27,7 @@ from ftray.model.base import cache_directory
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 MAX_OUTPUTS, MAX_SEGMENTS = 2, 8  # as in the source
+COLUMNS = 32  # of weights that lie side by side; as in the source
 HEAD_LANES, MOST_HEAD_DIM = 16, 512  # attention takes heads of a multiple of so many dimensions, up to so many
 COMPILE_TIMEOUT_S = 120
 
@@ -40,9 +42,59 @@ class SlotsStruct(ctypes.Structure):
         ("a", ctypes.c_void_p),
         ("bt", ctypes.c_void_p * MAX_OUTPUTS),
         ("rows", ctypes.c_int64 * MAX_OUTPUTS),
-        ("columns", ctypes.c_int64 * MAX_OUTPUTS),
+        ("blocks", ctypes.c_int64 * MAX_OUTPUTS),
         ("segments", SegmentStruct * MAX_SEGMENTS),
     ]
+
+
+class AdaptersStruct(ctypes.Structure):
+    """The adapters of one slab in a multiplication, and whose tokens are whose: stretches (slot, first row, rows)."""
+
+    _fields_ = [
+        ("slots", ctypes.POINTER(SlotsStruct)),
+        ("stretches", ctypes.c_void_p),
+        ("num_stretches", ctypes.c_int64),
+        ("num_tokens", ctypes.c_int64),
+        ("reduced", ctypes.c_void_p),  # the kernel's own
+    ]
+
+
+AdaptersArray = ctypes.Array[AdaptersStruct]
+
+
+class LayerStruct(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in ("num_inputs", "num_outputs")],
+        *[(name, ctypes.c_void_p) for name in ("weight", "bias")],
+    ]
+
+
+class Layers:
+    """Linear layers of one shape, as the kernel reads them: from the first byte to the last, COLUMNS outputs
+    at a time."""
+
+    def __init__(self, structs: Sequence[LayerStruct], memory: Sequence[Tensor]):
+        self.structs = (LayerStruct * len(structs))(*structs)
+        self.out_features: int = self.structs[0].num_outputs
+        self._memory = tuple(memory)
+
+    @classmethod
+    def packed(cls, weight_OI: Tensor, bias_O: Tensor | None) -> "Layers":
+        num_outputs, num_inputs = weight_OI.shape
+        blocks = -(-num_outputs // COLUMNS)
+        size = blocks * num_inputs * COLUMNS
+        weight, bias = torch.empty(size), torch.zeros(blocks * COLUMNS)
+        rows = weight_OI.detach().split(COLUMNS)
+        for block_IC, some_CI in zip(weight[:size].view(blocks, num_inputs, COLUMNS), rows, strict=True):
+            block_IC[:, len(some_CI) :] = 0
+            block_IC[:, : len(some_CI)] = some_CI.t()
+        if bias_O is not None:
+            bias[:num_outputs] = bias_O.detach()
+        struct = LayerStruct(num_inputs, num_outputs, weight.data_ptr(), bias.data_ptr())
+        return cls([struct], [weight, bias])
+
+    def beside(self, other: "Layers") -> "Layers":
+        return Layers([*self.structs, *other.structs], [*self._memory, *other._memory])
 
 
 def kernels_for(weight: Tensor) -> "CpuKernels | None":
@@ -105,23 +157,15 @@ class CpuKernels:
             return found
 
         self._rms_norm = function("rms_norm", *[pointer] * 3, count, count, real)
-        self._silu_times = function("silu_times", pointer, pointer, count, count)
         self._rotate_and_keep = function("rotate_and_keep", *[pointer] * 3, *[count] * 4, pointer, pointer)
         self._attend = function("attend_to_pages", *[pointer] * 5, *[count] * 7, real)
-        self._add_adapters = function(
-            "add_adapters", ctypes.POINTER(SlotsStruct), pointer, count, *[pointer] * 3, count
-        )
+        self._linear = function("linear", pointer, count, count, *[pointer, count] * 2, pointer, pointer)
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, epsilon: float) -> Tensor:
         out = torch.empty_like(x_TE)
         rows, width = x_TE.shape
         self._rms_norm(x_TE.data_ptr(), weight_E.data_ptr(), out.data_ptr(), rows, width, epsilon)
         return out
-
-    def silu_times_(self, gate_TO: Tensor, up_TO: Tensor) -> Tensor:
-        """silu(gate) * up, in the place of gate."""
-        self._silu_times(gate_TO.data_ptr(), up_TO.data_ptr(), *gate_TO.shape)
-        return gate_TO
 
     def rotate_and_keep_(
         self, heads: Tensor, cosine_TD: Tensor, sine_TD: Tensor, num_kv_heads: int, *, layer: Tensor | None, slots: Any
@@ -148,16 +192,33 @@ class CpuKernels:
         )
         return out
 
-    def add_adapters_(
-        self, slots: SlotsStruct, stretches_G3: Tensor, x_TI: Tensor, outs_TO: Sequence[Tensor], *, gated: bool = False
-    ) -> None:
-        """Adds B A x to the rows of every stretch (slot, first row, number of rows). `gated`: the first output becomes
-        silu(first) * second, in all of its rows."""
-        second = outs_TO[1].data_ptr() if len(outs_TO) > 1 else None
-        self._add_adapters(
-            *(slots, stretches_G3.data_ptr(), len(stretches_G3), x_TI.data_ptr(), outs_TO[0].data_ptr(), second),
-            len(x_TI) if gated else 0,
+    def linear(
+        self,
+        layers: "Layers",
+        x: Tensor,
+        *,
+        residual: Tensor | None = None,
+        adapters: "AdaptersArray | None" = None,
+        output: int = 0,
+    ) -> Tensor:
+        """W x + b + B A x + residual, [..., O]. With two layers silu(of the first) * of the second. `output`: what
+        the adapters' group calls the (first) layer's output."""
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:-1], layers.out_features)
+        residual = residual.contiguous() if residual is not None else None
+        self._linear(
+            *(layers.structs, len(layers.structs), output, adapters, 0 if adapters is None else len(adapters)),
+            *(x.data_ptr(), x.numel() // x.shape[-1]),
+            *(None if residual is None else residual.data_ptr(), out.data_ptr()),
         )
+        return out
+
+
+def in_blocks(bt_RO: Tensor) -> Tensor:
+    """[R, O] as the kernel reads it: [blocks of COLUMNS outputs, R, COLUMNS], zero behind the last output."""
+    rank, num_outputs = bt_RO.shape
+    padded = pad(bt_RO, (0, -num_outputs % COLUMNS))
+    return padded.view(rank, -1, COLUMNS).transpose(0, 1).contiguous()
 
 
 def slots_struct(factors: Factors) -> SlotsStruct:
@@ -171,7 +232,7 @@ def slots_struct(factors: Factors) -> SlotsStruct:
         a=factors.a.data_ptr(),
     )
     for index, bt in enumerate(factors.bt):
-        struct.bt[index], struct.rows[index], struct.columns[index] = bt.data_ptr(), bt.shape[1], bt.shape[2]
+        struct.bt[index], struct.blocks[index], struct.rows[index] = bt.data_ptr(), bt.shape[1], bt.shape[2]
     for index, segment in enumerate(factors.segments):
         struct.segments[index] = SegmentStruct(*segment)
     return struct

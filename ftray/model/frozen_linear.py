@@ -1,7 +1,7 @@
-"""Linear layers whose weight never changes: on a CPU the weight is laid out once for its matrix kernels, and
+"""Linear layers whose weight never changes: on a CPU the weight is laid out once as the kernels read it, and
 projections of one input (q, k and v; gate and up) become one multiplication.
 
-Decoding is bound by reading weights: at 16 tokens the packed layout takes about half the time of the plain one.
+Without kernels of our own (`cpu_kernels.py`) oneDNN has such a layout too.
 
 Shapes: T tokens, O summed output features.
 """
@@ -11,20 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
+
+from ftray.model.cpu_kernels import AdaptersArray, Layers, kernels_for
 
 # Projections that a decoder layer applies to the same tensor, in the order it calls them.
 JOINED = ("q_proj", "k_proj", "v_proj")  # their outputs are used side by side
 GATED = ("gate_proj", "up_proj")
 SIBLINGS = (JOINED, GATED)
-# The number of tokens that the layout is chosen for. Others use it too: 1 to 512 were all faster than unpacked.
+# The number of tokens that oneDNN's layout is chosen for. Others use it too: 1 to 512 were all faster than unpacked.
 PACKED_FOR_TOKENS = 16
 # (up to so many tokens, in steps of so many)
 BUCKETS = ((16, 1), (128, 16))
 WIDEST = 64
 
 
-def can_pack(weight: Tensor) -> bool:
+def can_reorder(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
@@ -32,42 +34,44 @@ class FrozenLinear:
     """The outputs of several linear layers side by side, [..., O]. For inference: no gradient."""
 
     def __init__(self, layers: Sequence[nn.Linear]):
-        weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
-        self._bias = joined_bias(layers)
-        self._packed = can_pack(weight)
-        reorder: Any = torch.ops.mkldnn._reorder_linear_weight  # what torch's own freezing pass uses
-        self._weight = reorder(weight.detach(), PACKED_FOR_TOKENS) if self._packed else weight.detach()
+        weight = (torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight).detach()
+        bias = joined_bias(layers)
+        self.kernels = kernels_for(weight)
+        if self.kernels is not None:
+            self.layers = Layers.packed(weight, bias)
+            return
+        self._weight, self._bias = weight, bias
+        self._reordered = can_reorder(weight)
+        if self._reordered:
+            reorder: Any = torch.ops.mkldnn._reorder_linear_weight  # what torch's own freezing pass uses
+            self._weight = reorder(weight, PACKED_FOR_TOKENS)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if not self._packed:
-            return linear(x, self._weight, self._bias)
-        return self._alone(x, "none")
-
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """W x + b + residual, which the kernel adds while the output is in its registers."""
-        if not self._packed:
-            return linear(x, self._weight, self._bias).add_(residual)
-        return self._with(x, residual, "add")
-
-    def times(self, x: Tensor, factor: Tensor) -> Tensor:
-        """(W x + b) * factor."""
-        if not self._packed:
-            return linear(x, self._weight, self._bias).mul_(factor)
-        return self._with(x, factor, "mul")
-
-    def silu(self, x: Tensor) -> Tensor:
-        """silu(W x + b)."""
-        if not self._packed:
-            return silu(linear(x, self._weight, self._bias), inplace=True)
-        return self._alone(x, "swish")
-
-    def _alone(self, x: Tensor, activation: str) -> Tensor:
-        out = torch.ops.mkldnn._linear_pointwise(bucketed(x), self._weight, self._bias, activation, [], "")
+    def __call__(
+        self, x: Tensor, *, residual: Tensor | None = None, adapters: AdaptersArray | None = None, output: int = 0
+    ) -> Tensor:
+        """W x + b + residual. Adapters, of output number `output` of their group, are for the kernels alone."""
+        if self.kernels is not None:
+            return self.kernels.linear(self.layers, x, residual=residual, adapters=adapters, output=output)
+        if not self._reordered:
+            out = linear(x, self._weight, self._bias)
+            return out if residual is None else out.add_(residual)
+        if residual is None:
+            out = torch.ops.mkldnn._linear_pointwise(bucketed(x), self._weight, self._bias, "none", [], "")
+        else:
+            add = torch.ops.mkldnn._linear_pointwise.binary
+            out = add(bucketed(x), bucketed(residual), self._weight, self._bias, "add")
         return like_rows(out, x)
 
-    def _with(self, x: Tensor, other: Tensor, operation: str) -> Tensor:
-        pointwise = torch.ops.mkldnn._linear_pointwise.binary
-        return like_rows(pointwise(bucketed(x), bucketed(other), self._weight, self._bias, operation), x)
+
+class GatedKernel:
+    """silu(first) * second, in one go. Where there are kernels."""
+
+    def __init__(self, first: FrozenLinear, second: FrozenLinear):
+        assert first.kernels is not None
+        self._kernels, self._layers = first.kernels, first.layers.beside(second.layers)
+
+    def __call__(self, x: Tensor, *, adapters: AdaptersArray | None = None) -> Tensor:
+        return self._kernels.linear(self._layers, x, adapters=adapters)
 
 
 def bucketed(x: Tensor) -> Tensor:

@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from ftray.model.adapter import Adapter, check_shapes
-from ftray.model.adapter_runs import Run, Stretch, runs_of
+from ftray.model.adapter_runs import StepRuns, Stretch
 from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Segment
-from ftray.model.cpu_kernels import kernels_for
-from ftray.model.frozen_linear import JOINED, FrozenLinear, Projection, sibling_groups
+from ftray.model.cpu_kernels import in_blocks, kernels_for
+from ftray.model.frozen_linear import JOINED, FrozenLinear, GatedKernel, Projection, sibling_groups
 
 
 class LoraBank:
     """The adapters of a model, in memory and in slots, and the batch that its layers apply right now."""
 
     def __init__(self, model: Any, *, device_budget: int):
-        self.runs: list[Run] = []
+        self.runs: StepRuns | None = None
+        self._last_runs: StepRuns | None = None
         self._groups: dict[str, LinearGroup] = {}
         self._group_of: dict[str, tuple[LinearGroup, int]] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
@@ -74,6 +76,8 @@ class LoraBank:
 
     def acquire(self, key: str) -> bool:
         """Pins the adapter on the device; False while there is no slot for it."""
+        if not self.is_on_device(key):
+            self._last_runs = None  # which may hold a slab that has to go
         return self.slots.acquire(self.host[key])
 
     def release(self, key: str) -> None:
@@ -101,11 +105,13 @@ class LoraBank:
                 else:
                     stretches.append((place, start, count))
             start += count
-        self.runs = runs_of(stretches, self._device, self.kernels)
+        if self._last_runs is None or stretches != self._last_runs.stretches:  # mostly they are the last step's
+            self._last_runs = StepRuns(stretches, self._device, with_kernels=self.kernels is not None)
+        self.runs = self._last_runs if stretches else None
         try:
             yield
         finally:
-            self.runs = []
+            self.runs = None
 
     def _factors(self, group: "LinearGroup", found: dict[int, tuple[Tensor, Tensor]]) -> Factors:
         def own(tensor: Tensor) -> Tensor:
@@ -125,7 +131,7 @@ class LoraBank:
                     segments.append(Segment(output, row, rank, column, width))
                     block[row : row + rank, column : column + width] = found[index][1]
                 row, column = row + rank, column + width
-            bt.append(own(block))
+            bt.append(own(block if self.kernels is None else in_blocks(block)))
         return Factors(own(torch.cat(a)), tuple(bt), tuple(segments))
 
 
@@ -146,6 +152,8 @@ class LinearGroup:
         self.out_features = [layer.out_features for layer in layers]
         self.members = [list(range(len(layers)))] if joined else [[index] for index in range(len(layers))]
         self._blocks = [FrozenLinear([layers[index] for index in members]) for members in self.members]
+        kernels = self._blocks[0].kernels
+        self._gated = GatedKernel(*self._blocks) if kernels is not None and len(self._blocks) == 2 else None
         self._bank = bank
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
@@ -153,11 +161,7 @@ class LinearGroup:
     def output(self, x: Tensor, index: int) -> Tensor:
         """Of layer `index`. The model asks for one after the other with the same tensor: computed at the first."""
         if x is not self._input:
-            outs = [block(x) for block in self._blocks]
-            if self._bank.runs:
-                x_TI, outs_TO = x.reshape(-1, self.in_features).contiguous(), [o.view(-1, o.shape[-1]) for o in outs]
-                for run in self._bank.runs:
-                    run.add_to(outs_TO, x_TI, self.name)
+            outs = self._products(x)
             joined = len(outs) < len(self.out_features)
             self._input, self._outputs = x, list(outs[0].split(self.out_features, dim=-1)) if joined else outs
         out = self._outputs[index]
@@ -167,20 +171,25 @@ class LinearGroup:
 
     def project(self, x_TI: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """The joined outputs, [T, O]; with `residual` added."""
-        (block,) = self._blocks
-        out = block(x_TI) if residual is None else block.plus(x_TI, residual)
-        for run in self._bank.runs:
-            run.add_to((out,), x_TI, self.name)
-        return out
+        return self._products(x_TI, residual=residual)[0]
 
     def gated(self, x_TI: Tensor) -> Tensor:
         """silu(first) * second, of two layers."""
-        first, second = self._blocks
-        if not self._bank.runs:
-            return second.times(x_TI, first.silu(x_TI))
-        gate, up = first(x_TI), second(x_TI)
-        *others, last = self._bank.runs
-        for run in others:
-            run.add_to((gate, up), x_TI, self.name)
-        last.add_and_gate(gate, up, x_TI, self.name)
-        return gate
+        if self._gated is not None:
+            runs = self._bank.runs
+            return self._gated(x_TI, adapters=None if runs is None else runs.adapters(self.name))
+        gate, up = self._products(x_TI)
+        return silu(gate, inplace=True).mul_(up)
+
+    def _products(self, x: Tensor, *, residual: Tensor | None = None) -> list[Tensor]:
+        """Of each multiplication, [..., O]."""
+        runs = self._bank.runs
+        adapters = None if runs is None else runs.adapters(self.name)
+        outs = [
+            block(x, residual=residual, adapters=adapters, output=number) for number, block in enumerate(self._blocks)
+        ]
+        if runs is not None and runs.matmuls:
+            x_TI, outs_TO = x.reshape(-1, self.in_features).contiguous(), [o.view(-1, o.shape[-1]) for o in outs]
+            for run in runs.matmuls:
+                run.add_to(outs_TO, x_TI, self.name)
+        return outs

@@ -11,7 +11,9 @@ from ftray.infer.attention import DecodeContext, KernelContext, decode_context
 from ftray.infer.decoder import rotate_
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.model import cpu_kernels
-from ftray.model.adapter_slots import Factors, Segment, empty_bytes
+from ftray.model.adapter_runs import StepRuns
+from ftray.model.adapter_slots import Factors, Place, Segment, Slab, empty_bytes
+from ftray.model.cpu_kernels import AdaptersArray, Layers, in_blocks
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -26,17 +28,25 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("width", [1, 15, 64, 577])
-def test_norm_and_gated_product(kernels, width):
-    x, other, weight = drawn(5, width), drawn(5, width, seed=1) * 30, drawn(width, seed=2)
+def test_norm(kernels, width):
+    x, weight = drawn(5, width), drawn(width, seed=2)
     normed = functional.rms_norm(x, (width,), weight, 1e-6)
     torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-6), normed, **CLOSE)
-    torch.testing.assert_close(kernels.silu_times_(other.clone(), x), functional.silu(other) * x, **CLOSE)
+
+
+def gated_product(kernels, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of two rows: layers whose biases they are."""
+    nothing = torch.zeros(gate.numel(), 1)
+    layers = Layers.packed(nothing, gate).beside(Layers.packed(nothing, up))
+    return kernels.linear(layers, torch.zeros(1, 1))[0]
 
 
 def test_gated_product_of_extremes(kernels):
-    gate = torch.tensor([[-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, float("nan")]])
-    out = kernels.silu_times_(gate.clone(), torch.ones_like(gate))
+    gate = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, float("nan")])
+    out = gated_product(kernels, gate, torch.ones_like(gate))
     torch.testing.assert_close(out, functional.silu(gate), rtol=1e-5, atol=1e-30, equal_nan=True)
+    gate, up = drawn(577) * 30, drawn(577, seed=1)
+    torch.testing.assert_close(gated_product(kernels, gate, up), functional.silu(gate) * up, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +129,36 @@ def wanted(factors: Factors, slot: int, x: torch.Tensor) -> list[torch.Tensor]:
     return [part @ bt[slot] for part, bt in zip(parts, factors.bt, strict=True)]
 
 
+def zeros(factors: Factors) -> list[Layers]:
+    """Layers that leave what the adapters add."""
+    return [Layers.packed(torch.zeros(bt.shape[2], factors.a.shape[2]), None) for bt in factors.bt]
+
+
+def packed(factors: Factors) -> Factors:
+    """As a slab holds them."""
+    blocks = tuple(torch.stack([in_blocks(own) for own in bt]) for bt in factors.bt)
+    return Factors(factors.a, blocks, factors.segments)
+
+
+def adapters_of(*slabs: tuple[Factors, list[tuple[int, int, int]]]) -> AdaptersArray:
+    stretches = [
+        (Place(slab, slot), start, count)
+        for slab, own in ((Slab(number, {"g": packed(factors)}, 0), own) for number, (factors, own) in enumerate(slabs))
+        for slot, start, count in own
+    ]
+    runs = StepRuns(stretches, torch.device("cpu"), with_kernels=True)
+    KEPT.append(runs)
+    adapters = runs.adapters("g")
+    assert adapters is not None
+    return adapters
+
+
+KEPT = []  # what structs point to
+
+
 def added(kernels, factors: Factors, stretches: list[tuple[int, int, int]], x: torch.Tensor) -> list[torch.Tensor]:
-    outs = [torch.ones(len(x), bt.shape[2]) for bt in factors.bt]
-    kernels.add_adapters_(cpu_kernels.slots_struct(factors), torch.tensor(stretches), x, outs)
-    return [out - 1 for out in outs]
+    adapters = adapters_of((factors, stretches))
+    return [kernels.linear(layer, x, adapters=adapters, output=number) for number, layer in enumerate(zeros(factors))]
 
 
 STRETCHES = [(2, 0, 1), (0, 1, 4), (1, 7, 5), (0, 5, 1)]
@@ -142,12 +178,45 @@ def test_adapters_of_a_slab(kernels, factors, number):
 
 def test_adapters_and_the_gated_product_at_once(kernels):
     factors, x = gate_and_up(), drawn(6, 70, seed=8)
-    slots, stretches = cpu_kernels.slots_struct(factors), torch.tensor([(1, 0, 2), (2, 3, 3)])  # row 2 is nobody's
-    gate, up = drawn(6, 300, seed=9), drawn(6, 300, seed=10)
-    together = gate.clone(), up.clone()
-    kernels.add_adapters_(slots, stretches, x, together, gated=True)
-    kernels.add_adapters_(slots, stretches, x, (gate, up))
-    assert torch.equal(together[0], kernels.silu_times_(gate, up))
+    stretches = [(1, 0, 2), (2, 3, 3)]  # row 2 is nobody's
+    layers = [Layers.packed(drawn(300, 70, seed=seed), drawn(300, seed=seed)) for seed in (9, 10)]
+    adapters = adapters_of((factors, stretches))
+    gate, up = (kernels.linear(layer, x, adapters=adapters, output=n) for n, layer in enumerate(layers))
+    assert torch.equal(
+        kernels.linear(layers[0].beside(layers[1]), x, adapters=adapters),
+        torch.stack([gated_product(kernels, *rows) for rows in zip(gate, up, strict=True)]),
+    )
+
+
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 300])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 16, 150])
+def test_a_linear_layer(kernels, rows, width):
+    weight, bias, x = drawn(width, 70, seed=1), drawn(width, seed=2), drawn(rows, 70, seed=3)
+    residual = drawn(rows, width, seed=4)
+    right = functional.linear(x, weight, bias) + residual
+    torch.testing.assert_close(kernels.linear(Layers.packed(weight, bias), x, residual=residual), right, **CLOSE)
+    exact = functional.linear(x.double(), weight.double())
+    ours, torchs = kernels.linear(Layers.packed(weight, None), x), functional.linear(x, weight)
+    assert (ours - exact).abs().max() < 4 * (torchs - exact).abs().max() + 1e-6
+
+
+def few_ranks(factors: Factors) -> Factors:
+    """Of the same layers, two ranks in each output."""
+    outputs = [Segment(number, 0, 2, 0, bt.shape[2]) for number, bt in enumerate(factors.bt)]
+    blocks = tuple(drawn(3, 2, bt.shape[2], seed=12) for bt in factors.bt)
+    return Factors(drawn(3, 2 * len(blocks), 70, seed=13), blocks, tuple(outputs))
+
+
+def test_slabs_of_two_ranks_in_one_multiplication(kernels, factors):
+    others = few_ranks(factors)
+    x = drawn(5, 70, seed=11)
+    both = adapters_of((factors, [(1, 0, 2)]), (others, [(2, 2, 1), (0, 4, 1)]))
+    for number, layer in enumerate(zeros(factors)):
+        out = kernels.linear(layer, x, adapters=both, output=number)
+        torch.testing.assert_close(out[:2], wanted(factors, 1, x[:2])[number], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out[2:3], wanted(others, 2, x[2:3])[number], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out[4:], wanted(others, 0, x[4:])[number], rtol=1e-4, atol=1e-4)
+        assert (out[3] == 0).all()
 
 
 def test_a_row_does_not_depend_on_others_nor_on_threads(kernels, factors):

@@ -19,7 +19,6 @@ from ftray.infer.protocol import Request, Sampling
 from ftray.infer.torch_engine import TorchEngine
 from ftray.model import adapter_runs
 from ftray.model.base import load_weights
-from ftray.model.cpu_kernels import CpuKernels
 from ftray.model.hardware import choose_hardware
 from ftray.model.lora import inject_lora, load_weights_from
 from ftray.model.packed import PackedCausalLM, PackedRow, register_packed_attention
@@ -74,15 +73,12 @@ def mixed_log_probs(engine, mix=MIX) -> list[torch.Tensor]:
 @pytest.mark.parametrize("few", [0, 1000], ids=["an adapter at a time", "neighbours together"])
 def test_mixed_ranks_equal_peft(engine, tiny_base, adapters, monkeypatch, few):
     monkeypatch.setattr(adapter_runs, "FEW_TOKENS", few)
-    monkeypatch.setattr(adapter_runs, "KERNEL_TOKENS", few)
     for log_probs, prompt, name in zip(mixed_log_probs(engine), PROMPTS, MIX, strict=True):
         torch.testing.assert_close(log_probs, peft_log_probs(tiny_base, adapters.get(name), prompt), **CLOSE)
 
 
-@pytest.mark.parametrize("few", [0, 1000], ids=["an adapter at a time", "neighbours together"])
-def test_adapters_saved_in_bfloat16_are_held_in_it(tiny_base, adapters, step_operations, tmp_path, monkeypatch, few):
+def test_adapters_saved_in_bfloat16_are_held_in_it(tiny_base, adapters, step_operations, tmp_path):
     """Beside ones of float32, whose numbers bfloat16 would not hold."""
-    monkeypatch.setattr(adapter_runs, "KERNEL_TOKENS", few)
     saved = {f"{name} half": saved_in_bfloat16(adapters[name], tmp_path / name) for name in ("r4", "r8", "r16", "qv")}
     mix = ["r4 half", "r8 half", "r16 half", "qv half", None, "r4", "r8", "r16"]
     engine = make_engine(tiny_base, adapters | saved)
@@ -106,21 +102,22 @@ def saved_in_bfloat16(adapter: Path, directory: Path) -> Path:
 
 def test_rows_of_the_wrong_adapter_are_found(engine, tiny_base, adapters, monkeypatch):
     """The twin: each adapter is applied to the row before its own."""
-    make_run, add_adapters_ = adapter_runs.make_run, CpuKernels.add_adapters_
+    make_run, new_run = adapter_runs.make_run, adapter_runs.SlabRun
 
-    def shifted(group, device, kernels):
-        run = make_run(group, device, kernels)
+    def shifted(group, device):
+        run = make_run(group, device)
         run.rows = run.rows.roll(1)
         run.real = torch.arange(len(run.rows))
         return run
 
-    def exchanged(self, slots, stretches_G3, x_TI, outs_TO, **kwargs):
-        wrong = torch.cat((stretches_G3[:, :1].roll(1, 0), stretches_G3[:, 1:]), dim=1)
-        add_adapters_(self, slots, wrong, x_TI, outs_TO, **kwargs)
+    def exchanged(stretches):
+        places = [place for place, _, _ in stretches]
+        return new_run([(place, *rows) for place, (_, *rows) in zip(places[-1:] + places[:-1], stretches, strict=True)])
 
     monkeypatch.setattr(adapter_runs, "FEW_TOKENS", 1000)
     monkeypatch.setattr(adapter_runs, "make_run", shifted)
-    monkeypatch.setattr(CpuKernels, "add_adapters_", exchanged)
+    monkeypatch.setattr(adapter_runs, "SlabRun", exchanged)
+    monkeypatch.setattr(engine._bank, "_last_runs", None)
     wrong = mixed_log_probs(engine)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(wrong[6], peft_log_probs(tiny_base, adapters["r4b"], PROMPTS[6]), **CLOSE)

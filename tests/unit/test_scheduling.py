@@ -11,7 +11,7 @@ from ftray.infer.fair_queue import FairQueue
 from ftray.infer.kv_cache import PagePool, page_name
 from ftray.infer.protocol import Request, Sampling
 from ftray.infer.scheduler import MAX_STEPS_CROWDED_OUT, MAX_STEPS_PASSED_OVER, Scheduler, Sequence
-from ftray.model.adapter_runs import runs_of
+from ftray.model.adapter_runs import matmul_runs
 from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Segment
 
 # -- pages -------------------------------------------------------------------------------------------------------------
@@ -195,12 +195,12 @@ def test_neighbours_with_few_tokens_are_one_run_and_the_padding_is_known():
     for key in "abc":
         slots.acquire(adapter(key))
     places = [slots.place(key) for key in "abc"]
-    even = runs_of([(places[0], 0, 2), (places[1], 2, 2), (places[2], 4, 2)], torch.device("cpu"), None)
+    even = matmul_runs([(places[0], 0, 2), (places[1], 2, 2), (places[2], 4, 2)], torch.device("cpu"))
     assert [(run.first, run.end, run.real) for run in even] == [(0, 3, None)]
-    uneven = runs_of([(places[0], 0, 1), (places[1], 1, 3)], torch.device("cpu"), None)
+    uneven = matmul_runs([(places[0], 0, 1), (places[1], 1, 3)], torch.device("cpu"))
     assert uneven[0].rows.tolist() == [0, 0, 0, 1, 2, 3]
     assert uneven[0].real.tolist() == [0, 3, 4, 5]
-    apart = runs_of([(places[0], 0, 1), (places[2], 1, 1), (places[1], 2, 40)], torch.device("cpu"), None)
+    apart = matmul_runs([(places[0], 0, 1), (places[2], 1, 1), (places[1], 2, 40)], torch.device("cpu"))
     assert [(run.first, run.end) for run in apart] == [(0, 1), (1, 2), (2, 3)]  # a long one alone
 
 
