@@ -16,16 +16,21 @@
 #define INLINE static inline __attribute__((always_inline))
 /* An innermost loop of its own: inlined into all that surrounds it, gcc keeps some of its sums in memory. */
 #define APART static __attribute__((noinline))
+#ifdef __AVX512F__
 #define LANES 16
-#define VECTORS 2                 /* of columns that a thread computes at a time */
-#define COLUMNS (VECTORS * LANES) /* so many side by side are how weights lie in memory */
-#define CHUNK 64                  /* rows that a thread computes at a time */
-#define MOST_ROWS 8               /* whose sums are in registers at once */
-#define MOST_LINES 1024 /* of adapters that are fetched while weights are multiplied */
+#define MOST_ROWS 8 /* that are multiplied at once: as many as there are registers for their sums */
+#else
+#define LANES 8
+#define MOST_ROWS 2
+#endif
+#define COLUMNS 32                /* of weights that lie side by side, and that a thread computes at a time */
+#define VECTORS (COLUMNS / LANES)
+#define CHUNK 64        /* rows that a thread computes at a time */
+#define MOST_LINES 1536 /* of adapters that are fetched while a block of weights is multiplied */
 #define LINE 64         /* bytes of the cache */
 /* Arrays of a known size stay in registers; of one that only the caller knows they would not. */
 #define MOST_SUMS 16
-#define MOST_HEAD_LANES 32
+#define MOST_HEAD (512 / LANES)
 
 typedef int64_t i64;
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
@@ -113,7 +118,7 @@ INLINE void attend_to_page(const float *query, const float *page, i64 count, i64
         for (i64 end = h + sharing; h < end; h++) {
             float *weight = score + h * page_tokens, *to = result + h * head;
             const float *keys = page + k * head, *values = page + (K + k) * head;
-            Vector turned[MOST_HEAD_LANES], sums[MOST_HEAD_LANES];
+            Vector turned[MOST_HEAD], sums[MOST_HEAD];
             for (i64 w = 0; w < W; w++) turned[w] = *(const Vector *)(query + h * head + w * LANES) * scaling;
             for (i64 t = 0; t < count; t++) {
                 Vector products = turned[0] * *(const Vector *)(keys + t * token);
@@ -154,8 +159,8 @@ void attend_to_pages(const float *queries, const float *cache, const i64 *pages,
 #define ATTEND(W) \
     attend_to_page(queries + s * stride, cache + page[0] * page_size, count, page_tokens, H, K, W, scaling, score, most, \
                    total, result)
-            if (D == 64) ATTEND(4); /* a width known in advance stays in registers */
-            else if (D == 128) ATTEND(8);
+            if (D == 64) ATTEND(64 / LANES); /* a width known in advance stays in registers */
+            else if (D == 128) ATTEND(128 / LANES);
             else ATTEND(D / LANES);
         }
         for (i64 h = 0; h < H; h++)
@@ -244,17 +249,17 @@ INLINE void expand_any(const void *bt, i64 first, i64 rank, const float *h, i64 
         for (int w = 0; w < W; w++) *(Vector *)(to + t * COLUMNS + w * LANES) = sums[t * W + w];
 }
 
-#define EXPAND_OF(W, TOKENS) \
-    APART void expand_##W##_##TOKENS(const void *bt, i64 first, i64 rank, const float *h, i64 R, float *to, int half) { \
+#define EXPAND_OF(NAME, W, TOKENS) \
+    APART void expand_##NAME##_##TOKENS(const void *bt, i64 first, i64 rank, const float *h, i64 R, float *to, int half) { \
         if (half) expand_any(bt, first, rank, h, R, to, W, TOKENS, 1); \
         else expand_any(bt, first, rank, h, R, to, W, TOKENS, 0); \
     }
-EXPAND_OF(1, 1)
-EXPAND_OF(1, 2)
-EXPAND_OF(1, 4)
-EXPAND_OF(2, 1)
-EXPAND_OF(2, 2)
-EXPAND_OF(2, 4)
+EXPAND_OF(block, VECTORS, 1)
+EXPAND_OF(block, VECTORS, 2)
+EXPAND_OF(block, VECTORS, 4)
+EXPAND_OF(vector, 1, 1)
+EXPAND_OF(vector, 1, 2)
+EXPAND_OF(vector, 1, 4)
 
 /* The adapters of one slab in a multiplication. reduced: A x, [tokens of all stretches, R]. */
 typedef struct {
@@ -329,13 +334,13 @@ INLINE void add_adapters(const Adapters *a, i64 output, i64 block, i64 row, i64 
                 const float *h = a->reduced + (token + t - stretch->start) * R + row_of_a + segment->row;
                 float *sums = to + (t - row) * COLUMNS + part.from;
                 i64 i = 0;
-#define EXPAND_WHILE(W) \
-    for (; i + (W) * LANES <= part.width; i += (W) * LANES) \
-        if (tokens == 4) expand_##W##_4(bt, part.first + i, segment->num_rows, h, R, sums + i, half); \
-        else if (tokens == 2) expand_##W##_2(bt, part.first + i, segment->num_rows, h, R, sums + i, half); \
-        else expand_##W##_1(bt, part.first + i, segment->num_rows, h, R, sums + i, half)
-                EXPAND_WHILE(2);
-                EXPAND_WHILE(1);
+#define EXPAND_WHILE(NAME, WIDTH) \
+    for (; i + (WIDTH) <= part.width; i += (WIDTH)) \
+        if (tokens == 4) expand_##NAME##_4(bt, part.first + i, segment->num_rows, h, R, sums + i, half); \
+        else if (tokens == 2) expand_##NAME##_2(bt, part.first + i, segment->num_rows, h, R, sums + i, half); \
+        else expand_##NAME##_1(bt, part.first + i, segment->num_rows, h, R, sums + i, half)
+                EXPAND_WHILE(block, COLUMNS);
+                EXPAND_WHILE(vector, LANES);
                 for (; i < part.width; i++)
                     for (i64 k = 0; k < tokens; k++)
                         for (i64 r = 0; r < segment->num_rows; r++)
@@ -391,8 +396,8 @@ INLINE void multiply_rows(const float *weight, const float *bias, const float *x
         for (int v = 0; v < VECTORS; v++) some[v] = *(const Vector *)(weight + i * COLUMNS + v * LANES);
         if (per_input) {
             __builtin_prefetch(next, 0, 2);
-            if (per_input > 1) __builtin_prefetch(next + LANES, 0, 2);
-            next += per_input * LANES;
+            if (per_input > 1) __builtin_prefetch(next + LINE / sizeof(float), 0, 2);
+            next += per_input * (LINE / sizeof(float));
         }
         if (i < num_lines) __builtin_prefetch(lines[i], 0, 2);
         for (int t = 0; t < rows; t++)
@@ -426,7 +431,7 @@ INLINE void multiply_block(const Layer *layer, i64 block, const float *x, i64 ro
 #define MULTIPLY(NUM_ROWS) \
     for (; end - t >= NUM_ROWS; t += NUM_ROWS) { \
         multiply_##NUM_ROWS(weight, bias, x + t * I, to + (t - row) * COLUMNS, I, &ahead); \
-        ahead.weight += I * LANES * ahead.per_input, ahead.num_lines = 0; \
+        ahead.weight += I * ahead.per_input * (LINE / sizeof(float)), ahead.num_lines = 0; \
         if (ahead.weight >= next + I * COLUMNS) ahead.per_input = 0; \
     }
 #ifdef __AVX512F__
