@@ -37,12 +37,13 @@ def renderer(tiny_base):
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory, tiny_model) -> dict[str, Path]:
-    """Six peft adapters of mixed rank, three of them alike, one on two kinds of module only."""
+    """Seven peft adapters of mixed rank, three of them alike, one on two kinds of module only, one on one."""
     root = tmp_path_factory.mktemp("adapters")
     made = {f"r{rank}": write_peft_adapter(root / f"r{rank}", tiny_model, rank=rank, seed=rank) for rank in (4, 8, 16)}
     made["qv"] = write_peft_adapter(root / "qv", tiny_model, rank=8, seed=99, targets=["q_proj", "v_proj"])
     for seed, name in enumerate(("r4b", "r4c"), start=50):
         made[name] = write_peft_adapter(root / name, tiny_model, rank=4, seed=seed)
+    made["up"] = write_peft_adapter(root / "up", tiny_model, rank=8, seed=98, targets=["up_proj"])
     return made
 
 

@@ -39,7 +39,6 @@ class ReplicasConfig(Strict):
     max: PositiveInt = 1
     gpus_each: NonNegativeFloat = 0
     cpus_each: NonNegativeFloat = 1
-    across_nodes: bool = False  # a base larger than a node: the GPUs that share it may be of several
     # One more when replicas have had more than engine.max_sequences requests each for so long, one less when fewer.
     upscale_delay_s: NonNegativeFloat = 10
     downscale_delay_s: NonNegativeFloat = 300
@@ -92,6 +91,4 @@ class ServeConfig(Strict):
                 f"engine.tensor_parallel: {shared} GPUs share the base model, so replicas.gpus_each must be {shared} "
                 f"(it is {self.replicas.gpus_each:g})"
             )
-        if self.replicas.across_nodes and shared == 1:
-            raise ValueError("replicas.across_nodes: needs GPUs that share the base model (engine.tensor_parallel)")
         return self

@@ -1,6 +1,7 @@
-"""Which tokens of a step use which slots, in as few multiplications as there can be.
+"""Which tokens of a step use which slots.
 
-The kernels of `cpu_kernels.py` take all of a slab's. Elsewhere neighbouring slots with few tokens each are one batched
+The kernels of `cpu_kernels.py` take all of a slab's while they multiply. Elsewhere, in as few multiplications as there
+can be: neighbouring slots with few tokens each are one batched
 matmul; a longer stretch of one adapter, a prompt, is a run of its own.
 
 Shapes: T tokens, G adapters with n tokens each, R summed ranks of a group's layers.
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ftray.model.adapter_slots import Factors, Place, Slab
-from ftray.model.cpu_kernels import AdaptersArray, AdaptersStruct, slots_struct
+from ftray.model.cpu_kernels import AdaptersArray, AdaptersStruct, floats, slots_struct
 
 # Up to so many tokens an adapter's factors cost more to read than to multiply by: padding to them is free.
 FEW_TOKENS = 8
@@ -70,6 +71,7 @@ class SlabRun:
     def __init__(self, stretches: Sequence[Stretch]):
         self._slab = stretches[0][0].slab
         self._num_tokens = sum(count for _, _, count in stretches)
+        self._reduced = floats(self._num_tokens * max(factors.a.shape[1] for factors in self._slab.factors.values()))
         self._stretches_G3 = torch.tensor([(place.slot, start, count) for place, start, count in stretches])
 
     def adapters(self, group: str) -> AdaptersStruct | None:
@@ -79,8 +81,8 @@ class SlabRun:
             if group not in self._slab.factors:
                 return None
             slots = self._slab.structs[group] = slots_struct(self._slab.factors[group])
-        stretches = self._stretches_G3
-        return AdaptersStruct(ctypes.pointer(slots), stretches.data_ptr(), len(stretches), self._num_tokens)
+        stretches, room = self._stretches_G3.data_ptr(), self._reduced.data_ptr()
+        return AdaptersStruct(ctypes.pointer(slots), stretches, len(self._stretches_G3), self._num_tokens, room)
 
 
 @dataclass

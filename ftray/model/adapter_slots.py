@@ -11,6 +11,7 @@ Shapes: S slots, G neighbouring ones, R summed ranks of a group's layers. `bt`: 
 import contextlib
 import mmap
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,8 +92,10 @@ class Place:
 
 
 class AdapterSlots:
-    def __init__(self, *, budget_bytes: int, device: torch.device):
+    def __init__(self, *, budget_bytes: int, device: torch.device, giving_up: Callable[[], None] = lambda: None):
+        """`giving_up` is called before the memory of slabs is needed for others: who holds them must let go."""
         self.budget_bytes = budget_bytes
+        self._giving_up = giving_up
         self._device = device
         self._slabs: dict[Shape, list[Slab]] = {}
         self._places: OrderedDict[str, Place] = OrderedDict()  # least recently used first
@@ -179,7 +182,10 @@ class AdapterSlots:
 
     def _give_up_empty_slabs(self) -> None:
         for slabs in self._slabs.values():
-            slabs[:] = [slab for slab in slabs if any(key is not None for key in slab.keys)]
+            kept = [slab for slab in slabs if any(key is not None for key in slab.keys)]
+            if len(kept) < len(slabs):
+                slabs[:] = kept
+                self._giving_up()
 
     def _make_slab(self, adapter: HostAdapter, num_slots: int) -> Slab:
         sizes = [aligned(num_slots * t.nbytes) for f in adapter.factors.values() for t in f.tensors]

@@ -1,13 +1,12 @@
-/* One engine step on a CPU is a hundred matmuls with small operations between them. Each small operation finds its data
- * cold and its threads asleep; these do several at once, and read what is large (adapter factors, keys and values) once,
- * in place. Everything is float32 and contiguous; factors may be bfloat16. A row's result does not depend on the other
- * rows, nor on the number of threads.
+/* One engine step on a CPU: linear layers with the adapters of their rows, norms, rotary positions, attention. Each reads
+ * what is large (weights, adapter factors, keys and values) once, in place, and has its threads do several operations
+ * while they are awake. Everything is float32 and contiguous; factors may be bfloat16. A row's result does not depend on
+ * the other rows, nor on the number of threads.
  */
 #include <float.h>
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -177,7 +176,7 @@ typedef struct {
  * bt[o]: [S, blocks of COLUMNS columns, rows[o], COLUMNS], zero outside the segments. Rows of all outputs together are the R
  * rows of a, in order. */
 typedef struct {
-    i64 in_features, rank, num_outputs, num_segments, half;
+    i64 in_features, rank, num_segments, half;
     const void *a, *bt[2];
     i64 rows[2], blocks[2];
     Segment segments[8];
@@ -452,11 +451,9 @@ INLINE void write_row(const float *from, const float *residual, float *to, i64 w
 /* y = W x + b + B A x + residual, of T rows. x: [T, in]; y, residual: [T, out]; no residual: NULL. With two layers
  * y = silu(of the first) * of the second. Adapters are those of the outputs from number `output` on; each slab's A x is
  * made first, B is read while its columns of W x are in the nearest cache. */
-void linear(const Layer *layers, i64 num_layers, i64 output, Adapters *adapters, i64 num_adapters, const float *x, i64 T,
+void linear(const Layer *layers, i64 num_layers, i64 output, const Adapters *adapters, i64 num_adapters, const float *x, i64 T,
             const float *residual, float *y) {
     const i64 out = layers[0].out, blocks = (out + COLUMNS - 1) / COLUMNS, chunks = (T + CHUNK - 1) / CHUNK;
-    for (i64 k = 0; k < num_adapters; k++)
-        adapters[k].reduced = malloc(adapters[k].num_tokens * adapters[k].slots->rank * sizeof(float));
 #pragma omp parallel
     {
         const i64 threads = omp_get_num_threads(), thread = omp_get_thread_num(), items = blocks * chunks;
@@ -488,5 +485,4 @@ void linear(const Layer *layers, i64 num_layers, i64 output, Adapters *adapters,
             }
         }
     }
-    for (i64 k = 0; k < num_adapters; k++) free(adapters[k].reduced);
 }

@@ -38,7 +38,7 @@ class SegmentStruct(ctypes.Structure):
 
 class SlotsStruct(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("in_features", "rank", "num_outputs", "num_segments", "half")],
+        *[(name, ctypes.c_int64) for name in ("in_features", "rank", "num_segments", "half")],
         ("a", ctypes.c_void_p),
         ("bt", ctypes.c_void_p * MAX_OUTPUTS),
         ("rows", ctypes.c_int64 * MAX_OUTPUTS),
@@ -55,7 +55,7 @@ class AdaptersStruct(ctypes.Structure):
         ("stretches", ctypes.c_void_p),
         ("num_stretches", ctypes.c_int64),
         ("num_tokens", ctypes.c_int64),
-        ("reduced", ctypes.c_void_p),  # the kernel's own
+        ("reduced", ctypes.c_void_p),  # room for A x: num_tokens * rank floats
     ]
 
 
@@ -75,6 +75,7 @@ class Layers:
 
     def __init__(self, structs: Sequence[LayerStruct], memory: Sequence[Tensor]):
         self.structs = (LayerStruct * len(structs))(*structs)
+        self.in_features: int = self.structs[0].num_inputs
         self.out_features: int = self.structs[0].num_outputs
         self._memory = tuple(memory)
 
@@ -82,10 +83,9 @@ class Layers:
     def packed(cls, weight_OI: Tensor, bias_O: Tensor | None) -> "Layers":
         num_outputs, num_inputs = weight_OI.shape
         blocks = -(-num_outputs // COLUMNS)
-        size = blocks * num_inputs * COLUMNS
-        weight, bias = torch.empty(size), torch.zeros(blocks * COLUMNS)
+        weight, bias = floats(blocks * num_inputs * COLUMNS), floats(blocks * COLUMNS).zero_()
         rows = weight_OI.detach().split(COLUMNS)
-        for block_IC, some_CI in zip(weight[:size].view(blocks, num_inputs, COLUMNS), rows, strict=True):
+        for block_IC, some_CI in zip(weight.view(blocks, num_inputs, COLUMNS), rows, strict=True):
             block_IC[:, len(some_CI) :] = 0
             block_IC[:, : len(some_CI)] = some_CI.t()
         if bias_O is not None:
@@ -95,6 +95,10 @@ class Layers:
 
     def beside(self, other: "Layers") -> "Layers":
         return Layers([*self.structs, *other.structs], [*self._memory, *other._memory])
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
 
 
 def kernels_for(weight: Tensor) -> "CpuKernels | None":
@@ -204,8 +208,11 @@ class CpuKernels:
         """W x + b + B A x + residual, [..., O]. With two layers silu(of the first) * of the second. `output`: what
         the adapters' group calls the (first) layer's output."""
         x = x.contiguous()
-        out = torch.empty(*x.shape[:-1], layers.out_features)
+        out = floats(*x.shape[:-1], layers.out_features)
         residual = residual.contiguous() if residual is not None else None
+        assert x.dtype == torch.float32
+        assert x.shape[-1] == layers.in_features
+        assert residual is None or (residual.dtype == torch.float32 and residual.shape == out.shape)
         self._linear(
             *(layers.structs, len(layers.structs), output, adapters, 0 if adapters is None else len(adapters)),
             *(x.data_ptr(), x.numel() // x.shape[-1]),
@@ -218,7 +225,7 @@ def in_blocks(bt_RO: Tensor) -> Tensor:
     """[R, O] as the kernel reads it: [blocks of COLUMNS outputs, R, COLUMNS], zero behind the last output."""
     rank, num_outputs = bt_RO.shape
     padded = pad(bt_RO, (0, -num_outputs % COLUMNS))
-    return padded.view(rank, -1, COLUMNS).transpose(0, 1).contiguous()
+    return padded.view(rank, padded.shape[1] // COLUMNS, COLUMNS).transpose(0, 1).contiguous()
 
 
 def slots_struct(factors: Factors) -> SlotsStruct:
@@ -226,7 +233,6 @@ def slots_struct(factors: Factors) -> SlotsStruct:
     struct = SlotsStruct(
         in_features=factors.a.shape[2],
         rank=factors.a.shape[1],
-        num_outputs=len(factors.bt),
         num_segments=len(factors.segments),
         half=factors.a.dtype == torch.bfloat16,
         a=factors.a.data_ptr(),

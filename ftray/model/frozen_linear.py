@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ftray.model.cpu_kernels import AdaptersArray, Layers, kernels_for
+from ftray.model.cpu_kernels import AdaptersArray, CpuKernels, Layers
 
 # Projections that a decoder layer applies to the same tensor, in the order it calls them.
 JOINED = ("q_proj", "k_proj", "v_proj")  # their outputs are used side by side
@@ -33,11 +33,11 @@ def can_reorder(weight: Tensor) -> bool:
 class FrozenLinear:
     """The outputs of several linear layers side by side, [..., O]. For inference: no gradient."""
 
-    def __init__(self, layers: Sequence[nn.Linear]):
+    def __init__(self, layers: Sequence[nn.Linear], kernels: CpuKernels | None):
         weight = (torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight).detach()
         bias = joined_bias(layers)
-        self.kernels = kernels_for(weight)
-        if self.kernels is not None:
+        self.kernels = kernels
+        if kernels is not None:
             self.layers = Layers.packed(weight, bias)
             return
         self._weight, self._bias = weight, bias
@@ -52,6 +52,7 @@ class FrozenLinear:
         """W x + b + residual. Adapters, of output number `output` of their group, are for the kernels alone."""
         if self.kernels is not None:
             return self.kernels.linear(self.layers, x, residual=residual, adapters=adapters, output=output)
+        assert adapters is None
         if not self._reordered:
             out = linear(x, self._weight, self._bias)
             return out if residual is None else out.add_(residual)

@@ -29,6 +29,9 @@ class LoraBank:
     def __init__(self, model: Any, *, device_budget: int):
         self.runs: StepRuns | None = None
         self._last_runs: StepRuns | None = None
+        any_weight = next(model.parameters())
+        self._device, self._dtype = any_weight.device, any_weight.dtype
+        self.kernels = kernels_for(any_weight)
         self._groups: dict[str, LinearGroup] = {}
         self._group_of: dict[str, tuple[LinearGroup, int]] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
@@ -42,10 +45,7 @@ class LoraBank:
                 self._shapes[name] = group.in_features, group.out_features[index]
                 parent, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(parent), attribute, Projection(group, index))
-        any_weight = next(model.parameters())
-        self._device, self._dtype = any_weight.device, any_weight.dtype
-        self.kernels = kernels_for(any_weight)
-        self.slots = AdapterSlots(budget_bytes=device_budget, device=self._device)
+        self.slots = AdapterSlots(budget_bytes=device_budget, device=self._device, giving_up=self._forget_runs)
         self.host: dict[str, HostAdapter] = {}
 
     def __contains__(self, adapter: str) -> bool:
@@ -76,12 +76,14 @@ class LoraBank:
 
     def acquire(self, key: str) -> bool:
         """Pins the adapter on the device; False while there is no slot for it."""
-        if not self.is_on_device(key):
-            self._last_runs = None  # which may hold a slab that has to go
         return self.slots.acquire(self.host[key])
 
     def release(self, key: str) -> None:
         self.slots.release(key)
+
+    def _forget_runs(self) -> None:
+        """They hold the memory of slabs."""
+        self._last_runs = None
 
     def is_on_device(self, key: str) -> bool:
         return key in self.slots
@@ -151,9 +153,9 @@ class LinearGroup:
         self.in_features = layers[0].in_features
         self.out_features = [layer.out_features for layer in layers]
         self.members = [list(range(len(layers)))] if joined else [[index] for index in range(len(layers))]
-        self._blocks = [FrozenLinear([layers[index] for index in members]) for members in self.members]
-        kernels = self._blocks[0].kernels
-        self._gated = GatedKernel(*self._blocks) if kernels is not None and len(self._blocks) == 2 else None
+        self._blocks = [FrozenLinear([layers[i] for i in members], bank.kernels) for members in self.members]
+        is_pair = bank.kernels is not None and len(self._blocks) == 2
+        self._gated = GatedKernel(*self._blocks) if is_pair else None
         self._bank = bank
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []

@@ -58,8 +58,8 @@ class ReplicaDeployment(EngineReplica):
     def __init__(self, config: ServeConfig):
         keep_few_arenas()
         ask_for_huge_pages()
-        # A process of vLLM joins this cluster from here; left to itself it would start one of its own.
-        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        if config.engine.tensor_parallel > 1:  # vLLM's workers join this cluster; it would start one of its own
+            os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         super().__init__(config, meter=RayMeter(OF_REPLICAS))
 
     async def reconfigure(self, _: Any) -> None:

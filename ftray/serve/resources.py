@@ -10,7 +10,8 @@ def replica_resources(config: ServeConfig) -> dict[str, Any]:
     """Options of Ray Serve's deployment.
 
     vLLM starts one worker in each bundle that has a GPU, and takes no bundle of several. The replica, which talks to
-    them, stands in the first and keeps the rest of its GPU, so that it sees of what kind they are.
+    them, stands in the first and keeps the rest of its GPU, so that it sees of what kind they are. All of one node:
+    workers read the base and the adapters that the replica has fetched.
     """
     replicas = config.replicas
     if config.engine.tensor_parallel == 1:
@@ -19,7 +20,7 @@ def replica_resources(config: ServeConfig) -> dict[str, Any]:
     return {
         "ray_actor_options": {"num_cpus": replicas.cpus_each, "num_gpus": round(1 - GPUS_PER_WORKER, 4)},
         "placement_group_bundles": [{"CPU": replicas.cpus_each, "GPU": 1}, *({"GPU": 1} for _ in range(others))],
-        "placement_group_strategy": "PACK" if replicas.across_nodes else "STRICT_PACK",
+        "placement_group_strategy": "STRICT_PACK",
     }
 
 
@@ -27,6 +28,5 @@ def resources_text(config: ServeConfig) -> str:
     replicas, split = config.replicas, config.engine.tensor_parallel
     count = f"{replicas.min}" if replicas.min == replicas.max else f"{replicas.min} to {replicas.max}"
     gpus = f" and {replicas.gpus_each:g} GPUs" if replicas.gpus_each else ""
-    nodes = "as few nodes as there are" if replicas.across_nodes else "one node"
     group = f", a placement group of {split} bundles, the base split over them" if split > 1 else ""
-    return f"replicas: {count}, each of {replicas.cpus_each:g} CPUs{gpus} of {nodes}{group}"
+    return f"replicas: {count}, each of {replicas.cpus_each:g} CPUs{gpus} of one node{group}"

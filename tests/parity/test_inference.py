@@ -54,7 +54,7 @@ PROMPTS = [
     [6, 7, 8, 9],
     [55] * 3,
 ]
-MIX = ["r4", "r8", "r16", "qv", None, "r4", "r4b", "r4c"]
+MIX = ["r4", "r8", "r16", "qv", None, "up", "r4b", "r4c"]
 
 
 def mixed_log_probs(engine, mix=MIX) -> list[torch.Tensor]:
@@ -73,6 +73,7 @@ def mixed_log_probs(engine, mix=MIX) -> list[torch.Tensor]:
 @pytest.mark.parametrize("few", [0, 1000], ids=["an adapter at a time", "neighbours together"])
 def test_mixed_ranks_equal_peft(engine, tiny_base, adapters, monkeypatch, few):
     monkeypatch.setattr(adapter_runs, "FEW_TOKENS", few)
+    monkeypatch.setattr(engine._bank, "_last_runs", None)
     for log_probs, prompt, name in zip(mixed_log_probs(engine), PROMPTS, MIX, strict=True):
         torch.testing.assert_close(log_probs, peft_log_probs(tiny_base, adapters.get(name), prompt), **CLOSE)
 

@@ -162,7 +162,9 @@ def test_an_endpoint_for_gpus_is_planned_where_there_are_none(run, serve_config)
     big = ("engine.type=vllm", "engine.tensor_parallel=4", "replicas.gpus_each=4", "replicas.max=3")
     code, out, _ = run("serve", serve_config, *big, "--dry-run")
     assert code == 0
-    assert "# replicas: 1 to 3, each of 1 CPUs and 4 GPUs of one node, a placement group of 4 bundles" in out
+    assert "# replicas: 1 to 3, each of 1 CPUs and 4 GPUs of one node, " in out
+    assert "a placement group of 4 bundles, the base split over them" in out
+    )
     assert "# vllm is not installed here" in out
     code, _, err = run("serve", serve_config, *big)
     assert (code, "vllm is not installed; pip install" in err) == (2, True)

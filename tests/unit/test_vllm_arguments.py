@@ -36,10 +36,7 @@ def test_gpus_that_share_the_base_are_one_placement_group():
     assert shared["placement_group_bundles"] == [{"CPU": 3, "GPU": 1}, {"GPU": 1}, {"GPU": 1}, {"GPU": 1}]
     assert shared["placement_group_strategy"] == "STRICT_PACK"
     assert shared["ray_actor_options"] == {"num_cpus": 3, "num_gpus": pytest.approx(1 - GPUS_PER_WORKER)}
-    assert resources({"tensor_parallel": 4}, gpus_each=4, across_nodes=True)["placement_group_strategy"] == "PACK"
     assert resources({}, gpus_each=1) == {"ray_actor_options": {"num_cpus": 1, "num_gpus": 1}}
-    with pytest.raises(ValueError, match=r"replicas\.across_nodes: needs GPUs that share the base model"):
-        ServeConfig.model_validate(serve_config() | {"replicas": {"across_nodes": True}})
     with pytest.raises(ValueError, match=r"replicas\.gpus_each must be 4 \(it is 0\)"):
         ServeConfig.model_validate(serve_config(tensor_parallel=4))
     with pytest.raises(ValueError, match=r"engine\.tensor_parallel: 4 needs engine\.type vllm"):
