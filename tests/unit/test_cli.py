@@ -164,7 +164,6 @@ def test_an_endpoint_for_gpus_is_planned_where_there_are_none(run, serve_config)
     assert code == 0
     assert "# replicas: 1 to 3, each of 1 CPUs and 4 GPUs of one node, " in out
     assert "a placement group of 4 bundles, the base split over them" in out
-    )
     assert "# vllm is not installed here" in out
     code, _, err = run("serve", serve_config, *big)
     assert (code, "vllm is not installed; pip install" in err) == (2, True)
