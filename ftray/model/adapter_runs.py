@@ -1,8 +1,8 @@
 """Which tokens of a step use which slots.
 
 The kernels of `cpu_kernels.py` take all of a slab's while they multiply. Elsewhere, in as few multiplications as there
-can be: neighbouring slots with few tokens each are one batched
-matmul; a longer stretch of one adapter, a prompt, is a run of its own.
+can be: neighbouring slots with few tokens each are one batched matmul; a longer stretch of one adapter, a prompt, is a
+run of its own.
 
 Shapes: T tokens, G adapters with n tokens each, R summed ranks of a group's layers.
 """
