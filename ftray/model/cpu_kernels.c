@@ -278,11 +278,12 @@ INLINE void reduce_share(const Adapters *a, const float *x, i64 output, i64 end,
         to += slots->rows[o];
     }
     const i64 fours = (to - from + 3) / 4, items = a->num_stretches * fours;
+    const i64 mine = items * thread / threads, others = items * (thread + 1) / threads;
     i64 token = 0;
     for (i64 g = 0; g < a->num_stretches; token += a->stretches[g].count, g++)
         for (i64 f = 0; f < fours; f++) {
             const i64 item = g * fours + f, r = from + f * 4, count = a->stretches[g].count;
-            if (item < items * thread / threads || item >= items * (thread + 1) / threads) continue;
+            if (item < mine || item >= others) continue;
             const i64 first = (a->stretches[g].slot * R + r) * I;
             i64 t = 0;
 #define REDUCE(ROW, NUM_ROWS, TOKENS) \

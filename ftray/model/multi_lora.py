@@ -27,11 +27,11 @@ class LoraBank:
     """The adapters of a model, in memory and in slots, and the batch that its layers apply right now."""
 
     def __init__(self, model: Any, *, device_budget: int):
-        self.runs: StepRuns | None = None
-        self._last_runs: StepRuns | None = None
         any_weight = next(model.parameters())
         self._device, self._dtype = any_weight.device, any_weight.dtype
         self.kernels = kernels_for(any_weight)
+        self._no_runs = self._runs_of([])
+        self.runs = self._last_runs = self._no_runs
         self._groups: dict[str, LinearGroup] = {}
         self._group_of: dict[str, tuple[LinearGroup, int]] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
@@ -83,7 +83,7 @@ class LoraBank:
 
     def _forget_runs(self) -> None:
         """They hold the memory of slabs."""
-        self._last_runs = None
+        self._last_runs = self._no_runs
 
     def is_on_device(self, key: str) -> bool:
         return key in self.slots
@@ -107,13 +107,16 @@ class LoraBank:
                 else:
                     stretches.append((place, start, count))
             start += count
-        if self._last_runs is None or stretches != self._last_runs.stretches:  # mostly they are the last step's
-            self._last_runs = StepRuns(stretches, self._device, with_kernels=self.kernels is not None)
-        self.runs = self._last_runs if stretches else None
+        if stretches != self._last_runs.stretches:  # mostly they are the last step's
+            self._last_runs = self._runs_of(stretches)
+        self.runs = self._last_runs
         try:
             yield
         finally:
-            self.runs = None
+            self.runs = self._no_runs
+
+    def _runs_of(self, stretches: Sequence[Stretch]) -> StepRuns:
+        return StepRuns(stretches, self._device, with_kernels=self.kernels is not None)
 
     def _factors(self, group: "LinearGroup", found: dict[int, tuple[Tensor, Tensor]]) -> Factors:
         def own(tensor: Tensor) -> Tensor:
@@ -178,19 +181,18 @@ class LinearGroup:
     def gated(self, x_TI: Tensor) -> Tensor:
         """silu(first) * second, of two layers."""
         if self._gated is not None:
-            runs = self._bank.runs
-            return self._gated(x_TI, adapters=None if runs is None else runs.adapters(self.name))
+            return self._gated(x_TI, adapters=self._bank.runs.adapters(self.name))
         gate, up = self._products(x_TI)
         return silu(gate, inplace=True).mul_(up)
 
     def _products(self, x: Tensor, *, residual: Tensor | None = None) -> list[Tensor]:
         """Of each multiplication, [..., O]."""
         runs = self._bank.runs
-        adapters = None if runs is None else runs.adapters(self.name)
+        adapters = runs.adapters(self.name)
         outs = [
             block(x, residual=residual, adapters=adapters, output=number) for number, block in enumerate(self._blocks)
         ]
-        if runs is not None and runs.matmuls:
+        if runs.matmuls:
             x_TI, outs_TO = x.reshape(-1, self.in_features).contiguous(), [o.view(-1, o.shape[-1]) for o in outs]
             for run in runs.matmuls:
                 run.add_to(outs_TO, x_TI, self.name)

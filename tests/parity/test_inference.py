@@ -73,7 +73,7 @@ def mixed_log_probs(engine, mix=MIX) -> list[torch.Tensor]:
 @pytest.mark.parametrize("few", [0, 1000], ids=["an adapter at a time", "neighbours together"])
 def test_mixed_ranks_equal_peft(engine, tiny_base, adapters, monkeypatch, few):
     monkeypatch.setattr(adapter_runs, "FEW_TOKENS", few)
-    monkeypatch.setattr(engine._bank, "_last_runs", None)
+    engine._bank._forget_runs()
     for log_probs, prompt, name in zip(mixed_log_probs(engine), PROMPTS, MIX, strict=True):
         torch.testing.assert_close(log_probs, peft_log_probs(tiny_base, adapters.get(name), prompt), **CLOSE)
 
@@ -118,8 +118,9 @@ def test_rows_of_the_wrong_adapter_are_found(engine, tiny_base, adapters, monkey
     monkeypatch.setattr(adapter_runs, "FEW_TOKENS", 1000)
     monkeypatch.setattr(adapter_runs, "make_run", shifted)
     monkeypatch.setattr(adapter_runs, "SlabRun", exchanged)
-    monkeypatch.setattr(engine._bank, "_last_runs", None)
+    engine._bank._forget_runs()
     wrong = mixed_log_probs(engine)
+    engine._bank._forget_runs()
     with pytest.raises(AssertionError):
         torch.testing.assert_close(wrong[6], peft_log_probs(tiny_base, adapters["r4b"], PROMPTS[6]), **CLOSE)
 
