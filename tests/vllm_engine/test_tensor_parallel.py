@@ -15,17 +15,15 @@ import ray
 from engine_contract import Reference
 from ray import serve
 from ray.util import placement_group_table
-from tiny import write_peft_adapter, write_tiny_model
 
 from ftray.config import ServeConfig
-from ftray.model.base import load_tokenizer, prepare_base
+from ftray.model.base import load_tokenizer
 from ftray.registry import Registry
 from ftray.serve.app import start_endpoint, stop_endpoint
 
 PORT = 8231
 PROMPT = [5, 9, 33, 60, 7]
 NUM_TOKENS = 8
-RANKS = {"r4": 4, "r16": 16}
 PLUGIN = {
     "as_if_gpu.py": "def platform():\n    return 'cpu_as_gpu.CpuAsGpu'\n",
     "cpu_as_gpu.py": "from vllm.platforms.cpu import CpuPlatform\n\n"
@@ -33,18 +31,6 @@ PLUGIN = {
     "as_if_gpu-0.dist-info/METADATA": "Metadata-Version: 2.1\nName: as-if-gpu\nVersion: 0\n",
     "as_if_gpu-0.dist-info/entry_points.txt": "[vllm.platform_plugins]\nas_if_gpu = as_if_gpu:platform\n",
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    sizes = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}
-    return prepare_base(str(write_tiny_model(tmp_path_factory.mktemp("wide"), **sizes)))
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory, base):
-    root = tmp_path_factory.mktemp("adapters")
-    return {name: write_peft_adapter(root / name, base.directory, rank=rank, seed=rank) for name, rank in RANKS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +42,7 @@ def cluster_of_two_gpus(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(plugin), os.environ.get("PYTHONPATH", "")]))
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        ray.init(num_cpus=2, num_gpus=2, include_dashboard=False)
+        ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False)
         yield
         ray.shutdown()
 

@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("vllm")
 
 from engine_contract import EngineContract, Reference, greedy, run, tokens
-from tiny import write_peft_adapter, write_tiny_model
 
 from ftray.config import ServeConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
@@ -19,30 +18,12 @@ from ftray.errors import UserError
 from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request
 from ftray.infer.vllm_engine import VllmEngine
-from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
 from ftray.serve.job import GenerateJob
 from ftray.serve.replica import EngineReplica
 
 NUM_SLOTS = 2
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """Its heads are of a size that vLLM has kernels for."""
-    directory = write_tiny_model(tmp_path_factory.mktemp("wide"), hidden_size=128, num_attention_heads=4, head_dim=32)
-    return prepare_base(str(directory))
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory, base):
-    root = tmp_path_factory.mktemp("adapters")
-    ranks = {"r4": 4, "r8": 8, "r8b": 8, "r16": 16}
-    return {
-        name: write_peft_adapter(root / name, base.directory, rank=rank, seed=seed)
-        for seed, (name, rank) in enumerate(ranks.items(), start=1)
-    }
 
 
 @pytest.fixture(scope="module")

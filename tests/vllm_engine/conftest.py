@@ -1,0 +1,23 @@
+"""The base and the adapters of the tests of vLLM."""
+
+import pytest
+from tiny import write_peft_adapter, write_tiny_model
+
+from ftray.model.base import prepare_base
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Its heads are of a size that vLLM has kernels for."""
+    directory = write_tiny_model(tmp_path_factory.mktemp("wide"), hidden_size=128, num_attention_heads=4, head_dim=32)
+    return prepare_base(str(directory))
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory, base):
+    root = tmp_path_factory.mktemp("adapters")
+    ranks = {"r4": 4, "r8": 8, "r8b": 8, "r16": 16}
+    return {
+        name: write_peft_adapter(root / name, base.directory, rank=rank, seed=seed)
+        for seed, (name, rank) in enumerate(ranks.items(), start=1)
+    }
