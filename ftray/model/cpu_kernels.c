@@ -30,18 +30,59 @@
 /* Arrays of a known size stay in registers; of one that only the caller knows they would not. */
 #define MOST_SUMS 16
 #define MOST_HEAD (512 / LANES)
+#define MOST_SHARING 4               /* query heads that read a key head at once */
+#define MOST_WIDTH (LANES == 16 ? 4 : 2) /* vectors of each that are summed at once */
 
 typedef int64_t i64;
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 typedef uint32_t Wide __attribute__((vector_size(LANES * sizeof(uint32_t))));
 typedef uint16_t Narrow __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(sizeof(uint16_t))));
 
-INLINE float sum_of(Vector v) {
-    float sums[LANES / 2];
-    for (int i = 0; i < LANES / 2; i++) sums[i] = v[i] + v[i + LANES / 2];
-    for (int n = LANES / 4; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) sums[i] += sums[i + n];
-    return sums[0];
+/* Number j of a vector that takes every other M of two vectors' numbers, from the first on. */
+#define FIRST(j, M) ((j) / (M) * 2 * (M) + (j) % (M))
+#define SECOND(j, M) (FIRST(j, M) + (M))
+#if LANES == 16
+#define ALL(OF, M) \
+    (Wide) { \
+        OF(0, M), OF(1, M), OF(2, M), OF(3, M), OF(4, M), OF(5, M), OF(6, M), OF(7, M), OF(8, M), OF(9, M), OF(10, M), \
+            OF(11, M), OF(12, M), OF(13, M), OF(14, M), OF(15, M) \
+    }
+#else
+#define ALL(OF, M) \
+    (Wide) { OF(0, M), OF(1, M), OF(2, M), OF(3, M), OF(4, M), OF(5, M), OF(6, M), OF(7, M) }
+#endif
+
+/* The sums of n vectors, n a power of 2 up to LANES, at the places 0 to n - 1: again and again halves (of halves) are added,
+ * those of two vectors at once while there are two. */
+INLINE Vector sums_of(Vector *v, int n) {
+#define ADD_HALVES(M) \
+    if (M <= LANES / 2) { \
+        for (int i = 0; i < (n + 1) / 2; i++) { \
+            const Vector a = v[n > 1 ? 2 * i : i], b = v[n > 1 ? 2 * i + 1 : i]; \
+            v[i] = __builtin_shuffle(a, b, ALL(FIRST, M)) + __builtin_shuffle(a, b, ALL(SECOND, M)); \
+        } \
+        n = (n + 1) / 2; \
+    }
+    ADD_HALVES(8)
+    ADD_HALVES(4)
+    ADD_HALVES(2)
+    ADD_HALVES(1)
+    return v[0];
+}
+
+INLINE float sum_of(Vector v) { return sums_of(&v, 1)[0]; }
+
+INLINE float highest_of(Vector v) {
+#define HIGHER_HALF(M) \
+    if (M <= LANES / 2) { \
+        const Vector a = __builtin_shuffle(v, v, ALL(FIRST, M)), b = __builtin_shuffle(v, v, ALL(SECOND, M)); \
+        for (int i = 0; i < LANES; i++) v[i] = a[i] > b[i] ? a[i] : b[i]; \
+    }
+    HIGHER_HALF(8)
+    HIGHER_HALF(4)
+    HIGHER_HALF(2)
+    HIGHER_HALF(1)
+    return v[0];
 }
 
 INLINE float dot(const float *restrict a, const float *restrict b, i64 n) {
@@ -109,61 +150,113 @@ void rotate_and_keep(float *heads, const float *cosine, const float *sine, i64 T
     }
 }
 
-/* One page of one sequence, for all heads; W vectors make a head. score: [H, page_tokens] of scratch. */
-INLINE void attend_to_page(const float *query, const float *page, i64 count, i64 page_tokens, i64 H, i64 K, i64 W,
-                           float scaling, float *score, float *most, float *total, float *result) {
-    const i64 sharing = H / K, head = W * LANES, token = 2 * K * head;
-    for (i64 k = 0, h = 0; k < K; k++)
-        for (i64 end = h + sharing; h < end; h++) {
-            float *weight = score + h * page_tokens, *to = result + h * head;
-            const float *keys = page + k * head, *values = page + (K + k) * head;
-            Vector turned[MOST_HEAD], sums[MOST_HEAD];
-            for (i64 w = 0; w < W; w++) turned[w] = *(const Vector *)(query + h * head + w * LANES) * scaling;
-            for (i64 t = 0; t < count; t++) {
-                Vector products = turned[0] * *(const Vector *)(keys + t * token);
-                for (i64 w = 1; w < W; w++) products += turned[w] * *(const Vector *)(keys + t * token + w * LANES);
-                weight[t] = sum_of(products);
+/* Attention of `heads` query heads to what one page has of their key head, added to what the pages before gave: `result`
+ * [heads, D], for the highest score so far, `most`, and the sum of weights, `total`. The softmax is kept up as in
+ * Milakov and Gimelshein 2018, arXiv 1805.02867. W vectors make a head; keys and values have `token` floats from one token
+ * to the next; meanwhile the same tokens of `next` are fetched. */
+INLINE void attend_to_page(const float *query, const float *keys, const float *next, i64 count, i64 token, i64 values, i64 W,
+                           int heads, float scaling, float *most, float *total, float *result) {
+    const i64 D = W * LANES;
+    Vector turned[MOST_SHARING][MOST_HEAD];
+    for (int g = 0; g < heads; g++)
+        for (i64 w = 0; w < W; w++) turned[g][w] = *(const Vector *)(query + g * D + w * LANES) * scaling;
+    for (i64 start = 0; start < count; start += LANES) {
+        const i64 some = count - start < LANES ? count - start : LANES;
+        Vector products[MOST_SHARING][LANES];
+        float weights[MOST_SHARING][LANES], shrink[MOST_SHARING];
+        for (i64 t = 0; t < LANES; t++) {
+            const float *key = keys + (start + (t < some ? t : some - 1)) * token;
+            Vector product[MOST_SHARING];
+            for (int g = 0; g < heads; g++) product[g] = (Vector){0};
+            for (i64 w = 0; w < W; w++) {
+                const Vector k = *(const Vector *)(key + w * LANES);
+                if (w * LANES % (LINE / 4) == 0) __builtin_prefetch(next + (start + t) * token + w * LANES, 0, 2);
+                for (int g = 0; g < heads; g++) product[g] += k * turned[g][w];
             }
-            float highest = most[h], sum = 0;
-            for (i64 t = 0; t < count; t++) highest = weight[t] > highest ? weight[t] : highest;
-            float shrink = exponential(most[h] - highest);
-#pragma omp simd
-            for (i64 t = 0; t < count; t++) weight[t] = exponential(weight[t] - highest);
-            for (i64 t = 0; t < count; t++) sum += weight[t];
-            most[h] = highest;
-            total[h] = total[h] * shrink + sum;
-            for (i64 w = 0; w < W; w++) sums[w] = *(Vector *)(to + w * LANES) * shrink;
-            for (i64 t = 0; t < count; t++)
-                for (i64 w = 0; w < W; w++) sums[w] += weight[t] * *(const Vector *)(values + t * token + w * LANES);
-            for (i64 w = 0; w < W; w++) *(Vector *)(to + w * LANES) = sums[w];
+            for (int g = 0; g < heads; g++) products[g][t] = product[g];
         }
+        for (int g = 0; g < heads; g++) {
+            *(Vector *)weights[g] = sums_of(products[g], LANES);
+            for (i64 t = some; t < LANES; t++) weights[g][t] = -FLT_MAX;
+            const float here = highest_of(*(const Vector *)weights[g]), highest = here > most[g] ? here : most[g];
+            shrink[g] = exponential(most[g] - highest);
+            most[g] = highest;
+#pragma omp simd
+            for (int t = 0; t < LANES; t++) weights[g][t] = exponential(weights[g][t] - highest);
+            for (i64 t = some; t < LANES; t++) weights[g][t] = 0;
+            total[g] = total[g] * shrink[g] + sum_of(*(const Vector *)weights[g]);
+        }
+        for (i64 from = 0; from < W; from += MOST_WIDTH) {
+            const i64 width = W - from < MOST_WIDTH ? W - from : MOST_WIDTH;
+            Vector sums[MOST_SHARING][MOST_WIDTH];
+            for (int g = 0; g < heads; g++)
+                for (i64 w = 0; w < width; w++) sums[g][w] = *(Vector *)(result + g * D + (from + w) * LANES) * shrink[g];
+            for (i64 t = 0; t < some; t++)
+                for (i64 w = 0; w < width; w++) {
+                    const i64 at = (start + t) * token + values + (from + w) * LANES;
+                    const Vector v = *(const Vector *)(keys + at);
+                    if (w * LANES % (LINE / 4) == 0) __builtin_prefetch(next + at, 0, 2);
+                    for (int g = 0; g < heads; g++) sums[g][w] += weights[g][t] * v;
+                }
+            for (int g = 0; g < heads; g++)
+                for (i64 w = 0; w < width; w++) *(Vector *)(result + g * D + (from + w) * LANES) = sums[g][w];
+        }
+    }
 }
+
+/* By widths and numbers of heads that are known when compiled. */
+#define ATTEND_AS(NAME, W, HEADS) \
+    APART void attend_##NAME##_##HEADS(const float *query, const float *keys, const float *next, i64 count, i64 token, \
+                                       i64 values, i64 width, float scaling, float *most, float *total, float *result) { \
+        attend_to_page(query, keys, next, count, token, values, W, HEADS, scaling, most, total, result); \
+    }
+#define ATTEND_BY_HEADS(NAME, W) ATTEND_AS(NAME, W, 1) ATTEND_AS(NAME, W, 2) ATTEND_AS(NAME, W, 3) ATTEND_AS(NAME, W, 4)
+ATTEND_BY_HEADS(64, 64 / LANES)
+ATTEND_BY_HEADS(128, 128 / LANES)
+ATTEND_BY_HEADS(any, width)
+typedef void AttendToPage(const float *, const float *, const float *, i64, i64, i64, i64, float, float *, float *, float *);
+static AttendToPage *const ATTEND[3][MOST_SHARING] = {{attend_64_1, attend_64_2, attend_64_3, attend_64_4},
+                                                      {attend_128_1, attend_128_2, attend_128_3, attend_128_4},
+                                                      {attend_any_1, attend_any_2, attend_any_3, attend_any_4}};
 
 /* Attention of one token of each of n sequences to the tokens that the cache has of it, its own included.
  * queries: [n, H, D], `stride` floats from one sequence to the next; cache: [pages, page_tokens, 2, K, D]; pages: [n, P];
- * out: [n, H, D]; D a multiple of 16. The softmax is kept up page by page (Milakov and Gimelshein 2018, arXiv 1805.02867). */
+ * out: [n, H, D]; D a multiple of 16. A thread takes whole key heads of sequences, about as many pages as the others. */
 void attend_to_pages(const float *queries, const float *cache, const i64 *pages, const i64 *lengths, float *out, i64 n,
                      i64 stride, i64 P, i64 page_tokens, i64 H, i64 K, i64 D, double scaling) {
-    const i64 page_size = page_tokens * 2 * K * D;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (i64 s = 0; s < n; s++) {
-        float most[H], total[H], score[H * page_tokens], *result = out + s * H * D;
-        memset(result, 0, H * D * sizeof(float));
-        for (i64 h = 0; h < H; h++) most[h] = -FLT_MAX, total[h] = 0;
-        for (i64 start = 0; start < lengths[s]; start += page_tokens) {
-            const i64 *page = pages + s * P + start / page_tokens;
-            i64 count = lengths[s] - start < page_tokens ? lengths[s] - start : page_tokens;
-            if (start + page_tokens < lengths[s])
-                for (i64 i = 0; i < page_size; i += 16) __builtin_prefetch(cache + page[1] * page_size + i, 0, 2);
-#define ATTEND(W) \
-    attend_to_page(queries + s * stride, cache + page[0] * page_size, count, page_tokens, H, K, W, scaling, score, most, \
-                   total, result)
-            if (D == 64) ATTEND(64 / LANES); /* a width known in advance stays in registers */
-            else if (D == 128) ATTEND(128 / LANES);
-            else ATTEND(D / LANES);
+    const i64 token = 2 * K * D, page_size = page_tokens * token, sharing = H / K;
+    AttendToPage *const *attend = ATTEND[D == 64 ? 0 : D == 128 ? 1 : 2];
+    i64 all = 0;
+    for (i64 s = 0; s < n; s++) all += K * ((lengths[s] + page_tokens - 1) / page_tokens);
+#pragma omp parallel
+    {
+        const i64 threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        float most[sharing], total[sharing];
+        i64 before = 0;
+        for (i64 item = 0; item < n * K; item++) {
+            const i64 s = item / K, k = item % K, num_pages = (lengths[s] + page_tokens - 1) / page_tokens;
+            const i64 middle = 2 * before + num_pages; /* of this item's pages, among twice all */
+            before += num_pages;
+            if (middle * threads / (2 * all) != thread) continue;
+            const i64 then = item + 1 < n * K ? item + 1 : item; /* and its first page, which follows this item's last */
+            const float *following = cache + pages[then / K * P] * page_size + then % K * D;
+            const float *query = queries + s * stride + k * sharing * D;
+            float *result = out + (s * H + k * sharing) * D;
+            memset(result, 0, sharing * D * sizeof(float));
+            for (i64 h = 0; h < sharing; h++) most[h] = -FLT_MAX, total[h] = 0;
+            for (i64 p = 0; p < num_pages; p++) {
+                const float *keys = cache + pages[s * P + p] * page_size + k * D;
+                const float *next = p + 1 < num_pages ? cache + pages[s * P + p + 1] * page_size + k * D : following;
+                const i64 left = lengths[s] - p * page_tokens, count = left < page_tokens ? left : page_tokens;
+                for (i64 h = 0, heads; h < sharing; h += heads) {
+                    heads = sharing - h < MOST_SHARING ? sharing - h : MOST_SHARING;
+                    attend[heads - 1](query + h * D, keys, next, count, token, K * D, D / LANES, scaling, most + h, total + h,
+                                      result + h * D);
+                }
+            }
+            for (i64 h = 0; h < sharing; h++)
+                for (i64 i = 0; i < D; i++) result[h * D + i] /= total[h];
         }
-        for (i64 h = 0; h < H; h++)
-            for (i64 i = 0; i < D; i++) result[h * D + i] /= total[h];
     }
 }
 
@@ -216,9 +309,15 @@ INLINE void reduce_any(const void *a, i64 first, i64 I, const float *x, float *t
             if (tokens < 4) __builtin_prefetch(place_of(a, first + (2 * rows + k) * I + i, half), 0, 2);
             for (int t = 0; t < tokens; t++) sums[k * tokens + t] += some * *(const Vector *)(x + t * I + i);
         }
+    float totals[MOST_SUMS];
+    for (int n = 0; n < rows * tokens; n += LANES) {
+        const int count = rows * tokens - n < LANES ? rows * tokens - n : LANES;
+        const Vector some = sums_of(sums + n, count);
+        for (int i = 0; i < count; i++) totals[n + i] = some[i];
+    }
     for (int k = 0; k < rows; k++)
         for (int t = 0; t < tokens; t++) {
-            float sum = sum_of(sums[k * tokens + t]);
+            float sum = totals[k * tokens + t];
             for (i64 i = I - I % LANES; i < I; i++) sum += factor(a, first + k * I + i, half) * x[t * I + i];
             to[t * R + k] = sum;
         }
@@ -350,11 +449,13 @@ INLINE void add_adapters(const Adapters *a, i64 output, i64 block, i64 row, i64 
     }
 }
 
-/* Where the factors are that `add_adapters` will read: lines of the cache, to be fetched. Returns how many. */
-INLINE i64 lines_of(const Adapters *a, i64 output, i64 block, const char **lines, i64 n) {
+/* Where the factors are that `add_adapters` will be the first to read, of stretches that begin in rows `row` to `end`:
+ * lines of the cache, to be fetched. Returns how many. */
+INLINE i64 lines_of(const Adapters *a, i64 output, i64 block, i64 row, i64 end, const char **lines, i64 n) {
     const Slots *slots = a->slots;
     const i64 size = COLUMNS * (slots->half ? 2 : 4);
-    for (i64 g = 0; g < a->num_stretches; g++)
+    for (i64 g = 0; g < a->num_stretches; g++) {
+        if (a->stretches[g].start < row || a->stretches[g].start >= end) continue;
         for (i64 s = 0; s < slots->num_segments; s++) {
             const Segment *segment = &slots->segments[s];
             Part part;
@@ -362,6 +463,7 @@ INLINE i64 lines_of(const Adapters *a, i64 output, i64 block, const char **lines
             const char *from = place_of(slots->bt[output], part.first, slots->half), *to = from + segment->num_rows * size;
             for (; from < to && n < MOST_LINES; from += LINE) lines[n++] = from;
         }
+    }
     return n;
 }
 
@@ -472,7 +574,7 @@ void linear(const Layer *layers, i64 num_layers, i64 output, const Adapters *ada
             for (i64 l = 0; l < num_layers; l++) {
                 i64 num_lines = 0;
                 for (i64 k = 0; k < num_adapters; k++)
-                    num_lines = lines_of(&adapters[k], output + l, block, lines, num_lines);
+                    num_lines = lines_of(&adapters[k], output + l, block, row, end, lines, num_lines);
                 multiply_block(&layers[l], block, x, row, end, results[l], after, lines, num_lines);
                 for (i64 k = 0; k < num_adapters; k++)
                     add_adapters(&adapters[k], output + l, block, row, end, results[l]);

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ftray.infer.attention import DecodeContext, KernelContext, decode_context
@@ -50,7 +51,8 @@ def test_gated_product_of_extremes(kernels):
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "width"), [(9, 3, 64), (4, 4, 32), (8, 1, 128), (3, 1, 80), (2, 1, 512)]
+    ("num_heads", "num_kv_heads", "width"),
+    [(9, 3, 64), (4, 2, 64), (6, 1, 64), (4, 4, 32), (8, 1, 128), (10, 2, 80), (2, 1, 512)],
 )
 def test_rotation_and_attention(kernels, num_heads, num_kv_heads, width):
     lengths = [1, PAGE_TOKENS, 3 * PAGE_TOKENS + 5, 40]
@@ -84,6 +86,28 @@ def test_rotation_and_attention(kernels, num_heads, num_kv_heads, width):
     assert torch.equal(contexts[0].attend(apart, layer, scaling=width**-0.5), ours)
     forgotten = decode_context(pages, [max(1, n - 1) for n in lengths], cache, kernels)  # the twin
     assert (forgotten.attend(query, layer, scaling=width**-0.5) - torchs)[1:].abs().amax(dim=(1, 2)).min() > 1e-3
+
+
+def test_a_sequence_does_not_depend_on_others_nor_on_threads(kernels):
+    lengths, threads = [70, 1, 16, 33, 5], torch.get_num_threads()
+    cache = KVCache(num_layers=1, num_kv_heads=3, head_dim=64, num_tokens=256, like=torch.zeros(0))
+    layer = cache.layers[0].copy_(drawn(*cache.layers[0].shape, seed=3))
+    pages = [[7, 2, 9, 4, 1], [12], [6], [3, 5, 11], [8]]
+    query = drawn(5, 9, 64, seed=4)
+
+    def attended(rows: slice) -> Tensor:
+        return decode_context(pages[rows], lengths[rows], cache, kernels).attend(query[rows], layer, scaling=0.125)
+
+    together = attended(slice(None))
+    for row in range(5):
+        try:
+            torch.set_num_threads(1)
+            assert torch.equal(attended(slice(row, row + 1))[0], together[row]), row
+        finally:
+            torch.set_num_threads(threads)
+    lengths[3] += 1  # the twin: what is behind the last token
+    changed = attended(slice(None))
+    assert [torch.equal(changed[row], together[row]) for row in range(5)] == [True, True, True, False, True]
 
 
 @pytest.mark.parametrize("width", [24, 528])
