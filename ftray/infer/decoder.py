@@ -8,15 +8,13 @@ our attention in it (`TransformersStack`).
 Shapes: T tokens in the row, E hidden, H query heads, K key/value heads, D head dimension.
 """
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
 from ftray.infer.attention import AttentionStep, attend, keep
-from ftray.model.cpu_kernels import CpuKernels, kernels_for
+from ftray.model.cpu_kernels import CpuKernels, RmsNorm, kernels_for
 from ftray.model.frozen_linear import Projection
 
 LLAMA_LIKE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -51,9 +49,9 @@ class LlamaStack:
     def __init__(self, decoder: Any):
         self._embed = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
-        kernels = kernels_for(decoder.embed_tokens.weight)
-        self._layers = [LlamaLayer(layer, kernels) for layer in decoder.layers]
-        self._norm = normed(decoder.norm, kernels)
+        self._kernels = kernels_for(decoder.embed_tokens.weight)
+        self._layers = [LlamaLayer(layer, self._kernels) for layer in decoder.layers]
+        self._norm = norm_of(decoder.norm)
 
     def __call__(self, ids_T: Tensor, positions_T: Tensor, step: AttentionStep) -> Tensor:
         hidden_TE = self._embed(ids_T)
@@ -63,7 +61,7 @@ class LlamaStack:
         sin_TD[:, :half].neg_()  # so that swapping the halves is the rotation
         for layer in self._layers:
             hidden_TE = layer(hidden_TE, cos_TD, sin_TD, step)
-        return self._norm(hidden_TE)
+        return self._norm(hidden_TE) if self._kernels is None else self._kernels.rms_norm(hidden_TE, self._norm)
 
 
 class LlamaLayer:
@@ -75,16 +73,15 @@ class LlamaLayer:
         self._head_dim: int = attention.head_dim
         self._qkv, self._gate_up = group_of(attention.q_proj), group_of(mlp.gate_proj)
         self._out, self._down = group_of(attention.o_proj), group_of(mlp.down_proj)
-        self._norm_in = normed(layer.input_layernorm, kernels)
-        self._norm_mlp = normed(layer.post_attention_layernorm, kernels)
-        self._norm_q = normed(attention.q_norm, None) if hasattr(attention, "q_norm") else None
-        self._norm_k = normed(attention.k_norm, None) if hasattr(attention, "k_norm") else None
+        self._norm_in, self._norm_mlp = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
+        self._norm_q = norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self._norm_k = norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None
         widths = self._qkv.out_features
         self._num_heads, self._num_kv_heads = widths[0] // self._head_dim, widths[1] // self._head_dim
 
     def __call__(self, hidden_TE: Tensor, cos_TD: Tensor, sin_TD: Tensor, step: AttentionStep) -> Tensor:
         num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
-        heads_THD = self._qkv.project(self._norm_in(hidden_TE)).unflatten(1, (-1, self._head_dim))
+        heads_THD = self._qkv.project(hidden_TE, norm=self._norm_in).unflatten(1, (-1, self._head_dim))
         query_THD = heads_THD[:, :num_heads]
         key_value_T2KD = heads_THD[:, num_heads:].unflatten(1, (2, num_kv_heads))
         if self._norm_q is not None and self._norm_k is not None:
@@ -100,7 +97,7 @@ class LlamaLayer:
             )
         mixed_THD = attend(query_THD, key_value_T2KD, self._index, step, scaling=self._scaling)
         hidden_TE = self._out.project(mixed_THD.flatten(1), residual=hidden_TE)
-        return self._down.project(self._gate_up.gated(self._norm_mlp(hidden_TE)), residual=hidden_TE)
+        return self._down.project(self._gate_up.gated(hidden_TE, norm=self._norm_mlp), residual=hidden_TE)
 
 
 def rotate_(heads_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> None:
@@ -110,12 +107,8 @@ def rotate_(heads_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> None:
     heads_THD.mul_(cos_TD.unsqueeze(1)).addcmul_(swapped, sin_TD.unsqueeze(1))
 
 
-def normed(module: Any, kernels: CpuKernels | None) -> Callable[[Tensor], Tensor]:
-    weight, epsilon = module.weight, module.variance_epsilon
-    if kernels is not None:
-        return lambda x: kernels.rms_norm(x, weight, epsilon)
-    shape = tuple(weight.shape)
-    return lambda x: rms_norm(x, shape, weight, epsilon)
+def norm_of(module: Any) -> RmsNorm:
+    return RmsNorm(module.weight, module.variance_epsilon)
 
 
 def group_of(projection: Projection) -> Any:

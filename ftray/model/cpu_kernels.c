@@ -53,7 +53,7 @@ typedef uint16_t Narrow __attribute__((vector_size(LANES * sizeof(uint16_t)), al
 #endif
 
 /* The sums of n vectors, n a power of 2 up to LANES, at the places 0 to n - 1: again and again halves (of halves) are added,
- * those of two vectors at once while there are two. */
+ * those of two vectors at once while there are two. Overwrites v. */
 INLINE Vector sums_of(Vector *v, int n) {
 #define ADD_HALVES(M) \
     if (M <= LANES / 2) { \
@@ -109,16 +109,21 @@ INLINE float exponential(float x) {
     return p * power.value;
 }
 
-/* out[t] = x[t] / rms(x[t]) * weight, of T rows of n. */
-void rms_norm(const float *x, const float *weight, float *out, i64 T, i64 n, double epsilon) {
-#pragma omp parallel for schedule(static)
+/* out[t] = x[t] / rms(x[t]) * weight, of T rows of n. By all threads of a team, that wait for each other. */
+INLINE void norm_rows(const float *x, const float *weight, float *out, i64 T, i64 n, float epsilon) {
+#pragma omp for schedule(static)
     for (i64 t = 0; t < T; t++) {
         const float *restrict row = x + t * n;
         float *restrict to = out + t * n;
-        float scale = 1.0f / sqrtf(dot(row, row, n) / n + (float)epsilon);
+        float scale = 1.0f / sqrtf(dot(row, row, n) / n + epsilon);
 #pragma omp simd
         for (i64 i = 0; i < n; i++) to[i] = row[i] * scale * weight[i];
     }
+}
+
+void rms_norm(const float *x, const float *weight, float *out, i64 T, i64 n, double epsilon) {
+#pragma omp parallel
+    norm_rows(x, weight, out, T, n, epsilon);
 }
 
 /* gate = silu(gate) * up. */
@@ -150,20 +155,37 @@ void rotate_and_keep(float *heads, const float *cosine, const float *sine, i64 T
     }
 }
 
-/* Attention of `heads` query heads to what one page has of their key head, added to what the pages before gave: `result`
- * [heads, D], for the highest score so far, `most`, and the sum of weights, `total`. The softmax is kept up as in
- * Milakov and Gimelshein 2018, arXiv 1805.02867. W vectors make a head; keys and values have `token` floats from one token
- * to the next; meanwhile the same tokens of `next` are fetched. */
-INLINE void attend_to_page(const float *query, const float *keys, const float *next, i64 count, i64 token, i64 values, i64 W,
-                           int heads, float scaling, float *most, float *total, float *result) {
-    const i64 D = W * LANES;
-    Vector turned[MOST_SHARING][MOST_HEAD];
+/* result[g] = shrink[g] * result[g] + sum over `some` tokens of weights[g, t] * values[t], for `width` vectors of each head. */
+INLINE void add_values(const float *values, const float *next, i64 some, i64 token, float (*weights)[LANES],
+                       const float *shrink, float *result, i64 D, int heads, int width) {
+    Vector sums[MOST_SHARING][MOST_WIDTH];
     for (int g = 0; g < heads; g++)
-        for (i64 w = 0; w < W; w++) turned[g][w] = *(const Vector *)(query + g * D + w * LANES) * scaling;
+        for (int w = 0; w < width; w++) sums[g][w] = *(Vector *)(result + g * D + w * LANES) * shrink[g];
+    for (i64 t = 0; t < some; t++)
+        for (int w = 0; w < width; w++) {
+            const Vector value = *(const Vector *)(values + t * token + w * LANES);
+            if (w * LANES % (LINE / 4) == 0) __builtin_prefetch(next + t * token + w * LANES, 0, 2);
+            for (int g = 0; g < heads; g++) sums[g][w] += weights[g][t] * value;
+        }
+    for (int g = 0; g < heads; g++)
+        for (int w = 0; w < width; w++) *(Vector *)(result + g * D + w * LANES) = sums[g][w];
+}
+
+/* Attention of `heads` query heads to `count` tokens that one page has of their key head, added to what the pages before
+ * gave: `result` [heads, D], for the highest score so far, `most`, and the sum of weights, `total`. The softmax is kept up as
+ * in Milakov and Gimelshein 2018, arXiv 1805.02867. W vectors make a head, a token's keys are `token` floats from the next
+ * token's and `key_to_value` from its values. Meanwhile the places of these tokens in `next`, the page after, are fetched. */
+INLINE void attend_to_page(const float *query, const float *keys, const float *next, i64 count, i64 token,
+                           i64 key_to_value, i64 W, int heads, float scaling, float *most, float *total, float *result) {
+    const i64 D = W * LANES;
+    _Alignas(LINE) Vector scaled[MOST_SHARING][MOST_HEAD];
+    for (int g = 0; g < heads; g++)
+        for (i64 w = 0; w < W; w++) scaled[g][w] = *(const Vector *)(query + g * D + w * LANES) * scaling;
     for (i64 start = 0; start < count; start += LANES) {
         const i64 some = count - start < LANES ? count - start : LANES;
-        Vector products[MOST_SHARING][LANES];
-        float weights[MOST_SHARING][LANES], shrink[MOST_SHARING];
+        _Alignas(LINE) Vector products[MOST_SHARING][LANES];
+        _Alignas(LINE) float weights[MOST_SHARING][LANES];
+        float shrink[MOST_SHARING];
         for (i64 t = 0; t < LANES; t++) {
             const float *key = keys + (start + (t < some ? t : some - 1)) * token;
             Vector product[MOST_SHARING];
@@ -171,7 +193,7 @@ INLINE void attend_to_page(const float *query, const float *keys, const float *n
             for (i64 w = 0; w < W; w++) {
                 const Vector k = *(const Vector *)(key + w * LANES);
                 if (w * LANES % (LINE / 4) == 0) __builtin_prefetch(next + (start + t) * token + w * LANES, 0, 2);
-                for (int g = 0; g < heads; g++) product[g] += k * turned[g][w];
+                for (int g = 0; g < heads; g++) product[g] += k * scaled[g][w];
             }
             for (int g = 0; g < heads; g++) products[g][t] = product[g];
         }
@@ -186,29 +208,20 @@ INLINE void attend_to_page(const float *query, const float *keys, const float *n
             for (i64 t = some; t < LANES; t++) weights[g][t] = 0;
             total[g] = total[g] * shrink[g] + sum_of(*(const Vector *)weights[g]);
         }
-        for (i64 from = 0; from < W; from += MOST_WIDTH) {
-            const i64 width = W - from < MOST_WIDTH ? W - from : MOST_WIDTH;
-            Vector sums[MOST_SHARING][MOST_WIDTH];
-            for (int g = 0; g < heads; g++)
-                for (i64 w = 0; w < width; w++) sums[g][w] = *(Vector *)(result + g * D + (from + w) * LANES) * shrink[g];
-            for (i64 t = 0; t < some; t++)
-                for (i64 w = 0; w < width; w++) {
-                    const i64 at = (start + t) * token + values + (from + w) * LANES;
-                    const Vector v = *(const Vector *)(keys + at);
-                    if (w * LANES % (LINE / 4) == 0) __builtin_prefetch(next + at, 0, 2);
-                    for (int g = 0; g < heads; g++) sums[g][w] += weights[g][t] * v;
-                }
-            for (int g = 0; g < heads; g++)
-                for (i64 w = 0; w < width; w++) *(Vector *)(result + g * D + (from + w) * LANES) = sums[g][w];
-        }
+        i64 w = 0;
+#define ADD_VALUES(WIDTH) \
+    add_values(keys + start * token + key_to_value + w * LANES, next + start * token + key_to_value + w * LANES, some, token, \
+               weights, shrink, result + w * LANES, D, heads, WIDTH)
+        for (; w + MOST_WIDTH <= W; w += MOST_WIDTH) ADD_VALUES(MOST_WIDTH);
+        for (; w < W; w++) ADD_VALUES(1);
     }
 }
 
 /* By widths and numbers of heads that are known when compiled. */
 #define ATTEND_AS(NAME, W, HEADS) \
     APART void attend_##NAME##_##HEADS(const float *query, const float *keys, const float *next, i64 count, i64 token, \
-                                       i64 values, i64 width, float scaling, float *most, float *total, float *result) { \
-        attend_to_page(query, keys, next, count, token, values, W, HEADS, scaling, most, total, result); \
+                                       i64 key_to_value, i64 width, float scaling, float *most, float *total, float *result) { \
+        attend_to_page(query, keys, next, count, token, key_to_value, W, HEADS, scaling, most, total, result); \
     }
 #define ATTEND_BY_HEADS(NAME, W) ATTEND_AS(NAME, W, 1) ATTEND_AS(NAME, W, 2) ATTEND_AS(NAME, W, 3) ATTEND_AS(NAME, W, 4)
 ATTEND_BY_HEADS(64, 64 / LANES)
@@ -221,7 +234,7 @@ static AttendToPage *const ATTEND[3][MOST_SHARING] = {{attend_64_1, attend_64_2,
 
 /* Attention of one token of each of n sequences to the tokens that the cache has of it, its own included.
  * queries: [n, H, D], `stride` floats from one sequence to the next; cache: [pages, page_tokens, 2, K, D]; pages: [n, P];
- * out: [n, H, D]; D a multiple of 16. A thread takes whole key heads of sequences, about as many pages as the others. */
+ * out: [n, H, D]; D a multiple of 16, lengths of at least 1. A thread takes whole key heads of sequences, about as many pages as the others. */
 void attend_to_pages(const float *queries, const float *cache, const i64 *pages, const i64 *lengths, float *out, i64 n,
                      i64 stride, i64 P, i64 page_tokens, i64 H, i64 K, i64 D, double scaling) {
     const i64 token = 2 * K * D, page_size = page_tokens * token, sharing = H / K;
@@ -235,11 +248,11 @@ void attend_to_pages(const float *queries, const float *cache, const i64 *pages,
         i64 before = 0;
         for (i64 item = 0; item < n * K; item++) {
             const i64 s = item / K, k = item % K, num_pages = (lengths[s] + page_tokens - 1) / page_tokens;
-            const i64 middle = 2 * before + num_pages; /* of this item's pages, among twice all */
+            const i64 middle = 2 * before + num_pages; /* twice the pages before this item's middle */
             before += num_pages;
             if (middle * threads / (2 * all) != thread) continue;
-            const i64 then = item + 1 < n * K ? item + 1 : item; /* and its first page, which follows this item's last */
-            const float *following = cache + pages[then / K * P] * page_size + then % K * D;
+            const i64 next_item = item + 1 < n * K ? item + 1 : item;
+            const float *following = cache + pages[next_item / K * P] * page_size + next_item % K * D;
             const float *query = queries + s * stride + k * sharing * D;
             float *result = out + (s * H + k * sharing) * D;
             memset(result, 0, sharing * D * sizeof(float));
@@ -318,7 +331,7 @@ INLINE void reduce_any(const void *a, i64 first, i64 I, const float *x, float *t
     for (int k = 0; k < rows; k++)
         for (int t = 0; t < tokens; t++) {
             float sum = totals[k * tokens + t];
-            for (i64 i = I - I % LANES; i < I; i++) sum += factor(a, first + k * I + i, half) * x[t * I + i];
+            for (i64 i = I - I % LANES; i < I; i++) sum = fmaf(factor(a, first + k * I + i, half), x[t * I + i], sum);
             to[t * R + k] = sum;
         }
 }
@@ -449,8 +462,8 @@ INLINE void add_adapters(const Adapters *a, i64 output, i64 block, i64 row, i64 
     }
 }
 
-/* Where the factors are that `add_adapters` will be the first to read, of stretches that begin in rows `row` to `end`:
- * lines of the cache, to be fetched. Returns how many. */
+/* Where the factors are that `add_adapters` will read of stretches that begin in rows `row` to `end` (the rows behind find
+ * those of others fetched): lines of the cache, to be fetched. Returns how many. */
 INLINE i64 lines_of(const Adapters *a, i64 output, i64 block, i64 row, i64 end, const char **lines, i64 n) {
     const Slots *slots = a->slots;
     const i64 size = COLUMNS * (slots->half ? 2 : 4);
@@ -551,21 +564,24 @@ INLINE void write_row(const float *from, const float *residual, float *to, i64 w
         for (i64 i = 0; i < width; i++) to[i] = from[i];
 }
 
-/* y = W x + b + B A x + residual, of T rows. x: [T, in]; y, residual: [T, out]; no residual: NULL. With two layers
+/* y = W x + b + B A x + residual, of T rows. x: [T, in]; y, residual: [T, out]; no residual: NULL. With a `norm_weight`
+ * in place of x its rms_norm, for which `normed`, [T, in], is room. With two layers
  * y = silu(of the first) * of the second. Adapters are those of the outputs from number `output` on; each slab's A x is
  * made first, B is read while its columns of W x are in the nearest cache. */
 void linear(const Layer *layers, i64 num_layers, i64 output, const Adapters *adapters, i64 num_adapters, const float *x, i64 T,
-            const float *residual, float *y) {
+            const float *norm_weight, double epsilon, float *normed, const float *residual, float *y) {
     const i64 out = layers[0].out, blocks = (out + COLUMNS - 1) / COLUMNS, chunks = (T + CHUNK - 1) / CHUNK;
 #pragma omp parallel
     {
         const i64 threads = omp_get_num_threads(), thread = omp_get_thread_num(), items = blocks * chunks;
+        if (norm_weight) norm_rows(x, norm_weight, normed, T, layers[0].in, epsilon);
+        const float *inputs = norm_weight ? normed : x;
         for (i64 k = 0; k < num_adapters; k++)
-            reduce_share(&adapters[k], x, output, output + num_layers, thread, threads);
+            reduce_share(&adapters[k], inputs, output, output + num_layers, thread, threads);
         if (num_adapters) {
 #pragma omp barrier
         }
-        float results[2][CHUNK * COLUMNS];
+        _Alignas(LINE) float results[2][CHUNK * COLUMNS];
         const char *lines[MOST_LINES];
         for (i64 item = items * thread / threads; item < items * (thread + 1) / threads; item++) {
             const i64 block = item / chunks, row = item % chunks * CHUNK, column = block * COLUMNS;
@@ -575,7 +591,7 @@ void linear(const Layer *layers, i64 num_layers, i64 output, const Adapters *ada
                 i64 num_lines = 0;
                 for (i64 k = 0; k < num_adapters; k++)
                     num_lines = lines_of(&adapters[k], output + l, block, row, end, lines, num_lines);
-                multiply_block(&layers[l], block, x, row, end, results[l], after, lines, num_lines);
+                multiply_block(&layers[l], block, inputs, row, end, results[l], after, lines, num_lines);
                 for (i64 k = 0; k < num_adapters; k++)
                     add_adapters(&adapters[k], output + l, block, row, end, results[l]);
             }

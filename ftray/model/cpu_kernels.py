@@ -14,22 +14,37 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, rms_norm
 
 from ftray.model.adapter_slots import Factors
 from ftray.model.base import cache_directory
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+# a * b + c is one operation in every loop, also where gcc would have it two for this chip: a row's result, bit for bit,
+# must not depend on the loop that computes it.
+FUSED = ("-ffp-contract=fast", "--param=avoid-fma-max-bits=0")
+FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", *FUSED, "-fPIC")
 MAX_OUTPUTS, MAX_SEGMENTS = 2, 8  # as in the source
 COLUMNS = 32  # of weights that lie side by side; as in the source
 HEAD_LANES, MOST_HEAD_DIM = 16, 512  # attention takes heads of a multiple of so many dimensions, up to so many
 COMPILE_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    weight: Tensor
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, tuple(self.weight.shape), self.weight, self.epsilon)
 
 
 class SegmentStruct(ctypes.Structure):
@@ -163,12 +178,12 @@ class CpuKernels:
         self._rms_norm = function("rms_norm", *[pointer] * 3, count, count, real)
         self._rotate_and_keep = function("rotate_and_keep", *[pointer] * 3, *[count] * 4, pointer, pointer)
         self._attend = function("attend_to_pages", *[pointer] * 5, *[count] * 7, real)
-        self._linear = function("linear", pointer, count, count, *[pointer, count] * 2, pointer, pointer)
+        self._linear = function("linear", pointer, count, count, *[pointer, count] * 2, pointer, real, *[pointer] * 3)
 
-    def rms_norm(self, x_TE: Tensor, weight_E: Tensor, epsilon: float) -> Tensor:
+    def rms_norm(self, x_TE: Tensor, norm: RmsNorm) -> Tensor:
         out = torch.empty_like(x_TE)
         rows, width = x_TE.shape
-        self._rms_norm(x_TE.data_ptr(), weight_E.data_ptr(), out.data_ptr(), rows, width, epsilon)
+        self._rms_norm(x_TE.data_ptr(), norm.weight.data_ptr(), out.data_ptr(), rows, width, norm.epsilon)
         return out
 
     def rotate_and_keep_(
@@ -201,14 +216,16 @@ class CpuKernels:
         layers: "Layers",
         x: Tensor,
         *,
+        norm: RmsNorm | None = None,
         residual: Tensor | None = None,
         adapters: "AdaptersArray | None" = None,
         output: int = 0,
     ) -> Tensor:
-        """W x + b + B A x + residual, [..., O]. With two layers silu(of the first) * of the second. `output`: what
-        the adapters' group calls the (first) layer's output."""
+        """W x + b + B A x + residual, [..., O]; with a norm norm(x) in place of x. With two layers silu(of the first) *
+        of the second. `output`: what the adapters' group calls the (first) layer's output."""
         x = x.contiguous()
         out = floats(*x.shape[:-1], layers.out_features)
+        normed = x if norm is None else torch.empty_like(x)
         residual = residual.contiguous() if residual is not None else None
         assert x.dtype == torch.float32
         assert x.shape[-1] == layers.in_features
@@ -216,6 +233,7 @@ class CpuKernels:
         self._linear(
             *(layers.structs, len(layers.structs), output, adapters, 0 if adapters is None else len(adapters)),
             *(x.data_ptr(), x.numel() // x.shape[-1]),
+            *((None, 0.0, None) if norm is None else (norm.weight.data_ptr(), norm.epsilon, normed.data_ptr())),
             *(None if residual is None else residual.data_ptr(), out.data_ptr()),
         )
         return out

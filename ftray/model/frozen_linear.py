@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ftray.model.cpu_kernels import AdaptersArray, CpuKernels, Layers
+from ftray.model.cpu_kernels import AdaptersArray, CpuKernels, Layers, RmsNorm
 
 # Projections that a decoder layer applies to the same tensor, in the order it calls them.
 JOINED = ("q_proj", "k_proj", "v_proj")  # their outputs are used side by side
@@ -47,12 +47,20 @@ class FrozenLinear:
             self._weight = reorder(weight, PACKED_FOR_TOKENS)
 
     def __call__(
-        self, x: Tensor, *, residual: Tensor | None = None, adapters: AdaptersArray | None = None, output: int = 0
+        self,
+        x: Tensor,
+        *,
+        norm: RmsNorm | None = None,
+        residual: Tensor | None = None,
+        adapters: AdaptersArray | None = None,
+        output: int = 0,
     ) -> Tensor:
-        """W x + b + residual. Adapters, of output number `output` of their group, are for the kernels alone."""
+        """W x + b + residual. A norm of x and adapters, of output number `output` of their group, are for the
+        kernels alone."""
         if self.kernels is not None:
-            return self.kernels.linear(self.layers, x, residual=residual, adapters=adapters, output=output)
+            return self.kernels.linear(self.layers, x, norm=norm, residual=residual, adapters=adapters, output=output)
         assert adapters is None
+        assert norm is None
         if not self._reordered:
             out = linear(x, self._weight, self._bias)
             return out if residual is None else out.add_(residual)
@@ -71,8 +79,8 @@ class GatedKernel:
         assert first.kernels is not None
         self._kernels, self._layers = first.kernels, first.layers.beside(second.layers)
 
-    def __call__(self, x: Tensor, *, adapters: AdaptersArray | None = None) -> Tensor:
-        return self._kernels.linear(self._layers, x, adapters=adapters)
+    def __call__(self, x: Tensor, *, norm: RmsNorm | None = None, adapters: AdaptersArray | None = None) -> Tensor:
+        return self._kernels.linear(self._layers, x, norm=norm, adapters=adapters)
 
 
 def bucketed(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 from ftray.model.adapter import Adapter, check_shapes
 from ftray.model.adapter_runs import StepRuns, Stretch
 from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Segment
-from ftray.model.cpu_kernels import in_blocks, kernels_for
+from ftray.model.cpu_kernels import RmsNorm, in_blocks, kernels_for
 from ftray.model.frozen_linear import JOINED, FrozenLinear, GatedKernel, Projection, sibling_groups
 
 
@@ -174,23 +174,26 @@ class LinearGroup:
             self._input, self._outputs = None, []
         return out
 
-    def project(self, x_TI: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """The joined outputs, [T, O]; with `residual` added."""
-        return self._products(x_TI, residual=residual)[0]
+    def project(self, x_TI: Tensor, *, norm: RmsNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        """The joined outputs, [T, O], of norm(x); with `residual` added."""
+        return self._products(x_TI, norm=norm, residual=residual)[0]
 
-    def gated(self, x_TI: Tensor) -> Tensor:
-        """silu(first) * second, of two layers."""
+    def gated(self, x_TI: Tensor, *, norm: RmsNorm) -> Tensor:
+        """silu(first) * second, of two layers of norm(x)."""
         if self._gated is not None:
-            return self._gated(x_TI, adapters=self._bank.runs.adapters(self.name))
-        gate, up = self._products(x_TI)
+            return self._gated(x_TI, norm=norm, adapters=self._bank.runs.adapters(self.name))
+        gate, up = self._products(x_TI, norm=norm)
         return silu(gate, inplace=True).mul_(up)
 
-    def _products(self, x: Tensor, *, residual: Tensor | None = None) -> list[Tensor]:
+    def _products(self, x: Tensor, *, norm: RmsNorm | None = None, residual: Tensor | None = None) -> list[Tensor]:
         """Of each multiplication, [..., O]."""
+        if norm is not None and self._bank.kernels is None:
+            x, norm = norm(x), None
         runs = self._bank.runs
         adapters = runs.adapters(self.name)
         outs = [
-            block(x, residual=residual, adapters=adapters, output=number) for number, block in enumerate(self._blocks)
+            block(x, norm=norm, residual=residual, adapters=adapters, output=number)
+            for number, block in enumerate(self._blocks)
         ]
         if runs.matmuls:
             x_TI, outs_TO = x.reshape(-1, self.in_features).contiguous(), [o.view(-1, o.shape[-1]) for o in outs]

@@ -1,5 +1,6 @@
 """Each CPU kernel against torch's operations, on shapes with remainders; and that rows do not depend on each other."""
 
+import platform
 import re
 from pathlib import Path
 
@@ -14,14 +15,20 @@ from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.model import cpu_kernels
 from ftray.model.adapter_runs import StepRuns
 from ftray.model.adapter_slots import Factors, Place, Segment, Slab, empty_bytes
-from ftray.model.cpu_kernels import AdaptersArray, Layers, in_blocks
+from ftray.model.cpu_kernels import AdaptersArray, Layers, RmsNorm, in_blocks
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    return cpu_kernels.compiled()
+@pytest.fixture(scope="module", params=[(), ("-mno-avx512f",)], ids=["this machine's", "without AVX-512"])
+def kernels(request):
+    if not request.param:
+        return cpu_kernels.compiled()
+    if platform.machine() != "x86_64":
+        pytest.skip("an x86 that has no AVX-512")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_kernels, "FLAGS", (*cpu_kernels.FLAGS, *request.param))
+        return cpu_kernels.compiled.__wrapped__()
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -32,7 +39,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_norm(kernels, width):
     x, weight = drawn(5, width), drawn(width, seed=2)
     normed = functional.rms_norm(x, (width,), weight, 1e-6)
-    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-6), normed, **CLOSE)
+    torch.testing.assert_close(kernels.rms_norm(x, RmsNorm(weight, 1e-6)), normed, **CLOSE)
 
 
 def gated_product(kernels, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -52,7 +59,18 @@ def test_gated_product_of_extremes(kernels):
 
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "width"),
-    [(9, 3, 64), (4, 2, 64), (6, 1, 64), (4, 4, 32), (8, 1, 128), (10, 2, 80), (2, 1, 512)],
+    [
+        (3, 3, 64),
+        (4, 2, 64),
+        (9, 3, 64),
+        (6, 1, 64),
+        (2, 2, 128),
+        (7, 1, 128),
+        (4, 4, 32),
+        (3, 1, 80),
+        (10, 2, 80),
+        (2, 1, 512),
+    ],
 )
 def test_rotation_and_attention(kernels, num_heads, num_kv_heads, width):
     lengths = [1, PAGE_TOKENS, 3 * PAGE_TOKENS + 5, 40]
@@ -89,25 +107,42 @@ def test_rotation_and_attention(kernels, num_heads, num_kv_heads, width):
 
 
 def test_a_sequence_does_not_depend_on_others_nor_on_threads(kernels):
-    lengths, threads = [70, 1, 16, 33, 5], torch.get_num_threads()
+    """Nor on what is in a page behind its last token."""
+    lengths, threads = [70, 1, 16, 47, 5], torch.get_num_threads()
     cache = KVCache(num_layers=1, num_kv_heads=3, head_dim=64, num_tokens=256, like=torch.zeros(0))
     layer = cache.layers[0].copy_(drawn(*cache.layers[0].shape, seed=3))
     pages = [[7, 2, 9, 4, 1], [12], [6], [3, 5, 11], [8]]
     query = drawn(5, 9, 64, seed=4)
 
-    def attended(rows: slice) -> Tensor:
-        return decode_context(pages[rows], lengths[rows], cache, kernels).attend(query[rows], layer, scaling=0.125)
-
-    together = attended(slice(None))
-    for row in range(5):
+    def attended(rows: slice, num_threads: int) -> Tensor:
         try:
-            torch.set_num_threads(1)
-            assert torch.equal(attended(slice(row, row + 1))[0], together[row]), row
+            torch.set_num_threads(num_threads)
+            return decode_context(pages[rows], lengths[rows], cache, kernels).attend(query[rows], layer, scaling=0.125)
         finally:
             torch.set_num_threads(threads)
-    lengths[3] += 1  # the twin: what is behind the last token
-    changed = attended(slice(None))
+
+    together = attended(slice(None), 2)
+    for own, n in zip(pages, lengths, strict=True):
+        layer[own[-1], (n - 1) % PAGE_TOKENS + 1 :] = torch.nan
+    for num_threads in (1, 3, 7, 20):
+        assert torch.equal(attended(slice(None), num_threads), together), num_threads
+        for row in range(5):
+            assert torch.equal(attended(slice(row, row + 1), num_threads)[0], together[row]), (num_threads, row)
+    lengths[3] += 1  # the twin: one looks behind its last token
+    changed = attended(slice(None), 2)
     assert [torch.equal(changed[row], together[row]) for row in range(5)] == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize("page_tokens", [5, 24])
+def test_attention_with_scores_far_apart_and_pages_of_any_size(kernels, page_tokens):
+    layer, query = drawn(20, page_tokens, 2, 2, 64, seed=3), drawn(3, 6, 64, seed=4) * 100
+    lengths, pages = [60, 1, page_tokens + 1], torch.arange(1, 13).expand(3, 12).contiguous()
+    out = kernels.attend_to_pages(query, layer, pages, torch.tensor(lengths), scaling=0.125)
+    for row, length in enumerate(lengths):
+        kept = layer[pages[row]].flatten(0, 1)[:length]  # [L, 2, K, D]
+        key, value = (kept[:, i].transpose(0, 1).repeat_interleave(3, dim=0) for i in (0, 1))
+        right = functional.scaled_dot_product_attention(query[row, :, None], key, value, scale=0.125)[:, 0]
+        torch.testing.assert_close(out[row], right, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("width", [24, 528])
@@ -221,6 +256,20 @@ def test_a_linear_layer(kernels, rows, width):
     residual = drawn(rows, width, seed=4)
     right = functional.linear(x, weight, bias) + residual
     torch.testing.assert_close(kernels.linear(Layers.packed(weight, bias), x, residual=residual), right, **CLOSE)
+
+
+def test_a_norm_before_linear_layers(kernels, float_factors):
+    """The same numbers, bit for bit, as of a norm apart: also what adapters and the gated product are made of."""
+    x, norm = drawn(9, 70, seed=8) * 3, RmsNorm(drawn(70, seed=7), 1e-5)
+    normed = kernels.rms_norm(x, norm)
+    torch.testing.assert_close(normed, norm(x), **CLOSE)
+    width = float_factors.bt[0].shape[2]
+    layers = [Layers.packed(drawn(width, 70, seed=seed), None) for seed in (1, 2)]
+    both = layers[0].beside(layers[1]) if len(float_factors.bt) == 2 else layers[0]
+    adapters = adapters_of((float_factors, [(0, 1, 3), (2, 5, 1)]))
+    together = kernels.linear(both, x, norm=norm, adapters=adapters)
+    assert torch.equal(together, kernels.linear(both, normed, adapters=adapters))
+    assert not torch.equal(together, kernels.linear(both, x, adapters=adapters))  # the twin
 
 
 def test_long_sums_are_about_as_exact_as_torchs(kernels):
