@@ -180,7 +180,7 @@ def check_hardware(machine: Machine) -> list[Finding]:
     hardware = choose_hardware()
     findings = [Finding("ok", "hardware", str(hardware))]
     if hardware.device.type == "cpu":
-        text, fix = "not compiled: serving on a CPU is slower, its answers are the same", "install gcc"
+        text, fix = "not compiled: serving on a CPU is slower, its answers are the same", "install gcc 9 or newer"
         made = Finding("ok", "cpu kernels", "compiled by gcc, used for serving")
         findings.append(made if compiled() else Finding("warning", "cpu kernels", text, fix))
     return findings

@@ -155,7 +155,8 @@ void rotate_and_keep(float *heads, const float *cosine, const float *sine, i64 T
     }
 }
 
-/* result[g] = shrink[g] * result[g] + sum over `some` tokens of weights[g, t] * values[t], for `width` vectors of each head. */
+/* result[g] = shrink[g] * result[g] + sum over `some` tokens of weights[g, t] * values[t], for `width` vectors of each head.
+ * Meanwhile the same places of `next` are fetched. */
 INLINE void add_values(const float *values, const float *next, i64 some, i64 token, float (*weights)[LANES],
                        const float *shrink, float *result, i64 D, int heads, int width) {
     Vector sums[MOST_SHARING][MOST_WIDTH];
@@ -564,8 +565,8 @@ INLINE void write_row(const float *from, const float *residual, float *to, i64 w
         for (i64 i = 0; i < width; i++) to[i] = from[i];
 }
 
-/* y = W x + b + B A x + residual, of T rows. x: [T, in]; y, residual: [T, out]; no residual: NULL. With a `norm_weight`
- * in place of x its rms_norm, for which `normed`, [T, in], is room. With two layers
+/* y = W x + b + B A x + residual, of T rows. x: [T, in]; y, residual: [T, out]; no residual: NULL. With a
+ * `norm_weight` x is normed first, into `normed` [T, in]. With two layers
  * y = silu(of the first) * of the second. Adapters are those of the outputs from number `output` on; each slab's A x is
  * made first, B is read while its columns of W x are in the nearest cache. */
 void linear(const Layer *layers, i64 num_layers, i64 output, const Adapters *adapters, i64 num_adapters, const float *x, i64 T,

@@ -26,8 +26,8 @@ from ftray.model.adapter_slots import Factors
 from ftray.model.base import cache_directory
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-# a * b + c is one operation in every loop, also where gcc would have it two for this chip: a row's result, bit for bit,
-# must not depend on the loop that computes it.
+# Where a chip has a * b + c as one operation every loop uses it, also where gcc would rather have two: a row's result,
+# bit for bit, must not depend on the loop that computes it.
 FUSED = ("-ffp-contract=fast", "--param=avoid-fma-max-bits=0")
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", *FUSED, "-fPIC")
 MAX_OUTPUTS, MAX_SEGMENTS = 2, 8  # as in the source
@@ -225,15 +225,17 @@ class CpuKernels:
         of the second. `output`: what the adapters' group calls the (first) layer's output."""
         x = x.contiguous()
         out = floats(*x.shape[:-1], layers.out_features)
-        normed = x if norm is None else torch.empty_like(x)
         residual = residual.contiguous() if residual is not None else None
         assert x.dtype == torch.float32
         assert x.shape[-1] == layers.in_features
+        assert norm is None or (norm.weight.dtype == torch.float32 and norm.weight.shape == x.shape[-1:])
         assert residual is None or (residual.dtype == torch.float32 and residual.shape == out.shape)
+        normed = x if norm is None else torch.empty_like(x)
+        norming = (None, 0.0, None) if norm is None else (norm.weight.data_ptr(), norm.epsilon, normed.data_ptr())
         self._linear(
             *(layers.structs, len(layers.structs), output, adapters, 0 if adapters is None else len(adapters)),
             *(x.data_ptr(), x.numel() // x.shape[-1]),
-            *((None, 0.0, None) if norm is None else (norm.weight.data_ptr(), norm.epsilon, normed.data_ptr())),
+            *norming,
             *(None if residual is None else residual.data_ptr(), out.data_ptr()),
         )
         return out
