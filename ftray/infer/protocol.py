@@ -129,8 +129,9 @@ class Engine(Protocol):
         """Reads and checks an adapter, in any thread while the engine steps. Raises `AdapterError`."""
         ...
 
-    def prepare_structure(self, structure: Structure) -> None:
-        """Compiles it, in any thread while the engine steps; `add` then finds it. Raises `UserError` for a bad one."""
+    def prepare_structure(self, structure: Structure, num_requests: int = 1) -> None:
+        """Compiles it, in any thread while the engine steps; `add` of so many requests then finds it. Raises
+        `UserError` for a bad one."""
         ...
 
     def load_adapter(self, prepared: Any) -> None:

@@ -117,7 +117,8 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None
         p, order = p_V.sort(descending=True, stable=True)
     if sampling.top_p < 1:
         total = p.sum() if sampling.top_k else p_V.sum()
-        outside = p.cumsum(-1) - p >= sampling.top_p * total  # the first token is always inside
+        outside = p.cumsum(-1) - p >= sampling.top_p * total
+        outside[0] = False  # also where the right side is too small a number for a float
         p = p.masked_fill(outside, 0)
     return int(order[invert_cdf(p, generator)])
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ class Grammars:
     """Of one tokenizer, for any thread: a large schema takes a second to compile, which need not be the second of the
     thread that decodes. The first one also makes the tokenizer's table, tenths of a second in which no thread runs.
 
-    Each is for one request: its answers share a lexer, and what brings that to its limits ends them all."""
+    Each is for the requests of one job: their answers share a lexer, and what brings that to its limits ends them
+    all."""
 
     def __init__(self, tokenizer: Any, *, vocab_size: int, stop_ids: set[int]):
         self._hf_tokenizer = tokenizer
@@ -26,22 +28,24 @@ class Grammars:
         self._stop_ids = sorted(stop_ids)
         self._table: Any = None
         self._table_lock = threading.Lock()
-        self._prepared: deque[tuple[Structure, GrammarMatcher]] = deque(maxlen=KEPT)
+        self._prepared: deque[Prepared] = deque(maxlen=KEPT)
         self._prepared_lock = threading.Lock()  # never held while something compiles
 
-    def prepare(self, structure: Structure) -> None:
-        """For one call of `matcher` to come. Raises `UserError` when the schema or expression is not one."""
-        matcher = self._compile(structure)
+    def prepare(self, structure: Structure, num_requests: int) -> None:
+        """For so many calls of `matcher` to come. Raises `UserError` when the schema or expression is not one."""
+        prepared = Prepared(structure, self._compile(structure), num_requests)
         with self._prepared_lock:
-            self._prepared.append((structure, matcher))
+            self._prepared.append(prepared)
 
     def matcher(self, structure: Structure) -> "GrammarMatcher":
         """The one that was prepared, or a new one. Raises `UserError` when the schema or expression is not one."""
         with self._prepared_lock:
-            for number, (other, matcher) in enumerate(self._prepared):
-                if other == structure:
-                    del self._prepared[number]
-                    return matcher
+            for prepared in self._prepared:
+                if prepared.structure == structure:
+                    prepared.num_requests -= 1
+                    if prepared.num_requests == 0:
+                        self._prepared.remove(prepared)
+                    return prepared.matcher.copy()
         return self._compile(structure)
 
     def _tokenizer(self) -> Any:
@@ -72,6 +76,13 @@ class Grammars:
         if problem:
             raise UserError(f"response_format: {structure.kind}: {problem.strip().splitlines()[0]}")
         return GrammarMatcher(matcher)
+
+
+@dataclass(eq=False)
+class Prepared:
+    structure: Structure
+    matcher: "GrammarMatcher"
+    num_requests: int  # that have not asked for it yet
 
 
 class GrammarMatcher:

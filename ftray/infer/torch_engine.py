@@ -74,8 +74,8 @@ class TorchEngine:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def prepare_structure(self, structure: Structure) -> None:
-        self._grammars.prepare(structure)
+    def prepare_structure(self, structure: Structure, num_requests: int = 1) -> None:
+        self._grammars.prepare(structure, num_requests)
 
     def add(self, request: Request) -> None:
         max_tokens = check_request(
@@ -308,7 +308,7 @@ class TorchEngine:
         pool, slots = self._scheduler.pool, self._bank.slots
         return EngineStats(
             num_running=len(self._scheduler.running),
-            num_waiting=sum(len(answers) for answers in self._sequences.values()) - len(self._scheduler.running),
+            num_waiting=sum(map(len, list(self._sequences.values()))) - len(self._scheduler.running),
             num_preemptions=self._scheduler.num_preemptions,
             kv_tokens_used=pool.num_used * PAGE_TOKENS,
             kv_tokens_total=pool.num_pages * PAGE_TOKENS,

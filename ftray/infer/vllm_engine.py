@@ -78,8 +78,8 @@ class VllmEngine:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def prepare_structure(self, structure: Structure) -> None:
-        self._grammars.prepare(structure)
+    def prepare_structure(self, structure: Structure, num_requests: int = 1) -> None:
+        self._grammars.prepare(structure, num_requests)
 
     def add(self, request: Request) -> None:
         max_tokens = check_request(
@@ -115,7 +115,7 @@ class VllmEngine:
             presence_penalty=s.presence_penalty,
             repetition_penalty=s.repetition_penalty,
             logit_bias=dict(s.logit_bias) or None,
-            seed=s.seed,
+            seed=None if s.seed is None else s.seed % 2**63,
             max_tokens=max_tokens,
             stop=list(s.stop),
             stop_token_ids=[] if s.ignore_eos else sorted(self.stop_ids),
@@ -265,19 +265,20 @@ class VllmEngine:
     def stats(self) -> EngineStats:
         from vllm.v1.metrics.reader import get_metrics_snapshot
 
+        loaded, in_use = dict(self._loaded), list(self._adapters_in_use)  # copies: another thread may ask
         told: dict[str, Any] = {metric.name: metric for metric in get_metrics_snapshot()}
         used, preempted = (told[f"vllm:{name}"].value for name in ("kv_cache_usage_perc", "num_preemptions"))
         return EngineStats(
             num_running=self._num_running,
-            num_waiting=sum(a.request.sampling.n for a in self._answering.values()) - self._num_running,
+            num_waiting=sum(a.request.sampling.n for a in list(self._answering.values())) - self._num_running,
             num_preemptions=int(preempted),
             kv_tokens_used=round(used * self.config.kv_cache_tokens),
             kv_tokens_total=self.config.kv_cache_tokens,
             prompt_tokens=self._prompt_tokens,
             prompt_tokens_cached=self._prompt_tokens_cached,
-            adapters=tuple(self._loaded),
-            adapters_on_device=tuple(self._adapters_in_use),
-            device_adapter_bytes=sum(self._loaded[key][1].num_bytes for key in self._adapters_in_use),
+            adapters=tuple(loaded),
+            adapters_on_device=tuple(in_use),
+            device_adapter_bytes=sum(loaded[key][1].num_bytes for key in in_use if key in loaded),
         )
 
     def close(self) -> None:

@@ -82,13 +82,13 @@ def read_adapter(directory: Path, *, label: str) -> Adapter:
     for key in sorted(key for key in tensors if ".lora_A." in key):
         name = key.removeprefix(PREFIX).split(".lora_A.")[0]
         a, b = tensors.pop(key), tensors.pop(key.replace(".lora_A.", ".lora_B."), None)
-        if b is None or a.shape[0] != b.shape[1]:
+        if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise AdapterError(f"{label}: {name}: lora_A and lora_B do not fit together; publish the adapter again")
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise AdapterError(f"{label}: {name}: holds NaN or infinity; the run that made it diverged")
         try:
             scale = lora_scale(config, name, a.shape[0])
-        except (KeyError, TypeError, ZeroDivisionError) as error:
+        except (AttributeError, KeyError, TypeError, ZeroDivisionError, re.error) as error:
             raise AdapterError(f"{label}: {name}: no scale from lora_alpha and rank {a.shape[0]} ({error!r})") from None
         if not math.isfinite(scale):
             raise AdapterError(f"{label}: {name}: lora_alpha makes the scale {scale}; publish the adapter again")
@@ -98,6 +98,16 @@ def read_adapter(directory: Path, *, label: str) -> Adapter:
         raise AdapterError(f"{label}: {WEIGHTS_FILE} holds {unknown}, which is no LoRA weight; merge it into its base")
     num_bytes = sum(4 * (m.a.numel() + m.b.numel()) for m in modules.values())
     return Adapter(modules, num_bytes)
+
+
+def check_file_size(directory: Path, budget: int, *, label: str) -> None:
+    """Before the file is read: one that the budget could not hold even if bfloat16 held its numbers."""
+    weights = directory / WEIGHTS_FILE
+    if weights.is_file() and weights.stat().st_size > 2 * budget:
+        raise AdapterError(
+            f"{label}: {WEIGHTS_FILE} has {weights.stat().st_size:,} bytes, too many for this endpoint's "
+            f"adapters.host_budget ({budget:,}); raise it or publish a smaller rank"
+        )
 
 
 def check_rank(adapter: Adapter, limit: int, *, label: str) -> None:
@@ -124,6 +134,8 @@ def read_adapter_config(directory: Path, *, label: str) -> dict[str, Any]:
         raise AdapterError(f"{label}: {directory} has no {CONFIG_FILE}; it is no PEFT adapter directory") from None
     except json.JSONDecodeError:
         raise AdapterError(f"{label}: {CONFIG_FILE} is not JSON; the file is damaged") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{label}: {CONFIG_FILE} is no JSON object; publish a PEFT directory")
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{label}: peft_type is {config.get('peft_type')!r}; only LORA is served")
     return config

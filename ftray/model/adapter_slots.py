@@ -104,7 +104,7 @@ class AdapterSlots:
 
     @property
     def used_bytes(self) -> int:
-        return sum(slab.num_bytes for slabs in self._slabs.values() for slab in slabs)
+        return sum(slab.num_bytes for slabs in list(self._slabs.values()) for slab in list(slabs))
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -19,12 +19,16 @@ class Prefetcher:
 
     async def follow(self) -> None:
         """Until it is cancelled."""
-        self._seen = len((await asyncio.to_thread(self._registry.refresh)).entries)
+        look = self._begin
         while True:
-            await asyncio.sleep(POLL_S)
             with contextlib.suppress(FtrayError):  # the store does not answer: requests tell, the next look may succeed
-                await self.look()
+                await look()
+                look = self.look
             await self.return_hottest()
+            await asyncio.sleep(POLL_S)
+
+    async def _begin(self) -> None:
+        self._seen = len((await asyncio.to_thread(self._registry.refresh)).entries)
 
     async def look(self) -> None:
         """Once through what is new in the journal."""

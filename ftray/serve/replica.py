@@ -15,6 +15,7 @@ from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.checks import check_token_ids
 from ftray.infer.engines import make_engine
 from ftray.infer.protocol import PreparedAdapter, Request, Structure, TokenEvent, TokenLogprobs
+from ftray.model.adapter import check_file_size
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
@@ -87,7 +88,7 @@ class EngineReplica:
         """In threads: a text of megabytes or a large schema takes seconds, and others wait for their tokens."""
         if job.sampling.structure is not None:
             async with self._compiling:
-                await asyncio.to_thread(self.engine.prepare_structure, job.sampling.structure)
+                await asyncio.to_thread(self.engine.prepare_structure, job.sampling.structure, len(job.prompts))
         return await asyncio.to_thread(lambda: [self._prompt_ids(prompt, job) for prompt in job.prompts])
 
     async def answer(self, job: QuickJob) -> Event:
@@ -257,7 +258,9 @@ class EngineReplica:
         def prepare() -> PreparedAdapter:
             version = self.registry.get(key)
             check_base(key, version.metadata, self.base)
-            return self.engine.prepare_adapter(key, self.registry.directory(version))
+            directory = self.registry.directory(version)
+            check_file_size(directory, self.config.adapters.host_budget, label=key)
+            return self.engine.prepare_adapter(key, directory)
 
         return await asyncio.to_thread(prepare)
 

@@ -25,16 +25,16 @@ class EngineRunner:
         self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue]] = {}
-        self._closing = False
+        self._closing = self._ended = False
         self._thread = threading.Thread(target=self._run, name="ftray-engine", daemon=True)
         self._thread.start()
 
     async def call(self, function: Callable[[], Any]) -> Any:
         """Runs `function` in the engine's thread, between two steps."""
-        if self.failure is not None:
-            raise FtrayError(f"the engine has stopped: {self.failure}")
         future: Future = Future()
         self._commands.put((function, future))
+        if self._ended:  # nobody takes commands any more, perhaps since a moment ago
+            self._refuse_commands()
         return await asyncio.wrap_future(future)
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
@@ -66,6 +66,13 @@ class EngineRunner:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._ended = True
+            self._refuse_commands()
+
+    def _work(self) -> None:
         while not self._closing:
             self._run_commands(block=not self.engine.has_work)
             if self.engine.has_work:
@@ -106,10 +113,13 @@ class EngineRunner:
         self.failure = error
         for request_id in list(self._streams):
             self._deliver(request_id, error)
-        while not self._commands.empty():
-            future = self._commands.get_nowait()[1]
-            if future.set_running_or_notify_cancel():
-                future.set_exception(FtrayError(f"the engine has stopped: {error}"))
+
+    def _refuse_commands(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                future = self._commands.get_nowait()[1]
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(FtrayError(f"the engine has stopped: {self.failure or 'it was closed'}"))
 
 
 async def merged(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[tuple[int, Item]]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 from tiny import write_peft_adapter, write_tiny_model
@@ -85,13 +86,27 @@ def test_a_schema_is_compiled_once_and_never_in_the_engines_thread(replica, monk
         return compiled(structure)
 
     monkeypatch.setattr(grammars, "_compile", watched)
-    for _ in range(2):
-        asyncio.run(events_of(replica, JOBS["a schema"]))
+    job = JOBS["a schema"]
+    for prompts in (job.prompts, [[5, 9 + number] for number in range(30)]):
+        asyncio.run(events_of(replica, replace(job, prompts=prompts)))
     assert len(threads) == 2
     assert "ftray-engine" not in threads
-    monkeypatch.setattr(replica.engine, "prepare_structure", lambda structure: None)  # the twin
+    assert not grammars._prepared
+    monkeypatch.setattr(replica.engine, "prepare_structure", lambda structure, num_requests: None)  # the twin
     asyncio.run(events_of(replica, JOBS["a schema"]))
     assert threads[2] == "ftray-engine"
+
+
+def test_a_file_that_no_budget_holds_is_not_read(replica, monkeypatch):
+    job = JOBS["an adapter"]
+    assert "error" not in asyncio.run(events_of(replica, job))[-1]  # the twin
+    monkeypatch.setattr("ftray.model.adapter.load", None)
+    replica.config = replica.config.model_copy(
+        update={"adapters": replica.config.adapters.model_copy(update={"host_budget": 10})}
+    )
+    replica.registry.publish("large", replica.registry.directory(replica.registry.get("support@1")), metadata={})
+    (event,) = asyncio.run(events_of(replica, replace(job, adapter="large@1")))
+    assert "too many for this endpoint's adapters.host_budget (10)" in event["error"]
 
 
 @pytest.mark.parametrize("what", SLOW)

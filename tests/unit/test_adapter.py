@@ -43,7 +43,10 @@ def first(tensors, part):
     [
         (lambda d: (d / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda d: (d / "adapter_config.json").write_text("{"), "is not JSON"),
+        (lambda d: (d / "adapter_config.json").write_text("[]"), "is no JSON object"),
         (lambda d: edit_config(d, peft_type="IA3"), "only LORA is served"),
+        (lambda d: edit_config(d, alpha_pattern={"(": 1}), "no scale from lora_alpha"),
+        (lambda d: edit_config(d, alpha_pattern=[1]), "no scale from lora_alpha"),
         (lambda d: edit_config(d, use_dora=True), "use_dora=True cannot be served"),
         (lambda d: edit_config(d, lora_alpha=float("nan")), "lora_alpha makes the scale nan"),
         (lambda d: edit_config(d, lora_alpha=None), "no scale from lora_alpha"),
@@ -57,6 +60,7 @@ def first(tensors, part):
             "is corrupt",
         ),
         (lambda d: edit_weights(d, lambda t: t.pop(first(t, "lora_B"))), "do not fit together"),
+        (lambda d: edit_weights(d, lambda t: t.update({first(t, "lora_B"): torch.zeros(8)})), "do not fit together"),
         (lambda d: edit_weights(d, lambda t: t[first(t, "lora_A")].fill_(float("nan"))), "holds NaN"),
         (lambda d: edit_weights(d, lambda t: t.update(extra=torch.zeros(1))), "is no LoRA weight"),
         (lambda d: edit_weights(d, lambda t: t.clear() or t.update(x=torch.zeros(1))), "no LoRA weight"),

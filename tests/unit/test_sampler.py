@@ -22,6 +22,7 @@ def shares(sampling: Sampling, *, logits=LOGITS, count: int = 2000) -> torch.Ten
         ({"temperature": 0.5}, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
         ({"top_p": 0.5}, [1, 0, 0, 0]),  # the first token alone holds half
         ({"top_p": 0.6}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 1e-50}, [1, 0, 0, 0]),
         ({"top_k": 3}, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
         ({"min_p": 0.2}, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
         ({"top_k": 3, "top_p": 0.8}, [0.625, 0.375, 0, 0]),  # of the three that are left

@@ -367,6 +367,29 @@ def test_a_promoted_version_is_brought_in_where_its_name_is_used(tmp_path):
     asyncio.run(scenario())
 
 
+def test_a_store_that_is_down_at_the_start_is_followed_later(monkeypatch):
+    class Journal:
+        entries, down = [], 2
+
+        def refresh(self):
+            if self.down:
+                self.down -= 1
+                raise FtrayError("down")
+            return self
+
+    async def scenario():
+        journal, residency = Journal(), AdapterResidency(None, None, None, budget_bytes=1)
+        following = asyncio.create_task(Prefetcher(journal, residency).follow())
+        for _ in range(200):
+            await asyncio.sleep(0.01)
+        assert not following.done()
+        assert journal.down == 0
+        following.cancel()
+
+    monkeypatch.setattr("ftray.serve.prefetch.POLL_S", 0.01)
+    asyncio.run(scenario())
+
+
 def test_hot_adapters_come_back_after_a_flood_and_only_they(tmp_path):
     async def scenario():
         now = 0.0
@@ -524,6 +547,16 @@ def test_a_refused_request_raises_where_it_was_asked():
                 pass
 
     run_scenario(scenario)
+
+
+def test_a_closed_engine_answers_nobody_and_keeps_nobody_waiting():
+    async def scenario():
+        runner = EngineRunner(CountingEngine())
+        await asyncio.to_thread(runner.close)
+        with pytest.raises(FtrayError, match="it was closed"):
+            await asyncio.wait_for(runner.call(lambda: None), timeout=5)
+
+    asyncio.run(scenario())
 
 
 def test_leaving_early_cancels():
