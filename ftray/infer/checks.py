@@ -23,7 +23,7 @@ def check_request(request: Request, *, context_tokens: int, vocab_size: int, loa
             f"prompt of {num_prompt} tokens and max_tokens {wanted or 1} exceed this endpoint's context of "
             f"{context_tokens} tokens (engine.context_tokens); shorten the prompt or lower max_tokens"
         )
-    extremes = [int(min(request.prompt_ids)), int(max(request.prompt_ids))]
+    extremes = [int(min(request.prompt_ids)), int(max(request.prompt_ids))]  # a tokenizer may have more than the model
     check_token_ids(extremes, key="prompt", vocab_size=vocab_size)
     check_token_ids(request.sampling.logit_bias, key="logit_bias", vocab_size=vocab_size)
     if request.adapter is not None and request.adapter not in loaded:

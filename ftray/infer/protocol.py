@@ -106,8 +106,8 @@ class PreparedAdapter(Protocol):
 
 
 class Engine(Protocol):
-    """Not thread-safe but for `prepare_adapter` and `prepare_structure`: one thread owns an engine and calls `step`
-    while `has_work`."""
+    """Not thread-safe but for `prepare_adapter`, `prepare_structure` and `stats`: one thread owns an engine and calls
+    `step` while `has_work`."""
 
     tokenizer: Any
     vocab_size: int

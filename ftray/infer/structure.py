@@ -43,9 +43,10 @@ class Grammars:
             for prepared in self._prepared:
                 if prepared.structure == structure:
                     prepared.num_requests -= 1
-                    if prepared.num_requests == 0:
-                        self._prepared.remove(prepared)
-                    return prepared.matcher.copy()
+                    if prepared.num_requests:
+                        return prepared.matcher.copy()
+                    self._prepared.remove(prepared)
+                    return prepared.matcher
         return self._compile(structure)
 
     def _tokenizer(self) -> Any:

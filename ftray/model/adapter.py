@@ -103,9 +103,10 @@ def read_adapter(directory: Path, *, label: str) -> Adapter:
 def check_file_size(directory: Path, budget: int, *, label: str) -> None:
     """Before the file is read: one that the budget could not hold even if bfloat16 held its numbers."""
     weights = directory / WEIGHTS_FILE
-    if weights.is_file() and weights.stat().st_size > 2 * budget:
+    size = weights.stat().st_size if weights.is_file() else 0
+    if size > 2 * budget:
         raise AdapterError(
-            f"{label}: {WEIGHTS_FILE} has {weights.stat().st_size:,} bytes, too many for this endpoint's "
+            f"{label}: {WEIGHTS_FILE} has {size:,} bytes, too many for this endpoint's "
             f"adapters.host_budget ({budget:,}); raise it or publish a smaller rank"
         )
 

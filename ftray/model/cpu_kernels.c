@@ -72,19 +72,6 @@ INLINE Vector sums_of(Vector *v, int n) {
 
 INLINE float sum_of(Vector v) { return sums_of(&v, 1)[0]; }
 
-INLINE float highest_of(Vector v) {
-#define HIGHER_HALF(M) \
-    if (M <= LANES / 2) { \
-        const Vector a = __builtin_shuffle(v, v, ALL(FIRST, M)), b = __builtin_shuffle(v, v, ALL(SECOND, M)); \
-        for (int i = 0; i < LANES; i++) v[i] = a[i] > b[i] ? a[i] : b[i]; \
-    }
-    HIGHER_HALF(8)
-    HIGHER_HALF(4)
-    HIGHER_HALF(2)
-    HIGHER_HALF(1)
-    return v[0];
-}
-
 INLINE float dot(const float *restrict a, const float *restrict b, i64 n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -201,7 +188,8 @@ INLINE void attend_to_page(const float *query, const float *keys, const float *n
         for (int g = 0; g < heads; g++) {
             *(Vector *)weights[g] = sums_of(products[g], LANES);
             for (i64 t = some; t < LANES; t++) weights[g][t] = -FLT_MAX;
-            const float here = highest_of(*(const Vector *)weights[g]), highest = here > most[g] ? here : most[g];
+            float highest = most[g];
+            for (int t = 0; t < LANES; t++) highest = weights[g][t] > highest ? weights[g][t] : highest;
             shrink[g] = exponential(most[g] - highest);
             most[g] = highest;
 #pragma omp simd

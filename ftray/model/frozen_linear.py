@@ -79,7 +79,7 @@ class GatedKernel:
         assert first.kernels is not None
         self._kernels, self._layers = first.kernels, first.layers.beside(second.layers)
 
-    def __call__(self, x: Tensor, *, norm: RmsNorm | None = None, adapters: AdaptersArray | None = None) -> Tensor:
+    def __call__(self, x: Tensor, *, norm: RmsNorm, adapters: AdaptersArray | None) -> Tensor:
         return self._kernels.linear(self._layers, x, norm=norm, adapters=adapters)
 
 

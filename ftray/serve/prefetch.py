@@ -15,25 +15,21 @@ class Prefetcher:
     def __init__(self, registry: Registry, residency: AdapterResidency):
         self._registry = registry
         self._residency = residency
-        self._seen = 0  # entries of the journal
+        self._seen: int | None = None  # entries of the journal; none before the first look, which only counts them
 
     async def follow(self) -> None:
         """Until it is cancelled."""
-        look = self._begin
         while True:
             with contextlib.suppress(FtrayError):  # the store does not answer: requests tell, the next look may succeed
-                await look()
-                look = self.look
+                await self.look()
             await self.return_hottest()
             await asyncio.sleep(POLL_S)
-
-    async def _begin(self) -> None:
-        self._seen = len((await asyncio.to_thread(self._registry.refresh)).entries)
 
     async def look(self) -> None:
         """Once through what is new in the journal."""
         entries = (await asyncio.to_thread(self._registry.refresh)).entries
-        fresh, self._seen = entries[self._seen :], len(entries)
+        fresh = [] if self._seen is None else entries[self._seen :]
+        self._seen = len(entries)
         used = {key.partition("@")[0] for key in self._residency.resident_keys}
         for entry in fresh:
             if entry["type"] == "alias" and entry["name"] in used:

@@ -380,8 +380,7 @@ def test_a_store_that_is_down_at_the_start_is_followed_later(monkeypatch):
     async def scenario():
         journal, residency = Journal(), AdapterResidency(None, None, None, budget_bytes=1)
         following = asyncio.create_task(Prefetcher(journal, residency).follow())
-        for _ in range(200):
-            await asyncio.sleep(0.01)
+        await asyncio.wait([following], timeout=0.5)
         assert not following.done()
         assert journal.down == 0
         following.cancel()
