@@ -1,6 +1,7 @@
 """What every engine must do. A test module of an engine subclasses `EngineContract` and gives the fixtures
 `engine` (one that has nothing loaded), `adapters` (PEFT directories by name), `base_directory` and `prompts`."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -157,6 +158,36 @@ class EngineContract:
         events = run(engine, [Request("a", prompts[0], greedy(max_tokens=20, stop=(stop,)))])[("a", 0)]
         assert text(events) == whole[: whole.index(stop)]
         assert events[-1].finish_reason == "stop"
+
+    def test_of_a_stopped_answer_every_token_tells_its_logprob(self, engine, prompts):
+        """Also those whose text is not shown, since it may become the stop string, or is it."""
+        asked = greedy(max_tokens=20, logprobs=1)
+        whole = run(engine, [Request("a", prompts[0], asked)])[("a", 0)]
+        stop = text(whole)[len(text(whole)) // 2 :][:3]
+        events = run(engine, [Request("a", prompts[0], dataclasses.replace(asked, stop=(stop,)))])[("a", 0)]
+        assert text(events) == text(whole)[: text(whole).index(stop)]
+        assert tokens(events) == tokens(whole)[: len(events)]
+        for event, same in zip(events, whole, strict=False):
+            assert event.logprobs.chosen == pytest.approx(same.logprobs.chosen, abs=1e-4)
+
+    @pytest.mark.parametrize("is_tenant", [True, False], ids=["a-tenant-of-its-own", "one-more-of-the-flood"])
+    def test_a_flood_does_not_keep_a_light_tenant_waiting(self, loaded, prompts, adapters, is_tenant):
+        """Its first token comes when the answers that run have ended; as one more of the flood, the twin, after all."""
+        heavy, light = list(adapters)[:2]
+        places, per_answer, rounds = loaded.config.max_sequences, 12, 4
+        for number in range(places * rounds):
+            prompt = [number % 50 + 5, *prompts[0]]
+            loaded.add(Request(f"{number}", prompt, greedy(max_tokens=per_answer), heavy, tenant="crawler"))
+        tenant, adapter = ("person", light) if is_tenant else ("crawler", heavy)
+        loaded.add(Request("light", prompts[1], greedy(max_tokens=2), adapter, tenant=tenant))
+        before = 0
+        while (events := loaded.step()) is not None and all(event.request_id != "light" for event in events):
+            before += len(events)
+        run(loaded, [])
+        if is_tenant:
+            assert before <= places * per_answer + places
+        else:
+            assert before >= places * per_answer * (rounds - 1)
 
     def test_structured_answers(self, engine, prompts):
         pattern = Structure("regex", "(yes|no), [0-9]{3}")

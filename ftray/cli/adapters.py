@@ -82,11 +82,10 @@ def merge(
     registry: RegistryOption = "registry",
 ) -> None:
     """Add an adapter into its base for good: a model directory to train on or to serve."""
-    from ftray.model.adapter import adapter_at_hand, read_adapter_config
+    from ftray.model.adapter import adapter_at_hand, check_base, read_adapter_config
     from ftray.model.base import prepare_base
     from ftray.model.merge import merge_adapter
     from ftray.registry import Registry
-    from ftray.serve.replica import check_base
     from ftray.storage import verify_directory
     from ftray.storage.manifest import MANIFEST
 

@@ -2,11 +2,10 @@
 
 from ftray.infer.engines import load_adapter, make_local_engine
 from ftray.infer.torch_engine import TorchEngine
-from ftray.model.adapter import adapter_at_hand
+from ftray.model.adapter import adapter_at_hand, check_base
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
-from ftray.serve.replica import check_base
 from ftray.storage import read_manifest
 from ftray.storage.manifest import MANIFEST
 

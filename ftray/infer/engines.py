@@ -48,7 +48,9 @@ def make_local_engine(base: BaseModel, hardware: Hardware, *, context_tokens: in
 
 def load_adapter(engine: Any, key: str, directory: Path) -> None:
     """Reads, checks and loads in this thread."""
-    engine.load_adapter(engine.prepare_adapter(key, directory))
+    loading = engine.load_adapter(engine.prepare_adapter(key, directory))
+    if loading is not None:
+        loading.result()
 
 
 def generate(engine: Any, requests: list[Request]) -> dict[str, str]:

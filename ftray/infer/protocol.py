@@ -1,6 +1,7 @@
 """What a caller knows of an engine: requests in, tokens out, adapters loaded and unloaded by key."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -134,13 +135,15 @@ class Engine(Protocol):
         `UserError` for a bad one."""
         ...
 
-    def load_adapter(self, prepared: Any) -> None:
+    def load_adapter(self, prepared: Any) -> Future[None] | None:
         """What `prepare_adapter` of the same engine returned. Under a key that is loaded already it replaces it; raises
-        `AdapterError` while a request that uses it is in flight."""
+        `AdapterError` while a request that uses it is in flight. With a future it goes on beside steps, and requests
+        may use it once that is done."""
         ...
 
-    def unload_adapter(self, key: str) -> None:
-        """Raises `AdapterError` while a request that uses it is in flight."""
+    def unload_adapter(self, key: str) -> Future[None] | None:
+        """Nobody can use it from now on; with a future its memory is free once that is done. Raises `AdapterError`
+        while a request that uses it is in flight."""
         ...
 
     def embed(self, texts: Sequence[Sequence[int]], adapter: str | None) -> Any:

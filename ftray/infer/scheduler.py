@@ -4,11 +4,13 @@ Everything that runs goes first: a decoding sequence with its newest token, a pr
 prefill, Agrawal et al. 2024, arXiv 2403.02310), so that a long prompt never stops the others. Then waiting ones come
 in, as `fair_queue.py` orders them. When the cache is full the newest sequence gives its pages back and waits at the
 front of its flow; its tokens are computed again later, or found in the cache. So does the newest of a party (or of a
-flow) that has several places when another has long been next and has none: long answers keep nobody out of a place
-(pages and slots they keep until they end).
+flow) that has several places when another has long been next and has none, and so do all sequences of the adapter that
+came in first when another has long waited for a slot: long answers keep nobody out of a place or a slot (pages they
+keep until they end).
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,7 +20,8 @@ from ftray.infer.protocol import Request, TokenLogprobs
 from ftray.infer.sampler import TokenSampler
 from ftray.infer.text import TextStream
 
-# While an adapter waits for a slot in use, others may go on for this many steps; then nobody new comes in before it.
+# While an adapter waits for a slot in use, others may go on for this many steps; then nobody new comes in before it,
+# and it gets the slot of one that has had it for so many.
 MAX_STEPS_PASSED_OVER = 64
 # While every place is taken, who is next and has none waits so many steps; then who has several gives one up.
 MAX_STEPS_CROWDED_OUT = 64
@@ -42,6 +45,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # so far, where they are asked for
     added_at: float = field(default_factory=time.monotonic)
     queued_s: float = 0.0  # until it first ran
+    running_since: int = 0  # the step in which it (last) came in
     passed_over_since: int | None = None  # the step in which others first went before it
     crowded_out_since: int | None = None  # the step since which it is next, and only others' many places are in its way
     siblings: list["Sequence"] = field(default_factory=list)  # wait until the prompt's pages are there to share
@@ -99,6 +103,7 @@ class Scheduler:
         self.waiting: FairQueue[Sequence] = FairQueue()
         self.num_preemptions = 0
         self._num_steps = 0
+        self._overdue: tuple[FlowKey, Sequence] | None = None  # has waited for a slot too long, and is next
         self._max_sequences = max_sequences
         self._max_prefill_tokens = max_prefill_tokens
         self._adapters = adapters
@@ -111,6 +116,7 @@ class Scheduler:
         self._num_steps += 1
         room = self._max_prefill_tokens
         self._make_way()
+        self._give_up_slots()
         preemptions = self.num_preemptions
         for sequence in list(self.running):
             is_prompt = sequence.num_pending > 1
@@ -140,6 +146,8 @@ class Scheduler:
             self.waiting.stop(sequence.request.flow)
         elif any(other is sequence for other in self.waiting):
             self.waiting.remove(sequence.request.flow, sequence)
+            if self._overdue is not None and self._overdue[1] is sequence:
+                self._overdue = None
 
     def _make_way(self) -> None:
         """For the one that is next, if a place is all that it lacks."""
@@ -154,6 +162,16 @@ class Scheduler:
             sequence.crowded_out_since = self._num_steps
         elif self._num_steps - sequence.crowded_out_since >= MAX_STEPS_CROWDED_OUT:
             self._preempt(newest)
+
+    def _give_up_slots(self) -> None:
+        """For the one that is overdue: adapters that came in first go first, once they have had their time."""
+        adapter = self._overdue[1].request.adapter if self._overdue is not None else None
+        while adapter is not None and not self._brings(adapter):
+            first = next((s for s in self.running if s.request.adapter is not None), None)
+            if first is None or self._num_steps - first.running_since < MAX_STEPS_PASSED_OVER:
+                return
+            for other in [s for s in reversed(self.running) if s.request.adapter == first.request.adapter]:
+                self._preempt(other)
 
     def _newest_of_crowd(self, flow: FlowKey) -> Sequence | None:
         giver = self.waiting.crowded_beside(flow)
@@ -188,7 +206,7 @@ class Scheduler:
 
     def _next(self) -> Sequence | None:
         """Lets one waiting sequence in: the first whose pages and adapter can be had."""
-        for flow, sequence in self.waiting.in_order():
+        for flow, sequence in self._in_turn():
             found = self._find_prefix(sequence)
             kept = sum(1 for page in found if not self.pool.is_used(page))
             if self.pool.num_available - kept < pages_for(len(sequence.tokens) + 1) - len(found):
@@ -203,14 +221,21 @@ class Scheduler:
                 if sequence.num_found is None:
                     sequence.num_found = sequence.num_cached
                     sequence.queued_s = time.monotonic() - sequence.added_at
-                sequence.passed_over_since = sequence.crowded_out_since = None
+                sequence.passed_over_since = sequence.crowded_out_since = self._overdue = None
+                sequence.running_since = self._num_steps
                 self.running.append(self.waiting.start(flow))
                 return sequence
             if sequence.passed_over_since is None:
                 sequence.passed_over_since = self._num_steps
             if self._num_steps - sequence.passed_over_since > MAX_STEPS_PASSED_OVER:
+                self._overdue = flow, sequence
                 return None
         return None
+
+    def _in_turn(self) -> Iterator[tuple[FlowKey, Sequence]]:
+        if self._overdue is not None:
+            yield self._overdue
+        yield from self.waiting.in_order()
 
     def _look_ahead(self) -> None:
         """The adapter whose turn is next goes to the device while others are computed."""

@@ -13,6 +13,7 @@ from ftray.infer.protocol import FinishReason, Request, TokenEvent, TokenLogprob
 class Answering:
     request: Request
     params: Any
+    lora: Any  # of vLLM, the version that answers; None: the base
     started: bool = False  # vLLM has it, or is about to
     task: Any = None  # in the event loop, from then on
     added_at: float = field(default_factory=time.monotonic)

@@ -33,7 +33,7 @@ def vllm_arguments(
         "max_num_seqs": config.max_sequences,
         "max_num_batched_tokens": config.max_prefill_tokens + config.max_sequences,
         "block_size": block_tokens,
-        "num_gpu_blocks_override": -(-config.kv_cache_tokens // block_tokens),
+        "num_gpu_blocks_override": -(-config.kv_cache_tokens // block_tokens) + 1,  # it keeps one for itself
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
         "enable_lora": True,
@@ -69,15 +69,18 @@ def slot_rank(max_rank: int) -> int:
     return next(rank for rank in SLOT_RANKS if rank >= max_rank)
 
 
-def slots_within(adapters: AdaptersConfig, shapes: dict[str, tuple[int, int]], *, bytes_per_weight: int) -> int:
-    """How many adapters `device_budget` has room for, each padded to its rank on every layer, as vLLM's slots are."""
-    rank = slot_rank(adapters.max_rank)
+def slot_bytes(max_rank: int, shapes: dict[str, tuple[int, int]], *, bytes_per_weight: int) -> int:
+    """Of one adapter on the device, whatever its own rank: vLLM's slots are padded to theirs on every layer."""
     layers = [shape for name, shape in shapes.items() if ".layers." in name]
-    slot_bytes = bytes_per_weight * rank * sum(into + out for into, out in layers)
-    num_slots = adapters.device_budget // slot_bytes
+    return bytes_per_weight * slot_rank(max_rank) * sum(into + out for into, out in layers)
+
+
+def slots_within(adapters: AdaptersConfig, bytes_each: int) -> int:
+    """How many adapters `device_budget` has room for."""
+    num_slots = adapters.device_budget // bytes_each
     if num_slots == 0:
         raise UserError(
-            f"adapters.device_budget: one slot of rank {rank} takes {slot_bytes:,} bytes in vLLM, over the budget "
-            f"of {adapters.device_budget:,}; raise it or lower adapters.max_rank"
+            f"adapters.device_budget: one slot of rank {slot_rank(adapters.max_rank)} takes {bytes_each:,} bytes in "
+            f"vLLM, over the budget of {adapters.device_budget:,}; raise it or lower adapters.max_rank"
         )
     return min(num_slots, MAX_SLOTS)

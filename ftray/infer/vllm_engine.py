@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ftray.infer.protocol import EngineStats, Request, Structure, TokenEvent
 from ftray.infer.sampler import GREEDY_BELOW
 from ftray.infer.structure import Grammars
 from ftray.infer.vllm_answers import Answering, token_events
-from ftray.infer.vllm_arguments import GPUS_PER_WORKER, linear_shapes, slots_within, vllm_arguments
+from ftray.infer.vllm_arguments import GPUS_PER_WORKER, linear_shapes, slot_bytes, slots_within, vllm_arguments
 from ftray.model.adapter import check_rank, check_shapes, read_adapter
 from ftray.model.base import BaseModel, check_length, generation_stop_ids, load_tokenizer, text_config
 from ftray.model.chat import stop_token_ids
@@ -60,7 +61,8 @@ class VllmEngine:
         self.stop_ids = stop_token_ids(self.tokenizer) | generation_stop_ids(base)
         self._grammars = Grammars(self.tokenizer, vocab_size=self.vocab_size, stop_ids=self.stop_ids)
         self._shapes = linear_shapes(base.directory)
-        self.num_slots = slots_within(adapters, self._shapes, bytes_per_weight=hardware.dtype.itemsize)
+        self._slot_bytes = slot_bytes(self.max_rank, self._shapes, bytes_per_weight=hardware.dtype.itemsize)
+        self.num_slots = slots_within(adapters, self._slot_bytes)
         self._waiting: FairQueue[Answering] = FairQueue()
         self._answering: dict[str, Answering] = {}
         self._adapters_in_use: Counter[str] = Counter()
@@ -72,9 +74,8 @@ class VllmEngine:
         self._num_running = self._prompt_tokens = self._prompt_tokens_cached = 0
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="ftray-vllm", daemon=True).start()
-        self._llm: Any = self._wait_for(
-            start_vllm(vllm_arguments(base, hardware, config, num_slots=self.num_slots, max_rank=self.max_rank))
-        )
+        arguments = vllm_arguments(base, hardware, config, num_slots=self.num_slots, max_rank=self.max_rank)
+        self._llm: Any = self._in_loop(start_vllm(arguments)).result()
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -90,7 +91,8 @@ class VllmEngine:
             raise UserError("logprobs of the prompt (echo) end vLLM where adapters are served; use engine.type: torch")
         if request.sampling.structure is not None:
             self._grammars.matcher(request.sampling.structure)  # refused here rather than in the other process
-        answering = Answering(request, self._params(request, max_tokens))
+        lora = self._loaded[request.adapter][0] if request.adapter is not None else None
+        answering = Answering(request, self._params(request, max_tokens), lora)
         self._answering[request.id] = answering
         self._waiting.push(answering.request.flow, answering, weight=answering.request.priority)
         self._start_waiting()
@@ -179,10 +181,9 @@ class VllmEngine:
 
     async def _follow(self, answering: Answering) -> None:
         request = answering.request
-        lora = self._loaded[request.adapter][0] if request.adapter is not None else None
         prompt = {"prompt_token_ids": list(request.prompt_ids)}
         try:
-            async for output in self._llm.generate(prompt, answering.params, request.id, lora_request=lora):
+            async for output in self._llm.generate(prompt, answering.params, request.id, lora_request=answering.lora):
                 self._outputs.put((request.id, output))
         except Exception as error:  # noqa: BLE001  told by `step`
             self._outputs.put((request.id, error))
@@ -228,34 +229,37 @@ class VllmEngine:
         check_shapes(adapter, self._shapes, label=key)
         return VllmAdapter(key, directory.absolute(), adapter.num_bytes)
 
-    def load_adapter(self, prepared: VllmAdapter) -> None:
-        from vllm.lora.request import LoRARequest
-
+    def load_adapter(self, prepared: VllmAdapter) -> Future[None]:
         if prepared.key in self._loaded:
             self.unload_adapter(prepared.key)
+        return self._in_loop(self._bring(prepared))
+
+    async def _bring(self, prepared: VllmAdapter) -> None:
+        from vllm.lora.request import LoRARequest
+
         number = next(self._ids)
         path = Path(self._paths.name) / str(number)
         path.symlink_to(prepared.directory, target_is_directory=True)
         lora = LoRARequest(f"{prepared.key}#{number}", number, str(path))
         try:
-            self._wait_for(self._llm.add_lora(lora))
+            await self._llm.add_lora(lora)
         except Exception as error:
+            path.unlink()
             if self._llm.errored:
                 raise
             raise AdapterError(f"{prepared.key}: vLLM cannot host it: {error}") from None
         self._loaded[prepared.key] = lora, prepared
 
-    def unload_adapter(self, key: str) -> None:
+    def unload_adapter(self, key: str) -> Future[None]:
         check_unused(key, (answering.request for answering in self._answering.values()))
-        self._wait_for(self._left(key))
         lora, _ = self._loaded.pop(key)
-        self._wait_for(self._llm.remove_lora(lora.lora_int_id))
-        Path(lora.lora_path).unlink()
+        return self._in_loop(self._remove(lora, [other for other in self._leaving if other.lora is lora]))
 
-    async def _left(self, key: str) -> None:
-        """Returns when vLLM has let go of the adapter's cancelled requests."""
-        tasks = [answering.task for answering in self._leaving if answering.request.adapter == key]
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async def _remove(self, lora: Any, leaving: list[Answering]) -> None:
+        """Once vLLM has let go of its cancelled requests."""
+        await asyncio.gather(*(answering.task for answering in leaving), return_exceptions=True)
+        await self._llm.remove_lora(lora.lora_int_id)
+        Path(lora.lora_path).unlink()
 
     def embed(self, texts: Any, adapter: str | None) -> Any:
         raise UserError("engine.type: vllm generates text here; embeddings need engine.type torch")
@@ -278,19 +282,23 @@ class VllmEngine:
             prompt_tokens_cached=self._prompt_tokens_cached,
             adapters=tuple(loaded),
             adapters_on_device=tuple(in_use),
-            device_adapter_bytes=sum(loaded[key][1].num_bytes for key in in_use if key in loaded),
+            device_adapter_bytes=len(in_use) * self._slot_bytes,
         )
 
     def close(self) -> None:
         async def shut_down() -> None:
             self._llm.shutdown()
+            begun = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in begun:
+                task.cancel()
+            await asyncio.gather(*begun, return_exceptions=True)
 
-        self._wait_for(shut_down())
+        self._in_loop(shut_down()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._paths.cleanup()
 
-    def _wait_for(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+    def _in_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
 
 async def start_vllm(arguments: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ftray.errors import AdapterError, UserError
-from ftray.model.base import cache_directory
+from ftray.model.base import BaseModel, cache_directory
 from ftray.storage import local_copies, read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -108,6 +108,16 @@ def check_file_size(directory: Path, budget: int, *, label: str) -> None:
         raise AdapterError(
             f"{label}: {WEIGHTS_FILE} has {size:,} bytes, too many for this endpoint's "
             f"adapters.host_budget ({budget:,}); raise it or publish a smaller rank"
+        )
+
+
+def check_base(key: str, metadata: Mapping[str, Any], base: BaseModel, *, here: str = "this endpoint serves") -> None:
+    """Refuses an adapter of another base, naming both. A foreign PEFT directory may carry no fingerprint."""
+    fingerprint = metadata.get("base_fingerprint")
+    if fingerprint is not None and fingerprint != base.fingerprint:
+        raise AdapterError(
+            f"{key}: trained on {metadata.get('base_model')} ({fingerprint[:12]}), {here} {base}; "
+            "publish an adapter trained on this base"
         )
 
 

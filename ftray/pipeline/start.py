@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 from ftray.config import RunConfig
-from ftray.model.adapter import adapter_at_hand
+from ftray.model.adapter import adapter_at_hand, check_base
 from ftray.model.base import prepare_base
 from ftray.registry import Registry
 from ftray.registry.reference import parse_reference
-from ftray.serve.replica import check_base
 from ftray.storage import ObjectStore, verify_directory
 from ftray.storage.manifest import MANIFEST
 from ftray.train.stored_run import place_of

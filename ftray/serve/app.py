@@ -39,6 +39,7 @@ from ftray.serve.replica import EngineReplica
 from ftray.serve.request_metrics import RequestMetrics
 from ftray.serve.resources import replica_resources
 from ftray.serve.texts import TextRoutes
+from ftray.serve.versions import check_preloaded
 
 APP_NAME = "ftray"
 # Above the engine's own queue, so that the engine, which knows its load, is the one that answers 429.
@@ -235,14 +236,8 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
 def check_endpoint(config: ServeConfig) -> None:
     """Everything that can be known before ray starts: base, preloaded adapters, port."""
     check_base_name(config.base_model)
-    registry = Registry(config.adapters.registry)
     if config.adapters.preload:
-        base = prepare_base(config.base_model)
-        from ftray.serve.replica import check_base
-
-        for reference in config.adapters.preload:
-            version = registry.get(reference)
-            check_base(str(version), version.metadata, base)
+        check_preloaded(config.adapters, Registry(config.adapters.registry), prepare_base(config.base_model))
     check_port(config.host, config.port)
 
 

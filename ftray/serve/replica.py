@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,6 @@ from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.checks import check_token_ids
 from ftray.infer.engines import make_engine
 from ftray.infer.protocol import PreparedAdapter, Request, Structure, TokenEvent, TokenLogprobs
-from ftray.model.adapter import check_file_size
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
@@ -27,6 +28,9 @@ from ftray.serve.places import Places
 from ftray.serve.prefetch import Prefetcher
 from ftray.serve.residency import AdapterResidency
 from ftray.serve.runner import EngineRunner, merged
+from ftray.serve.versions import hosted_directory
+
+log = logging.getLogger("ftray.serve")
 
 ANY_TEXT = Structure("regex", ".*")
 
@@ -59,8 +63,11 @@ class EngineReplica:
         with contextlib.suppress(UserError):  # a tokenizer that cannot guide answers
             await asyncio.to_thread(self.engine.prepare_structure, ANY_TEXT)
         for reference in self.config.adapters.preload:
-            exact = await asyncio.to_thread(self.registry.resolve, reference)
-            await self.residency.prefetch(str(exact))
+            try:
+                exact = await asyncio.to_thread(self.registry.resolve, reference)
+                await self.residency.prefetch(str(exact))
+            except FtrayError as error:  # withdrawn or damaged since the endpoint was deployed: the others are served
+                log.warning("adapters.preload: %s", error)
         self._following = asyncio.create_task(Prefetcher(self.registry, self.residency).follow())
 
     async def generate(self, job: GenerateJob) -> AsyncGenerator[Event]:
@@ -256,19 +263,21 @@ class EngineReplica:
         """In a thread: decoding goes on while an adapter is fetched, read and checked."""
 
         def prepare() -> PreparedAdapter:
-            version = self.registry.get(key)
-            check_base(key, version.metadata, self.base)
-            directory = self.registry.directory(version)
-            check_file_size(directory, self.config.adapters.host_budget, label=key)
+            directory = hosted_directory(key, self.registry, self.base, self.config.adapters)
             return self.engine.prepare_adapter(key, directory)
 
         return await asyncio.to_thread(prepare)
 
     async def _load(self, prepared: Any) -> None:
-        await self.runner.call(lambda: self.engine.load_adapter(prepared))
+        await self._ended(lambda: self.engine.load_adapter(prepared))
 
     async def _unload(self, key: str) -> None:
-        await self.runner.call(lambda: self.engine.unload_adapter(key))
+        await self._ended(lambda: self.engine.unload_adapter(key))
+
+    async def _ended(self, change: Callable[[], Future[None] | None]) -> None:
+        going_on = await self.runner.call(change)
+        if going_on is not None:
+            await asyncio.wrap_future(going_on)
 
 
 async def together(events: AsyncIterator[Event], *, every_s: float) -> AsyncIterator[Event]:
@@ -306,13 +315,3 @@ def groups_within(texts: list[list[int]], max_tokens: int) -> Iterator[list[list
             group = []
         group.append(ids)
     yield group
-
-
-def check_base(key: str, metadata: dict[str, Any], base: Any, *, here: str = "this endpoint serves") -> None:
-    """Refuses an adapter of another base, naming both. A foreign PEFT directory may carry no fingerprint."""
-    fingerprint = metadata.get("base_fingerprint")
-    if fingerprint is not None and fingerprint != base.fingerprint:
-        raise AdapterError(
-            f"{key}: trained on {metadata.get('base_model')} ({fingerprint[:12]}), {here} {base}; "
-            "publish an adapter trained on this base"
-        )

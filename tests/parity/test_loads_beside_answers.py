@@ -97,6 +97,21 @@ def test_a_schema_is_compiled_once_and_never_in_the_engines_thread(replica, monk
     assert threads[2] == "ftray-engine"
 
 
+def test_a_preloaded_version_that_cannot_be_loaded_keeps_no_replica_from_starting(replica, caplog):
+    """It may have been good when the endpoint was deployed; a replica that starts anew has the others to serve."""
+    store = replica.registry
+    directory = store.directory(store.get("support@1"))
+    store.publish("foreign", directory, metadata={"base_fingerprint": "0" * 64, "base_model": "other"})
+    limits = {"preload": ["ghost@prod", "foreign@1", "support@1"]}
+    replica.config = replica.config.model_copy(update={"adapters": replica.config.adapters.model_copy(update=limits)})
+    asyncio.run(replica.preload())
+    assert replica.residency.resident_keys == ["support@1"]
+    told = [record.getMessage() for record in caplog.records if "adapters.preload" in record.getMessage()]
+    assert len(told) == 2
+    assert "ghost@prod: no adapter of that name" in told[0]
+    assert "foreign@1: trained on other" in told[1]
+
+
 def test_a_file_that_no_budget_holds_is_not_read(replica, monkeypatch):
     job = JOBS["an adapter"]
     assert "error" not in asyncio.run(events_of(replica, job))[-1]  # the twin

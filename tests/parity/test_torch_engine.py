@@ -1,5 +1,7 @@
 """The torch engine: the contract, and what it promises beyond it."""
 
+import itertools
+
 import pytest
 import torch
 from engine_contract import EngineContract, answers, greedy, run, tokens
@@ -8,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.engines import load_adapter
 from ftray.infer.kv_cache import KVCache
-from ftray.infer.protocol import Request
+from ftray.infer.protocol import Request, Sampling, Structure
+from ftray.infer.scheduler import Scheduler
 from ftray.infer.torch_engine import TorchEngine
 from ftray.model import cpu_kernels
 from ftray.model.hardware import choose_hardware
@@ -77,6 +80,46 @@ def test_a_full_cache_pushes_the_newest_back_and_every_answer_stays_the_same(tin
     assert tight.stats().num_preemptions > 0
     assert roomy.stats().num_preemptions == 0
     assert tight.stats().kv_tokens_used == 0
+
+
+def test_who_is_pushed_back_draws_the_same_tokens_again_and_tells_the_same(tiny_base, adapters):
+    """Several answers of a seed, penalties that count them, a grammar that has read them, log-probabilities."""
+    lines = Structure("regex", "([a-f]{3} ){12}")
+    kinds = [
+        Sampling(temperature=0.9, top_p=0.95, seed=5, n=2, max_tokens=48, ignore_eos=True, logprobs=1),
+        Sampling(temperature=0.9, seed=6, n=2, max_tokens=48, ignore_eos=True, frequency_penalty=1.5, min_p=0.02),
+        Sampling(temperature=1.0, seed=7, max_tokens=48, structure=lines),
+        greedy(max_tokens=48, prompt_logprobs=1, repetition_penalty=1.3),
+    ]
+    requests = [Request(f"{i}", p, kinds[i % 4], "r8") for i, p in enumerate(long_prompts(8, 40))]
+    roomy, tight = make_engine(tiny_base, adapters), make_engine(tiny_base, adapters, kv_cache_tokens=256)
+    wanted, found = run(roomy, requests), run(tight, requests)
+    assert tight.stats().num_preemptions > 0
+    assert {key: tokens(events) for key, events in found.items()} == {key: tokens(e) for key, e in wanted.items()}
+    for key, events in wanted.items():
+        for event, same in zip(events, found[key], strict=True):
+            assert (event.text, event.finish_reason) == (same.text, same.finish_reason)
+            for told, again in ((event.logprobs, same.logprobs), *zip(*map(prompt_told, (event, same)), strict=True)):
+                assert (told is None) == (again is None)
+                assert told is None or told.chosen == pytest.approx(again.chosen, abs=1e-4)
+
+
+def test_a_token_lost_by_who_is_pushed_back_is_found(tiny_base, adapters, monkeypatch):
+    """The twin of both."""
+    push_back = Scheduler._preempt
+
+    def forgetful(scheduler, sequence):
+        push_back(scheduler, sequence)
+        del sequence.tokens[-1]
+
+    monkeypatch.setattr(Scheduler, "_preempt", forgetful)
+    requests = [Request(f"{i}", p, greedy(max_tokens=60), "r4") for i, p in enumerate(long_prompts(8, 40))]
+    tight = make_engine(tiny_base, adapters, kv_cache_tokens=256)
+    assert answers(tight, requests) != answers(make_engine(tiny_base, adapters), requests)
+
+
+def prompt_told(event) -> tuple:
+    return event.prompt_logprobs or ()
 
 
 def test_a_common_beginning_is_computed_once_for_each_adapter(tiny_base, adapters):
@@ -169,3 +212,26 @@ def test_more_adapters_than_the_device_holds_take_turns(tiny_base, adapters):
         assert tight.stats().device_adapter_bytes <= max(sizes)
     assert got == want
     assert len(roomy.stats().adapters_on_device) == 6
+
+
+def test_long_answers_that_take_turns_at_one_slot_stay_the_same(tiny_base, adapters):
+    requests = [
+        Request(f"{i}", p, greedy(max_tokens=150), name)
+        for i, (p, name) in enumerate(zip(long_prompts(3, 12), adapters, strict=False))
+    ]
+    roomy = make_engine(tiny_base, adapters)
+    want = answers(roomy, requests)
+    tight = make_engine(tiny_base, adapters, device_budget=max(a.num_bytes for a in roomy._bank.host.values()))
+    first: dict[str, int] = {}
+    got: dict[str, list[int]] = {}
+    for request in requests:
+        tight.add(request)
+    for step in itertools.count():
+        if not tight.has_work:
+            break
+        for event in tight.step():
+            first.setdefault(event.request_id, step)
+            got.setdefault(event.request_id, []).append(event.token_id)
+    assert got == want
+    assert max(first.values()) < 150  # the last began before the first, alone, could have ended
+    assert tight.stats().num_preemptions > 0

