@@ -32,6 +32,8 @@ class AdaptersConfig(Strict):
     host_budget: ByteSize = Field(default=2 * 2**30)  # adapters in memory
     device_budget: ByteSize = Field(default=2**30)  # of them, adapters that take part in forward passes
     max_rank: PositiveInt = 256
+    # auto: their numbers as they are (vllm: the base's dtype). Rounded ones are half as large where the base is float32.
+    dtype: Literal["auto", "bfloat16"] = "auto"
 
 
 class ReplicasConfig(Strict):
@@ -82,10 +84,14 @@ class ServeConfig(Strict):
     telemetry: TelemetryConfig = TelemetryConfig()
 
     @model_validator(mode="after")
-    def shared_by_gpus(self):
+    def engine_has_it(self):
         shared = self.engine.tensor_parallel
         if shared > 1 and self.engine.type != "vllm":
             raise ValueError(f"engine.tensor_parallel: {shared} needs engine.type vllm")
+        if self.adapters.dtype != "auto" and self.engine.type == "vllm":
+            raise ValueError(
+                f"adapters.dtype: {self.adapters.dtype} needs engine.type torch; vllm has adapters in the base's dtype"
+            )
         if shared > 1 and self.replicas.gpus_each != shared:
             raise ValueError(
                 f"engine.tensor_parallel: {shared} GPUs share the base model, so replicas.gpus_each must be {shared} "

@@ -49,7 +49,7 @@ class TorchEngine:
         self.stop_ids = stop_token_ids(self.tokenizer) | generation_stop_ids(base)
         shape = self.model.config.get_text_config()
         self.vocab_size: int = shape.vocab_size
-        self._bank = LoraBank(self.model, device_budget=adapters.device_budget)
+        self._bank = LoraBank(self.model, device_budget=adapters.device_budget, rounded=adapters.dtype == "bfloat16")
         self._stack = make_stack(decoder_of(self.model))
         self._weight = next(self.model.parameters())
         self._head = FrozenLinear([self.model.get_output_embeddings()], self._bank.kernels)

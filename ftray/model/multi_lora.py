@@ -9,7 +9,7 @@ Shapes: T tokens, I input and O summed output features.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,11 @@ from ftray.model.frozen_linear import JOINED, FrozenLinear, GatedKernel, Project
 class LoraBank:
     """The adapters of a model, in memory and in slots, and the batch that its layers apply right now."""
 
-    def __init__(self, model: Any, *, device_budget: int):
+    def __init__(self, model: Any, *, device_budget: int, rounded: bool = False):
+        """`rounded`: every factor to bfloat16, also where that changes it."""
         any_weight = next(model.parameters())
         self._device, self._dtype = any_weight.device, any_weight.dtype
+        self._rounded = rounded
         self.kernels = kernels_for(any_weight)
         self._no_runs = self._runs_of([])
         self.runs = self._last_runs = self._no_runs
@@ -60,7 +62,7 @@ class LoraBank:
             group, index = self._group_of[name]
             by_group.setdefault(group.name, {})[index] = module.a, (module.b * module.scale).t()
         factors = {name: self._factors(self._groups[name], found) for name, found in by_group.items()}
-        if self.kernels is not None and all(is_bfloat16(t) for own in factors.values() for t in own.tensors):
+        if self._rounded or (self.kernels is not None and all_bfloat16(factors)):
             factors = {name: own.to(torch.bfloat16) for name, own in factors.items()}
         prepared = HostAdapter(key, factors)
         self.slots.check(prepared)
@@ -140,9 +142,10 @@ class LoraBank:
         return Factors(own(torch.cat(a)), tuple(bt), tuple(segments))
 
 
-def is_bfloat16(tensor: Tensor) -> bool:
+def all_bfloat16(factors: Mapping[str, Factors]) -> bool:
     """Whether bfloat16 holds the same numbers in half the bytes, as of adapters that were trained or saved in it."""
-    return torch.equal(tensor.to(torch.bfloat16).to(tensor.dtype), tensor)
+    tensors = (tensor for own in factors.values() for tensor in own.tensors)
+    return all(torch.equal(tensor.to(torch.bfloat16).to(tensor.dtype), tensor) for tensor in tensors)
 
 
 class LinearGroup:

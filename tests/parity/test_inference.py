@@ -27,9 +27,9 @@ from ftray.model.packed_attention import packed_layout
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def make_engine(tiny_base, adapters, **settings) -> TorchEngine:
+def make_engine(tiny_base, adapters, *, limits: dict | None = None, **settings) -> TorchEngine:
     config = EngineConfig(**({"context_tokens": 256, "kv_cache_tokens": 8192, "max_sequences": 32} | settings))
-    engine = TorchEngine(tiny_base, choose_hardware(), config, AdaptersConfig(max_rank=64))
+    engine = TorchEngine(tiny_base, choose_hardware(), config, AdaptersConfig(**{"max_rank": 64} | (limits or {})))
     for name, directory in adapters.items():
         load_adapter(engine, name, directory)
     return engine
@@ -92,6 +92,16 @@ def test_adapters_saved_in_bfloat16_are_held_in_it(tiny_base, adapters, step_ope
         torch.testing.assert_close(
             mixed_log_probs(engine, mix)[2], peft_log_probs(tiny_base, adapters["r16"], PROMPTS[2]), **CLOSE
         )
+
+
+def test_adapters_rounded_on_request_answer_as_if_saved_so(tiny_base, adapters, step_operations, tmp_path):
+    saved = {name: saved_in_bfloat16(adapters[name], tmp_path / name) for name in adapters}
+    engine = make_engine(tiny_base, adapters, limits={"dtype": "bfloat16"})
+    for name, log_probs, prompt in zip(MIX, mixed_log_probs(engine), PROMPTS, strict=True):
+        torch.testing.assert_close(log_probs, peft_log_probs(tiny_base, saved.get(name), prompt), **CLOSE)
+    held = {name: adapter.num_bytes for name, adapter in engine._bank.host.items()}
+    exact = make_engine(tiny_base, adapters)._bank.host
+    assert held == {name: adapter.num_bytes / 2 for name, adapter in exact.items()}
 
 
 def saved_in_bfloat16(adapter: Path, directory: Path) -> Path:

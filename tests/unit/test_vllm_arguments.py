@@ -39,6 +39,8 @@ def test_gpus_that_share_the_base_are_one_placement_group():
     assert resources({}, gpus_each=1) == {"ray_actor_options": {"num_cpus": 1, "num_gpus": 1}}
     with pytest.raises(ValueError, match=r"replicas\.gpus_each must be 4 \(it is 0\)"):
         ServeConfig.model_validate(serve_config(tensor_parallel=4))
+    with pytest.raises(ValueError, match=r"adapters\.dtype: bfloat16 needs engine\.type torch"):
+        ServeConfig.model_validate(serve_config() | {"adapters": {"dtype": "bfloat16"}})
     with pytest.raises(ValueError, match=r"engine\.tensor_parallel: 4 needs engine\.type vllm"):
         ServeConfig.model_validate(serve_config(tensor_parallel=4, type="torch"))
 
