@@ -32,7 +32,7 @@ class AdaptersConfig(Strict):
     host_budget: ByteSize = Field(default=2 * 2**30)  # adapters in memory
     device_budget: ByteSize = Field(default=2**30)  # of them, adapters that take part in forward passes
     max_rank: PositiveInt = 256
-    # auto: their numbers as they are (vllm: the base's dtype). Rounded ones are half as large where the base is float32.
+    # auto: their numbers as they are (vllm: the base's dtype). Rounded, they are half as large where it is float32.
     dtype: Literal["auto", "bfloat16"] = "auto"
 
 
