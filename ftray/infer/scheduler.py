@@ -4,9 +4,9 @@ Everything that runs goes first: a decoding sequence with its newest token, a pr
 prefill, Agrawal et al. 2024, arXiv 2403.02310), so that a long prompt never stops the others. Then waiting ones come
 in, as `fair_queue.py` orders them. When the cache is full the newest sequence gives its pages back and waits at the
 front of its flow; its tokens are computed again later, or found in the cache. So does the newest of a party (or of a
-flow) that has several places when another has long been next and has none, and so do all sequences of the adapter that
-came in first when another has long waited for a slot: long answers keep nobody out of a place or a slot (pages they
-keep until they end).
+flow) that has several places when another has long been next and has none, and so do all sequences of an adapter whose
+turn at a slot is over (`slot_turns.py`): long answers keep nobody out of a place or a slot (pages they keep until they
+end).
 """
 
 import time
@@ -18,11 +18,11 @@ from ftray.infer.fair_queue import FairQueue, FlowKey
 from ftray.infer.kv_cache import PAGE_TOKENS, PagePool, page_name, pages_for
 from ftray.infer.protocol import Request, TokenLogprobs
 from ftray.infer.sampler import TokenSampler
+from ftray.infer.slot_turns import SlotTurns, parties_of_adapters
 from ftray.infer.text import TextStream
 
-# While an adapter waits for a slot in use, others may go on for this many steps; then nobody new comes in before it,
-# and it gets the slot of one that has had it for so many.
-MAX_STEPS_PASSED_OVER = 64
+# An adapter that lacks a slot is overdue after so many steps: no other gets a slot before it, and turns end for it.
+MAX_STEPS_WITHOUT_SLOT = 64
 # While every place is taken, who is next and has none waits so many steps; then who has several gives one up.
 MAX_STEPS_CROWDED_OUT = 64
 
@@ -45,8 +45,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # so far, where they are asked for
     added_at: float = field(default_factory=time.monotonic)
     queued_s: float = 0.0  # until it first ran
-    running_since: int = 0  # the step in which it (last) came in
-    passed_over_since: int | None = None  # the step in which others first went before it
+    slotless_since: int | None = None  # the step since which its adapter cannot have a slot
     crowded_out_since: int | None = None  # the step since which it is next, and only others' many places are in its way
     siblings: list["Sequence"] = field(default_factory=list)  # wait until the prompt's pages are there to share
 
@@ -103,7 +102,8 @@ class Scheduler:
         self.waiting: FairQueue[Sequence] = FairQueue()
         self.num_preemptions = 0
         self._num_steps = 0
-        self._overdue: tuple[FlowKey, Sequence] | None = None  # has waited for a slot too long, and is next
+        self._slot_turns = SlotTurns()
+        self._overdue: tuple[FlowKey, Sequence] | None = None  # in this step: the first that lacks a slot for too long
         self._max_sequences = max_sequences
         self._max_prefill_tokens = max_prefill_tokens
         self._adapters = adapters
@@ -116,7 +116,9 @@ class Scheduler:
         self._num_steps += 1
         room = self._max_prefill_tokens
         self._make_way()
-        self._give_up_slots()
+        self._overdue = self._find_overdue()
+        if self._overdue is not None:
+            self._give_up_slots(*self._overdue)
         preemptions = self.num_preemptions
         for sequence in list(self.running):
             is_prompt = sequence.num_pending > 1
@@ -138,6 +140,8 @@ class Scheduler:
             self._name_next(sequence)
             number = len(sequence.names) - 1
             self.pool.name(sequence.pages[number], sequence.names[number])
+        if sequence.num_pending == 0 and sequence.request.adapter is not None:
+            self._slot_turns.drew(sequence.request.adapter, self._num_steps)
 
     def remove(self, sequence: Sequence) -> None:
         """It has ended or was cancelled."""
@@ -146,8 +150,6 @@ class Scheduler:
             self.waiting.stop(sequence.request.flow)
         elif any(other is sequence for other in self.waiting):
             self.waiting.remove(sequence.request.flow, sequence)
-            if self._overdue is not None and self._overdue[1] is sequence:
-                self._overdue = None
 
     def _make_way(self) -> None:
         """For the one that is next, if a place is all that it lacks."""
@@ -163,15 +165,36 @@ class Scheduler:
         elif self._num_steps - sequence.crowded_out_since >= MAX_STEPS_CROWDED_OUT:
             self._preempt(newest)
 
-    def _give_up_slots(self) -> None:
-        """For the one that is overdue: adapters that came in first go first, once they have had their time."""
-        adapter = self._overdue[1].request.adapter if self._overdue is not None else None
-        while adapter is not None and not self._brings(adapter):
-            first = next((s for s in self.running if s.request.adapter is not None), None)
-            if first is None or self._num_steps - first.running_since < MAX_STEPS_PASSED_OVER:
+    def _find_overdue(self) -> tuple[FlowKey, Sequence] | None:
+        """All who need a slot lack one if the first of them does."""
+        held = parties_of_adapters(self.running)
+        needing = [(key, s) for key, s in self.waiting.in_order() if s.request.adapter not in (None, *held)]
+        lacks = bool(needing) and not self._brings(needing[0][1].request.adapter)
+        overdue = None
+        for key, sequence in needing:
+            if not lacks:
+                sequence.slotless_since = None
+            elif sequence.slotless_since is None:
+                sequence.slotless_since = self._num_steps
+            elif overdue is None and self._num_steps - sequence.slotless_since >= MAX_STEPS_WITHOUT_SLOT:
+                overdue = key, sequence
+        return overdue
+
+    def _give_up_slots(self, key: FlowKey, overdue: Sequence) -> None:
+        """For the one that is overdue, if pages and a share of the step's prompt tokens can be had with them."""
+        held = parties_of_adapters(self.running)
+        givers = self._slot_turns.givers(held, party=key[0], step=self._num_steps)
+        leaving = [other for other in self.running if other.request.adapter in givers]
+        num_pages = self.pool.num_available + sum(len(other.pages) for other in leaving)
+        num_prompt = sum(s.num_pending for s in self.running if s.num_pending > 1 and s not in leaving)
+        if num_pages < pages_for(len(overdue.tokens) + 1) or num_prompt >= self._max_prefill_tokens:
+            return
+        for giver in givers:
+            if self._brings(overdue.request.adapter):
                 return
-            for other in [s for s in reversed(self.running) if s.request.adapter == first.request.adapter]:
-                self._preempt(other)
+            for other in reversed(leaving):  # so that the oldest is the first of its flow
+                if other.request.adapter == giver:
+                    self._preempt(other)
 
     def _newest_of_crowd(self, flow: FlowKey) -> Sequence | None:
         giver = self.waiting.crowded_beside(flow)
@@ -181,12 +204,11 @@ class Scheduler:
         """In the place of the other: its pages and its adapter can be had."""
         if self.pool.num_available + len(beside.pages) < pages_for(len(sequence.tokens) + 1):
             return False
-        adapter = sequence.request.adapter
-        return adapter is None or self._brings(adapter)
+        return self._brings(sequence.request.adapter)
 
-    def _brings(self, adapter: str) -> bool:
+    def _brings(self, adapter: str | None) -> bool:
         """To the device, if it is not there and a slot can be had."""
-        if self._adapters.is_on_device(adapter):
+        if adapter is None or self._adapters.is_on_device(adapter):
             return True
         if not self._adapters.acquire(adapter):
             return False
@@ -205,8 +227,12 @@ class Scheduler:
             room -= count
 
     def _next(self) -> Sequence | None:
-        """Lets one waiting sequence in: the first whose pages and adapter can be had."""
+        """Lets one waiting sequence in: the first whose pages and adapter can be had. While one is overdue for a slot,
+        others come in that need none."""
+        held = parties_of_adapters(self.running)
         for flow, sequence in self._in_turn():
+            if sequence.request.adapter not in (None, *held) and not self._may_take_slot(sequence):
+                continue
             found = self._find_prefix(sequence)
             kept = sum(1 for page in found if not self.pool.is_used(page))
             if self.pool.num_available - kept < pages_for(len(sequence.tokens) + 1) - len(found):
@@ -221,16 +247,18 @@ class Scheduler:
                 if sequence.num_found is None:
                     sequence.num_found = sequence.num_cached
                     sequence.queued_s = time.monotonic() - sequence.added_at
-                sequence.passed_over_since = sequence.crowded_out_since = self._overdue = None
-                sequence.running_since = self._num_steps
+                sequence.slotless_since = sequence.crowded_out_since = None
+                if self._overdue is not None and sequence is self._overdue[1]:
+                    self._overdue = None
                 self.running.append(self.waiting.start(flow))
                 return sequence
-            if sequence.passed_over_since is None:
-                sequence.passed_over_since = self._num_steps
-            if self._num_steps - sequence.passed_over_since > MAX_STEPS_PASSED_OVER:
-                self._overdue = flow, sequence
-                return None
         return None
+
+    def _may_take_slot(self, sequence: Sequence) -> bool:
+        """Nobody is overdue for one, or it is, and can have it."""
+        if self._overdue is None:
+            return True
+        return sequence is self._overdue[1] and self._brings(sequence.request.adapter)
 
     def _in_turn(self) -> Iterator[tuple[FlowKey, Sequence]]:
         if self._overdue is not None:
@@ -239,10 +267,9 @@ class Scheduler:
 
     def _look_ahead(self) -> None:
         """The adapter whose turn is next goes to the device while others are computed."""
-        for _, sequence in self.waiting.in_order():
-            adapter = sequence.request.adapter
-            if adapter is not None:
-                self._brings(adapter)
+        for _, sequence in self._in_turn():
+            if sequence.request.adapter is not None:
+                self._brings(sequence.request.adapter)
                 return
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
@@ -288,5 +315,8 @@ class Scheduler:
         self.running.remove(sequence)
         self.pool.release(sequence.pages)
         sequence.pages, sequence.num_cached = [], 0
-        if sequence.request.adapter is not None:
-            self._adapters.release(sequence.request.adapter)
+        adapter = sequence.request.adapter
+        if adapter is not None:
+            self._adapters.release(adapter)
+            if adapter not in parties_of_adapters(self.running):
+                self._slot_turns.left(adapter)

@@ -10,7 +10,8 @@ from ftray.errors import AdapterError
 from ftray.infer.fair_queue import FairQueue
 from ftray.infer.kv_cache import PagePool, page_name
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.scheduler import MAX_STEPS_CROWDED_OUT, MAX_STEPS_PASSED_OVER, Scheduler, Sequence
+from ftray.infer.scheduler import MAX_STEPS_CROWDED_OUT, Scheduler, Sequence
+from ftray.infer.slot_turns import MIN_STEPS
 from ftray.model.adapter_runs import matmul_runs
 from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Segment
 
@@ -382,51 +383,77 @@ def test_adapters_that_wait_for_a_slot_are_passed_over_but_not_for_ever():
         return start + ([sequence(f"a{next(busy)}", adapter="a@1")] if step % 4 == 0 and step < 600 else [])
 
     done = steps(scheduler, more=more)
-    assert done["other"][0] - 3 <= MAX_STEPS_PASSED_OVER + 30
+    assert done["other"][0] - 3 <= MIN_STEPS + 30
     assert any(first > 3 and first < done["other"][0] for name, (first, _) in done.items() if name != "other")
 
 
-def first_tokens_beside_long_answers_in_slots(*, num_waiting: int) -> tuple[list[int], Scheduler]:
-    """Two answers of 600 tokens hold the two slots; how many steps requests for other adapters wait."""
-    scheduler = make_scheduler(room=2)
+def waits_for_a_slot(*, num_waiting: int, places: int = 8, per_adapter: int = 1) -> tuple[list[int], Scheduler]:
+    """Long answers of two adapters hold the two slots; how many steps requests for other adapters wait."""
+    scheduler = make_scheduler(room=2, places=places)
     for number in range(2):
-        scheduler.add(sequence(f"long{number}", adapter=f"long{number}@1", answer=600))
+        for twin in range(per_adapter):
+            scheduler.add(sequence(f"long{number} {twin}", adapter=f"long{number}@1", answer=600))
     new = [sequence(f"{number}", adapter=f"new{number}@1", answer=200) for number in range(num_waiting)]
     done = steps(scheduler, more=lambda step: new if step == 9 else [])
-    assert len(done) == 2 + num_waiting  # nobody is lost
+    assert len(done) == 2 * per_adapter + num_waiting  # nobody is lost
     assert scheduler.pool.num_used == 0
     return [done[f"{number}"][0] - 9 for number in range(num_waiting)], scheduler
 
 
-@pytest.mark.parametrize("num_waiting", [1, 4])
-def test_long_answers_that_hold_every_slot_give_one_up(num_waiting):
+@pytest.mark.parametrize("places", [2, 8], ids=["no place either", "places"])
+@pytest.mark.parametrize("num_waiting", [1, 2, 5])
+def test_long_answers_that_hold_every_slot_give_one_up(num_waiting, places):
     """An adapter has its slot for so many steps, then the next that waits has it, two at a time."""
-    waits, scheduler = first_tokens_beside_long_answers_in_slots(num_waiting=num_waiting)
-    assert max(waits) <= (MAX_STEPS_PASSED_OVER + 2) * (1 + (num_waiting - 1) // 2)
-    assert scheduler.num_preemptions <= 30  # of 1,200 to 2,000 steps: slices, no thrashing
+    waits, scheduler = waits_for_a_slot(num_waiting=num_waiting, places=places)
+    assert max(waits) <= (MIN_STEPS + 3) * (1 + (num_waiting - 1) // 2)
+    assert scheduler.num_preemptions <= 2 * scheduler._num_steps // MIN_STEPS  # turns, no thrashing
 
 
 def test_they_would_keep_them_to_their_end(monkeypatch):
     """The twin."""
-    monkeypatch.setattr(Scheduler, "_give_up_slots", lambda self: None)
-    assert min(first_tokens_beside_long_answers_in_slots(num_waiting=1)[0]) > 550
+    monkeypatch.setattr(Scheduler, "_give_up_slots", lambda *_: None)
+    assert min(waits_for_a_slot(num_waiting=1)[0]) > 550
 
 
-def test_who_is_overdue_for_a_slot_and_leaves_keeps_nobody_out():
-    scheduler = make_scheduler(room=1)
-    scheduler.add(sequence("long", adapter="long@1", answer=600))
-    leaving = sequence("leaving", adapter="new@1")
-    scheduler.add(leaving)
-    for _ in range(MAX_STEPS_PASSED_OVER + 1):
-        for piece in scheduler.plan():
-            scheduler.computed(piece)
-            piece.sequence.tokens.append(1)
-    assert scheduler._overdue is None
-    scheduler.plan()
-    assert scheduler._overdue is not None
-    scheduler.remove(leaving)
-    scheduler.add(sequence("base", answer=5))
-    assert steps(scheduler)["base"] == (0, 4)
+def test_an_adapter_whose_turn_it_is_brings_all_its_answers_in():
+    """Not one of them while the other places are empty; and who needs no slot is not kept out."""
+    scheduler = make_scheduler(room=1, places=5)
+    for name in "ab":
+        for number in range(4):
+            scheduler.add(sequence(f"{name}{number}", adapter=f"{name}@1", answer=300))
+    new = sequence("plain", answer=10)
+    done = steps(scheduler, more=lambda step: [new] if step == 80 else [])
+    assert done["plain"] == (80, 89)
+    assert max(first for name, (first, _) in done.items() if name[0] == "b") <= MIN_STEPS + 3
+    assert max(last for _, last in done.values()) < 2 * 300 + 30  # 4 at a time, whoever's turn it is
+
+
+def test_long_prompts_that_push_each_other_out_of_the_cache_all_end():
+    """A prompt takes more steps than a turn at a slot, and the cache holds two of the three."""
+    scheduler = make_scheduler(room=1, pages=640)
+    for number in range(3):
+        scheduler.add(sequence(f"{number}", adapter=f"{number}@1", prompt=64 * 70, answer=150))
+    done = steps(scheduler)
+    assert len(done) == 3
+    assert scheduler.num_preemptions > 0
+
+
+def test_a_tenants_many_adapters_do_not_take_anothers_only_slot():
+    scheduler = make_scheduler(room=2, places=8)
+    for number in range(6):
+        scheduler.add(sequence(f"many{number}", adapter=f"many{number}@1", tenant="crawler", answer=300))
+    one = sequence("one", adapter="one@1", tenant="person", answer=600)
+    first, last = steps(scheduler, more=lambda step: [one] if step == 0 else [])["one"]
+    assert last - first == 599  # never interrupted
+    assert first <= MIN_STEPS + 3
+
+
+def test_no_slot_is_given_up_for_one_that_lacks_pages():
+    scheduler = make_scheduler(room=1, pages=150)
+    scheduler.add(sequence("base", prompt=16 * 100, answer=400))
+    scheduler.add(sequence("long", adapter="long@1", answer=300))
+    scheduler.add(sequence("wide", adapter="wide@1", prompt=16 * 80))
+    assert len(steps(scheduler)) == 3
     assert scheduler.num_preemptions == 0
 
 
