@@ -21,7 +21,8 @@ from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
 from ftray.publish import publish_once
 from ftray.registry import AdapterVersion, Registry
-from ftray.serve.app import check_port, start_endpoint, stop_endpoint
+from ftray.serve.app import start_endpoint, stop_endpoint
+from ftray.serve.ports import check_port
 from ftray.tracking.report import AnswerTable, write_report
 from ftray.train.launch import launch
 from ftray.train.ray_trainer import Watcher

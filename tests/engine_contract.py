@@ -55,14 +55,24 @@ class Reference:
 
     def log_probs(self, name: str | None, ids: list[int]) -> torch.Tensor:
         """[len(ids), V]."""
+        with torch.no_grad():
+            return self._model(name)(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+    def generate(self, prompt: list[int], **options) -> list[int]:
+        """The base's likeliest tokens, whatever they are."""
+        never = self._model(None).config.vocab_size  # no token ends it
+        ids = torch.tensor([prompt])
+        answer = self._model(None).generate(ids, do_sample=False, eos_token_id=never, pad_token_id=0, **options)
+        return answer[0, len(prompt) :].tolist()
+
+    def _model(self, name: str | None):
         if name not in self._models:
             from peft import PeftModel
             from transformers import AutoModelForCausalLM
 
             model = AutoModelForCausalLM.from_pretrained(self._base_directory, dtype=torch.float32)
             self._models[name] = model if name is None else PeftModel.from_pretrained(model, self._adapters[name])
-        with torch.no_grad():
-            return self._models[name](torch.tensor([ids])).logits[0].log_softmax(-1)
+        return self._models[name]
 
     def check_greedy(self, name: str | None, prompt: list[int], answer: list[int]) -> None:
         """Each token is the likeliest, or as likely as it within rounding."""
@@ -152,6 +162,25 @@ class EngineContract:
         assert {9, 11} == set(counts)
         assert abs(counts.count(9) - counts.count(11)) < 20
 
+    def test_the_presence_penalty_is_taken_from_tokens_of_the_answer(self, engine, prompts, reference):
+        def wanted(penalty: float) -> list[int]:
+            ids = list(prompts[0])
+            for _ in range(20):
+                scores = reference.log_probs(None, ids)[-1].clone()
+                scores[list(set(ids[len(prompts[0]) :]))] -= penalty
+                ids.append(int(scores.argmax()))
+            return ids[len(prompts[0]) :]
+
+        asked = greedy(presence_penalty=2.0, max_tokens=20)
+        assert tokens(run(engine, [Request("a", prompts[0], asked)])[("a", 0)]) == wanted(2.0) != wanted(0.0)
+
+    def test_the_repetition_penalty_is_transformers(self, engine, prompts, reference):
+        for penalty in (1.0, 1.7):
+            asked = greedy(repetition_penalty=penalty, max_tokens=20)
+            got = tokens(run(engine, [Request("a", prompts[2], asked)])[("a", 0)])
+            want = reference.generate(prompts[2], repetition_penalty=1.7, max_new_tokens=20)
+            assert (got == want) == (penalty == 1.7)
+
     def test_a_stop_string_ends_the_answer_and_is_not_shown(self, engine, prompts):
         whole = text(run(engine, [Request("a", prompts[0], greedy(max_tokens=20))])[("a", 0)])
         stop = whole[len(whole) // 2 :][:2]
@@ -180,10 +209,10 @@ class EngineContract:
             loaded.add(Request(f"{number}", prompt, greedy(max_tokens=per_answer), heavy, tenant="crawler"))
         tenant, adapter = ("person", light) if is_tenant else ("crawler", heavy)
         loaded.add(Request("light", prompts[1], greedy(max_tokens=2), adapter, tenant=tenant))
-        before = 0
-        while (events := loaded.step()) is not None and all(event.request_id != "light" for event in events):
-            before += len(events)
-        run(loaded, [])
+        order: list[str] = []
+        while loaded.has_work:
+            order += [event.request_id for event in loaded.step()]
+        before = order.index("light")
         if is_tenant:
             assert before <= places * per_answer + places
         else:

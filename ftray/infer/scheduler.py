@@ -5,8 +5,7 @@ prefill, Agrawal et al. 2024, arXiv 2403.02310), so that a long prompt never sto
 in, as `fair_queue.py` orders them. When the cache is full the newest sequence gives its pages back and waits at the
 front of its flow; its tokens are computed again later, or found in the cache. So does the newest of a party (or of a
 flow) that has several places when another has long been next and has none, and so do all sequences of an adapter whose
-turn at a slot is over (`slot_turns.py`): long answers keep nobody out of a place or a slot (pages they keep until they
-end).
+turn at a slot is over (`slot_turns.py`): long answers keep nobody out of a place or a slot.
 """
 
 import time
@@ -182,8 +181,7 @@ class Scheduler:
 
     def _give_up_slots(self, key: FlowKey, overdue: Sequence) -> None:
         """For the one that is overdue, if pages and a share of the step's prompt tokens can be had with them."""
-        held = parties_of_adapters(self.running)
-        givers = self._slot_turns.givers(held, party=key[0], step=self._num_steps)
+        givers = self._slot_turns.givers(self.running, party=key[0], step=self._num_steps)
         leaving = [other for other in self.running if other.request.adapter in givers]
         num_pages = self.pool.num_available + sum(len(other.pages) for other in leaving)
         num_prompt = sum(s.num_pending for s in self.running if s.num_pending > 1 and s not in leaving)

@@ -4,7 +4,7 @@ long its prompt takes to be computed again.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable
 from typing import Any
 
 # A slot is kept for so many steps in which tokens are drawn.
@@ -22,9 +22,10 @@ class SlotTurns:
         """None of its sequences runs any more."""
         self._drawing_since.pop(adapter, None)
 
-    def givers(self, held: Mapping[str, Set[str]], *, party: str, step: int) -> list[str]:
-        """Of the adapters that run, with the parties that use each, those that may have to go for another of `party`:
-        its own, and those of parties with more than it has. Who has drawn for longest is first."""
+    def givers(self, running: Iterable[Any], *, party: str, step: int) -> list[str]:
+        """Of the adapters of running sequences those that may have to go for another of `party`: its own, and those of
+        parties with more than it has. Who has drawn for longest is first."""
+        held = parties_of_adapters(running)
         num_held = Counter(user for users in held.values() for user in users)
 
         def gives(adapter: str) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 # Enough context for a tokenizer that joins or spaces tokens by what comes before.
 CONTEXT_TOKENS = 8
+MOST_BYTES = 8  # tokens that may be parts of one character
 
 
 class TextStream:
@@ -21,7 +22,8 @@ class TextStream:
         first = max(0, self._decoded - CONTEXT_TOKENS)
         before = self._tokenizer.decode(self._ids[first : self._decoded], skip_special_tokens=True)
         after = self._tokenizer.decode(self._ids[first:], skip_special_tokens=True)
-        if after.endswith("\ufffd"):  # the bytes of a character are not all here
+        is_cut = after.endswith("\ufffd")  # the bytes of a character are not all here
+        if is_cut and len(self._ids) - self._decoded < MOST_BYTES:  # beyond, they are no character's
             return ""
         self._pending += after[len(before) :]
         self._decoded = len(self._ids)

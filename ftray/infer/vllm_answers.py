@@ -19,6 +19,7 @@ class Answering:
     added_at: float = field(default_factory=time.monotonic)
     queued_s: float = 0.0  # until vLLM got it
     passed_over: int = 0
+    num_ended: int = 0  # of its n answers
     num_generated: Counter[int] = field(default_factory=Counter)
 
 

@@ -168,6 +168,8 @@ class VllmEngine:
 
     def _next(self) -> tuple[FlowKey, Answering] | None:
         for flow, answering in self._waiting.in_order():
+            if self._num_running and self._num_running + answering.request.sampling.n > self.config.max_sequences:
+                return None  # whoever is next must not be passed over by smaller ones for ever
             adapter = answering.request.adapter
             if adapter is None or adapter in self._adapters_in_use or len(self._adapters_in_use) < self.num_slots:
                 return flow, answering
@@ -204,16 +206,18 @@ class VllmEngine:
             self._prompt_tokens += len(answering.request.prompt_ids)
             self._prompt_tokens_cached += cached
             self._waiting.charge(answering.request.flow, len(answering.request.prompt_ids) - cached)
+        self._waiting.charge(answering.request.flow, sum(len(part.token_ids) for part in output.outputs))
+        num_ended = sum(part.finish_reason is not None for part in output.outputs)
+        answering.num_ended += num_ended
+        self._num_running -= num_ended
         if output.finished:
             del self._answering[name]
             self._ended(answering)
-        else:
-            self._waiting.charge(answering.request.flow, sum(len(part.token_ids) for part in output.outputs))
         for part in output.outputs:
             yield from token_events(answering, part, cached)
 
     def _ended(self, answering: Answering) -> None:
-        self._num_running -= answering.request.sampling.n
+        self._num_running -= answering.request.sampling.n - answering.num_ended
         self._waiting.stop(answering.request.flow)
         adapter = answering.request.adapter
         if adapter is not None:
@@ -230,13 +234,15 @@ class VllmEngine:
         return VllmAdapter(key, directory.absolute(), adapter.num_bytes)
 
     def load_adapter(self, prepared: VllmAdapter) -> Future[None]:
-        if prepared.key in self._loaded:
-            self.unload_adapter(prepared.key)
-        return self._in_loop(self._bring(prepared))
+        old = self.unload_adapter(prepared.key) if prepared.key in self._loaded else None
+        return self._in_loop(self._bring(prepared, old))
 
-    async def _bring(self, prepared: VllmAdapter) -> None:
+    async def _bring(self, prepared: VllmAdapter, old: Future[None] | None) -> None:
+        """Once what had its key is gone."""
         from vllm.lora.request import LoRARequest
 
+        if old is not None:
+            await asyncio.wrap_future(old)
         number = next(self._ids)
         path = Path(self._paths.name) / str(number)
         path.symlink_to(prepared.directory, target_is_directory=True)
@@ -274,7 +280,7 @@ class VllmEngine:
         used, preempted = (told[f"vllm:{name}"].value for name in ("kv_cache_usage_perc", "num_preemptions"))
         return EngineStats(
             num_running=self._num_running,
-            num_waiting=sum(a.request.sampling.n for a in list(self._answering.values())) - self._num_running,
+            num_waiting=sum(a.request.sampling.n for a in list(self._answering.values()) if not a.started),
             num_preemptions=int(preempted),
             kv_tokens_used=round(used * self.config.kv_cache_tokens),
             kv_tokens_total=self.config.kv_cache_tokens,

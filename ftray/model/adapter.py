@@ -21,7 +21,16 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # PEFT options that change the maths beyond W x + scale * B A x; the engine refuses an adapter that has one set.
-UNSUPPORTED_OPTIONS = {"use_dora": False, "modules_to_save": None, "bias": "none", "layer_replication": None}
+UNSUPPORTED_OPTIONS = {
+    "use_dora": False,
+    "modules_to_save": None,
+    "bias": "none",
+    "layer_replication": None,
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+}
+# PEFT changes the base's weights when it loads an adapter that says so.
+BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq")
 
 # Beside the directory of an adapter that lies where its run left it: its lineage.
 NOTES_OF_ITS_RUN = ("config.json", "environment.json", "result.json")
@@ -71,6 +80,12 @@ def read_adapter(directory: Path, *, label: str) -> Adapter:
             raise AdapterError(
                 f"{label}: {option}={config[option]!r} cannot be served as an adapter; merge it into its base"
             )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(BASE_CHANGING_STARTS):
+        raise AdapterError(
+            f"{label}: init_lora_weights={start!r} changes its base; save it as a plain LoRA (PEFT's save_pretrained "
+            "with path_initial_model_for_weight_conversion)"
+        )
     try:
         # From bytes: `load_file` of safetensors 0.8 keeps 60 bytes of every tensor for ever, and replicas load all day.
         tensors = load((directory / WEIGHTS_FILE).read_bytes())
@@ -98,17 +113,6 @@ def read_adapter(directory: Path, *, label: str) -> Adapter:
         raise AdapterError(f"{label}: {WEIGHTS_FILE} holds {unknown}, which is no LoRA weight; merge it into its base")
     num_bytes = sum(4 * (m.a.numel() + m.b.numel()) for m in modules.values())
     return Adapter(modules, num_bytes)
-
-
-def check_file_size(directory: Path, budget: int, *, label: str) -> None:
-    """Before the file is read: one that the budget could not hold even if bfloat16 held its numbers."""
-    weights = directory / WEIGHTS_FILE
-    size = weights.stat().st_size if weights.is_file() else 0
-    if size > 2 * budget:
-        raise AdapterError(
-            f"{label}: {WEIGHTS_FILE} has {size:,} bytes, too many for this endpoint's "
-            f"adapters.host_budget ({budget:,}); raise it or publish a smaller rank"
-        )
 
 
 def check_base(key: str, metadata: Mapping[str, Any], base: BaseModel, *, here: str = "this endpoint serves") -> None:

@@ -1,12 +1,8 @@
 """The Ray Serve application: one ingress deployment over engine replicas. Ray is here and nowhere else in `serve/`."""
 
 import contextlib
-import errno
-import json
 import logging
 import os
-import socket
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +29,7 @@ from ftray.serve.memory import ask_for_huge_pages, give_back_free_memory, keep_f
 from ftray.serve.metrics import OF_REPLICAS, OF_REQUESTS
 from ftray.serve.models import ModelNames
 from ftray.serve.overview import Overview, RecentTraffic
+from ftray.serve.ports import check_port, reachable
 from ftray.serve.ray_metrics import RayMeter
 from ftray.serve.remote import RemoteLedger, ReplicaBackend
 from ftray.serve.replica import EngineReplica
@@ -40,6 +37,8 @@ from ftray.serve.request_metrics import RequestMetrics
 from ftray.serve.resources import replica_resources
 from ftray.serve.texts import TextRoutes
 from ftray.serve.versions import check_preloaded
+
+log = logging.getLogger("ftray.serve")
 
 APP_NAME = "ftray"
 # Above the engine's own queue, so that the engine, which knows its load, is the one that answers 429.
@@ -61,7 +60,7 @@ class ReplicaDeployment(EngineReplica):
         ask_for_huge_pages()
         if config.engine.tensor_parallel > 1:  # vLLM's workers join this cluster; it would start one of its own
             os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        super().__init__(config, meter=RayMeter(OF_REPLICAS))
+        super().__init__(config, meter=RayMeter(OF_REPLICAS), engine_failed=end_process)
 
     async def reconfigure(self, _: Any) -> None:
         """Ray Serve calls it before the replica takes requests."""
@@ -85,6 +84,13 @@ class ReplicaDeployment(EngineReplica):
         """Ray Serve calls it when the replica goes."""
         with contextlib.suppress(AttributeError):  # it was never whole
             self.close()
+
+
+def end_process(error: BaseException) -> None:
+    """Of a replica whose engine has stopped: its requests go to others at once, and Ray Serve replaces it. Until the
+    health checks failed it would be routed to as the least busy."""
+    log.critical("the engine has stopped", exc_info=error)
+    os._exit(1)
 
 
 class IngressApp:
@@ -239,32 +245,6 @@ def check_endpoint(config: ServeConfig) -> None:
     if config.adapters.preload:
         check_preloaded(config.adapters, Registry(config.adapters.registry), prepare_base(config.base_model))
     check_port(config.host, config.port)
-
-
-def check_port(host: str, port: int) -> None:
-    """An endpoint that runs there already is deployed anew."""
-    if "RAY_ADDRESS" in os.environ and is_ray_serve(host, port):
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise UserError(f"port: {port} on {host} is in use; choose another with port=NUMBER") from None
-            raise UserError(f"host: {host}:{port} cannot be listened on: {error.strerror}") from None
-
-
-def is_ray_serve(host: str, port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://{reachable(host)}:{port}/-/routes", timeout=5) as answer:
-            return isinstance(json.load(answer), dict)
-    except (OSError, ValueError):
-        return False
-
-
-def reachable(host: str) -> str:
-    return "127.0.0.1" if host == "0.0.0.0" else host
 
 
 def start_endpoint(config: ServeConfig) -> str:

@@ -1,5 +1,7 @@
 """What the ingress asks of a replica, and what comes back."""
 
+import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,3 +62,23 @@ class TokenizeJob:
 
 
 QuickJob = EmbedJob | TokenizeJob | TokenizerInfoJob
+
+
+async def together(events: AsyncIterator[Event], *, every_s: float) -> AsyncIterator[Event]:
+    """Joins the tokens of each answer that come within `every_s`; its first and its last are told at once."""
+    held: dict[int, Event] = {}
+    told_at: dict[int, float] = {}
+    async for event in events:
+        index = event.get("index")
+        if index is None or every_s == 0:
+            yield event
+            continue
+        before = held.pop(index, None)
+        if before is not None:
+            event |= {key: before[key] + event[key] for key in ("num_tokens", "text", "logprobs")}
+        now = time.monotonic()
+        if event["finish_reason"] or now - told_at.get(index, 0.0) >= every_s:
+            told_at[index] = now
+            yield event
+        else:
+            held[index] = event

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ftray.config import ServeConfig
-from ftray.errors import AdapterError, FtrayError, UserError
+from ftray.errors import AdapterError, FtrayError, StoreError, UserError
 from ftray.infer.checks import check_token_ids
 from ftray.infer.engines import make_engine
 from ftray.infer.protocol import PreparedAdapter, Request, Structure, TokenEvent, TokenLogprobs
@@ -21,7 +21,7 @@ from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
-from ftray.serve.job import EmbedJob, Event, GenerateJob, QuickJob, TokenizeJob, TokenizerInfoJob, party
+from ftray.serve.job import EmbedJob, Event, GenerateJob, QuickJob, TokenizeJob, TokenizerInfoJob, party, together
 from ftray.serve.messages import renderable
 from ftray.serve.metrics import UNMETERED, AdapterMetrics, EngineMetrics, Meter
 from ftray.serve.places import Places
@@ -36,7 +36,13 @@ ANY_TEXT = Structure("regex", ".*")
 
 
 class EngineReplica:
-    def __init__(self, config: ServeConfig, *, meter: Meter = UNMETERED):
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        meter: Meter = UNMETERED,
+        engine_failed: Callable[[BaseException], None] = lambda error: None,
+    ):
         torch.set_num_threads(max(1, int(config.replicas.cpus_each)))
         self.config = config
         self.base = prepare_base(config.base_model)
@@ -44,7 +50,7 @@ class EngineReplica:
         engine = make_engine(self.base, hardware, config.engine, config.adapters)
         self.engine = engine
         self.renderer = ChatRenderer(engine.tokenizer)
-        self.runner = EngineRunner(engine)
+        self.runner = EngineRunner(engine, failed=engine_failed)
         self._compiling = asyncio.Semaphore(1)  # one schema at a time: the decoder needs the cores
         self._places = Places(config.engine.max_sequences + config.engine.max_waiting)
         self.registry = Registry(config.adapters.registry, tolerant=True)
@@ -66,6 +72,8 @@ class EngineReplica:
             try:
                 exact = await asyncio.to_thread(self.registry.resolve, reference)
                 await self.residency.prefetch(str(exact))
+            except StoreError:  # Ray Serve tries again to start the replica
+                raise
             except FtrayError as error:  # withdrawn or damaged since the endpoint was deployed: the others are served
                 log.warning("adapters.preload: %s", error)
         self._following = asyncio.create_task(Prefetcher(self.registry, self.residency).follow())
@@ -277,27 +285,7 @@ class EngineReplica:
     async def _ended(self, change: Callable[[], Future[None] | None]) -> None:
         going_on = await self.runner.call(change)
         if going_on is not None:
-            await asyncio.wrap_future(going_on)
-
-
-async def together(events: AsyncIterator[Event], *, every_s: float) -> AsyncIterator[Event]:
-    """Joins the tokens of each answer that come within `every_s`; its first and its last are told at once."""
-    held: dict[int, Event] = {}
-    told_at: dict[int, float] = {}
-    async for event in events:
-        index = event.get("index")
-        if index is None or every_s == 0:
-            yield event
-            continue
-        before = held.pop(index, None)
-        if before is not None:
-            event |= {key: before[key] + event[key] for key in ("num_tokens", "text", "logprobs")}
-        now = time.monotonic()
-        if event["finish_reason"] or now - told_at.get(index, 0.0) >= every_s:
-            told_at[index] = now
-            yield event
-        else:
-            held[index] = event
+            await asyncio.shield(asyncio.wrap_future(going_on))  # a caller that leaves must not stop it half-way
 
 
 def error_event(error: FtrayError) -> Event:

@@ -4,12 +4,12 @@ and evicted by bytes, least recently used first, never a pinned one."""
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ftray.errors import AdapterError
+from ftray.errors import AdapterError, FtrayError
 from ftray.infer.protocol import PreparedAdapter
 from ftray.serve.load_turns import LoadTurns, Turn
 from ftray.serve.traffic import Traffic
@@ -37,7 +37,11 @@ Unload = Callable[[str], Coroutine[None, None, None]]
 class Resident:
     loading: asyncio.Task[None]
     num_bytes: int = 0
-    pins: int = 0
+    users: Counter[str] = field(default_factory=Counter)  # requests that have it, by party
+
+    @property
+    def pins(self) -> int:
+        return self.users.total()
 
 
 class AdapterResidency:
@@ -87,13 +91,13 @@ class AdapterResidency:
         elif self._turns.is_waiting(key):
             self._turns.ask(party, key)
         self._residents.move_to_end(key)
-        resident.pins += 1
+        resident.users[party] += 1
         try:
             # shielded: one caller that gives up must not cancel the load that others wait for
             await asyncio.shield(resident.loading)
             yield
         finally:
-            resident.pins -= 1
+            resident.users -= Counter([party])
             if resident.pins == 0:
                 self._unpinned.set()
                 if self._residents.get(key) is resident and self._turns.is_waiting(key):
@@ -141,7 +145,7 @@ class AdapterResidency:
                     f"({self.budget_bytes:,}); raise it or publish a smaller rank"
                 )
             async with self._may_place:
-                await self._make_room(adapter.num_bytes)
+                await self._make_room(key, adapter.num_bytes)
                 await self._load(adapter)
                 self._residents[key].num_bytes = adapter.num_bytes
         self._bad.discard(key)
@@ -164,27 +168,48 @@ class AdapterResidency:
     def _next_victim(self) -> str | None:
         return next((k for k, r in self._residents.items() if r.pins == 0 and r.num_bytes and r.loading.done()), None)
 
-    async def _make_room(self, num_bytes: int) -> None:
+    async def _make_room(self, key: str, num_bytes: int) -> None:
         """Waits while everything that could go is in use: running requests end, and the budget holds. Where requests
-        for each of them overlap without end, the one with the fewest has to go."""
+        for each of them overlap without end, one after the other has to go; but for a request, not for a prefetch."""
+        patient_until = time.monotonic() + self._patience_s
         try:
             while self.resident_bytes + num_bytes > self.budget_bytes:
                 victim = self._next_victim()
                 if victim is None:
-                    await self._wait_for_end_of_use()
+                    await self._wait_for_end_of_use(key, patient_until)
                     continue
                 del self._residents[victim]
                 await self._unload(victim)
                 self._signal("evicted", victim, 0.0)
+                if victim == self._leaving:
+                    self._nobody_has_to_go()
+                    patient_until = time.monotonic() + self._patience_s
         finally:
-            self._leaving = None
-            self._has_left.set()
+            self._nobody_has_to_go()
 
-    async def _wait_for_end_of_use(self) -> None:
+    async def _wait_for_end_of_use(self, key: str, patient_until: float) -> None:
         self._unpinned.clear()
+        wait_s = max(0.0, patient_until - time.monotonic()) if self._leaving is None else None
         try:
-            await asyncio.wait_for(self._unpinned.wait(), self._patience_s if self._leaving is None else None)
+            await asyncio.wait_for(self._unpinned.wait(), wait_s)
         except TimeoutError:
-            loaded = [key for key, resident in self._residents.items() if resident.loading.done()]
-            self._leaving = min(loaded, key=self.num_pins)
+            if set(self._residents[key].users) <= {PREFETCH}:
+                raise FtrayError("every adapter in memory is in use (adapters.host_budget); try again") from None
+            self._leaving = self._least_wanted()
             self._has_left.clear()
+
+    def _nobody_has_to_go(self) -> None:
+        self._leaving = None
+        self._has_left.set()
+
+    def _least_wanted(self) -> str:
+        """Of those in use one of the party whose adapters take most memory, the one with the fewest requests."""
+        num_bytes: Counter[str] = Counter()
+        for resident in self._residents.values():
+            num_bytes.update(dict.fromkeys(resident.users, resident.num_bytes))
+
+        def order(key: str) -> tuple[int, int]:
+            users = self._residents[key].users
+            return -min((num_bytes[party] for party in users), default=0), users.total()
+
+        return min((key for key, resident in self._residents.items() if resident.loading.done()), key=order)

@@ -20,8 +20,10 @@ Item = TypeVar("Item")
 
 
 class EngineRunner:
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, *, failed: Callable[[BaseException], None] = lambda error: None):
+        """`failed` is called in the engine's thread when a step has raised: nothing works any more."""
         self.engine = engine
+        self._tell_failed = failed
         self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue]] = {}
@@ -71,6 +73,9 @@ class EngineRunner:
         finally:
             self._ended = True
             self._refuse_commands()
+            for request_id in list(self._streams):
+                with contextlib.suppress(RuntimeError):  # its event loop has ended too
+                    self._deliver(request_id, self.failure or FtrayError("it was closed"))
 
     def _work(self) -> None:
         while not self._closing:
@@ -79,7 +84,8 @@ class EngineRunner:
                 try:
                     events = self.engine.step()
                 except Exception as error:  # noqa: BLE001  told to every caller; the replica's health check fails
-                    self._fail(error)
+                    self.failure = error
+                    self._tell_failed(error)
                     return
                 for event in events:
                     self._deliver(event.request_id, event)
@@ -108,11 +114,6 @@ class EngineRunner:
         if stream is not None:
             loop, events = stream
             loop.call_soon_threadsafe(events.put_nowait, event)
-
-    def _fail(self, error: BaseException) -> None:
-        self.failure = error
-        for request_id in list(self._streams):
-            self._deliver(request_id, error)
 
     def _refuse_commands(self) -> None:
         with contextlib.suppress(queue.Empty):

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from ftray.config.serve import AdaptersConfig
-from ftray.model.adapter import check_base, check_file_size, check_rank, read_adapter
+from ftray.errors import AdapterError
+from ftray.model.adapter import WEIGHTS_FILE, check_base, check_rank, read_adapter
 from ftray.model.base import BaseModel
 from ftray.registry import Registry
 
@@ -12,13 +13,24 @@ def hosted_directory(key: str, registry: Registry, base: BaseModel, limits: Adap
     """Where its files are, fetched if they were not. Raises `AdapterError` before it fetches what cannot be hosted."""
     version = registry.get(key)
     check_base(str(version), version.metadata, base)
-    directory = registry.directory(version)
-    check_file_size(directory, limits.host_budget, label=str(version))
-    return directory
+    size = sum(entry.size for entry in version.manifest.files if entry.path == WEIGHTS_FILE)
+    check_size(size, limits, label=str(version))
+    return registry.directory(version)
+
+
+def check_size(num_bytes: int, limits: AdaptersConfig, *, label: str) -> None:
+    """Of the numbers as they are saved: a budget that could not hold them even if bfloat16 did is too small."""
+    for name, budget in (("host_budget", limits.host_budget), ("device_budget", limits.device_budget)):
+        if num_bytes > 2 * budget:
+            raise AdapterError(
+                f"{label}: {WEIGHTS_FILE} has {num_bytes:,} bytes, too many for this endpoint's "
+                f"adapters.{name} ({budget:,}); raise it or publish a smaller rank"
+            )
 
 
 def check_preloaded(limits: AdaptersConfig, registry: Registry, base: BaseModel) -> None:
-    """Of `adapters.preload`, what replicas would refuse: they start without it, and say so only in their logs."""
+    """Refuses in `adapters.preload` what is missing, damaged, of another base, or too large: replicas start without it,
+    and say so only in their logs."""
     for reference in limits.preload:
         key = str(registry.resolve(reference))
         check_rank(read_adapter(hosted_directory(key, registry, base, limits), label=key), limits.max_rank, label=key)

@@ -48,6 +48,8 @@ def first(tensors, part):
         (lambda d: edit_config(d, alpha_pattern={"(": 1}), "no scale from lora_alpha"),
         (lambda d: edit_config(d, alpha_pattern=[1]), "no scale from lora_alpha"),
         (lambda d: edit_config(d, use_dora=True), "use_dora=True cannot be served"),
+        (lambda d: edit_config(d, init_lora_weights="pissa_niter_4"), "'pissa_niter_4' changes its base"),
+        (lambda d: edit_config(d, alora_invocation_tokens=[5, 6]), r"alora_invocation_tokens=\[5, 6\] cannot be"),
         (lambda d: edit_config(d, lora_alpha=float("nan")), "lora_alpha makes the scale nan"),
         (lambda d: edit_config(d, lora_alpha=None), "no scale from lora_alpha"),
         (lambda d: edit_config(d, modules_to_save=["lm_head"]), "merge it into its base"),

@@ -27,6 +27,15 @@ def test_text_comes_whole_characters_at_a_time(renderer):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+def test_bytes_that_are_no_character_do_not_hold_the_text_back(renderer):
+    """As `logit_bias` may force them: what is held stays short, and what follows is shown."""
+    byte = next(token for token in range(40, 250) if renderer.tokenizer.decode([token]) == "\ufffd")
+    stream = TextStream(renderer.tokenizer, ())
+    pieces = [stream.push(byte) for _ in range(100)]
+    assert len(stream._ids) - stream._decoded < 8
+    assert sum(map(len, pieces)) > 90
+
+
 def test_a_stop_string_is_never_shown_not_even_its_beginning(renderer):
     pieces, stopped = shown(renderer, "one END two", ("END",))
     assert ("".join(pieces), stopped) == ("one ", True)

@@ -280,6 +280,77 @@ def test_requests_that_overlap_without_end_do_not_keep_another_adapter_out(patie
     assert asyncio.run(scenario()) == ({"light@1"} if patience_s is not None else None)
 
 
+def test_nobody_has_to_go_for_a_prefetch():
+    async def scenario():
+        loader = Loader(num_bytes=80)
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=100, patience_s=0.02)
+        async with residency.pinned("a@1"):
+            with pytest.raises(FtrayError, match="every adapter in memory is in use"):
+                await asyncio.wait_for(residency.prefetch("b@1"), 5)
+            async with asyncio.timeout(5), residency.pinned("a@1"):
+                assert loader.resident == {"a@1"}
+        await residency.prefetch("b@1")
+        assert loader.resident == {"b@1"}
+
+    asyncio.run(scenario())
+
+
+class Sizes(Loader):
+    def __init__(self, **num_bytes: int):
+        super().__init__()
+        self.sizes = num_bytes
+        self.unloads: list[str] = []
+
+    async def unload(self, key: str) -> None:
+        await super().unload(key)
+        self.unloads.append(key)
+
+    async def prepare(self, key: str) -> Prepared:
+        return Prepared(key, self.sizes[key])
+
+
+def gone_for_a_large_adapter() -> list[str]:
+    """Requests of a crawler for `a` and `b` overlap without end, a person has one for `c` at a time; then the crawler
+    wants `large`. What had to go."""
+
+    async def scenario():
+        loader = Sizes(a=40, b=40, c=20, large=80)
+        residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=100, patience_s=0.02)
+        over = False
+
+        async def flood(key, party, begin_s):
+            await asyncio.sleep(begin_s)
+            while not over:
+                async with residency.pinned(key, party=party):
+                    await asyncio.sleep(0.01)
+
+        floods = [asyncio.create_task(flood(key, "crawler", n * 0.003)) for n in range(3) for key in ("a", "b")]
+        floods.append(asyncio.create_task(flood("c", "person", 0)))
+        await asyncio.sleep(0.05)
+
+        async def use():
+            async with residency.pinned("large", party="crawler"):
+                return list(loader.unloads)
+
+        try:
+            return await asyncio.wait_for(use(), 5)
+        finally:
+            over = True
+            await asyncio.wait_for(asyncio.gather(*floods), 5)
+
+    return asyncio.run(scenario())
+
+
+def test_room_for_a_large_adapter_is_made_of_several_and_not_of_a_light_tenants_only_one(monkeypatch):
+    assert sorted(gone_for_a_large_adapter()) == ["a", "b"]
+
+    def with_fewest_requests(residency):
+        return min((key for key in residency.resident_keys if residency.is_resident(key)), key=residency.num_pins)
+
+    monkeypatch.setattr(AdapterResidency, "_least_wanted", with_fewest_requests)  # the twin
+    assert gone_for_a_large_adapter()[0] == "c"
+
+
 def loads_beside_a_crowd(count: int, key: str, *, party: str) -> list[str]:
     """One party asks for so many adapters, a0@1 and on, at once, then `party` for one. The loads in their order."""
 
@@ -556,6 +627,24 @@ def test_a_closed_engine_answers_nobody_and_keeps_nobody_waiting():
             await asyncio.wait_for(runner.call(lambda: None), timeout=5)
 
     asyncio.run(scenario())
+
+
+def test_who_waits_for_tokens_of_an_engine_that_is_closed_is_told():
+    async def scenario(engine, runner):
+        from ftray.infer.protocol import Sampling
+
+        stream = runner.generate(Request("a", [1], Sampling(max_tokens=10**9)))
+        await anext(stream)
+        await asyncio.to_thread(runner.close)
+        with pytest.raises(FtrayError, match="it was closed"):
+            await asyncio.wait_for(drain(stream), timeout=5)
+
+    run_scenario(scenario)
+
+
+async def drain(stream) -> None:
+    async for _ in stream:
+        pass
 
 
 def test_leaving_early_cancels():

@@ -1,0 +1,35 @@
+"""Where an endpoint listens: whether it can, before anything is started."""
+
+import errno
+import json
+import os
+import socket
+import urllib.request
+
+from ftray.errors import UserError
+
+
+def check_port(host: str, port: int) -> None:
+    """An endpoint that runs there already is deployed anew."""
+    if "RAY_ADDRESS" in os.environ and is_ray_serve(host, port):
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(f"port: {port} on {host} is in use; choose another with port=NUMBER") from None
+            raise UserError(f"host: {host}:{port} cannot be listened on: {error.strerror}") from None
+
+
+def is_ray_serve(host: str, port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{reachable(host)}:{port}/-/routes", timeout=5) as answer:
+            return isinstance(json.load(answer), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def reachable(host: str) -> str:
+    return "127.0.0.1" if host == "0.0.0.0" else host
