@@ -2,79 +2,26 @@
 
 Everything that runs goes first: a decoding sequence with its newest token, a prompt with its next piece (chunked
 prefill, Agrawal et al. 2024, arXiv 2403.02310), so that a long prompt never stops the others. Then waiting ones come
-in, as `fair_queue.py` orders them. When the cache is full the newest sequence gives its pages back and waits at the
-front of its flow; its tokens are computed again later, or found in the cache. So does the newest of a party (or of a
-flow) that has several places when another has long been next and has none, and so do all sequences of an adapter whose
-turn at a slot is over (`slot_turns.py`): long answers keep nobody out of a place or a slot.
+in, as `fair_queue.py` orders them. When the cache is full the newest sequence, of who has most of it, gives its pages
+back and waits at the front of its flow; its tokens are computed again later, or found in the cache. So does the newest
+of a party (or of a flow) that has several places when another has long been next and has none, and so do all sequences
+of an adapter whose turn at a slot is over (`slot_turns.py`): long answers keep nobody out of a place or a slot.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from ftray.infer.fair_queue import FairQueue, FlowKey
 from ftray.infer.kv_cache import PAGE_TOKENS, PagePool, page_name, pages_for
-from ftray.infer.protocol import Request, TokenLogprobs
-from ftray.infer.sampler import TokenSampler
+from ftray.infer.sequence import Piece, Sequence
 from ftray.infer.slot_turns import SlotTurns, parties_of_adapters
-from ftray.infer.text import TextStream
 
 # An adapter that lacks a slot is overdue after so many steps: no other gets a slot before it, and turns end for it.
 MAX_STEPS_WITHOUT_SLOT = 64
 # While every place is taken, who is next and has none waits so many steps; then who has several gives one up.
 MAX_STEPS_CROWDED_OUT = 64
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One answer. `tokens`: the prompt, then what was generated."""
-
-    request: Request
-    index: int
-    text: TextStream
-    sampler: TokenSampler
-    max_tokens: int
-    salt: bytes  # of the adapter version
-    tokens: list[int]
-    num_cached: int = 0  # tokens whose keys and values are in the cache
-    pages: list[int] = field(default_factory=list)
-    names: list[bytes] = field(default_factory=list)  # of its full pages
-    num_found: int | None = None  # prompt tokens found in the cache when it first ran
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # so far, where they are asked for
-    added_at: float = field(default_factory=time.monotonic)
-    queued_s: float = 0.0  # until it first ran
-    slotless_since: int | None = None  # the step since which its adapter cannot have a slot
-    crowded_out_since: int | None = None  # the step since which it is next, and only others' many places are in its way
-    siblings: list["Sequence"] = field(default_factory=list)  # wait until the prompt's pages are there to share
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - self.num_prompt
-
-    @property
-    def num_pending(self) -> int:
-        return len(self.tokens) - self.num_cached
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        wanted = self.request.sampling.prompt_logprobs is not None
-        return wanted and len(self.prompt_logprobs) < self.num_prompt - 1
-
-
-@dataclass(frozen=True)
-class Piece:
-    sequence: Sequence
-    num_tokens: int
-
-    @property
-    def is_last(self) -> bool:
-        """After it the sequence's next token can be drawn."""
-        return self.num_tokens == self.sequence.num_pending
 
 
 class DeviceAdapters(Protocol):
@@ -125,6 +72,7 @@ class Scheduler:
             if count and sequence in self.running and self._make_room(sequence, count):
                 pieces.append(Piece(sequence, count))
                 room -= count if is_prompt else 0
+        pieces = [piece for piece in pieces if piece.sequence in self.running]  # some may have given their pages up
         if self.num_preemptions == preemptions:
             self._admit(pieces, room)
             self._look_ahead()
@@ -133,8 +81,10 @@ class Scheduler:
     def computed(self, piece: Piece) -> None:
         """The piece's keys and values are in the cache now: its full pages get their names."""
         sequence = piece.sequence
+        paid = max(sequence.num_cached, sequence.num_charged)  # of one that was pushed back nothing is paid twice
         sequence.num_cached += piece.num_tokens
-        self.waiting.charge(sequence.request.flow, piece.num_tokens)
+        sequence.num_charged = max(paid, sequence.num_cached)
+        self.waiting.charge(sequence.request.flow, sequence.num_charged - paid)
         while (len(sequence.names) + 1) * PAGE_TOKENS <= sequence.num_cached:
             self._name_next(sequence)
             number = len(sequence.names) - 1
@@ -291,17 +241,32 @@ class Scheduler:
         sequence.names.append(page_name(parent, sequence.tokens[start : start + PAGE_TOKENS]))
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Pages for `count` more tokens, if need be the newest sequences'. False: it was the newest itself."""
+        """Pages for `count` more tokens, if need be those of others. False: it had to give its own."""
         while len(sequence.pages) < pages_for(sequence.num_cached + count):
             page = self.pool.allocate()
             if page is not None:
                 sequence.pages.append(page)
                 continue
-            newest = self.running[-1]
-            self._preempt(newest)
-            if newest is sequence:
+            giver = self._giver_of_pages()
+            self._preempt(giver)
+            if giver is sequence:
                 return False
         return True
+
+    def _giver_of_pages(self) -> Sequence:
+        """The newest of the party that has most pages, but never a party's only one; else the newest of all. So the
+        oldest goes on whatever happens."""
+        num_pages: Counter[str] = Counter()
+        newest: dict[str, Sequence] = {}
+        several: set[str] = set()
+        for other in self.running:
+            party = other.request.flow[0]
+            num_pages[party] += len(other.pages)
+            several |= {party} & set(newest)
+            newest[party] = other
+        last = self.running[-1]
+        richest = max(several, key=lambda party: num_pages[party], default=last.request.flow[0])
+        return newest[richest] if num_pages[richest] > num_pages[last.request.flow[0]] else last
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1

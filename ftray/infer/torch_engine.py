@@ -23,7 +23,8 @@ from ftray.infer.embedding import Embedding, embedding_of
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.infer.protocol import EngineStats, FinishReason, Request, Structure, TokenEvent, TokenLogprobs
 from ftray.infer.sampler import TokenSampler, sample, told
-from ftray.infer.scheduler import Piece, Scheduler, Sequence
+from ftray.infer.scheduler import Scheduler
+from ftray.infer.sequence import Piece, Sequence
 from ftray.infer.structure import GrammarMatcher, Grammars
 from ftray.infer.text import TextStream
 from ftray.model.adapter import check_rank, read_adapter
@@ -83,8 +84,7 @@ class TorchEngine:
         )
         structure = request.sampling.structure
         matcher = self._grammars.matcher(structure) if structure is not None else None
-        answers = range(request.sampling.n)
-        first, *others = [self._sequence(request, index, max_tokens, matcher) for index in answers]
+        first, *others = [self._sequence(request, index, max_tokens, matcher) for index in range(request.sampling.n)]
         first.siblings = others
         for other in others:  # the first one computes the prompt
             other.prompt_logprobs = first.prompt_logprobs
@@ -162,8 +162,8 @@ class TorchEngine:
                 for p in longer[len(whole) :]
             ),
         )
-        counts = [(p.sequence.request.adapter, p.num_tokens) for p in pieces]
-        hidden_TE = self._hidden(torch.tensor(ids), torch.tensor(positions), counts, step)
+        tokens = [(p.sequence.request.adapter, p.num_tokens) for p in pieces]
+        hidden_TE = self._hidden(torch.tensor(ids), torch.tensor(positions), tokens, step)
         self._tell_prompts(pieces, hidden_TE)
         ends = itertools.accumulate(p.num_tokens for p in pieces)
         last = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.is_last]

@@ -28,6 +28,7 @@ from ftray.serve.places import Places
 from ftray.serve.prefetch import Prefetcher
 from ftray.serve.residency import AdapterResidency
 from ftray.serve.runner import EngineRunner, merged
+from ftray.serve.turns import Turns
 from ftray.serve.versions import hosted_directory
 
 log = logging.getLogger("ftray.serve")
@@ -51,7 +52,8 @@ class EngineReplica:
         self.engine = engine
         self.renderer = ChatRenderer(engine.tokenizer)
         self.runner = EngineRunner(engine, failed=engine_failed)
-        self._compiling = asyncio.Semaphore(1)  # one schema at a time: the decoder needs the cores
+        self._compiling = Turns(1)  # one schema at a time: the decoder needs the cores
+        self._embedding = Turns(1)  # one group of texts at a time: others decode in between
         self._places = Places(config.engine.max_sequences + config.engine.max_waiting)
         self.registry = Registry(config.adapters.registry, tolerant=True)
         self.residency = AdapterResidency(
@@ -102,7 +104,7 @@ class EngineReplica:
     async def _read(self, job: GenerateJob) -> list[list[int]]:
         """In threads: a text of megabytes or a large schema takes seconds, and others wait for their tokens."""
         if job.sampling.structure is not None:
-            async with self._compiling:
+            async with self._compiling.one(party(job)):
                 await asyncio.to_thread(self.engine.prepare_structure, job.sampling.structure, len(job.prompts))
         return await asyncio.to_thread(lambda: [self._prompt_ids(prompt, job) for prompt in job.prompts])
 
@@ -136,8 +138,9 @@ class EngineReplica:
             raise UserError(f"input: a text of {longest} tokens exceeds this endpoint's context of {context} tokens")
         vectors: list[list[float]] = []
         async with self._pinned(job):
-            for group in groups_within(texts, self.config.engine.max_prefill_tokens):  # others decode in between
-                found_nE = await self.runner.call(partial(self.engine.embed, group, job.adapter))
+            for group in groups_within(texts, self.config.engine.max_prefill_tokens):
+                async with self._embedding.one(party(job)):
+                    found_nE = await self.runner.call(partial(self.engine.embed, group, job.adapter))
                 size = found_nE.shape[1]
                 if job.dimensions is not None and job.dimensions > size:
                     raise UserError(f"dimensions: {job.dimensions} is over this base's {size}")

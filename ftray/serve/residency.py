@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from ftray.errors import AdapterError, FtrayError
 from ftray.infer.protocol import PreparedAdapter
-from ftray.serve.load_turns import LoadTurns, Turn
 from ftray.serve.traffic import Traffic
+from ftray.serve.turns import Turn, Turns
 
 # Adapters read and checked at the same time, beside the budget; parties take turns.
 MAX_LOADS = 2
@@ -62,7 +62,7 @@ class AdapterResidency:
         self._patience_s = patience_s
         self._signal = signal
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
-        self._turns = LoadTurns(MAX_LOADS)
+        self._turns = Turns(MAX_LOADS)
         self._may_place = asyncio.Lock()  # first come, first served
         self._unpinned = asyncio.Event()
         self._leaving: str | None = None  # it goes once the requests that have it have ended: nobody new gets it

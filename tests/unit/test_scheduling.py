@@ -10,7 +10,8 @@ from ftray.errors import AdapterError
 from ftray.infer.fair_queue import FairQueue
 from ftray.infer.kv_cache import PagePool, page_name
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.scheduler import MAX_STEPS_CROWDED_OUT, Scheduler, Sequence
+from ftray.infer.scheduler import MAX_STEPS_CROWDED_OUT, Scheduler
+from ftray.infer.sequence import Sequence
 from ftray.infer.slot_turns import MIN_STEPS
 from ftray.model.adapter_runs import matmul_runs
 from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Segment
@@ -385,6 +386,33 @@ def test_adapters_that_wait_for_a_slot_are_passed_over_but_not_for_ever():
     done = steps(scheduler, more=more)
     assert done["other"][0] - 3 <= MIN_STEPS + 30
     assert any(first > 3 and first < done["other"][0] for name, (first, _) in done.items() if name != "other")
+
+
+def light_under_a_full_cache() -> tuple[int, int]:
+    """A crawler's long answers fill the cache; a person's one comes in meanwhile. Steps from its first token to its
+    last, and how many tokens were paid for."""
+    scheduler = make_scheduler(places=8, pages=60)
+    charge, paid = scheduler.waiting.charge, []
+
+    def charged(key, num_tokens):
+        paid.append(num_tokens)
+        charge(key, num_tokens)
+
+    scheduler.waiting.charge = charged
+    for number in range(5):
+        scheduler.add(sequence(f"{number}", adapter="heavy@1", tenant="crawler", answer=300))
+    light = sequence("light", adapter="light@1", tenant="person", answer=100)
+    first, last = steps(scheduler, more=lambda step: [light] if step == 100 else [])["light"]
+    assert scheduler.num_preemptions > 0
+    return last - first, sum(paid)
+
+
+def test_who_has_most_of_a_full_cache_gives_pages_and_pays_for_no_token_twice(monkeypatch):
+    length, paid = light_under_a_full_cache()
+    assert length == 99  # never interrupted
+    assert paid == 5 * (10 + 299) + 10 + 99
+    monkeypatch.setattr(Scheduler, "_giver_of_pages", lambda scheduler: scheduler.running[-1])  # the twin
+    assert light_under_a_full_cache()[0] > 99
 
 
 def waits_for_a_slot(*, num_waiting: int, places: int = 8, per_adapter: int = 1) -> tuple[list[int], Scheduler]:

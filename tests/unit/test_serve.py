@@ -18,6 +18,7 @@ from ftray.serve.prefetch import Prefetcher
 from ftray.serve.residency import AdapterResidency
 from ftray.serve.runner import EngineRunner
 from ftray.serve.traffic import Traffic
+from ftray.serve.turns import Turns
 
 
 @pytest.fixture
@@ -363,6 +364,33 @@ def loads_beside_a_crowd(count: int, key: str, *, party: str) -> list[str]:
         return loader.loads
 
     return asyncio.run(scenario())
+
+
+def order_of_turns(*, leaving: bool) -> list[str]:
+    """Of one at a time: twenty of a crawler, then one of a person; the first ten may leave before their turn."""
+
+    async def scenario():
+        turns, order = Turns(1), []
+
+        async def take(name, party):
+            async with turns.one(party):
+                await asyncio.sleep(0)
+                order.append(name)
+
+        crowd = [asyncio.create_task(take(f"{number}", "crawler")) for number in range(20)]
+        await asyncio.sleep(0)
+        person = asyncio.create_task(take("person", "person"))
+        for task in crowd[:10] if leaving else []:
+            task.cancel()
+        await asyncio.wait_for(asyncio.gather(person, *crowd, return_exceptions=True), 5)
+        return order
+
+    return asyncio.run(scenario())
+
+
+def test_parties_take_turns_and_who_leaves_holds_nobody_up():
+    assert order_of_turns(leaving=False).index("person") <= 3
+    assert len(order_of_turns(leaving=True)) == 11
 
 
 def test_a_hundred_cold_adapters_of_one_tenant_do_not_keep_the_one_of_another_waiting():

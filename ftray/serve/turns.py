@@ -1,0 +1,69 @@
+"""Who may do next what only some can do at a time (load an adapter, compile a schema): parties (tenants; else the users
+that requests name) take turns, so that one that asks for hundreds of adapters does not keep another waiting for its
+one."""
+
+import asyncio
+import contextlib
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+
+Turn = asyncio.Event  # set when it has come
+
+
+class Turns:
+    def __init__(self, places: int):
+        self._free = places
+        self._waiting: dict[str, Turn] = {}  # by key: an adapter
+        self._asked: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()  # parties, the next first: their keys
+
+    def ask(self, party: str, key: str) -> Turn:
+        """Also for one that another party waits for: whose turn is first brings it in for both."""
+        self._asked.setdefault(party, OrderedDict()).setdefault(key)
+        turn = self._waiting.setdefault(key, Turn())
+        self._give()
+        return turn
+
+    def is_waiting(self, key: str) -> bool:
+        return key in self._waiting
+
+    def withdraw(self, key: str) -> None:
+        """Nobody waits for it any more."""
+        del self._waiting[key]
+        for party in [party for party, keys in self._asked.items() if key in keys]:
+            del self._asked[party][key]
+            if not self._asked[party]:
+                del self._asked[party]
+
+    @contextlib.asynccontextmanager
+    async def taken(self, turn: Turn) -> AsyncIterator[None]:
+        """Waits for the turn; the place is free again when the context closes."""
+        try:
+            await turn.wait()
+            yield
+        finally:
+            if turn.is_set():
+                self._free += 1
+                self._give()
+
+    @contextlib.asynccontextmanager
+    async def one(self, party: str) -> AsyncIterator[None]:
+        """A turn for this alone."""
+        key = uuid.uuid4().hex
+        turn = self.ask(party, key)
+        try:
+            async with self.taken(turn):
+                yield
+        finally:
+            if self.is_waiting(key):  # cancelled
+                self.withdraw(key)
+
+    def _give(self) -> None:
+        while self._free and self._asked:
+            party, keys = next(iter(self._asked.items()))
+            key = next(iter(keys))
+            self._asked.move_to_end(party)
+            turn = self._waiting[key]
+            self.withdraw(key)
+            self._free -= 1
+            turn.set()
