@@ -63,8 +63,7 @@ class Scheduler:
         room = self._max_prefill_tokens
         self._make_way()
         self._overdue = self._find_overdue()
-        if self._overdue is not None:
-            self._give_up_slots(*self._overdue)
+        lacks_pages = self._overdue is not None and not self._give_up_slots(*self._overdue)
         preemptions = self.num_preemptions
         for sequence in list(self.running):
             is_prompt = sequence.num_pending > 1
@@ -73,7 +72,7 @@ class Scheduler:
                 pieces.append(Piece(sequence, count))
                 room -= count if is_prompt else 0
         pieces = [piece for piece in pieces if piece.sequence in self.running]  # some may have given their pages up
-        if self.num_preemptions == preemptions:
+        if self.num_preemptions == preemptions and not lacks_pages:
             self._admit(pieces, room)
             self._look_ahead()
         return pieces
@@ -115,34 +114,43 @@ class Scheduler:
             self._preempt(newest)
 
     def _find_overdue(self) -> tuple[FlowKey, Sequence] | None:
-        """All who need a slot lack one if the first of them does."""
+        """All who need a slot lack one if the first of them does; if not, a larger one still may."""
         held = parties_of_adapters(self.running)
-        needing = [(key, s) for key, s in self.waiting.in_order() if s.request.adapter not in (None, *held)]
-        lacks = bool(needing) and not self._brings(needing[0][1].request.adapter)
-        overdue = None
-        for key, sequence in needing:
-            if not lacks:
+        needing: list[tuple[FlowKey, Sequence]] = []
+        for key, sequence in self.waiting.in_order():
+            if sequence.request.adapter in (None, *held):
                 sequence.slotless_since = None
-            elif sequence.slotless_since is None:
-                sequence.slotless_since = self._num_steps
-            elif overdue is None and self._num_steps - sequence.slotless_since >= MAX_STEPS_WITHOUT_SLOT:
-                overdue = key, sequence
-        return overdue
+            else:
+                needing.append((key, sequence))
+        lacks = bool(needing) and not self._brings(needing[0][1].request.adapter)
+        for key, sequence in needing:
+            if sequence.slotless_since is None:
+                sequence.slotless_since = self._num_steps if lacks else None
+            elif self._num_steps - sequence.slotless_since >= MAX_STEPS_WITHOUT_SLOT:
+                if not self._brings(sequence.request.adapter):
+                    return key, sequence
+                sequence.slotless_since = None
+        return None
 
-    def _give_up_slots(self, key: FlowKey, overdue: Sequence) -> None:
-        """For the one that is overdue, if pages and a share of the step's prompt tokens can be had with them."""
+    def _give_up_slots(self, key: FlowKey, overdue: Sequence) -> bool:
+        """For the one that is overdue, if pages and a share of the step's prompt tokens can be had with them. False: it
+        has lacked pages as well for so long that nobody else may come in."""
         givers = self._slot_turns.givers(self.running, party=key[0], step=self._num_steps)
         leaving = [other for other in self.running if other.request.adapter in givers]
-        num_pages = self.pool.num_available + sum(len(other.pages) for other in leaving)
+        kept = {page for s in self.running if s not in leaving for page in s.pages}
+        freed = {page for s in leaving for page in s.pages} - kept
+        num_pages = pages_for(len(overdue.tokens) + 1)
         num_prompt = sum(s.num_pending for s in self.running if s.num_pending > 1 and s not in leaving)
-        if num_pages < pages_for(len(overdue.tokens) + 1) or num_prompt >= self._max_prefill_tokens:
-            return
-        for giver in givers:
-            if self._brings(overdue.request.adapter):
-                return
+        if self.pool.num_available + len(freed) < num_pages:
+            assert overdue.slotless_since is not None
+            return self._num_steps - overdue.slotless_since < 2 * MAX_STEPS_WITHOUT_SLOT
+        for giver in givers if num_prompt < self._max_prefill_tokens else []:
+            if self._brings(overdue.request.adapter) and self.pool.num_available >= num_pages:
+                break
             for other in reversed(leaving):  # so that the oldest is the first of its flow
                 if other.request.adapter == giver:
                     self._preempt(other)
+        return True
 
     def _newest_of_crowd(self, flow: FlowKey) -> Sequence | None:
         giver = self.waiting.crowded_beside(flow)
@@ -203,10 +211,9 @@ class Scheduler:
         return None
 
     def _may_take_slot(self, sequence: Sequence) -> bool:
-        """Nobody is overdue for one, or it is, and can have it."""
-        if self._overdue is None:
-            return True
-        return sequence is self._overdue[1] and self._brings(sequence.request.adapter)
+        """It can have one, and nobody is overdue for one, or it is."""
+        is_its_turn = self._overdue is None or sequence is self._overdue[1]
+        return is_its_turn and self._brings(sequence.request.adapter)
 
     def _in_turn(self) -> Iterator[tuple[FlowKey, Sequence]]:
         if self._overdue is not None:

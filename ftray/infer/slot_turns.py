@@ -24,13 +24,14 @@ class SlotTurns:
 
     def givers(self, running: Iterable[Any], *, party: str, step: int) -> list[str]:
         """Of the adapters of running sequences those that may have to go for another of `party`: its own, and those of
-        parties with more than it has. Who has drawn for longest is first."""
+        parties with more than it has (without its share of this one). Who has drawn for longest is first."""
         held = parties_of_adapters(running)
         num_held = Counter(user for users in held.values() for user in users)
 
         def gives(adapter: str) -> bool:
             has_drawn = step - self._drawing_since.get(adapter, step) >= MIN_STEPS
-            return has_drawn and all(user == party or num_held[user] > num_held[party] for user in held[adapter])
+            others = num_held[party] - (party in held[adapter])
+            return has_drawn and all(user == party or num_held[user] > others for user in held[adapter])
 
         return sorted(filter(gives, held), key=lambda adapter: self._drawing_since[adapter])
 

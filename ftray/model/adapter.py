@@ -30,7 +30,7 @@ UNSUPPORTED_OPTIONS = {
     "alora_invocation_tokens": None,
 }
 # PEFT changes the base's weights when it loads an adapter that says so.
-BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq")
+BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Beside the directory of an adapter that lies where its run left it: its lineage.
 NOTES_OF_ITS_RUN = ("config.json", "environment.json", "result.json")

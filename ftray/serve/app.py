@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ SPARE_REQUESTS = 64
 STATS_PERIOD_S = 1.0
 HEALTH_PERIOD_S = 5.0
 LOOK_BACK_S = 5.0  # the load is the mean of so long
+TELLING_S = 0.5  # between an engine's end and its process'
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -87,9 +90,12 @@ class ReplicaDeployment(EngineReplica):
 
 
 def end_process(error: BaseException) -> None:
-    """Of a replica whose engine has stopped: its requests go to others at once, and Ray Serve replaces it. Until the
-    health checks failed it would be routed to as the least busy."""
+    """Of a replica whose engine has stopped, once its callers have heard it: Ray Serve replaces it. Until the health
+    checks failed it would be routed to as the least busy."""
     log.critical("the engine has stopped", exc_info=error)
+    time.sleep(TELLING_S)
+    for child in multiprocessing.active_children():  # vLLM's, with the GPU's memory
+        child.kill()
     os._exit(1)
 
 

@@ -33,6 +33,10 @@ Load = Callable[[Any], Coroutine[None, None, None]]
 Unload = Callable[[str], Coroutine[None, None, None]]
 
 
+class NoRoomError(FtrayError):
+    """For an adapter that no request waits for."""
+
+
 @dataclass
 class Resident:
     loading: asyncio.Task[None]
@@ -162,8 +166,9 @@ class AdapterResidency:
         resident = self._residents.get(key)
         if has_failed and resident is not None and resident.loading is loading:
             del self._residents[key]
-            self._bad.add(key)
-            self._signal("failed", key, 0.0)
+            if loading.cancelled() or not isinstance(loading.exception(), NoRoomError):
+                self._bad.add(key)
+                self._signal("failed", key, 0.0)
 
     def _next_victim(self) -> str | None:
         return next((k for k, r in self._residents.items() if r.pins == 0 and r.num_bytes and r.loading.done()), None)
@@ -194,7 +199,7 @@ class AdapterResidency:
             await asyncio.wait_for(self._unpinned.wait(), wait_s)
         except TimeoutError:
             if set(self._residents[key].users) <= {PREFETCH}:
-                raise FtrayError("every adapter in memory is in use (adapters.host_budget); try again") from None
+                raise NoRoomError("every adapter in memory is in use (adapters.host_budget); try again") from None
             self._leaving = self._least_wanted()
             self._has_left.clear()
 
@@ -212,4 +217,4 @@ class AdapterResidency:
             users = self._residents[key].users
             return -min((num_bytes[party] for party in users), default=0), users.total()
 
-        return min((key for key, resident in self._residents.items() if resident.loading.done()), key=order)
+        return min((k for k, resident in self._residents.items() if resident.num_bytes), key=order)

@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 class EngineRunner:
     def __init__(self, engine: Engine, *, failed: Callable[[BaseException], None] = lambda error: None):
-        """`failed` is called in the engine's thread when a step has raised: nothing works any more."""
+        """`failed` is called in the engine's thread when a step has raised and its callers are told."""
         self.engine = engine
         self._tell_failed = failed
         self.failure: BaseException | None = None
@@ -76,6 +76,8 @@ class EngineRunner:
             for request_id in list(self._streams):
                 with contextlib.suppress(RuntimeError):  # its event loop has ended too
                     self._deliver(request_id, self.failure or FtrayError("it was closed"))
+            if self.failure is not None:
+                self._tell_failed(self.failure)
 
     def _work(self) -> None:
         while not self._closing:
@@ -85,7 +87,6 @@ class EngineRunner:
                     events = self.engine.step()
                 except Exception as error:  # noqa: BLE001  told to every caller; the replica's health check fails
                     self.failure = error
-                    self._tell_failed(error)
                     return
                 for event in events:
                     self._deliver(event.request_id, event)

@@ -476,6 +476,41 @@ def test_a_tenants_many_adapters_do_not_take_anothers_only_slot():
     assert first <= MIN_STEPS + 3
 
 
+def test_adapters_that_equal_parties_share_keep_neither_from_another_adapter():
+    scheduler = make_scheduler(room=1, places=8)
+
+    def more(step):
+        new = [sequence("other", adapter="other@1", tenant="one")] if step == 30 else []
+        if step % 8 == 0 and step < 800:
+            new += [sequence(f"{tenant}{step}", adapter="shared@1", tenant=tenant) for tenant in ("one", "two")]
+        return new
+
+    assert steps(scheduler, more=more)["other"][0] - 30 <= 2 * MIN_STEPS
+
+
+def wide_beside_streams() -> int:
+    """Short answers of the base take the pages as they come free, others the slot; how long a wide prompt for another
+    adapter waits."""
+    scheduler = make_scheduler(room=1, places=12, pages=110)
+    wide = sequence("wide", adapter="wide@1", tenant="person", prompt=16 * 70)
+
+    def more(step):
+        new = [wide] if step == 30 else []
+        if step % 6 == 0 and step < 1500:
+            new.append(sequence(f"base{step}", tenant="crawler", prompt=16 * 12, answer=40))
+            new.append(sequence(f"a{step}", adapter="a@1", tenant="crawler"))
+        return new
+
+    return steps(scheduler, more=more)["wide"][0] - 30
+
+
+def test_who_is_overdue_and_lacks_pages_too_gets_both(monkeypatch):
+    assert wide_beside_streams() <= 300
+    give_up = Scheduler._give_up_slots
+    monkeypatch.setattr(Scheduler, "_give_up_slots", lambda *arguments: give_up(*arguments) or True)  # the twin
+    assert wide_beside_streams() > 1000
+
+
 def test_no_slot_is_given_up_for_one_that_lacks_pages():
     scheduler = make_scheduler(room=1, pages=150)
     scheduler.add(sequence("base", prompt=16 * 100, answer=400))

@@ -290,6 +290,7 @@ def test_nobody_has_to_go_for_a_prefetch():
                 await asyncio.wait_for(residency.prefetch("b@1"), 5)
             async with asyncio.timeout(5), residency.pinned("a@1"):
                 assert loader.resident == {"a@1"}
+        assert not residency._bad  # there is nothing wrong with it
         await residency.prefetch("b@1")
         assert loader.resident == {"b@1"}
 
