@@ -194,20 +194,22 @@ class Scheduler:
             if self.pool.num_available - kept < pages_for(len(sequence.tokens) + 1) - len(found):
                 return None  # whoever is next must not be passed over by smaller ones for ever
             adapter = sequence.request.adapter
-            if adapter is None or self._adapters.acquire(adapter):
-                for page in found:
-                    self.pool.share(page)
-                sequence.pages = found
-                sequence.names = sequence.names[: len(found)]
-                sequence.num_cached = len(found) * PAGE_TOKENS
-                if sequence.num_found is None:
-                    sequence.num_found = sequence.num_cached
-                    sequence.queued_s = time.monotonic() - sequence.added_at
-                sequence.slotless_since = sequence.crowded_out_since = None
-                if self._overdue is not None and sequence is self._overdue[1]:
-                    self._overdue = None
-                self.running.append(self.waiting.start(flow))
-                return sequence
+            if adapter is not None:
+                is_there = self._adapters.acquire(adapter)
+                assert is_there, "others that run have it, or it was brought just now"
+            for page in found:
+                self.pool.share(page)
+            sequence.pages = found
+            sequence.names = sequence.names[: len(found)]
+            sequence.num_cached = len(found) * PAGE_TOKENS
+            if sequence.num_found is None:
+                sequence.num_found = sequence.num_cached
+                sequence.queued_s = time.monotonic() - sequence.added_at
+            sequence.slotless_since = sequence.crowded_out_since = None
+            if self._overdue is not None and sequence is self._overdue[1]:
+                self._overdue = None
+            self.running.append(self.waiting.start(flow))
+            return sequence
         return None
 
     def _may_take_slot(self, sequence: Sequence) -> bool:
@@ -264,16 +266,15 @@ class Scheduler:
         """The newest of the party that has most pages, but never a party's only one; else the newest of all. So the
         oldest goes on whatever happens."""
         num_pages: Counter[str] = Counter()
-        newest: dict[str, Sequence] = {}
-        several: set[str] = set()
+        by_party: dict[str, list[Sequence]] = {}
         for other in self.running:
             party = other.request.flow[0]
             num_pages[party] += len(other.pages)
-            several |= {party} & set(newest)
-            newest[party] = other
+            by_party.setdefault(party, []).append(other)
         last = self.running[-1]
+        several = [party for party, own in by_party.items() if len(own) > 1]
         richest = max(several, key=lambda party: num_pages[party], default=last.request.flow[0])
-        return newest[richest] if num_pages[richest] > num_pages[last.request.flow[0]] else last
+        return by_party[richest][-1] if num_pages[richest] > num_pages[last.request.flow[0]] else last
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
