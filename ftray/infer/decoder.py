@@ -8,6 +8,7 @@ our attention in it (`TransformersStack`).
 Shapes: T tokens in the row, E hidden, H query heads, K key/value heads, D head dimension.
 """
 
+import itertools
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ftray.infer.attention import AttentionStep, attend, keep
 from ftray.model.cpu_kernels import CpuKernels, RmsNorm, kernels_for
-from ftray.model.frozen_linear import Projection
+from ftray.model.frozen_linear import FrozenLinear, Projection
 
 LLAMA_LIKE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 
@@ -26,13 +27,13 @@ class Stack(Protocol):
         ...
 
 
-def make_stack(decoder: Any) -> Stack:
-    """Of a model whose linear layers are `Projection`s."""
+def make_stack(decoder: Any, head: FrozenLinear) -> Stack:
+    """Of a model whose linear layers are `Projection`s, and of what computes its logits."""
     kinds = {type(layer).__name__ for layer in decoder.layers}
     if not kinds <= LLAMA_LIKE or decoder.config.hidden_act != "silu":
         return TransformersStack(decoder)
     whole_heads = 2 * decoder.rotary_emb.inv_freq.numel() == decoder.layers[0].self_attn.head_dim
-    return LlamaStack(decoder) if whole_heads else TransformersStack(decoder)
+    return LlamaStack(decoder, head) if whole_heads else TransformersStack(decoder)
 
 
 class TransformersStack:
@@ -46,12 +47,16 @@ class TransformersStack:
 
 
 class LlamaStack:
-    def __init__(self, decoder: Any):
+    def __init__(self, decoder: Any, head: FrozenLinear):
         self._embed = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
         self._kernels = kernels_for(decoder.embed_tokens.weight)
         self._layers = [LlamaLayer(layer, self._kernels) for layer in decoder.layers]
         self._norm = norm_of(decoder.norm)
+        if self._kernels is not None:
+            in_turn = [*(group.layers for layer in self._layers for group in layer.groups), head.layers]
+            for layers, following in itertools.pairwise(in_turn):
+                layers.following = following
 
     def __call__(self, ids_T: Tensor, positions_T: Tensor, step: AttentionStep) -> Tensor:
         hidden_TE = self._embed(ids_T)
@@ -73,6 +78,7 @@ class LlamaLayer:
         self._head_dim: int = attention.head_dim
         self._qkv, self._gate_up = group_of(attention.q_proj), group_of(mlp.gate_proj)
         self._out, self._down = group_of(attention.o_proj), group_of(mlp.down_proj)
+        self.groups = self._qkv, self._out, self._gate_up, self._down
         self._norm_in, self._norm_mlp = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
         self._norm_q = norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None
         self._norm_k = norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None

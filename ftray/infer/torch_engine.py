@@ -51,9 +51,9 @@ class TorchEngine:
         shape = self.model.config.get_text_config()
         self.vocab_size: int = shape.vocab_size
         self._bank = LoraBank(self.model, device_budget=adapters.device_budget, rounded=adapters.dtype == "bfloat16")
-        self._stack = make_stack(decoder_of(self.model))
-        self._weight = next(self.model.parameters())
         self._head = FrozenLinear([self.model.get_output_embeddings()], self._bank.kernels)
+        self._stack = make_stack(decoder_of(self.model), self._head)
+        self._weight = next(self.model.parameters())
         self._grammars = Grammars(self.tokenizer, vocab_size=self.vocab_size, stop_ids=self.stop_ids)
         self._cache = KVCache(
             num_layers=shape.num_hidden_layers,

@@ -70,9 +70,13 @@ class SlabRun:
 
     def __init__(self, stretches: Sequence[Stretch]):
         self._slab = stretches[0][0].slab
-        self._num_tokens = sum(count for _, _, count in stretches)
-        self._reduced = floats(self._num_tokens * max(factors.a.shape[1] for factors in self._slab.factors.values()))
+        num_tokens, highest = (
+            sum(count for *_, count in stretches),
+            max(f.a.shape[1] for f in self._slab.factors.values()),
+        )
+        self._reduced = floats(num_tokens * highest)
         self._stretches_G3 = torch.tensor([(place.slot, start, count) for place, start, count in stretches])
+        self._shared = (self._stretches_G3.data_ptr(), len(stretches), self._reduced.data_ptr())
 
     def adapters(self, group: str) -> AdaptersStruct | None:
         """None: these adapters leave the group as it is. Valid while the run lives."""
@@ -81,8 +85,7 @@ class SlabRun:
             if group not in self._slab.factors:
                 return None
             slots = self._slab.structs[group] = slots_struct(self._slab.factors[group])
-        stretches, room = self._stretches_G3.data_ptr(), self._reduced.data_ptr()
-        return AdaptersStruct(ctypes.pointer(slots), stretches, len(self._stretches_G3), self._num_tokens, room)
+        return AdaptersStruct(ctypes.addressof(slots), *self._shared)
 
 
 @dataclass

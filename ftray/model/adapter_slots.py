@@ -8,8 +8,6 @@ holds.
 Shapes: S slots, G neighbouring ones, R summed ranks of a group's layers. `bt`: B transposed, the scale folded in.
 """
 
-import contextlib
-import mmap
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ftray.errors import AdapterError
+from ftray.model.huge_pages import aligned, empty_bytes
 
 MAX_SLOTS_PER_SLAB = 8
 # A slab takes at most this share of the budget, so that adapters of several shapes can be in use at once.
 SLAB_SHARE = 4
-ALIGNMENT = 64  # bytes: a line of the cache
 
 
 class Segment(NamedTuple):
@@ -200,18 +198,3 @@ class AdapterSlots:
         }
         self._num_slabs_made += 1
         return Slab(self._num_slabs_made, factors, num_slots * adapter.num_bytes, [None] * num_slots)
-
-
-def aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def empty_bytes(count: int, device: torch.device) -> Tensor:
-    """One block of memory. On a CPU in huge pages, if Linux has some: reading all slots in turn, a core otherwise looks
-    up the place of every 4 KiB (about a tenth of the time of 8 adapters)."""
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=torch.uint8, device=device)
-    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has none
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

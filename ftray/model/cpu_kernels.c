@@ -29,6 +29,8 @@
 #define LINE 64         /* bytes of the cache */
 /* Arrays of a known size stay in registers; of one that only the caller knows they would not. */
 #define MOST_SUMS 16
+#define MOST_TOKENS (MOST_SUMS / VECTORS) /* of an adapter that are computed at once */
+#define MOST_SEGMENTS 8 /* of a group's layers */
 #define MOST_HEAD (512 / LANES)
 #define MOST_SHARING 4               /* query heads that read a key head at once */
 #define MOST_WIDTH (LANES == 16 ? 4 : 2) /* vectors of each that are summed at once */
@@ -274,7 +276,7 @@ typedef struct {
     i64 in_features, rank, num_segments, half;
     const void *a, *bt[2];
     i64 rows[2], blocks[2];
-    Segment segments[8];
+    Segment segments[MOST_SEGMENTS];
 } Slots;
 
 typedef struct {
@@ -335,37 +337,11 @@ REDUCE_OF(4, 1)
 REDUCE_OF(4, 2)
 REDUCE_OF(4, 4)
 
-/* to[t] += sum over `rank` rows of h[t, r] * bt[r], for W vectors of columns and `tokens` tokens. */
-INLINE void expand_any(const void *bt, i64 first, i64 rank, const float *h, i64 R, float *to, int W, int tokens, int half) {
-    Vector sums[MOST_SUMS];
-    for (int t = 0; t < tokens; t++)
-        for (int w = 0; w < W; w++) sums[t * W + w] = *(const Vector *)(to + t * COLUMNS + w * LANES);
-    for (i64 r = 0; r < rank; r++)
-        for (int w = 0; w < W; w++) {
-            Vector some = factors_from(bt, first + r * COLUMNS + w * LANES, half);
-            for (int t = 0; t < tokens; t++) sums[t * W + w] += h[t * R + r] * some;
-        }
-    for (int t = 0; t < tokens; t++)
-        for (int w = 0; w < W; w++) *(Vector *)(to + t * COLUMNS + w * LANES) = sums[t * W + w];
-}
-
-#define EXPAND_OF(NAME, W, TOKENS) \
-    APART void expand_##NAME##_##TOKENS(const void *bt, i64 first, i64 rank, const float *h, i64 R, float *to, int half) { \
-        if (half) expand_any(bt, first, rank, h, R, to, W, TOKENS, 1); \
-        else expand_any(bt, first, rank, h, R, to, W, TOKENS, 0); \
-    }
-EXPAND_OF(block, VECTORS, 1)
-EXPAND_OF(block, VECTORS, 2)
-EXPAND_OF(block, VECTORS, 4)
-EXPAND_OF(vector, 1, 1)
-EXPAND_OF(vector, 1, 2)
-EXPAND_OF(vector, 1, 4)
-
-/* The adapters of one slab in a multiplication. reduced: A x, [tokens of all stretches, R]. */
+/* The adapters of one slab in a multiplication. reduced: room for A x, [tokens of all stretches, R]. */
 typedef struct {
     const Slots *slots;
     const Stretch *stretches;
-    i64 num_stretches, num_tokens;
+    i64 num_stretches;
     float *reduced;
 } Adapters;
 
@@ -400,73 +376,91 @@ INLINE void reduce_share(const Adapters *a, const float *x, i64 output, i64 end,
         }
 }
 
-/* The columns of segment `s` that are in this block, and where its B lies there: false if none. */
+/* The rows of one adapter in a block: what is added to their sums. bt: [num_rows, COLUMNS], from the first of its columns
+ * on; h: A x of its tokens, R floats from one to the next. */
 typedef struct {
-    i64 from, width, first;
-} Part;
+    const void *bt;
+    const float *h;
+    float *to;
+    i64 num_rows, R, width, tokens;
+    int half, is_first;
+} Piece;
 
-INLINE int part_of(const Slots *slots, const Segment *s, i64 slot, i64 output, i64 block, Part *part) {
-    const i64 column = block * COLUMNS, end = s->column + s->num_columns, last = column + COLUMNS;
-    part->from = s->column > column ? s->column - column : 0;
-    part->width = (end < last ? end : last) - column - part->from;
-    part->first = (((slot * slots->blocks[output] + block) * slots->rows[output]) + s->row) * COLUMNS + part->from;
-    return s->output == output && part->width > 0;
-}
-
-/* to[t] += B (A x)[t] of one block of columns, in rows `row` to `end`. to: [end - row, COLUMNS]. */
-INLINE void add_adapters(const Adapters *a, i64 output, i64 block, i64 row, i64 end, float *to) {
+/* Of what the adapters add to one block of columns, in rows `row` to `end`. Returns how many. to: [end - row, COLUMNS]. */
+INLINE i64 pieces_of(const Adapters *a, i64 output, i64 block, i64 row, i64 end, float *to, Piece *pieces) {
     const Slots *slots = a->slots;
-    const int half = slots->half;
-    const i64 R = slots->rank;
-    i64 row_of_a = 0, token = 0;
+    const i64 R = slots->rank, first = block * COLUMNS, slot_size = slots->blocks[output] * slots->rows[output] * COLUMNS;
+    i64 row_of_a = 0, n = 0;
     for (i64 before = 0; before < output; before++) row_of_a += slots->rows[before];
-    for (i64 g = 0; g < a->num_stretches; token += a->stretches[g].count, g++) {
-        const Stretch *stretch = &a->stretches[g];
-        const i64 start = stretch->start > row ? stretch->start : row, stop = stretch->start + stretch->count;
-        const i64 last = stop < end ? stop : end;
-        if (start >= last) continue;
-        for (i64 s = 0; s < slots->num_segments; s++) {
-            const Segment *segment = &slots->segments[s];
-            Part part;
-            if (!part_of(slots, segment, stretch->slot, output, block, &part)) continue;
-            const void *bt = slots->bt[output];
-            for (i64 t = start, tokens; t < last; t += tokens) {
-                tokens = last - t >= 4 ? 4 : last - t >= 2 ? 2 : 1;
-                const float *h = a->reduced + (token + t - stretch->start) * R + row_of_a + segment->row;
-                float *sums = to + (t - row) * COLUMNS + part.from;
-                i64 i = 0;
-#define EXPAND_WHILE(NAME, WIDTH) \
-    for (; i + (WIDTH) <= part.width; i += (WIDTH)) \
-        if (tokens == 4) expand_##NAME##_4(bt, part.first + i, segment->num_rows, h, R, sums + i, half); \
-        else if (tokens == 2) expand_##NAME##_2(bt, part.first + i, segment->num_rows, h, R, sums + i, half); \
-        else expand_##NAME##_1(bt, part.first + i, segment->num_rows, h, R, sums + i, half)
-                EXPAND_WHILE(block, COLUMNS);
-                EXPAND_WHILE(vector, LANES);
-                for (; i < part.width; i++)
-                    for (i64 k = 0; k < tokens; k++)
-                        for (i64 r = 0; r < segment->num_rows; r++)
-                            sums[k * COLUMNS + i] += h[k * R + r] * factor(bt, part.first + r * COLUMNS + i, half);
-            }
-        }
-    }
-}
-
-/* Where the factors are that `add_adapters` will read of stretches that begin in rows `row` to `end` (the rows behind find
- * those of others fetched): lines of the cache, to be fetched. Returns how many. */
-INLINE i64 lines_of(const Adapters *a, i64 output, i64 block, i64 row, i64 end, const char **lines, i64 n) {
-    const Slots *slots = a->slots;
-    const i64 size = COLUMNS * (slots->half ? 2 : 4);
-    for (i64 g = 0; g < a->num_stretches; g++) {
-        if (a->stretches[g].start < row || a->stretches[g].start >= end) continue;
-        for (i64 s = 0; s < slots->num_segments; s++) {
-            const Segment *segment = &slots->segments[s];
-            Part part;
-            if (!part_of(slots, segment, a->stretches[g].slot, output, block, &part)) continue;
-            const char *from = place_of(slots->bt[output], part.first, slots->half), *to = from + segment->num_rows * size;
-            for (; from < to && n < MOST_LINES; from += LINE) lines[n++] = from;
+    for (i64 s = 0; s < slots->num_segments; s++) {
+        const Segment *segment = &slots->segments[s];
+        const i64 from = segment->column > first ? segment->column - first : 0, stop = segment->column + segment->num_columns;
+        const i64 width = (stop < first + COLUMNS ? stop - first : COLUMNS) - from;
+        if (segment->output != output || width <= 0) continue;
+        const i64 offset = (block * slots->rows[output] + segment->row) * COLUMNS + from;
+        const float *h = a->reduced + row_of_a + segment->row;
+        for (i64 g = 0; g < a->num_stretches; h += a->stretches[g].count * R, g++) {
+            const Stretch *stretch = &a->stretches[g];
+            const i64 begin = stretch->start > row ? stretch->start : row, last = stretch->start + stretch->count;
+            const i64 tokens = (last < end ? last : end) - begin;
+            if (tokens <= 0) continue;
+            pieces[n++] = (Piece){place_of(slots->bt[output], stretch->slot * slot_size + offset, slots->half),
+                                  h + (begin - stretch->start) * R, to + (begin - row) * COLUMNS + from, segment->num_rows, R,
+                                  width, tokens, slots->half, begin == stretch->start};
         }
     }
     return n;
+}
+
+/* The lines of the cache that have a piece's factors (an adapter's later rows find them fetched). Returns how many there are. */
+INLINE i64 lines_of(const Piece *p, const char **lines, i64 n) {
+    if (!p->is_first) return n;
+    const i64 all = p->num_rows * COLUMNS * (p->half ? 2 : 4) / LINE, some = all < MOST_LINES - n ? all : MOST_LINES - n;
+    for (i64 i = 0; i < some; i++) lines[n + i] = (const char *)p->bt + i * LINE;
+    return n + some;
+}
+
+/* to[t] += B (A x)[t] for W vectors of columns, from number `column` of the piece on, and `tokens` tokens from number t on. */
+INLINE void expand_any(const Piece *p, i64 column, i64 t, int W, int tokens, int half) {
+    const float *h = p->h + t * p->R;
+    const i64 R = p->R;
+    float *to = p->to + t * COLUMNS + column;
+    Vector sums[MOST_SUMS];
+    for (int k = 0; k < tokens; k++)
+        for (int w = 0; w < W; w++) sums[k * W + w] = *(const Vector *)(to + k * COLUMNS + w * LANES);
+    for (i64 r = 0; r < p->num_rows; r++)
+        for (int w = 0; w < W; w++) {
+            const Vector some = factors_from(p->bt, r * COLUMNS + column + w * LANES, half);
+            for (int k = 0; k < tokens; k++) sums[k * W + w] += h[k * R + r] * some;
+        }
+    for (int k = 0; k < tokens; k++)
+        for (int w = 0; w < W; w++) *(Vector *)(to + k * COLUMNS + w * LANES) = sums[k * W + w];
+}
+
+#define EXPAND_TOKENS(W, HALF) \
+    { \
+        i64 t = 0; \
+        for (; t + MOST_TOKENS <= p->tokens; t += MOST_TOKENS) expand_any(p, column, t, W, MOST_TOKENS, HALF); \
+        for (; t + 2 <= p->tokens; t += 2) expand_any(p, column, t, W, 2, HALF); \
+        if (t < p->tokens) expand_any(p, column, t, W, 1, HALF); \
+    }
+#define EXPAND_OF(NAME, W) \
+    APART void expand_##NAME(const Piece *p, i64 column) { \
+        if (p->half) EXPAND_TOKENS(W, 1) \
+        else EXPAND_TOKENS(W, 0) \
+    }
+EXPAND_OF(block, VECTORS)
+EXPAND_OF(vector, 1)
+
+/* to[t] += B (A x)[t] */
+INLINE void add_piece(const Piece *p) {
+    i64 i = 0;
+    if (p->width == COLUMNS) expand_block(p, 0), i = COLUMNS;
+    for (; i + LANES <= p->width; i += LANES) expand_vector(p, i);
+    for (; i < p->width; i++)
+        for (i64 t = 0; t < p->tokens; t++)
+            for (i64 r = 0; r < p->num_rows; r++)
+                p->to[t * COLUMNS + i] += p->h[t * p->R + r] * factor(p->bt, r * COLUMNS + i, p->half);
 }
 
 /* Linear layers of one input side by side. weight: [blocks of COLUMNS outputs, in, COLUMNS], bias: [blocks, COLUMNS], zero
@@ -476,8 +470,8 @@ typedef struct {
     const float *weight, *bias;
 } Layer;
 
-/* What is fetched while a block is multiplied: the weights of the next, `per_input` lines with each input, and adapters'
- * factors, one line with each of the first inputs. */
+/* What is fetched while a block is multiplied: the block after it, `per_input` lines with each input, and adapters' factors,
+ * one line with each of the first inputs. */
 typedef struct {
     const float *weight;
     int per_input;
@@ -523,20 +517,27 @@ MULTIPLY_ROWS(4)
 MULTIPLY_ROWS(8)
 #endif
 
+typedef struct {
+    const Layer *layer;
+    i64 number;
+} Block;
+
+INLINE const float *weight_of(Block block) { return block.layer->weight + block.number * block.layer->in * COLUMNS; }
+
 /* A block's weights come from memory once for all rows: while the first rows are multiplied, and the second where there
- * are some, the next block is fetched. */
-INLINE void multiply_block(const Layer *layer, i64 block, const float *x, i64 row, i64 end, float *to, i64 after,
-                           const char *const *lines, i64 num_lines) {
-    const i64 I = layer->in;
-    const float *weight = layer->weight + block * I * COLUMNS, *bias = layer->bias + block * COLUMNS;
-    const float *next = layer->weight + after * I * COLUMNS;
-    Ahead ahead = {next, end - row >= 2 * MOST_ROWS ? 1 : 2, lines, num_lines};
+ * are some, the block after it is fetched. */
+INLINE void multiply_block(Block block, const float *x, i64 row, i64 end, float *to, Block after, const char *const *lines,
+                           i64 num_lines) {
+    const i64 I = block.layer->in, lines_after = after.layer->in * COLUMNS * sizeof(float) / LINE;
+    const float *weight = weight_of(block), *bias = block.layer->bias + block.number * COLUMNS;
+    const float *stop = weight_of(after) + after.layer->in * COLUMNS;
+    Ahead ahead = {weight_of(after), lines_after <= (end - row >= 2 * MOST_ROWS ? 2 : 1) * I ? 1 : 2, lines, num_lines};
     i64 t = row;
 #define MULTIPLY(NUM_ROWS) \
     for (; end - t >= NUM_ROWS; t += NUM_ROWS) { \
         multiply_##NUM_ROWS(weight, bias, x + t * I, to + (t - row) * COLUMNS, I, &ahead); \
         ahead.weight += I * ahead.per_input * (LINE / sizeof(float)), ahead.num_lines = 0; \
-        if (ahead.weight >= next + I * COLUMNS) ahead.per_input = 0; \
+        if (ahead.weight >= stop) ahead.per_input = 0; \
     }
 #ifdef __AVX512F__
     MULTIPLY(8)
@@ -556,8 +557,9 @@ INLINE void write_row(const float *from, const float *residual, float *to, i64 w
 /* y = W x + b + B A x + residual, of T rows. x: [T, in]; y, residual: [T, out]; no residual: NULL. With a
  * `norm_weight` x is normed first, into `normed` [T, in]. With two layers
  * y = silu(of the first) * of the second. Adapters are those of the outputs from number `output` on; each slab's A x is
- * made first, B is read while its columns of W x are in the nearest cache. */
-void linear(const Layer *layers, i64 num_layers, i64 output, const Adapters *adapters, i64 num_adapters, const float *x, i64 T,
+ * made first, B is read while its columns of W x are in the nearest cache. A thread fetches a block ahead: at the end the first
+ * that it will multiply of the layer `next`, which may be NULL. */
+void linear(const Layer *layers, i64 num_layers, const Layer *next, i64 output, const Adapters *adapters, i64 num_adapters, const float *x, i64 T,
             const float *norm_weight, double epsilon, float *normed, const float *residual, float *y) {
     const i64 out = layers[0].out, blocks = (out + COLUMNS - 1) / COLUMNS, chunks = (T + CHUNK - 1) / CHUNK;
 #pragma omp parallel
@@ -572,17 +574,25 @@ void linear(const Layer *layers, i64 num_layers, i64 output, const Adapters *ada
         }
         _Alignas(LINE) float results[2][CHUNK * COLUMNS];
         const char *lines[MOST_LINES];
-        for (i64 item = items * thread / threads; item < items * (thread + 1) / threads; item++) {
+        Piece pieces[CHUNK * MOST_SEGMENTS];
+        const i64 stop = items * (thread + 1) / threads;
+        Block following = {next};
+        if (next) following.number = (next->out + COLUMNS - 1) / COLUMNS * thread / threads;
+        for (i64 item = items * thread / threads; item < stop; item++) {
             const i64 block = item / chunks, row = item % chunks * CHUNK, column = block * COLUMNS;
             const i64 end = row + CHUNK < T ? row + CHUNK : T, width = out - column < COLUMNS ? out - column : COLUMNS;
-            const i64 after = block + 1 < blocks ? block + 1 : block;
             for (i64 l = 0; l < num_layers; l++) {
-                i64 num_lines = 0;
+                const Block own = {&layers[l], block};
+                const Block after = l + 1 < num_layers ? (Block){&layers[l + 1], block}
+                                    : item + 1 < stop  ? (Block){layers, (item + 1) / chunks}
+                                    : next             ? following
+                                                       : own;
+                i64 num_lines = 0, num_pieces = 0;
                 for (i64 k = 0; k < num_adapters; k++)
-                    num_lines = lines_of(&adapters[k], output + l, block, row, end, lines, num_lines);
-                multiply_block(&layers[l], block, inputs, row, end, results[l], after, lines, num_lines);
-                for (i64 k = 0; k < num_adapters; k++)
-                    add_adapters(&adapters[k], output + l, block, row, end, results[l]);
+                    num_pieces += pieces_of(&adapters[k], output + l, block, row, end, results[l], pieces + num_pieces);
+                for (i64 p = 0; p < num_pieces; p++) num_lines = lines_of(&pieces[p], lines, num_lines);
+                multiply_block(own, inputs, row, end, results[l], after, lines, num_lines);
+                for (i64 p = 0; p < num_pieces; p++) add_piece(&pieces[p]);
             }
             if (num_layers == 2) silu_times(results[0], results[1], (end - row) * COLUMNS);
             for (i64 t = row; t < end; t++) {

@@ -24,6 +24,7 @@ from torch.nn.functional import pad, rms_norm
 
 from ftray.model.adapter_slots import Factors
 from ftray.model.base import cache_directory
+from ftray.model.huge_pages import HugePages
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 # Where a chip has a * b + c as one operation every loop uses it, also where gcc would rather have two: a row's result,
@@ -66,11 +67,10 @@ class AdaptersStruct(ctypes.Structure):
     """The adapters of one slab in a multiplication, and whose tokens are whose: stretches (slot, first row, rows)."""
 
     _fields_ = [
-        ("slots", ctypes.POINTER(SlotsStruct)),
+        ("slots", ctypes.c_void_p),  # a `SlotsStruct`
         ("stretches", ctypes.c_void_p),
         ("num_stretches", ctypes.c_int64),
-        ("num_tokens", ctypes.c_int64),
-        ("reduced", ctypes.c_void_p),  # room for A x: num_tokens * rank floats
+        ("reduced", ctypes.c_void_p),  # room for A x: a float for each token and row of A
     ]
 
 
@@ -92,13 +92,15 @@ class Layers:
         self.structs = (LayerStruct * len(structs))(*structs)
         self.in_features: int = self.structs[0].num_inputs
         self.out_features: int = self.structs[0].num_outputs
+        self.following: Layers | None = None  # that the model computes next: fetched meanwhile
         self._memory = tuple(memory)
 
     @classmethod
-    def packed(cls, weight_OI: Tensor, bias_O: Tensor | None) -> "Layers":
+    def packed(cls, weight_OI: Tensor, bias_O: Tensor | None, memory: HugePages | None = None) -> "Layers":
         num_outputs, num_inputs = weight_OI.shape
         blocks = -(-num_outputs // COLUMNS)
-        weight, bias = floats(blocks * num_inputs * COLUMNS), floats(blocks * COLUMNS).zero_()
+        memory = memory or HugePages()
+        weight, bias = memory.floats(blocks * num_inputs * COLUMNS), memory.floats(blocks * COLUMNS).zero_()
         rows = weight_OI.detach().split(COLUMNS)
         for block_IC, some_CI in zip(weight.view(blocks, num_inputs, COLUMNS), rows, strict=True):
             block_IC[:, len(some_CI) :] = 0
@@ -178,7 +180,9 @@ class CpuKernels:
         self._rms_norm = function("rms_norm", *[pointer] * 3, count, count, real)
         self._rotate_and_keep = function("rotate_and_keep", *[pointer] * 3, *[count] * 4, pointer, pointer)
         self._attend = function("attend_to_pages", *[pointer] * 5, *[count] * 7, real)
-        self._linear = function("linear", pointer, count, count, *[pointer, count] * 2, pointer, real, *[pointer] * 3)
+        self._linear = function(
+            "linear", pointer, count, pointer, count, *[pointer, count] * 2, pointer, real, *[pointer] * 3
+        )
 
     def rms_norm(self, x_TE: Tensor, norm: RmsNorm) -> Tensor:
         out = torch.empty_like(x_TE)
@@ -233,7 +237,8 @@ class CpuKernels:
         normed = x if norm is None else torch.empty_like(x)
         norming = (None, 0.0, None) if norm is None else (norm.weight.data_ptr(), norm.epsilon, normed.data_ptr())
         self._linear(
-            *(layers.structs, len(layers.structs), output, adapters, 0 if adapters is None else len(adapters)),
+            *(layers.structs, len(layers.structs), None if layers.following is None else layers.following.structs),
+            *(output, adapters, 0 if adapters is None else len(adapters)),
             *(x.data_ptr(), x.numel() // x.shape[-1]),
             *norming,
             *(None if residual is None else residual.data_ptr(), out.data_ptr()),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ftray.model.cpu_kernels import AdaptersArray, CpuKernels, Layers, RmsNorm
+from ftray.model.huge_pages import HugePages
 
 # Projections that a decoder layer applies to the same tensor, in the order it calls them.
 JOINED = ("q_proj", "k_proj", "v_proj")  # their outputs are used side by side
@@ -33,12 +34,13 @@ def can_reorder(weight: Tensor) -> bool:
 class FrozenLinear:
     """The outputs of several linear layers side by side, [..., O]. For inference: no gradient."""
 
-    def __init__(self, layers: Sequence[nn.Linear], kernels: CpuKernels | None):
+    def __init__(self, layers: Sequence[nn.Linear], kernels: CpuKernels | None, memory: HugePages | None = None):
+        """`memory`: where the kernels' layout goes, beside that of other layers."""
         weight = (torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight).detach()
         bias = joined_bias(layers)
         self.kernels = kernels
         if kernels is not None:
-            self.layers = Layers.packed(weight, bias)
+            self.layers = Layers.packed(weight, bias, memory)
             return
         self._weight, self._bias = weight, bias
         self._reordered = can_reorder(weight)
@@ -77,10 +79,10 @@ class GatedKernel:
 
     def __init__(self, first: FrozenLinear, second: FrozenLinear):
         assert first.kernels is not None
-        self._kernels, self._layers = first.kernels, first.layers.beside(second.layers)
+        self._kernels, self.layers = first.kernels, first.layers.beside(second.layers)
 
     def __call__(self, x: Tensor, *, norm: RmsNorm, adapters: AdaptersArray | None) -> Tensor:
-        return self._kernels.linear(self._layers, x, norm=norm, adapters=adapters)
+        return self._kernels.linear(self.layers, x, norm=norm, adapters=adapters)
 
 
 def bucketed(x: Tensor) -> Tensor:

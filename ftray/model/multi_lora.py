@@ -19,8 +19,9 @@ from torch.nn.functional import silu
 from ftray.model.adapter import Adapter, check_shapes
 from ftray.model.adapter_runs import StepRuns, Stretch
 from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Segment
-from ftray.model.cpu_kernels import RmsNorm, in_blocks, kernels_for
+from ftray.model.cpu_kernels import Layers, RmsNorm, in_blocks, kernels_for
 from ftray.model.frozen_linear import JOINED, FrozenLinear, GatedKernel, Projection, sibling_groups
+from ftray.model.huge_pages import HugePages
 
 
 class LoraBank:
@@ -31,7 +32,7 @@ class LoraBank:
         any_weight = next(model.parameters())
         self._device, self._dtype = any_weight.device, any_weight.dtype
         self._rounded = rounded
-        self.kernels = kernels_for(any_weight)
+        self.kernels, self.memory = kernels_for(any_weight), HugePages()
         self._no_runs = self._runs_of([])
         self.runs = self._last_runs = self._no_runs
         self._groups: dict[str, LinearGroup] = {}
@@ -159,12 +160,17 @@ class LinearGroup:
         self.in_features = layers[0].in_features
         self.out_features = [layer.out_features for layer in layers]
         self.members = [list(range(len(layers)))] if joined else [[index] for index in range(len(layers))]
-        self._blocks = [FrozenLinear([layers[i] for i in members], bank.kernels) for members in self.members]
+        self._blocks = [FrozenLinear([layers[i] for i in own], bank.kernels, bank.memory) for own in self.members]
         is_pair = bank.kernels is not None and len(self._blocks) == 2
         self._gated = GatedKernel(*self._blocks) if is_pair else None
         self._bank = bank
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
+
+    @property
+    def layers(self) -> Layers:
+        """All of them, as the kernels compute them at once (not two that are no pair)."""
+        return self._blocks[0].layers if self._gated is None else self._gated.layers
 
     def output(self, x: Tensor, index: int) -> Tensor:
         """Of layer `index`. The model asks for one after the other with the same tensor: computed at the first."""

@@ -13,8 +13,9 @@ from ftray.infer.decoder import rotate_
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.model import cpu_kernels
 from ftray.model.adapter_runs import StepRuns
-from ftray.model.adapter_slots import Factors, Place, Segment, Slab, empty_bytes
+from ftray.model.adapter_slots import Factors, Place, Segment, Slab
 from ftray.model.cpu_kernels import AdaptersArray, Layers, RmsNorm, in_blocks
+from ftray.model.huge_pages import HugePages, empty_bytes
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -345,12 +346,38 @@ def test_without_a_compiler_there_are_none(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="Linux with huge pages")
-def test_slots_are_in_huge_pages():
+def test_slots_and_weights_are_in_huge_pages():
     """Asked for, on memory that can have them; whether some are free is the machine's."""
-    memory = empty_bytes(8 * 2**20, torch.device("cpu"))
-    assert "hg" in flags_of(memory)
-    assert "sh" not in flags_of(memory), "shared memory has none"
+    for memory in (empty_bytes(8 * 2**20, torch.device("cpu")), HugePages().floats(70, 30)):
+        assert "hg" in flags_of(memory)
+        assert "sh" not in flags_of(memory), "shared memory has none"
     assert "hg" not in flags_of(torch.zeros(8 * 2**20, dtype=torch.uint8))  # the twin
+
+
+def test_tensors_side_by_side():
+    """Few large blocks, each tensor at a line of the cache of its own; one that is larger than a block too."""
+    pages = HugePages()
+    tensors = [
+        pages.floats(3, 5).fill_(1),
+        pages.floats(7).fill_(2),
+        pages.floats(20 * 2**20).fill_(3),
+        pages.floats(2).fill_(4),
+    ]
+    assert [len(t.unique()) for t in tensors] == [1] * 4
+    assert all(t.data_ptr() % 64 == 0 for t in tensors)
+    assert tensors[0].untyped_storage().data_ptr() == tensors[1].untyped_storage().data_ptr()
+
+
+def test_what_is_fetched_ahead_changes_nothing(kernels):
+    """Also of a layer of another width, at the end of a call."""
+    for width, following in ((300, 64), (64, 1000), (40, 40)):
+        layers, after = Layers.packed(drawn(width, 70, seed=1), None), Layers.packed(drawn(50, following, seed=2), None)
+        for rows in (1, 5, 40, 150):
+            x = drawn(rows, 70, seed=3)
+            layers.following = None
+            alone = kernels.linear(layers, x)
+            layers.following = after
+            assert torch.equal(kernels.linear(layers, x), alone)
 
 
 def flags_of(memory: torch.Tensor) -> list[str]:
