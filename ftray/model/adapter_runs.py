@@ -70,11 +70,8 @@ class SlabRun:
 
     def __init__(self, stretches: Sequence[Stretch]):
         self._slab = stretches[0][0].slab
-        num_tokens, highest = (
-            sum(count for *_, count in stretches),
-            max(f.a.shape[1] for f in self._slab.factors.values()),
-        )
-        self._reduced = floats(num_tokens * highest)
+        num_tokens = sum(count for _, _, count in stretches)
+        self._reduced = floats(num_tokens * max(factors.a.shape[1] for factors in self._slab.factors.values()))
         self._stretches_G3 = torch.tensor([(place.slot, start, count) for place, start, count in stretches])
         self._shared = (self._stretches_G3.data_ptr(), len(stretches), self._reduced.data_ptr())
 

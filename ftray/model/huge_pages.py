@@ -29,8 +29,8 @@ def empty_bytes(count: int, device: torch.device) -> Tensor:
 
 
 class HugePages:
-    """A CPU's tensors side by side in large blocks: one of few MiB alone begins and ends within a huge page, and so lies
-    in small ones. A block lives as long as any of its tensors; what none of them uses takes no memory."""
+    """A CPU's tensors side by side in large blocks: one of few MiB alone begins and ends within a huge page, and so has
+    small ones. A block lives as long as any of its tensors; what none of them uses takes no memory."""
 
     def __init__(self):
         self._left = torch.empty(0, dtype=torch.uint8)
