@@ -1,13 +1,14 @@
-"""Attention of one engine step: queries read the paged cache, whole prompts attend within themselves.
+"""Attention of one engine step: queries read the paged cache; without kernels whole prompts attend within themselves.
 
 A row holds first one token of each decoding sequence, then pieces of prompts end to end: whole ones, of which nothing
-is in the cache yet, then those whose beginning is.
+was in the cache before, then those whose beginning was.
 Shapes: T tokens in the row, n decoding sequences, P pages of the longest, H query heads, K key/value heads.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache, pages_for
 from ftray.model.cpu_kernels import HEAD_LANES, MOST_HEAD_DIM, CpuKernels
-from ftray.model.packed_attention import PackedLayout, packed_causal_attention, register_attention
+from ftray.model.packed_attention import PackedLayout, packed_causal_attention, packed_layout, register_attention
 
 PAGED = "ftray_paged"
 
@@ -44,8 +45,7 @@ class KernelContext:
     kernels: CpuKernels
 
     def attend(self, query_nHD: Tensor, layer: Tensor, *, scaling: float) -> Tensor:
-        if query_nHD.stride()[1:] != (query_nHD.shape[2], 1):
-            query_nHD = query_nHD.contiguous()
+        query_nHD = side_by_side(query_nHD)
         return self.kernels.attend_to_pages(query_nHD, layer, self.pages_nP, self.lengths_n, scaling=scaling)
 
 
@@ -59,16 +59,57 @@ class Continuation:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """Pieces of prompts: whole ones as their tokens come, the rest from the cache."""
+
+    whole: PackedLayout | None
+    continued: tuple[Continuation, ...] = ()
+
+    def attend(self, query_THD: Tensor, key_value_T2KD: Tensor, layer: Tensor | None, *, scaling: float) -> Tensor:
+        parts: list[Tensor] = []
+        at = 0
+        if self.whole is not None:
+            at = sum(self.whole.lengths)
+            key_KTD, value_KTD = (key_value_T2KD[:at, i].transpose(0, 1) for i in (0, 1))
+            query_HTD = query_THD[:at].transpose(0, 1)
+            parts.append(packed_causal_attention(query_HTD, key_KTD, value_KTD, self.whole, scaling=scaling))
+        for piece in self.continued:
+            assert layer is not None
+            rows = slice(at, at + piece.num_tokens)
+            at = rows.stop
+            parts.append(continued_attention(query_THD[rows].transpose(0, 1), layer, piece, scaling=scaling))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+@dataclass(frozen=True)
+class KernelPrompts:
+    """The same, all of it from the cache, by a kernel."""
+
+    pages_nP: Tensor
+    prompts_n3: Tensor  # first row, number of rows, tokens before them
+    kernels: CpuKernels
+
+    def attend(self, query_THD: Tensor, key_value_T2KD: Tensor, layer: Tensor | None, *, scaling: float) -> Tensor:
+        assert layer is not None
+        query_THD = side_by_side(query_THD)
+        return self.kernels.attend_to_prompts(query_THD, layer, self.pages_nP, self.prompts_n3, scaling=scaling)
+
+
+@dataclass(frozen=True)
 class AttentionStep:
     cache: KVCache | None  # None: scoring, nothing is kept
     write_slots_T: Tensor | None  # page * PAGE_TOKENS + place in the page
     decode: DecodeContext | KernelContext | None
-    whole: PackedLayout | None
-    continued: tuple[Continuation, ...] = ()
+    prompts: Prompts | KernelPrompts | None
 
     def layer(self, index: int) -> Tensor | None:
         """Of the cache: [P, PAGE_TOKENS, 2, K, D]."""
         return self.cache.layers[index] if self.cache is not None else None
+
+
+def side_by_side(query_THD: Tensor) -> Tensor:
+    """A token's heads, as the kernels want them. (transformers has a head's tokens side by side.)"""
+    return query_THD if query_THD.stride()[1:] == (query_THD.shape[2], 1) else query_THD.contiguous()
 
 
 def decode_context(
@@ -76,12 +117,41 @@ def decode_context(
 ) -> DecodeContext | KernelContext:
     """`lengths`: tokens of each sequence in the cache, the new one included."""
     like = cache.layers[0]
+    pages_nP = padded_pages(pages, lengths)
+    if can_attend(kernels, like):
+        return KernelContext(pages_nP, torch.tensor(lengths), kernels)
+    hidden_nL = torch.arange(pages_nP.shape[1] * PAGE_TOKENS)[None, :] >= torch.tensor(lengths)[:, None]
+    return DecodeContext(pages_nP.to(like.device), bias(hidden_nL, like))
+
+
+def prompt_context(
+    pieces: Sequence[tuple[Sequence[int], int, int]], cache: KVCache, kernels: CpuKernels | None
+) -> Prompts | KernelPrompts:
+    """`pieces`: pages of the sequence, tokens before the piece, tokens of it; whole prompts first."""
+    like = cache.layers[0]
+    if can_attend(kernels, like):
+        pages_nP = padded_pages([pages for pages, _, _ in pieces], [cached + count for _, cached, count in pieces])
+        firsts = itertools.accumulate((count for _, _, count in pieces), initial=0)
+        prompts = [(first, count, cached) for first, (_, cached, count) in zip(firsts, pieces, strict=False)]
+        return KernelPrompts(pages_nP, torch.tensor(prompts), kernels)
+    whole = [count for _, cached, count in pieces if cached == 0]
+    return Prompts(
+        packed_layout(whole).to(like.device) if whole else None,
+        tuple(
+            continuation(pages, cached=cached, num_tokens=count, like=like)
+            for pages, cached, count in pieces[len(whole) :]
+        ),
+    )
+
+
+def can_attend(kernels: CpuKernels | None, like: Tensor) -> TypeGuard[CpuKernels]:
+    return kernels is not None and like.shape[-1] % HEAD_LANES == 0 and like.shape[-1] <= MOST_HEAD_DIM
+
+
+def padded_pages(pages: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
+    """[n, P], with page 0 behind those that hold a sequence's first `lengths` tokens."""
     most = pages_for(max(lengths))
-    padded = torch.tensor([[*own[:most], *[0] * (most - len(own))] for own in pages])
-    if kernels is not None and like.shape[-1] % HEAD_LANES == 0 and like.shape[-1] <= MOST_HEAD_DIM:
-        return KernelContext(padded, torch.tensor(lengths), kernels)
-    hidden_nL = torch.arange(most * PAGE_TOKENS)[None, :] >= torch.tensor(lengths)[:, None]
-    return DecodeContext(padded.to(like.device), bias(hidden_nL, like))
+    return torch.tensor([[*own[:most], *[0] * (most - len(own))] for own in pages])
 
 
 def continuation(pages: Sequence[int], *, cached: int, num_tokens: int, like: Tensor) -> Continuation:
@@ -110,23 +180,14 @@ def attend(
     """[T, H, D]. The new keys and values are in the cache already (`keep`)."""
     layer = step.layer(layer_index)
     parts: list[Tensor] = []
-    at = 0
+    num_single = 0
     if step.decode is not None:
         assert layer is not None
-        at = len(step.decode.pages_nP)
-        parts.append(step.decode.attend(query_THD[:at], layer, scaling=scaling))
-    if step.whole is not None:
-        rows = slice(at, at + sum(step.whole.lengths))
-        at = rows.stop
-        key_KTD, value_KTD = (key_value_T2KD[rows, i].transpose(0, 1) for i in (0, 1))
-        parts.append(
-            packed_causal_attention(query_THD[rows].transpose(0, 1), key_KTD, value_KTD, step.whole, scaling=scaling)
-        )
-    for piece in step.continued:
-        assert layer is not None
-        rows = slice(at, at + piece.num_tokens)
-        at = rows.stop
-        parts.append(continued_attention(query_THD[rows].transpose(0, 1), layer, piece, scaling=scaling))
+        num_single = len(step.decode.pages_nP)
+        parts.append(step.decode.attend(query_THD[:num_single], layer, scaling=scaling))
+    if step.prompts is not None:
+        rest = slice(num_single, None)
+        parts.append(step.prompts.attend(query_THD[rest], key_value_T2KD[rest], layer, scaling=scaling))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

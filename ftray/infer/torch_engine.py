@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import FtrayError
-from ftray.infer.attention import AttentionStep, continuation, decode_context, register_paged_attention
+from ftray.infer.attention import AttentionStep, Prompts, decode_context, prompt_context, register_paged_attention
 from ftray.infer.checks import check_request, check_unused
 from ftray.infer.decoder import make_stack
 from ftray.infer.embedding import Embedding, embedding_of
@@ -135,7 +135,7 @@ class TorchEngine:
         device = self.hardware.device
         single = [p for p in pieces if p.num_tokens == 1]
         longer = pieces[len(single) :]
-        whole = [p for p in longer if p.sequence.num_cached == 0]
+        kernels = self._bank.kernels
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -145,22 +145,13 @@ class TorchEngine:
             ids += sequence.tokens[start : places.stop]
             positions += places
             slots += [sequence.pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in places]
+        reads, lengths = [p.sequence.pages for p in single], [p.sequence.num_cached + 1 for p in single]
+        parts = [(p.sequence.pages, p.sequence.num_cached, p.num_tokens) for p in longer]
         step = AttentionStep(
             cache=self._cache,
             write_slots_T=torch.tensor(slots).to(device),
-            decode=decode_context(
-                [p.sequence.pages for p in single],
-                [p.sequence.num_cached + 1 for p in single],
-                self._cache,
-                self._bank.kernels,
-            )
-            if single
-            else None,
-            whole=packed_layout([p.num_tokens for p in whole]).to(device) if whole else None,
-            continued=tuple(
-                continuation(p.sequence.pages, cached=p.sequence.num_cached, num_tokens=p.num_tokens, like=self._weight)
-                for p in longer[len(whole) :]
-            ),
+            decode=decode_context(reads, lengths, self._cache, kernels) if single else None,
+            prompts=prompt_context(parts, self._cache, kernels) if longer else None,
         )
         tokens = [(p.sequence.request.adapter, p.num_tokens) for p in pieces]
         hidden_TE = self._hidden(torch.tensor(ids), torch.tensor(positions), tokens, step)
@@ -262,7 +253,7 @@ class TorchEngine:
     def score(self, row: PackedRow, adapter: str | None) -> Tensor:
         """Log-probabilities [N] of a packed row's targets, through the very layers that serve."""
         row = row.to(self.hardware.device)
-        step = AttentionStep(cache=None, write_slots_T=None, decode=None, whole=row.layout)
+        step = AttentionStep(cache=None, write_slots_T=None, decode=None, prompts=Prompts(row.layout))
         with self.pinned(adapter):
             hidden_TE = self._hidden(row.ids_T, row.positions_T, [(adapter, len(row.ids_T))], step)
         logits_NV = self._head(hidden_TE.index_select(0, row.rows_N)).float()
@@ -279,7 +270,7 @@ class TorchEngine:
         embedding = self._embedding
         lengths = [len(ids) for ids in texts]
         layout = packed_layout(lengths).to(self.hardware.device)
-        step = AttentionStep(cache=None, write_slots_T=None, decode=None, whole=layout)
+        step = AttentionStep(cache=None, write_slots_T=None, decode=None, prompts=Prompts(layout))
         ids_T = torch.tensor([token for ids in texts for token in ids])
         positions_T = torch.cat([torch.arange(length) for length in lengths])
         with self.pinned(adapter):

@@ -32,6 +32,8 @@
 #define MOST_TOKENS (MOST_SUMS / VECTORS) /* of an adapter that are computed at once */
 #define MOST_SEGMENTS 8 /* of a group's layers */
 #define MOST_HEAD (512 / LANES)
+#define QUERY_FLOATS 8192 /* of a prompt's queries that are computed at once */
+#define MOST_QUERIES 128
 #define MOST_SHARING 4               /* query heads that read a key head at once */
 #define MOST_WIDTH (LANES == 16 ? 4 : 2) /* vectors of each that are summed at once */
 
@@ -545,6 +547,135 @@ INLINE void multiply_block(Block block, const float *x, i64 row, i64 end, float 
 #endif
     MULTIPLY(2)
     MULTIPLY(1)
+}
+
+/* to[t] = W x[t] of one block that is in a near cache. */
+INLINE void multiply_all(const float *weight, const float *x, float *to, i64 I, i64 rows) {
+    static const float nothing[COLUMNS];
+    const Ahead ahead = {0};
+    i64 t = 0;
+#define MULTIPLY_SOME(NUM_ROWS) \
+    for (; rows - t >= NUM_ROWS; t += NUM_ROWS) multiply_##NUM_ROWS(weight, nothing, x + t * I, to + t * COLUMNS, I, &ahead)
+#ifdef __AVX512F__
+    MULTIPLY_SOME(8);
+    MULTIPLY_SOME(4);
+#endif
+    MULTIPLY_SOME(2);
+    MULTIPLY_SOME(1);
+}
+
+/* Scores of the first `seen` of COLUMNS keys become weights, the others' 0; the softmax is kept up as in `attend_to_page`.
+ * Returns by what the sums so far shrink. */
+INLINE float weigh(float *scores, i64 seen, float *most, float *total) {
+    float highest = *most, sum = 0;
+#pragma omp simd reduction(max : highest)
+    for (i64 j = 0; j < COLUMNS; j++) {
+        const float score = j < seen ? scores[j] : -FLT_MAX;
+        highest = score > highest ? score : highest;
+    }
+    const float shrink = exponential(*most - highest);
+#pragma omp simd reduction(+ : sum)
+    for (i64 j = 0; j < COLUMNS; j++) {
+        scores[j] = j < seen ? exponential(scores[j] - highest) : 0;
+        sum += scores[j];
+    }
+    *most = highest;
+    *total = *total * shrink + sum;
+    return shrink;
+}
+
+/* The cache of one layer and one key head of one sequence. */
+typedef struct {
+    const float *keys; /* the head's in the cache's first token */
+    const i64 *pages;
+    i64 page_tokens, token, key_to_value, D;
+} Kept;
+
+/* COLUMNS tokens from number `start` on, as `multiply_all` takes weights: keys [D, COLUMNS], values [blocks of COLUMNS of D,
+ * COLUMNS tokens, COLUMNS]; zero from token `end` on. */
+INLINE void pack_tokens(const Kept *kept, i64 start, i64 end, float *restrict keys, float *restrict values) {
+    const i64 D = kept->D;
+    for (i64 j = 0; j < COLUMNS; j++) {
+        float *to = values + j * COLUMNS;
+        if (start + j >= end) {
+            for (i64 d = 0; d < D; d++) keys[d * COLUMNS + j] = to[d / COLUMNS * COLUMNS * COLUMNS + d % COLUMNS] = 0;
+            continue;
+        }
+        const i64 page = kept->pages[(start + j) / kept->page_tokens], place = (start + j) % kept->page_tokens;
+        const float *from = kept->keys + (page * kept->page_tokens + place) * kept->token;
+        for (i64 d = 0; d < D; d++) keys[d * COLUMNS + j] = from[d];
+        for (i64 d = 0; d < D; d += LANES)
+            *(Vector *)(to + d / COLUMNS * COLUMNS * COLUMNS + d % COLUMNS) = *(const Vector *)(from + kept->key_to_value + d);
+    }
+}
+
+/* A thread's room. */
+typedef struct {
+    _Alignas(LINE) float query[QUERY_FLOATS], result[QUERY_FLOATS], scores[MOST_QUERIES * COLUMNS], some[MOST_QUERIES * COLUMNS];
+    _Alignas(LINE) float keys[MOST_HEAD * LANES * COLUMNS], values[MOST_HEAD * LANES * COLUMNS];
+    float most[MOST_QUERIES], total[MOST_QUERIES], shrink[MOST_QUERIES];
+} Tile;
+
+/* result = attention of `rows` queries, of which query i sees the first seen + (first + i) / sharing tokens: COLUMNS of them
+ * at a time (Dao et al. 2022, arXiv 2205.14135). */
+INLINE void attend_tile(Tile *tile, const Kept *kept, i64 rows, i64 first, i64 sharing, i64 seen) {
+    const i64 D = kept->D, end = seen + (first + rows - 1) / sharing;
+    memset(tile->result, 0, rows * D * sizeof(float));
+    for (i64 i = 0; i < rows; i++) tile->most[i] = -FLT_MAX, tile->total[i] = 0;
+    for (i64 start = 0; start < end; start += COLUMNS) {
+        pack_tokens(kept, start, end, tile->keys, tile->values);
+        multiply_all(tile->keys, tile->query, tile->scores, D, rows);
+        for (i64 i = 0; i < rows; i++)
+            tile->shrink[i] = weigh(tile->scores + i * COLUMNS, seen + (first + i) / sharing - start, &tile->most[i], &tile->total[i]);
+        for (i64 d = 0; d < D; d += COLUMNS) {
+            const i64 width = D - d < COLUMNS ? D - d : COLUMNS;
+            multiply_all(tile->values + d * COLUMNS, tile->scores, tile->some, COLUMNS, rows);
+            for (i64 i = 0; i < rows; i++)
+                for (i64 w = 0; w < width; w += LANES) {
+                    Vector *sum = (Vector *)(tile->result + i * D + d + w);
+                    *sum = *sum * tile->shrink[i] + *(const Vector *)(tile->some + i * COLUMNS + w);
+                }
+        }
+    }
+    for (i64 i = 0; i < rows; i++)
+        for (i64 d = 0; d < D; d++) tile->result[i * D + d] /= tile->total[i];
+}
+
+/* Where a prompt's tokens are among the queries, and how many are before the first of them in the cache. */
+typedef struct {
+    i64 row, num_rows, before;
+} Prompt;
+
+/* Attention of tokens of n prompts to what the cache has of their sequences, each up to itself. queries, cache, pages, out as
+ * for `attend_to_pages`. A thread takes every so manieth tile: queries of one key head. */
+void attend_to_prompts(const float *queries, const float *cache, const i64 *pages, const Prompt *prompts, float *out, i64 n,
+                       i64 stride, i64 P, i64 page_tokens, i64 H, i64 K, i64 D, double scaling) {
+    const i64 sharing = H / K, most_rows = QUERY_FLOATS / D < MOST_QUERIES ? QUERY_FLOATS / D : MOST_QUERIES;
+    const float scale = (float)scaling;
+#pragma omp parallel
+    {
+        Tile tile;
+        const i64 threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        i64 number = 0;
+        for (i64 p = 0; p < n; p++) {
+            const Prompt prompt = prompts[p];
+            for (i64 first = 0; first < prompt.num_rows * sharing; first += most_rows)
+                for (i64 k = 0; k < K; k++) {
+                    if (number++ % threads != thread) continue;
+                    const Kept kept = {cache + k * D, pages + p * P, page_tokens, 2 * K * D, K * D, D};
+                    const i64 left = prompt.num_rows * sharing - first, rows = left < most_rows ? left : most_rows;
+                    for (i64 i = 0; i < rows; i++) {
+                        const i64 t = prompt.row + (first + i) / sharing, h = k * sharing + (first + i) % sharing;
+                        for (i64 d = 0; d < D; d++) tile.query[i * D + d] = queries[t * stride + h * D + d] * scale;
+                    }
+                    attend_tile(&tile, &kept, rows, first, sharing, prompt.before + 1);
+                    for (i64 i = 0; i < rows; i++) {
+                        const i64 t = prompt.row + (first + i) / sharing, h = k * sharing + (first + i) % sharing;
+                        memcpy(out + (t * H + h) * D, tile.result + i * D, D * sizeof(float));
+                    }
+                }
+        }
+    }
 }
 
 INLINE void write_row(const float *from, const float *residual, float *to, i64 width) {

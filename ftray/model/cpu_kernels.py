@@ -180,6 +180,7 @@ class CpuKernels:
         self._rms_norm = function("rms_norm", *[pointer] * 3, count, count, real)
         self._rotate_and_keep = function("rotate_and_keep", *[pointer] * 3, *[count] * 4, pointer, pointer)
         self._attend = function("attend_to_pages", *[pointer] * 5, *[count] * 7, real)
+        self._attend_to_prompts = function("attend_to_prompts", *[pointer] * 5, *[count] * 7, real)
         self._linear = function(
             "linear", pointer, count, pointer, count, *[pointer, count] * 2, pointer, real, *[pointer] * 3
         )
@@ -212,6 +213,21 @@ class CpuKernels:
         self._attend(
             *(query_nHD.data_ptr(), layer.data_ptr(), pages_nP.data_ptr(), lengths_n.data_ptr(), out.data_ptr(), n),
             *(query_nHD.stride(0), pages_nP.shape[1], layer.shape[1], num_heads, layer.shape[3], width, scaling),
+        )
+        return out
+
+    def attend_to_prompts(
+        self, query_THD: Tensor, layer: Tensor, pages_nP: Tensor, prompts_n3: Tensor, *, scaling: float
+    ) -> Tensor:
+        """[T, H, D]: tokens of n prompts, each of which sees what the cache has of its sequence up to itself.
+        `prompts_n3`: first row, number of rows, tokens before them. The rest as for `attend_to_pages`."""
+        _, num_heads, width = query_THD.shape
+        assert query_THD.stride()[1:] == (width, 1)
+        out = torch.empty(query_THD.shape)
+        self._attend_to_prompts(
+            *(query_THD.data_ptr(), layer.data_ptr(), pages_nP.data_ptr(), prompts_n3.data_ptr(), out.data_ptr()),
+            *(len(prompts_n3), query_THD.stride(0), pages_nP.shape[1]),
+            *(layer.shape[1], num_heads, layer.shape[3], width, scaling),
         )
         return out
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ftray.infer.attention import DecodeContext, KernelContext, decode_context
+from ftray.infer.attention import (
+    DecodeContext,
+    KernelContext,
+    KernelPrompts,
+    Prompts,
+    decode_context,
+    prompt_context,
+)
 from ftray.infer.decoder import rotate_
 from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.model import cpu_kernels
@@ -147,10 +154,64 @@ def test_attention_with_scores_far_apart_and_pages_of_any_size(kernels, page_tok
         torch.testing.assert_close(out[row], right, rtol=1e-4, atol=1e-4)
 
 
+def prompts_of(pages: list[list[int]], befores: list[int], counts: list[int]) -> list[tuple[list[int], int, int]]:
+    return list(zip(pages, befores, counts, strict=True))
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "width"), [(9, 3, 64), (4, 4, 16), (10, 1, 48), (5, 1, 512)])
+def test_attention_of_prompts(kernels, num_heads, num_kv_heads, width):
+    """Whole prompts and pieces of others, over many pages and more queries than are computed at once."""
+    like = torch.zeros(0)
+    cache = KVCache(num_layers=1, num_kv_heads=num_kv_heads, head_dim=width, num_tokens=1024, like=like)
+    befores, counts = [0, 0, 37, 100], [5, 90, 2, 33]
+    pages = [[7], [2, 9, 1, 12, 6, 30], [4, 8, 3], [3, 5, 11, 13, 14, 15, 16, 17, 18]]
+    layer = cache.layers[0]
+    for own, before, count in prompts_of(pages, befores, counts):
+        for place in range(before + count):
+            layer[own[place // PAGE_TOKENS], place % PAGE_TOKENS] = drawn(2, num_kv_heads, width, seed=place)
+    query = drawn(sum(counts), num_heads + 3, width, seed=4)[:, :num_heads]  # among other heads
+    new = [range(before, before + count) for before, count in zip(befores, counts, strict=True)]
+    key_value = torch.stack(
+        [layer[own[i // PAGE_TOKENS], i % PAGE_TOKENS] for own, rows in zip(pages, new, strict=True) for i in rows]
+    )
+    contexts = [prompt_context(prompts_of(pages, befores, counts), cache, which) for which in (kernels, None)]
+    assert [type(context) for context in contexts] == [KernelPrompts, Prompts]
+    ours, torchs = (context.attend(query, key_value, layer, scaling=width**-0.5) for context in contexts)
+    torch.testing.assert_close(ours, torchs, **CLOSE)
+    apart = query.transpose(0, 1).contiguous().transpose(0, 1)  # as transformers lays them out
+    assert torch.equal(contexts[0].attend(apart, key_value, layer, scaling=width**-0.5), ours)
+    forgotten = prompt_context(prompts_of(pages, [*befores[:-1], 99], counts), cache, kernels)  # the twin: one too few
+    assert (forgotten.attend(query, key_value, layer, scaling=width**-0.5) - torchs)[-33:].abs().amax() > 1e-3
+
+
+def test_a_prompts_token_does_not_depend_on_others_nor_on_threads(kernels):
+    """Nor on the piece that it comes in, nor on what is behind its prompt's last."""
+    length, threads, layer = 150, torch.get_num_threads(), drawn(20, PAGE_TOKENS, 2, 3, 64, seed=3)
+    cache = KVCache(num_layers=1, num_kv_heads=3, head_dim=64, num_tokens=19 * PAGE_TOKENS, like=torch.zeros(0))
+    layer = cache.layers[0].copy_(layer)
+    pages, query = [7, 2, 9, 4, 1, 12, 6, 3, 5, 11], drawn(length, 9, 64, seed=4)
+
+    def attended(first: int, end: int, num_threads: int) -> Tensor:
+        try:
+            torch.set_num_threads(num_threads)
+            context = prompt_context([(pages, first, end - first)], cache, kernels)
+            return context.attend(query[first:end], query, layer, scaling=0.125)
+        finally:
+            torch.set_num_threads(threads)
+
+    whole = attended(0, length, 2)
+    layer[pages[-1], (length - 1) % PAGE_TOKENS + 1 :] = torch.nan
+    for first, end, num_threads in ((0, 150, 1), (0, 150, 7), (40, 150, 2), (33, 34, 3), (149, 150, 1)):
+        assert torch.equal(attended(first, end, num_threads), whole[first:end]), (first, end, num_threads)
+    layer[pages[0], 0, 0] += 1  # the twin: who sees the first token sees that
+    assert not torch.equal(attended(149, 150, 1), whole[149:])
+
+
 @pytest.mark.parametrize("width", [24, 528])
 def test_heads_that_the_registers_do_not_fit_are_left_to_torch(kernels, width):
     cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=width, num_tokens=64, like=torch.zeros(0))
     assert isinstance(decode_context([[1]], [3], cache, kernels), DecodeContext)
+    assert isinstance(prompt_context([([1], 0, 3)], cache, kernels), Prompts)
 
 
 RANKS, WIDTHS = (5, 16, 6), (40, 7, 300)  # 27 ranks: no whole number of fours

@@ -62,9 +62,9 @@ def mixed_log_probs(engine, mix=MIX) -> list[torch.Tensor]:
     ids = torch.tensor([i for prompt in PROMPTS for i in prompt])
     lengths = [len(prompt) for prompt in PROMPTS]
     positions = torch.cat([torch.arange(length) for length in lengths])
-    from ftray.infer.attention import AttentionStep
+    from ftray.infer.attention import AttentionStep, Prompts
 
-    step = AttentionStep(cache=None, write_slots_T=None, decode=None, whole=packed_layout(lengths))
+    step = AttentionStep(cache=None, write_slots_T=None, decode=None, prompts=Prompts(packed_layout(lengths)))
     with torch.inference_mode(), engine.pinned(*mix):
         hidden = engine._hidden(ids, positions, list(zip(mix, lengths, strict=True)), step)
         return list(engine._head(hidden).log_softmax(-1).split(lengths))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.engines import load_adapter
-from ftray.infer.kv_cache import KVCache
+from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.infer.protocol import Request, Sampling, Structure
 from ftray.infer.scheduler import Scheduler
 from ftray.infer.torch_engine import TorchEngine
@@ -59,16 +59,18 @@ def test_a_piece_that_sees_too_little_is_found(tiny_base, adapters, monkeypatch)
     """The twin: the pieces after the first forget what came before."""
     from ftray.infer import torch_engine
 
-    real = torch_engine.continuation
+    real = torch_engine.prompt_context
 
-    def forgetful(pages, *, cached, num_tokens, like):
-        piece = real(pages, cached=cached, num_tokens=num_tokens, like=like)
-        piece.bias_TL[:, :cached] = float("-inf")
-        return piece
+    def forgetful(pieces, cache, kernels):
+        return real([(forget(pages, cached), cached, count) for pages, cached, count in pieces], cache, kernels)
+
+    def forget(pages, cached):
+        before = cached // PAGE_TOKENS
+        return [*[0] * before, *pages[before:]]
 
     requests = [Request("0", long_prompts(1, 100)[0], greedy())]
     whole = answers(make_engine(tiny_base), requests)
-    monkeypatch.setattr(torch_engine, "continuation", forgetful)
+    monkeypatch.setattr(torch_engine, "prompt_context", forgetful)
     assert answers(make_engine(tiny_base, max_prefill_tokens=24), requests) != whole
 
 
