@@ -86,7 +86,7 @@ class KernelPrompts:
     """The same, all of it from the cache, by a kernel."""
 
     pages_nP: Tensor
-    prompts_n3: Tensor  # first row, number of rows, tokens before them
+    prompts_n3: Tensor  # first of the prompts' rows, number of rows, tokens before them
     kernels: CpuKernels
 
     def attend(self, query_THD: Tensor, key_value_T2KD: Tensor, layer: Tensor | None, *, scaling: float) -> Tensor:
@@ -108,8 +108,8 @@ class AttentionStep:
 
 
 def side_by_side(query_THD: Tensor) -> Tensor:
-    """A token's heads, as the kernels want them. (transformers has a head's tokens side by side.)"""
-    return query_THD if query_THD.stride()[1:] == (query_THD.shape[2], 1) else query_THD.contiguous()
+    """A token's heads, as the kernels want them; a view where they are (transformers has a head's tokens so)."""
+    return query_THD.flatten(1).unflatten(1, query_THD.shape[1:])
 
 
 def decode_context(

@@ -145,13 +145,13 @@ class TorchEngine:
             ids += sequence.tokens[start : places.stop]
             positions += places
             slots += [sequence.pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in places]
-        reads, lengths = [p.sequence.pages for p in single], [p.sequence.num_cached + 1 for p in single]
-        parts = [(p.sequence.pages, p.sequence.num_cached, p.num_tokens) for p in longer]
+        pages, lengths = [p.sequence.pages for p in single], [p.sequence.num_cached + 1 for p in single]
+        prompts = [(p.sequence.pages, p.sequence.num_cached, p.num_tokens) for p in longer]
         step = AttentionStep(
             cache=self._cache,
             write_slots_T=torch.tensor(slots).to(device),
-            decode=decode_context(reads, lengths, self._cache, kernels) if single else None,
-            prompts=prompt_context(parts, self._cache, kernels) if longer else None,
+            decode=decode_context(pages, lengths, self._cache, kernels) if single else None,
+            prompts=prompt_context(prompts, self._cache, kernels) if longer else None,
         )
         tokens = [(p.sequence.request.adapter, p.num_tokens) for p in pieces]
         hidden_TE = self._hidden(torch.tensor(ids), torch.tensor(positions), tokens, step)
@@ -251,7 +251,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def score(self, row: PackedRow, adapter: str | None) -> Tensor:
-        """Log-probabilities [N] of a packed row's targets, through the very layers that serve."""
+        """Log-probabilities [N] of a packed row's targets, through the very linear layers that serve."""
         row = row.to(self.hardware.device)
         step = AttentionStep(cache=None, write_slots_T=None, decode=None, prompts=Prompts(row.layout))
         with self.pinned(adapter):

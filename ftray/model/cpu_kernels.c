@@ -378,8 +378,8 @@ INLINE void reduce_share(const Adapters *a, const float *x, i64 output, i64 end,
         }
 }
 
-/* The rows of one adapter in a block: what is added to their sums. bt: [num_rows, COLUMNS], from the first of its columns
- * on; h: A x of its tokens, R floats from one to the next. */
+/* What one adapter adds to one block, in one segment of it: to `width` columns of the sums of `tokens` rows. bt: [num_rows,
+ * COLUMNS], from the first of its columns on; h: A x of its tokens, R floats from one to the next. */
 typedef struct {
     const void *bt;
     const float *h;
@@ -443,6 +443,7 @@ INLINE void expand_any(const Piece *p, i64 column, i64 t, int W, int tokens, int
     { \
         i64 t = 0; \
         for (; t + MOST_TOKENS <= p->tokens; t += MOST_TOKENS) expand_any(p, column, t, W, MOST_TOKENS, HALF); \
+        for (; t + 4 <= p->tokens; t += 4) expand_any(p, column, t, W, 4, HALF); \
         for (; t + 2 <= p->tokens; t += 2) expand_any(p, column, t, W, 2, HALF); \
         if (t < p->tokens) expand_any(p, column, t, W, 1, HALF); \
     }
@@ -472,10 +473,11 @@ typedef struct {
     const float *weight, *bias;
 } Layer;
 
-/* What is fetched while a block is multiplied: the block after it, `per_input` lines with each input, and adapters' factors,
- * one line with each of the first inputs. */
+/* What is fetched while a block is multiplied: the block after it, `per_input` lines with each of `num_inputs` inputs, and
+ * adapters' factors, one line with each of the first inputs. */
 typedef struct {
     const float *weight;
+    i64 num_inputs;
     int per_input;
     const char *const *lines;
     i64 num_lines;
@@ -485,7 +487,7 @@ typedef struct {
 INLINE void multiply_rows(const float *weight, const float *bias, const float *x, float *to, i64 I, int rows,
                           const Ahead *ahead) {
     const int per_input = ahead->per_input;
-    const i64 num_lines = ahead->num_lines;
+    const i64 num_inputs = ahead->num_inputs, num_lines = ahead->num_lines;
     const char *const *lines = ahead->lines;
     const float *next = ahead->weight;
     Vector sums[MOST_ROWS * VECTORS];
@@ -494,7 +496,7 @@ INLINE void multiply_rows(const float *weight, const float *bias, const float *x
     for (i64 i = 0; i < I; i++) {
         Vector some[VECTORS];
         for (int v = 0; v < VECTORS; v++) some[v] = *(const Vector *)(weight + i * COLUMNS + v * LANES);
-        if (per_input) {
+        if (i < num_inputs) {
             __builtin_prefetch(next, 0, 2);
             if (per_input > 1) __builtin_prefetch(next + LINE / sizeof(float), 0, 2);
             next += per_input * (LINE / sizeof(float));
@@ -527,19 +529,18 @@ typedef struct {
 INLINE const float *weight_of(Block block) { return block.layer->weight + block.number * block.layer->in * COLUMNS; }
 
 /* A block's weights come from memory once for all rows: while the first rows are multiplied, and the second where there
- * are some, the block after it is fetched. */
+ * are some, the block after it is fetched, or as much of a larger one as two lines with each input make. */
 INLINE void multiply_block(Block block, const float *x, i64 row, i64 end, float *to, Block after, const char *const *lines,
                            i64 num_lines) {
     const i64 I = block.layer->in, lines_after = after.layer->in * COLUMNS * sizeof(float) / LINE;
+    const int per_input = lines_after <= (end - row >= 2 * MOST_ROWS ? 2 : 1) * I ? 1 : 2;
     const float *weight = weight_of(block), *bias = block.layer->bias + block.number * COLUMNS;
-    const float *stop = weight_of(after) + after.layer->in * COLUMNS;
-    Ahead ahead = {weight_of(after), lines_after <= (end - row >= 2 * MOST_ROWS ? 2 : 1) * I ? 1 : 2, lines, num_lines};
+    Ahead ahead = {weight_of(after), lines_after / per_input, per_input, lines, num_lines};
     i64 t = row;
 #define MULTIPLY(NUM_ROWS) \
     for (; end - t >= NUM_ROWS; t += NUM_ROWS) { \
         multiply_##NUM_ROWS(weight, bias, x + t * I, to + (t - row) * COLUMNS, I, &ahead); \
-        ahead.weight += I * ahead.per_input * (LINE / sizeof(float)), ahead.num_lines = 0; \
-        if (ahead.weight >= stop) ahead.per_input = 0; \
+        ahead.weight += I * per_input * (LINE / sizeof(float)), ahead.num_inputs -= I, ahead.num_lines = 0; \
     }
 #ifdef __AVX512F__
     MULTIPLY(8)
@@ -550,7 +551,7 @@ INLINE void multiply_block(Block block, const float *x, i64 row, i64 end, float 
 }
 
 /* to[t] = W x[t] of one block that is in a near cache. */
-INLINE void multiply_all(const float *weight, const float *x, float *to, i64 I, i64 rows) {
+INLINE void multiply_cached(const float *weight, const float *x, float *to, i64 I, i64 rows) {
     static const float nothing[COLUMNS];
     const Ahead ahead = {0};
     i64 t = 0;
@@ -564,8 +565,8 @@ INLINE void multiply_all(const float *weight, const float *x, float *to, i64 I, 
     MULTIPLY_SOME(1);
 }
 
-/* Scores of the first `seen` of COLUMNS keys become weights, the others' 0; the softmax is kept up as in `attend_to_page`.
- * Returns by what the sums so far shrink. */
+/* Scores of the first `seen` of COLUMNS keys (none if negative, all if more) become weights, the others' 0; the softmax is
+ * kept up as in `attend_to_page`. Returns by what the sums so far shrink. */
 INLINE float weigh(float *scores, i64 seen, float *most, float *total) {
     float highest = *most, sum = 0;
 #pragma omp simd reduction(max : highest)
@@ -584,21 +585,25 @@ INLINE float weigh(float *scores, i64 seen, float *most, float *total) {
     return shrink;
 }
 
-/* The cache of one layer and one key head of one sequence. */
+/* What the cache has of one key head of one sequence, in one layer. */
 typedef struct {
-    const float *keys; /* the head's in the cache's first token */
+    const float *keys; /* of this head, of the cache's first token */
     const i64 *pages;
-    i64 page_tokens, token, key_to_value, D;
+    i64 page_tokens;
+    i64 token;        /* floats from a token to the next */
+    i64 key_to_value; /* floats from a token's key to its value */
+    i64 D;
 } Kept;
 
-/* COLUMNS tokens from number `start` on, as `multiply_all` takes weights: keys [D, COLUMNS], values [blocks of COLUMNS of D,
+/* COLUMNS tokens from number `start` on, as `multiply_cached` takes weights: keys [D, COLUMNS], values [blocks of COLUMNS of D,
  * COLUMNS tokens, COLUMNS]; zero from token `end` on. */
 INLINE void pack_tokens(const Kept *kept, i64 start, i64 end, float *restrict keys, float *restrict values) {
     const i64 D = kept->D;
     for (i64 j = 0; j < COLUMNS; j++) {
         float *to = values + j * COLUMNS;
         if (start + j >= end) {
-            for (i64 d = 0; d < D; d++) keys[d * COLUMNS + j] = to[d / COLUMNS * COLUMNS * COLUMNS + d % COLUMNS] = 0;
+            for (i64 d = 0; d < D; d++) keys[d * COLUMNS + j] = 0;
+            for (i64 d = 0; d < D; d++) to[d / COLUMNS * COLUMNS * COLUMNS + d % COLUMNS] = 0;
             continue;
         }
         const i64 page = kept->pages[(start + j) / kept->page_tokens], place = (start + j) % kept->page_tokens;
@@ -609,9 +614,10 @@ INLINE void pack_tokens(const Kept *kept, i64 start, i64 end, float *restrict ke
     }
 }
 
-/* A thread's room. */
+/* A thread's room, 226 KiB of its stack. */
 typedef struct {
-    _Alignas(LINE) float query[QUERY_FLOATS], result[QUERY_FLOATS], scores[MOST_QUERIES * COLUMNS], some[MOST_QUERIES * COLUMNS];
+    _Alignas(LINE) float query[QUERY_FLOATS], result[QUERY_FLOATS];
+    _Alignas(LINE) float scores[MOST_QUERIES * COLUMNS], products[MOST_QUERIES * COLUMNS];
     _Alignas(LINE) float keys[MOST_HEAD * LANES * COLUMNS], values[MOST_HEAD * LANES * COLUMNS];
     float most[MOST_QUERIES], total[MOST_QUERIES], shrink[MOST_QUERIES];
 } Tile;
@@ -624,16 +630,17 @@ INLINE void attend_tile(Tile *tile, const Kept *kept, i64 rows, i64 first, i64 s
     for (i64 i = 0; i < rows; i++) tile->most[i] = -FLT_MAX, tile->total[i] = 0;
     for (i64 start = 0; start < end; start += COLUMNS) {
         pack_tokens(kept, start, end, tile->keys, tile->values);
-        multiply_all(tile->keys, tile->query, tile->scores, D, rows);
+        multiply_cached(tile->keys, tile->query, tile->scores, D, rows);
         for (i64 i = 0; i < rows; i++)
-            tile->shrink[i] = weigh(tile->scores + i * COLUMNS, seen + (first + i) / sharing - start, &tile->most[i], &tile->total[i]);
+            tile->shrink[i] = weigh(tile->scores + i * COLUMNS, seen + (first + i) / sharing - start, &tile->most[i],
+                                    &tile->total[i]);
         for (i64 d = 0; d < D; d += COLUMNS) {
             const i64 width = D - d < COLUMNS ? D - d : COLUMNS;
-            multiply_all(tile->values + d * COLUMNS, tile->scores, tile->some, COLUMNS, rows);
+            multiply_cached(tile->values + d * COLUMNS, tile->scores, tile->products, COLUMNS, rows);
             for (i64 i = 0; i < rows; i++)
                 for (i64 w = 0; w < width; w += LANES) {
                     Vector *sum = (Vector *)(tile->result + i * D + d + w);
-                    *sum = *sum * tile->shrink[i] + *(const Vector *)(tile->some + i * COLUMNS + w);
+                    *sum = *sum * tile->shrink[i] + *(const Vector *)(tile->products + i * COLUMNS + w);
                 }
         }
     }
@@ -647,7 +654,8 @@ typedef struct {
 } Prompt;
 
 /* Attention of tokens of n prompts to what the cache has of their sequences, each up to itself. queries, cache, pages, out as
- * for `attend_to_pages`. A thread takes every so manieth tile: queries of one key head. */
+ * for `attend_to_pages`. A tile is queries of one key head; thread i takes numbers i, i + threads, and so on.
+ * Values must be finite: a token that is not seen has the weight 0. */
 void attend_to_prompts(const float *queries, const float *cache, const i64 *pages, const Prompt *prompts, float *out, i64 n,
                        i64 stride, i64 P, i64 page_tokens, i64 H, i64 K, i64 D, double scaling) {
     const i64 sharing = H / K, most_rows = QUERY_FLOATS / D < MOST_QUERIES ? QUERY_FLOATS / D : MOST_QUERIES;
@@ -705,7 +713,7 @@ void linear(const Layer *layers, i64 num_layers, const Layer *next, i64 output, 
         }
         _Alignas(LINE) float results[2][CHUNK * COLUMNS];
         const char *lines[MOST_LINES];
-        Piece pieces[CHUNK * MOST_SEGMENTS];
+        Piece pieces[CHUNK * MOST_SEGMENTS]; /* a row has one adapter at most */
         const i64 stop = items * (thread + 1) / threads;
         Block following = {next};
         if (next) following.number = (next->out + COLUMNS - 1) / COLUMNS * thread / threads;

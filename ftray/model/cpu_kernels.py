@@ -97,6 +97,7 @@ class Layers:
 
     @classmethod
     def packed(cls, weight_OI: Tensor, bias_O: Tensor | None, memory: HugePages | None = None) -> "Layers":
+        """In `memory`, beside other layers."""
         num_outputs, num_inputs = weight_OI.shape
         blocks = -(-num_outputs // COLUMNS)
         memory = memory or HugePages()
@@ -209,7 +210,8 @@ class CpuKernels:
         """[n, H, D]. `query_nHD` may lie among other heads. `layer`: [pages, tokens of a page, 2, K, D]."""
         n, num_heads, width = query_nHD.shape
         assert query_nHD.stride()[1:] == (width, 1)
-        out = torch.empty(query_nHD.shape)
+        assert query_nHD.dtype == layer.dtype == torch.float32
+        out = floats(*query_nHD.shape)
         self._attend(
             *(query_nHD.data_ptr(), layer.data_ptr(), pages_nP.data_ptr(), lengths_n.data_ptr(), out.data_ptr(), n),
             *(query_nHD.stride(0), pages_nP.shape[1], layer.shape[1], num_heads, layer.shape[3], width, scaling),
@@ -223,7 +225,8 @@ class CpuKernels:
         `prompts_n3`: first row, number of rows, tokens before them. The rest as for `attend_to_pages`."""
         _, num_heads, width = query_THD.shape
         assert query_THD.stride()[1:] == (width, 1)
-        out = torch.empty(query_THD.shape)
+        assert query_THD.dtype == layer.dtype == torch.float32
+        out = floats(*query_THD.shape)
         self._attend_to_prompts(
             *(query_THD.data_ptr(), layer.data_ptr(), pages_nP.data_ptr(), prompts_n3.data_ptr(), out.data_ptr()),
             *(len(prompts_n3), query_THD.stride(0), pages_nP.shape[1]),

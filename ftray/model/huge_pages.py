@@ -5,7 +5,6 @@ A core that reads gigabytes in turn looks up the place of every page, and what i
 
 import contextlib
 import mmap
-from math import prod
 
 import torch
 from torch import Tensor
@@ -29,16 +28,18 @@ def empty_bytes(count: int, device: torch.device) -> Tensor:
 
 
 class HugePages:
-    """A CPU's tensors side by side in large blocks: one of few MiB alone begins and ends within a huge page, and so has
-    small ones. A block lives as long as any of its tensors; what none of them uses takes no memory."""
+    """A CPU's tensors side by side in blocks of 64 MiB: a tensor of a few MiB on its own would have small pages at its
+    beginning and its end. A block lives as long as any of its tensors; what none of them uses takes no memory."""
 
     def __init__(self):
         self._left = torch.empty(0, dtype=torch.uint8)
 
-    def floats(self, *shape: int) -> Tensor:
+    def floats(self, count: int) -> Tensor:
         """Uninitialised."""
-        size = 4 * prod(shape)
+        size = 4 * count
+        if size >= BLOCK_BYTES:  # a block of its own, and what is left of the last is for others
+            return empty_bytes(size, torch.device("cpu")).view(torch.float32)
         if aligned(size) > len(self._left):
-            self._left = empty_bytes(max(aligned(size), BLOCK_BYTES), torch.device("cpu"))
+            self._left = empty_bytes(BLOCK_BYTES, torch.device("cpu"))
         taken, self._left = self._left[:size], self._left[aligned(size) :]
-        return taken.view(torch.float32).view(shape)
+        return taken.view(torch.float32)

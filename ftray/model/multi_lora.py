@@ -32,16 +32,17 @@ class LoraBank:
         any_weight = next(model.parameters())
         self._device, self._dtype = any_weight.device, any_weight.dtype
         self._rounded = rounded
-        self.kernels, self.memory = kernels_for(any_weight), HugePages()
+        self.kernels = kernels_for(any_weight)
         self._no_runs = self._runs_of([])
         self.runs = self._last_runs = self._no_runs
         self._groups: dict[str, LinearGroup] = {}
         self._group_of: dict[str, tuple[LinearGroup, int]] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
+        memory = HugePages()
         for names in sibling_groups(model):
             layers = [model.get_submodule(name) for name in names]
             joined = names[-1].endswith(JOINED[-1])
-            group = LinearGroup(names[0], layers, self, joined=joined)
+            group = LinearGroup(names[0], layers, self, memory, joined=joined)
             self._groups[group.name] = group
             for index, name in enumerate(names):
                 self._group_of[name] = group, index
@@ -155,12 +156,12 @@ class LinearGroup:
     Layers whose outputs are used side by side (q, k, v) are one multiplication; others have an output of their own.
     """
 
-    def __init__(self, name: str, layers: Sequence[nn.Linear], bank: LoraBank, *, joined: bool):
+    def __init__(self, name: str, layers: Sequence[nn.Linear], bank: LoraBank, memory: HugePages, *, joined: bool):
         self.name = name
         self.in_features = layers[0].in_features
         self.out_features = [layer.out_features for layer in layers]
         self.members = [list(range(len(layers)))] if joined else [[index] for index in range(len(layers))]
-        self._blocks = [FrozenLinear([layers[i] for i in own], bank.kernels, bank.memory) for own in self.members]
+        self._blocks = [FrozenLinear([layers[i] for i in own], bank.kernels, memory) for own in self.members]
         is_pair = bank.kernels is not None and len(self._blocks) == 2
         self._gated = GatedKernel(*self._blocks) if is_pair else None
         self._bank = bank
@@ -169,7 +170,7 @@ class LinearGroup:
 
     @property
     def layers(self) -> Layers:
-        """All of them, as the kernels compute them at once (not two that are no pair)."""
+        """With kernels: what computes all of them at once, if they are joined, a gated pair, or one."""
         return self._blocks[0].layers if self._gated is None else self._gated.layers
 
     def output(self, x: Tensor, index: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Each CPU kernel against torch's operations, on shapes with remainders; and that rows do not depend on each other."""
 
+import gc
+import itertools
 import re
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from ftray.model import cpu_kernels
 from ftray.model.adapter_runs import StepRuns
 from ftray.model.adapter_slots import Factors, Place, Segment, Slab
 from ftray.model.cpu_kernels import AdaptersArray, Layers, RmsNorm, in_blocks
-from ftray.model.huge_pages import HugePages, empty_bytes
+from ftray.model.huge_pages import BLOCK_BYTES, HugePages, empty_bytes
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -142,6 +144,29 @@ def test_a_sequence_does_not_depend_on_others_nor_on_threads(kernels):
     assert [torch.equal(changed[row], together[row]) for row in range(5)] == [True, True, True, False, True]
 
 
+def test_one_head_as_transformers_lays_it_out(kernels):
+    """torch calls its strides contiguous whatever they are."""
+    cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=64, num_tokens=64, like=torch.zeros(0))
+    layer, query = (
+        cache.layers[0].copy_(drawn(*cache.layers[0].shape, seed=3)),
+        drawn(1, 20, 64, seed=4).transpose(0, 1),
+    )
+    prompt = prompt_context([([1, 2], 0, 20)], cache, kernels)
+    alike = prompt.attend(query.clone(memory_format=torch.contiguous_format), query, layer, scaling=0.125)
+    assert torch.equal(prompt.attend(query, query, layer, scaling=0.125), alike)
+
+
+@pytest.mark.parametrize("page_tokens", [5, 24])
+def test_prompts_with_scores_far_apart_and_pages_of_any_size(kernels, page_tokens):
+    layer, query = drawn(20, page_tokens, 2, 2, 64, seed=3), drawn(60, 6, 64, seed=4) * 100
+    pages = torch.arange(1, 13)[None].contiguous()
+    out = kernels.attend_to_prompts(query, layer, pages, torch.tensor([(0, 60, 0)]), scaling=0.125)
+    kept = layer[pages[0]].flatten(0, 1)[:60]  # [L, 2, K, D]
+    key, value = (kept[:, i].transpose(0, 1).repeat_interleave(3, dim=0) for i in (0, 1))
+    right = functional.scaled_dot_product_attention(query.transpose(0, 1), key, value, scale=0.125, is_causal=True)
+    torch.testing.assert_close(out, right.transpose(0, 1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("page_tokens", [5, 24])
 def test_attention_with_scores_far_apart_and_pages_of_any_size(kernels, page_tokens):
     layer, query = drawn(20, page_tokens, 2, 2, 64, seed=3), drawn(3, 6, 64, seed=4) * 100
@@ -227,14 +252,18 @@ def float_factors(request):
     """Of three slots and three layers, or two."""
     if not request.param:
         return gate_and_up()
-    a, blocks = drawn(3, sum(RANKS), 70, seed=6), [drawn(3, r, w, seed=w) for r, w in zip(RANKS, WIDTHS, strict=True)]
-    joined, segments, row, column = torch.zeros(3, sum(RANKS), sum(WIDTHS)), [], 0, 0
+    return side_by_side(slots=3, widths=WIDTHS)
+
+
+def side_by_side(*, slots: int, widths: tuple[int, ...]) -> Factors:
+    blocks = [drawn(slots, rank, width, seed=width) for rank, width in zip(RANKS, widths, strict=True)]
+    joined, segments, row, column = torch.zeros(slots, sum(RANKS), sum(widths)), [], 0, 0
     for block in blocks:
         _, rank, width = block.shape
         joined[:, row : row + rank, column : column + width] = block
         segments.append(Segment(0, row, rank, column, width))
         row, column = row + rank, column + width
-    return Factors(a, (joined,), tuple(segments))
+    return Factors(drawn(slots, sum(RANKS), 70, seed=6), (joined,), tuple(segments))
 
 
 def gate_and_up(ranks: tuple[int, int] = (5, 16)) -> Factors:
@@ -298,6 +327,15 @@ def test_adapters_of_a_slab(kernels, factors, number):
     assert all((out[6] == 0).all() for out in outs)  # nobody's row
     with pytest.raises(AssertionError):  # the twin
         torch.testing.assert_close(outs[0][:1], wanted(factors, 1, x[:1])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_for_every_row_and_three_layers_in_a_block(kernels):
+    """As many pieces as a thread has room for, and the rows behind those that it computes at a time."""
+    factors, x = side_by_side(slots=70, widths=(10, 7, 300)), drawn(70, 70, seed=8)
+    out = added(kernels, factors, [(slot, slot, 1) for slot in range(70)], x)[0]
+    for row in range(70):
+        right = wanted(factors, row, x[row : row + 1])[0]
+        torch.testing.assert_close(out[row : row + 1], right, rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_and_the_gated_product_at_once(kernels):
@@ -409,35 +447,47 @@ def test_without_a_compiler_there_are_none(monkeypatch, tmp_path):
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="Linux with huge pages")
 def test_slots_and_weights_are_in_huge_pages():
     """Asked for, on memory that can have them; whether some are free is the machine's."""
-    for memory in (empty_bytes(8 * 2**20, torch.device("cpu")), HugePages().floats(70, 30)):
+    for memory in (empty_bytes(8 * 2**20, torch.device("cpu")), HugePages().floats(2100)):
         assert "hg" in flags_of(memory)
         assert "sh" not in flags_of(memory), "shared memory has none"
     assert "hg" not in flags_of(torch.zeros(8 * 2**20, dtype=torch.uint8))  # the twin
 
 
 def test_tensors_side_by_side():
-    """Few large blocks, each tensor at a line of the cache of its own; one that is larger than a block too."""
-    pages = HugePages()
-    tensors = [
-        pages.floats(3, 5).fill_(1),
-        pages.floats(7).fill_(2),
-        pages.floats(20 * 2**20).fill_(3),
-        pages.floats(2).fill_(4),
-    ]
-    assert [len(t.unique()) for t in tensors] == [1] * 4
+    """In few blocks, each at a line of the cache of its own; one as large as a block beside them."""
+    pages, sizes = HugePages(), [15, 7, BLOCK_BYTES // 4, 2]
+    tensors = [pages.floats(size).fill_(number) for number, size in enumerate(sizes)]
+    assert [(len(t), t.min(), t.max()) for t in tensors] == [(size, n, n) for n, size in enumerate(sizes)]
     assert all(t.data_ptr() % 64 == 0 for t in tensors)
-    assert tensors[0].untyped_storage().data_ptr() == tensors[1].untyped_storage().data_ptr()
+    blocks = [t.untyped_storage().data_ptr() for t in tensors]
+    assert blocks[0] == blocks[1] == blocks[3] != blocks[2]
+
+
+def test_a_block_lives_as_long_as_its_tensors():
+    first, second = (lambda pages: (pages.floats(70), pages.floats(70)))(HugePages())
+    place = first.data_ptr()
+    del first
+    assert is_mapped(place), "the second is in the same block"
+    del second
+    gc.collect()
+    assert not is_mapped(place)
+
+
+def is_mapped(place: int) -> bool:
+    found = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", Path("/proc/self/maps").read_text(), re.MULTILINE)
+    return any(int(first, 16) <= place < int(end, 16) for first, end in found)
 
 
 def test_what_is_fetched_ahead_changes_nothing(kernels):
-    """Also of a layer of another width, at the end of a call."""
-    for width, following in ((300, 64), (64, 1000), (40, 40)):
-        layers, after = Layers.packed(drawn(width, 70, seed=1), None), Layers.packed(drawn(50, following, seed=2), None)
-        for rows in (1, 5, 40, 150):
+    """Also at the end of a call, of a layer with more or fewer inputs."""
+    for width, after in ((300, 64), (64, 1000), (40, 16)):
+        one = Layers.packed(drawn(width, 70, seed=1), None)
+        pair = one.beside(Layers.packed(drawn(width, 70, seed=4), None))
+        for layers, rows in itertools.product((one, pair), (1, 5, 40, 150)):
             x = drawn(rows, 70, seed=3)
             layers.following = None
             alone = kernels.linear(layers, x)
-            layers.following = after
+            layers.following = Layers.packed(drawn(50, after, seed=2), None)
             assert torch.equal(kernels.linear(layers, x), alone)
 
 

@@ -74,6 +74,21 @@ def test_a_piece_that_sees_too_little_is_found(tiny_base, adapters, monkeypatch)
     assert answers(make_engine(tiny_base, max_prefill_tokens=24), requests) != whole
 
 
+def test_layers_are_fetched_in_the_order_in_which_they_are_computed(tiny_base, monkeypatch):
+    computed, linear = [], cpu_kernels.CpuKernels.linear
+
+    def noted(self, layers, *args, **kwargs):
+        computed.append(layers)
+        return linear(self, layers, *args, **kwargs)
+
+    monkeypatch.setattr(cpu_kernels.CpuKernels, "linear", noted)
+    engine = make_engine(tiny_base)
+    engine.add(Request("0", [5, 6, 7], greedy(max_tokens=1)))
+    engine.step()
+    assert len(computed) > 4
+    assert [layers.following for layers in computed] == [*computed[1:], None]
+
+
 def test_a_full_cache_pushes_the_newest_back_and_every_answer_stays_the_same(tiny_base, adapters):
     requests = [Request(f"{i}", p, greedy(max_tokens=60), "r4") for i, p in enumerate(long_prompts(8, 40))]
     roomy = make_engine(tiny_base, adapters)
