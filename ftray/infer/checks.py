@@ -4,7 +4,7 @@ from collections.abc import Container, Iterable
 from typing import Any
 
 from ftray.errors import AdapterError, UserError
-from ftray.infer.protocol import Request
+from ftray.infer.protocol import Request, Sampling
 
 
 def check_token_ids(ids: Iterable[Any], *, key: str, vocab_size: int) -> None:
@@ -15,6 +15,7 @@ def check_token_ids(ids: Iterable[Any], *, key: str, vocab_size: int) -> None:
 
 def check_request(request: Request, *, context_tokens: int, vocab_size: int, loaded: Container[str]) -> int:
     """Returns how many tokens the answer may have. Raises `UserError` for a request that can never run."""
+    check_sampling(request.sampling)
     num_prompt, wanted = len(request.prompt_ids), request.sampling.max_tokens
     if num_prompt == 0:
         raise UserError("the prompt is empty")
@@ -29,6 +30,24 @@ def check_request(request: Request, *, context_tokens: int, vocab_size: int, loa
     if request.adapter is not None and request.adapter not in loaded:
         raise UserError(f"{request.adapter}: not loaded in this engine")
     return wanted if wanted is not None else context_tokens - num_prompt
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """One value out of its range would end a step, and with it everybody's answers."""
+    rules = {
+        "temperature": (sampling.temperature >= 0, "at least 0"),
+        "top_p": (0 < sampling.top_p <= 1, "over 0 and at most 1"),
+        "top_k": (sampling.top_k >= 0, "at least 0 (0: all)"),
+        "min_p": (0 <= sampling.min_p <= 1, "from 0 to 1"),
+        "repetition_penalty": (sampling.repetition_penalty > 0, "over 0"),
+        "n": (sampling.n >= 1, "at least 1"),
+        "max_tokens": (sampling.max_tokens is None or sampling.max_tokens >= 1, "at least 1"),
+        "logprobs": (sampling.logprobs is None or sampling.logprobs >= 0, "at least 0"),
+        "prompt_logprobs": (sampling.prompt_logprobs is None or sampling.prompt_logprobs >= 0, "at least 0"),
+    }
+    for key, (holds, rule) in rules.items():
+        if not holds:
+            raise UserError(f"{key}: {getattr(sampling, key)} is out of range: it must be {rule}")
 
 
 def check_unused(key: str, in_flight: Iterable[Request]) -> None:

@@ -24,6 +24,9 @@ class Matcher(Protocol):
 
     def accept(self, token: int) -> None: ...
 
+    @property
+    def has_failed(self) -> bool: ...
+
 
 def make_generator(sampling: Sampling, *, index: int = 0) -> torch.Generator | None:
     """A seed gives the same tokens whatever else is in the batch; each of n answers has its own."""
@@ -42,6 +45,10 @@ class TokenSampler:
         self.sampling = sampling
         self.matcher = matcher
         self._generator = make_generator(sampling, index=index)
+
+    @property
+    def has_failed(self) -> bool:
+        return self.matcher is not None and self.matcher.has_failed
 
     @property
     def is_plain(self) -> bool:

@@ -104,3 +104,8 @@ class GrammarMatcher:
     def accept(self, token: int) -> None:
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
+
+    @property
+    def has_failed(self) -> bool:
+        """Over a limit of the parser's: from then on nothing but the end may come, wherever the text is."""
+        return self._matcher.is_error()

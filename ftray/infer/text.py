@@ -30,12 +30,14 @@ class TextStream:
         return self._release()
 
     def finish(self) -> str:
-        """What was held back: shown when the answer ends without the stop string it might have become."""
-        rest = "" if self.stopped else self._pending
-        if not self.stopped and self._decoded < len(self._ids):
-            rest += self._tokenizer.decode(self._ids[self._decoded :], skip_special_tokens=True)
-        self._pending = ""
-        return rest
+        """What was held back: shown when the answer ends without the stop string it might have become. Sets `stopped`
+        when it has become one with the tokens of half a character behind it."""
+        if self.stopped:
+            return ""
+        if self._decoded < len(self._ids):
+            self._pending += self._tokenizer.decode(self._ids[self._decoded :], skip_special_tokens=True)
+            self._decoded = len(self._ids)
+        return self._release() + self._pending
 
     def _release(self) -> str:
         found = [at for text in self._stop if (at := self._pending.find(text)) >= 0]

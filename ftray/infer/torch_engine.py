@@ -194,7 +194,9 @@ class TorchEngine:
                 self._scheduler.add(sibling, front=True)
         reason: FinishReason | None = None
         text = ""
-        if token in self.stop_ids and not sequence.request.sampling.ignore_eos:
+        if sequence.sampler.has_failed:
+            reason = "error"
+        elif token in self.stop_ids and not sequence.request.sampling.ignore_eos:
             reason = "stop"
         else:
             text = sequence.text.push(token)
@@ -204,6 +206,7 @@ class TorchEngine:
                 reason = "length"
         if reason is not None:
             text += sequence.text.finish()
+            reason = "stop" if sequence.text.stopped and reason == "length" else reason
             self._finish(sequence)
         return TokenEvent(
             sequence.request.id,

@@ -167,15 +167,20 @@ class VllmEngine:
             self._loop.call_soon_threadsafe(self._begin, answering)
 
     def _next(self) -> tuple[FlowKey, Answering] | None:
+        waiting_for_slots: list[Answering] = []
         for flow, answering in self._waiting.in_order():
             if self._num_running and self._num_running + answering.request.sampling.n > self.config.max_sequences:
                 return None  # whoever is next must not be passed over by smaller ones for ever
             adapter = answering.request.adapter
-            if adapter is None or adapter in self._adapters_in_use or len(self._adapters_in_use) < self.num_slots:
+            has_slot = adapter in self._adapters_in_use or len(self._adapters_in_use) < self.num_slots
+            # Beside one that has waited for long nobody takes or keeps a slot; the base needs none.
+            is_overdue = any(other.passed_over >= MAX_PASSED_OVER for other in waiting_for_slots)
+            if adapter is None or (has_slot and not is_overdue):
+                for other in waiting_for_slots:
+                    other.passed_over += adapter is not None
                 return flow, answering
-            answering.passed_over += 1
-            if answering.passed_over > MAX_PASSED_OVER:
-                return None
+            if not has_slot:
+                waiting_for_slots.append(answering)
         return None
 
     def _begin(self, answering: Answering) -> None:

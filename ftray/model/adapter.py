@@ -1,6 +1,5 @@
 """Adapters as plain PEFT directories: read back and checked for serving. (lora.py trains and writes them.)"""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -29,6 +28,9 @@ UNSUPPORTED_OPTIONS = {
     "use_qalora": False,
     "alora_invocation_tokens": None,
 }
+# Python's `re` tries every way to match and lets no other thread run: a config's patterns repeat no group, and
+# few other things.
+REPEAT, REPEATED_GROUP, MOST_REPEATS = re.compile(r"[*+{]"), re.compile(r"\)[*+{]"), 3
 # PEFT changes the base's weights when it loads an adapter that says so.
 BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -99,15 +101,16 @@ def read_adapter(directory: Path, *, label: str) -> Adapter:
         a, b = tensors.pop(key), tensors.pop(key.replace(".lora_A.", ".lora_B."), None)
         if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise AdapterError(f"{label}: {name}: lora_A and lora_B do not fit together; publish the adapter again")
+        a, b = a.float(), b.float()
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise AdapterError(f"{label}: {name}: holds NaN or infinity; the run that made it diverged")
         try:
             scale = lora_scale(config, name, a.shape[0])
-        except (AttributeError, KeyError, TypeError, ZeroDivisionError, re.error) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, re.error) as error:
             raise AdapterError(f"{label}: {name}: no scale from lora_alpha and rank {a.shape[0]} ({error!r})") from None
-        if not math.isfinite(scale):
+        if not math.isfinite(scale) or not torch.isfinite(b * scale).all():
             raise AdapterError(f"{label}: {name}: lora_alpha makes the scale {scale}; publish the adapter again")
-        modules[name] = LoraWeights(a.float(), b.float(), scale)
+        modules[name] = LoraWeights(a, b, scale)
     if tensors or not modules:
         unknown = next(iter(tensors), "no LoRA weights at all")
         raise AdapterError(f"{label}: {WEIGHTS_FILE} holds {unknown}, which is no LoRA weight; merge it into its base")
@@ -147,7 +150,7 @@ def read_adapter_config(directory: Path, *, label: str) -> dict[str, Any]:
         config = read_json(directory / CONFIG_FILE)
     except FileNotFoundError:
         raise AdapterError(f"{label}: {directory} has no {CONFIG_FILE}; it is no PEFT adapter directory") from None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
         raise AdapterError(f"{label}: {CONFIG_FILE} is not JSON; the file is damaged") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{label}: {CONFIG_FILE} is no JSON object; publish a PEFT directory")
@@ -163,5 +166,9 @@ def lora_scale(config: dict[str, Any], module: str, rank: int) -> float:
 
 
 def pattern_value(patterns: dict[str, float], module: str, default: float) -> float:
-    """PEFT's per-module override: the first key, a regular expression, that matches the module's name or its ending."""
+    """PEFT's per-module override: the first key, a regular expression, that matches the module's name or its ending.
+    Raises ValueError for one that could take for ever."""
+    for key in patterns:
+        if REPEATED_GROUP.search(key) or len(REPEAT.findall(key)) > MOST_REPEATS:
+            raise ValueError(f"the pattern {key[:80]!r} repeats a group, or more than {MOST_REPEATS} things")
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

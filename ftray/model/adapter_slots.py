@@ -20,7 +20,7 @@ from ftray.errors import AdapterError
 from ftray.model.huge_pages import aligned, empty_bytes
 
 MAX_SLOTS_PER_SLAB = 8
-# A slab takes at most this share of the budget, so that adapters of several shapes can be in use at once.
+# A slab takes at most this share of what is left of the budget: adapters of several shapes can be in use at once.
 SLAB_SHARE = 4
 
 
@@ -156,7 +156,6 @@ class AdapterSlots:
             if None in slab.keys:
                 return Place(slab, slab.keys.index(None))
         size = adapter.num_bytes
-        wanted = max(1, min(MAX_SLOTS_PER_SLAB, self.budget_bytes // SLAB_SHARE // size))
         self._give_up_empty_slabs()
         while (room := self.budget_bytes - self.used_bytes) < size:
             unused = [key for key in self._places if key not in self._pins]
@@ -169,7 +168,7 @@ class AdapterSlots:
             if any(slab is freed.slab for slab in slabs):
                 return freed
             self._give_up_empty_slabs()
-        slab = self._make_slab(adapter, min(wanted, room // size))
+        slab = self._make_slab(adapter, max(1, min(MAX_SLOTS_PER_SLAB, room // SLAB_SHARE // size)))
         slabs.append(slab)
         return Place(slab, 0)
 

@@ -3,12 +3,15 @@ one that is asked for often has been driven out."""
 
 import asyncio
 import contextlib
+import logging
 
 from ftray.errors import FtrayError
 from ftray.registry import Registry
 from ftray.serve.residency import AdapterResidency
 
 POLL_S = 2.0
+
+log = logging.getLogger("ftray.serve")
 
 
 class Prefetcher:
@@ -20,8 +23,12 @@ class Prefetcher:
     async def follow(self) -> None:
         """Until it is cancelled."""
         while True:
-            with contextlib.suppress(FtrayError):  # the store does not answer: requests tell, the next look may succeed
+            try:
                 await self.look()
+            except FtrayError:  # the store does not answer: requests tell, the next look may succeed
+                pass
+            except Exception:  # an entry that nobody can read must not end this for good
+                log.exception("prefetch: the registry's journal cannot be read")
             await self.return_hottest()
             await asyncio.sleep(POLL_S)
 

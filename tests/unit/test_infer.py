@@ -3,7 +3,8 @@ import pytest
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import AdapterError, UserError
 from ftray.infer.engines import generate, load_adapter
-from ftray.infer.protocol import Request, Sampling
+from ftray.infer.protocol import Request, Sampling, Structure
+from ftray.infer.structure import GrammarMatcher
 from ftray.infer.text import TextStream
 from ftray.infer.torch_engine import TorchEngine
 from ftray.model.hardware import choose_hardware
@@ -44,6 +45,30 @@ def test_a_stop_string_is_never_shown_not_even_its_beginning(renderer):
     assert "".join(pieces[:-1]) == "one "
 
 
+def test_a_stop_string_before_half_a_character_is_not_shown_either(renderer):
+    """The last token, which the answer's limit cuts off, completes the one and begins the other."""
+    stream = TextStream(renderer.tokenizer, ("END",))
+    *whole, cut = renderer.tokenizer("one END東", add_special_tokens=False)["input_ids"][:-1]
+    pieces = [stream.push(token) for token in whole[:-1]]
+    stream._tokenizer = JoinedTokens(renderer.tokenizer, whole[-1], cut)
+    pieces += [stream.push(JoinedTokens.JOINED), stream.finish()]
+    assert ("".join(pieces), stream.stopped) == ("one ", True)
+
+
+class JoinedTokens:
+    """A tokenizer with one token for two."""
+
+    JOINED = 10**6
+
+    def __init__(self, tokenizer, first: int, second: int):
+        self._tokenizer, self._pair = tokenizer, [first, second]
+
+    def decode(self, ids, **options) -> str:
+        return self._tokenizer.decode(
+            [own for i in ids for own in (self._pair if i == self.JOINED else [i])], **options
+        )
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_base):
     config = EngineConfig(context_tokens=64, kv_cache_tokens=256, max_sequences=4, max_prefill_tokens=16)
@@ -58,6 +83,45 @@ def test_requests_that_can_never_run_are_refused(engine):
     with pytest.raises(UserError, match="not loaded"):
         engine.add(Request("a", [5], adapter="ghost@1"))
     assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"n": 0},
+        {"max_tokens": 0},
+        {"logprobs": -1},
+        {"prompt_logprobs": -1},
+    ],
+    ids=str,
+)
+def test_a_value_out_of_its_range_is_refused_and_ends_nobody_elses_answer(engine, wrong):
+    engine.add(Request("other", [5, 6], Sampling(temperature=0, max_tokens=2, ignore_eos=True)))
+    with pytest.raises(UserError, match=f"{next(iter(wrong))}: .* is out of range"):
+        engine.add(Request("a", [5], Sampling(**wrong)))
+    events = [event for _ in range(2) for event in engine.step()]
+    assert [event.request_id for event in events] == ["other"] * 2
+    assert not engine.has_work
+
+
+def test_a_grammar_over_its_limits_ends_its_answer_as_an_error(engine, monkeypatch):
+    """And not as one that has stopped, with half of what was asked for."""
+    answers = []
+    for fails in (False, True):
+        engine.add(Request("a", [5], Sampling(temperature=0, max_tokens=8, structure=Structure("regex", "[a-f]{3}"))))
+        if fails:
+            monkeypatch.setattr(GrammarMatcher, "accept", lambda matcher, token: matcher._matcher.consume_token(0))
+        events = []
+        while engine.has_work:
+            events += engine.step()
+        answers.append([event.finish_reason for event in events])
+    assert answers == [[None, None, None, "stop"], ["error"]]
 
 
 def test_an_answer_ends_at_its_limit_and_says_so(engine):

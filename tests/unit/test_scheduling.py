@@ -1,11 +1,13 @@
 """Who is computed next: pages, fair queues, adapter slots, and the scheduler over them."""
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from ftray.config.serve import EngineConfig
 from ftray.errors import AdapterError
 from ftray.infer.fair_queue import FairQueue
 from ftray.infer.kv_cache import PagePool, page_name
@@ -13,6 +15,8 @@ from ftray.infer.protocol import Request, Sampling
 from ftray.infer.scheduler import MAX_STEPS_CROWDED_OUT, Scheduler
 from ftray.infer.sequence import Sequence
 from ftray.infer.slot_turns import MIN_STEPS
+from ftray.infer.vllm_answers import Answering
+from ftray.infer.vllm_engine import MAX_PASSED_OVER, VllmEngine
 from ftray.model.adapter_runs import matmul_runs
 from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Segment
 
@@ -177,6 +181,15 @@ def test_adapters_of_another_shape_get_the_room_of_unused_ones():
     assert slots.acquire(adapter("wide", rank=4))
     assert slots.used_bytes == slots.budget_bytes
     assert set(slots.keys) == {"c", "d", "wide"}
+
+
+def test_adapters_of_several_shapes_fit_beside_each_other():
+    """No slab of a first shape takes what the next ones need."""
+    slots = make_slots(32)
+    ranks = (2, 4, 6, 8, 10)
+    assert all(slots.acquire(adapter(f"rank {rank}", rank=rank)) for rank in ranks)
+    assert slots.used_bytes <= slots.budget_bytes
+    assert sum(ranks) / 2 * SIZE < 16 * SIZE
 
 
 def test_room_of_unloaded_adapters_is_there_for_another_shape():
@@ -529,3 +542,33 @@ def test_the_newest_gives_way_when_the_cache_is_full_and_all_end():
     assert scheduler.num_preemptions > 0
     assert scheduler.pool.num_used == 0
     assert done["0"][1] < done["5"][1]
+
+
+def test_who_waits_for_a_slot_of_vllms_is_passed_over_but_not_for_ever_and_bars_nobody_who_needs_none():
+    engine = VllmEngine.__new__(VllmEngine)
+    engine.config, engine.num_slots, engine._num_running = EngineConfig(max_sequences=1000), 1, 0
+    engine._waiting, engine._adapters_in_use = FairQueue(), Counter(["a@1"])
+
+    def add(adapter: str | None) -> None:
+        answering = Answering(Request("", [5], adapter=adapter), None, None)
+        engine._waiting.push(answering.request.flow, answering)
+
+    def next_one() -> str | None:
+        found = engine._next()
+        if found is None:
+            return "nobody"
+        engine._waiting.start(found[0])
+        return found[1].request.adapter
+
+    add("b@1")
+    assert [next_one() for _ in range(1000)] == ["nobody"] * 1000  # looking is no passing over
+    passing = []
+    while not passing or passing[-1] != "nobody":
+        add("a@1")
+        passing.append(next_one())
+    assert MAX_PASSED_OVER <= len(passing) <= 2 * MAX_PASSED_OVER + 2
+    for _ in range(10):
+        add(None)
+        assert next_one() is None
+    engine._adapters_in_use.clear()
+    assert next_one() == "b@1"

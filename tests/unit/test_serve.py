@@ -489,6 +489,27 @@ def test_a_store_that_is_down_at_the_start_is_followed_later(monkeypatch):
     asyncio.run(scenario())
 
 
+def test_an_entry_that_nobody_can_read_does_not_end_the_prefetching(monkeypatch, caplog):
+    class Journal:
+        looks = 0
+
+        def refresh(self):
+            self.looks += 1
+            raise json.JSONDecodeError("no JSON", "", 0)
+
+    async def scenario():
+        journal, residency = Journal(), AdapterResidency(None, None, None, budget_bytes=1)
+        following = asyncio.create_task(Prefetcher(journal, residency).follow())
+        await asyncio.wait([following], timeout=0.5)
+        assert not following.done()
+        assert journal.looks > 1
+        following.cancel()
+
+    monkeypatch.setattr("ftray.serve.prefetch.POLL_S", 0.01)
+    asyncio.run(scenario())
+    assert "journal cannot be read" in caplog.text
+
+
 def test_hot_adapters_come_back_after_a_flood_and_only_they(tmp_path):
     async def scenario():
         now = 0.0
