@@ -168,19 +168,19 @@ class VllmEngine:
 
     def _next(self) -> tuple[FlowKey, Answering] | None:
         waiting_for_slots: list[Answering] = []
+        is_overdue = False  # one of them: beside it nobody takes or keeps a slot; the base needs none
         for flow, answering in self._waiting.in_order():
             if self._num_running and self._num_running + answering.request.sampling.n > self.config.max_sequences:
                 return None  # whoever is next must not be passed over by smaller ones for ever
             adapter = answering.request.adapter
             has_slot = adapter in self._adapters_in_use or len(self._adapters_in_use) < self.num_slots
-            # Beside one that has waited for long nobody takes or keeps a slot; the base needs none.
-            is_overdue = any(other.passed_over >= MAX_PASSED_OVER for other in waiting_for_slots)
             if adapter is None or (has_slot and not is_overdue):
                 for other in waiting_for_slots:
                     other.passed_over += adapter is not None
                 return flow, answering
             if not has_slot:
                 waiting_for_slots.append(answering)
+                is_overdue |= answering.passed_over >= MAX_PASSED_OVER
         return None
 
     def _begin(self, answering: Answering) -> None:

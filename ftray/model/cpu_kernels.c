@@ -521,6 +521,22 @@ MULTIPLY_ROWS(4)
 MULTIPLY_ROWS(8)
 #endif
 
+/* to[t] = bias + W x[t] of one block, for `rows` rows, as many at once as there can be. */
+INLINE void multiply_all(const float *weight, const float *bias, const float *x, float *to, i64 I, i64 rows, Ahead ahead) {
+    i64 t = 0;
+#define MULTIPLY(NUM_ROWS) \
+    for (; rows - t >= NUM_ROWS; t += NUM_ROWS) { \
+        multiply_##NUM_ROWS(weight, bias, x + t * I, to + t * COLUMNS, I, &ahead); \
+        ahead.weight += I * ahead.per_input * (LINE / sizeof(float)), ahead.num_inputs -= I, ahead.num_lines = 0; \
+    }
+#ifdef __AVX512F__
+    MULTIPLY(8)
+    MULTIPLY(4)
+#endif
+    MULTIPLY(2)
+    MULTIPLY(1)
+}
+
 typedef struct {
     const Layer *layer;
     i64 number;
@@ -534,35 +550,14 @@ INLINE void multiply_block(Block block, const float *x, i64 row, i64 end, float 
                            i64 num_lines) {
     const i64 I = block.layer->in, lines_after = after.layer->in * COLUMNS * sizeof(float) / LINE;
     const int per_input = lines_after <= (end - row >= 2 * MOST_ROWS ? 2 : 1) * I ? 1 : 2;
-    const float *weight = weight_of(block), *bias = block.layer->bias + block.number * COLUMNS;
-    Ahead ahead = {weight_of(after), lines_after / per_input, per_input, lines, num_lines};
-    i64 t = row;
-#define MULTIPLY(NUM_ROWS) \
-    for (; end - t >= NUM_ROWS; t += NUM_ROWS) { \
-        multiply_##NUM_ROWS(weight, bias, x + t * I, to + (t - row) * COLUMNS, I, &ahead); \
-        ahead.weight += I * per_input * (LINE / sizeof(float)), ahead.num_inputs -= I, ahead.num_lines = 0; \
-    }
-#ifdef __AVX512F__
-    MULTIPLY(8)
-    MULTIPLY(4)
-#endif
-    MULTIPLY(2)
-    MULTIPLY(1)
+    const Ahead ahead = {weight_of(after), lines_after / per_input, per_input, lines, num_lines};
+    multiply_all(weight_of(block), block.layer->bias + block.number * COLUMNS, x + row * I, to, I, end - row, ahead);
 }
 
 /* to[t] = W x[t] of one block that is in a near cache. */
 INLINE void multiply_cached(const float *weight, const float *x, float *to, i64 I, i64 rows) {
     static const float nothing[COLUMNS];
-    const Ahead ahead = {0};
-    i64 t = 0;
-#define MULTIPLY_SOME(NUM_ROWS) \
-    for (; rows - t >= NUM_ROWS; t += NUM_ROWS) multiply_##NUM_ROWS(weight, nothing, x + t * I, to + t * COLUMNS, I, &ahead)
-#ifdef __AVX512F__
-    MULTIPLY_SOME(8);
-    MULTIPLY_SOME(4);
-#endif
-    MULTIPLY_SOME(2);
-    MULTIPLY_SOME(1);
+    multiply_all(weight, nothing, x, to, I, rows, (Ahead){weight});
 }
 
 /* Scores of the first `seen` of COLUMNS keys (none if negative, all if more) become weights, the others' 0; the softmax is
@@ -698,8 +693,8 @@ INLINE void write_row(const float *from, const float *residual, float *to, i64 w
  * y = silu(of the first) * of the second. Adapters are those of the outputs from number `output` on; each slab's A x is
  * made first, B is read while its columns of W x are in the nearest cache. A thread fetches a block ahead: at the end the first
  * that it will multiply of the layer `next`, which may be NULL. */
-void linear(const Layer *layers, i64 num_layers, const Layer *next, i64 output, const Adapters *adapters, i64 num_adapters, const float *x, i64 T,
-            const float *norm_weight, double epsilon, float *normed, const float *residual, float *y) {
+void linear(const Layer *layers, i64 num_layers, const Layer *next, i64 output, const Adapters *adapters, i64 num_adapters,
+            const float *x, i64 T, const float *norm_weight, double epsilon, float *normed, const float *residual, float *y) {
     const i64 out = layers[0].out, blocks = (out + COLUMNS - 1) / COLUMNS, chunks = (T + CHUNK - 1) / CHUNK;
 #pragma omp parallel
     {

@@ -208,29 +208,26 @@ class CpuKernels:
         self, query_nHD: Tensor, layer: Tensor, pages_nP: Tensor, lengths_n: Tensor, *, scaling: float
     ) -> Tensor:
         """[n, H, D]. `query_nHD` may lie among other heads. `layer`: [pages, tokens of a page, 2, K, D]."""
-        n, num_heads, width = query_nHD.shape
-        assert query_nHD.stride()[1:] == (width, 1)
-        assert query_nHD.dtype == layer.dtype == torch.float32
-        out = floats(*query_nHD.shape)
-        self._attend(
-            *(query_nHD.data_ptr(), layer.data_ptr(), pages_nP.data_ptr(), lengths_n.data_ptr(), out.data_ptr(), n),
-            *(query_nHD.stride(0), pages_nP.shape[1], layer.shape[1], num_heads, layer.shape[3], width, scaling),
-        )
-        return out
+        return self._attention(self._attend, query_nHD, layer, pages_nP, lengths_n, scaling)
 
     def attend_to_prompts(
         self, query_THD: Tensor, layer: Tensor, pages_nP: Tensor, prompts_n3: Tensor, *, scaling: float
     ) -> Tensor:
         """[T, H, D]: tokens of n prompts, each of which sees what the cache has of its sequence up to itself.
         `prompts_n3`: first row, number of rows, tokens before them. The rest as for `attend_to_pages`."""
+        return self._attention(self._attend_to_prompts, query_THD, layer, pages_nP, prompts_n3, scaling)
+
+    def _attention(
+        self, kernel: Any, query_THD: Tensor, layer: Tensor, pages_nP: Tensor, sequences_n: Tensor, scaling: float
+    ) -> Tensor:
         _, num_heads, width = query_THD.shape
         assert query_THD.stride()[1:] == (width, 1)
         assert query_THD.dtype == layer.dtype == torch.float32
         out = floats(*query_THD.shape)
-        self._attend_to_prompts(
-            *(query_THD.data_ptr(), layer.data_ptr(), pages_nP.data_ptr(), prompts_n3.data_ptr(), out.data_ptr()),
-            *(len(prompts_n3), query_THD.stride(0), pages_nP.shape[1]),
-            *(layer.shape[1], num_heads, layer.shape[3], width, scaling),
+        kernel(
+            *(query_THD.data_ptr(), layer.data_ptr(), pages_nP.data_ptr(), sequences_n.data_ptr(), out.data_ptr()),
+            *(len(sequences_n), query_THD.stride(0), pages_nP.shape[1], layer.shape[1]),
+            *(num_heads, layer.shape[3], width, scaling),
         )
         return out
 
