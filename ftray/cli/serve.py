@@ -57,9 +57,9 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
         if is_first and not ready.is_set():
             raise KeyboardInterrupt  # out of a start that may take minutes
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     joined = start_ray()
+    for number in (signal.SIGINT, signal.SIGTERM):  # ray.init sets one for SIGTERM, by which a second ends the end
+        signal.signal(number, stop)
     if detach and not joined:
         ray.shutdown()
         raise UserError("--detach: there is no running cluster to leave the endpoint on; `ray start --head` makes one")

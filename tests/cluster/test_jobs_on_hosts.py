@@ -134,7 +134,7 @@ def test_an_endpoint_lives_as_long_as_its_job(cluster, project, adapters):
     body = {"model": "support", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     wait_for(lambda: "support@1" in ask(cluster, "/v1/chat/completions", body), process)
     ended(client(cluster, project, "serve.yaml", "--stop"))
-    process.communicate(timeout=60)
+    assert "\nstopping\n" in process.communicate(timeout=60)[0]
     assert "support@1" not in ask(cluster, "/v1/chat/completions", body)
 
 
