@@ -14,11 +14,15 @@ class Places:
 
     def refusal(self, party: str, count: int) -> tuple[int, str] | None:
         """HTTP status and message, where there is no room for so many more."""
-        if count > self.total:
-            return 400, f"the request asks for {count} answers; this endpoint takes at most {self.total} at a time"
+        most = self.total - self.total // LEFT_TO_OTHERS
+        if count > most:
+            return (
+                400,
+                f"the request asks for {count} answers; this endpoint takes at most {most} of one caller at a time",
+            )
         if self._taken.total() + count > self.total:
             return 429, "too many requests wait for this endpoint; try again"
-        if self._taken[party] + count > self.total - self.total // LEFT_TO_OTHERS and self._taken[party]:
+        if self._taken[party] + count > most:
             return 429, f"too many requests of {party or 'the base'} wait for this endpoint; try again"
         return None
 

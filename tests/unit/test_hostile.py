@@ -43,9 +43,9 @@ def closed(registry, backend, ledger):
 
 def test_one_request_or_one_tenant_does_not_take_all_places():
     places = Places(100)
-    assert places.refusal("acme", 101) == (
+    assert places.refusal("acme", 76) == (
         400,
-        "the request asks for 101 answers; this endpoint takes at most 100 at a time",
+        "the request asks for 76 answers; this endpoint takes at most 75 of one caller at a time",
     )
     places.take("acme", 70)
     assert places.refusal("acme", 6)[0] == 429
@@ -55,7 +55,7 @@ def test_one_request_or_one_tenant_does_not_take_all_places():
     assert places.refusal("bolt", 1) == (429, "too many requests wait for this endpoint; try again")
     places.give_back("bolt", 30)
     places.give_back("acme", 70)
-    assert places.refusal("acme", 100) is None
+    assert places.refusal("acme", 75) is None
     places.take("", 75)  # the base, asked by callers who are unknown
     assert places.refusal("", 1) == (429, "too many requests of the base wait for this endpoint; try again")
     assert places.refusal("support@1", 25) is None

@@ -17,7 +17,9 @@ def base(tmp_path_factory):
 def adapters(tmp_path_factory, base):
     root = tmp_path_factory.mktemp("adapters")
     ranks = {"r4": 4, "r8": 8, "r8b": 8, "r16": 16}
-    return {
+    made = {
         name: write_peft_adapter(root / name, base.directory, rank=rank, seed=seed)
         for seed, (name, rank) in enumerate(ranks.items(), start=1)
     }
+    patterns = {"rank_pattern": {"q_proj": 16, "layers.1.*.up_proj": 2}, "alpha_pattern": {"v_proj": 64}}
+    return made | {"patterns": write_peft_adapter(root / "patterns", base.directory, rank=8, seed=9, **patterns)}
