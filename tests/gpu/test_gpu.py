@@ -3,7 +3,7 @@
 import pytest
 import torch
 from engine_contract import Reference, run
-from tiny import chat_rows, write_jsonl
+from tiny import chat_rows, write_jsonl, write_peft_adapter, write_tiny_model
 
 from ftray.config.run import DataConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
@@ -12,7 +12,7 @@ from ftray.data.tokens import tokenize_source
 from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request, Sampling
 from ftray.infer.torch_engine import TorchEngine
-from ftray.model.base import load_weights
+from ftray.model.base import load_weights, prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.model.packed import PackedCausalLM, register_packed_attention
 
@@ -32,16 +32,15 @@ def test_packed_equals_one_by_one(tiny_base, renderer, tmp_path):
     torch.testing.assert_close(together, alone, **CLOSE)
 
 
-def test_mixed_adapters_generate(tiny_base, adapters, renderer):
-    config = EngineConfig(context_tokens=256, kv_cache_tokens=4096)
-    engine = TorchEngine(tiny_base, choose_hardware(), config, AdaptersConfig(max_rank=64))
+def check_mixed_batch(engine, base, adapters, renderer) -> None:
+    """Log-probabilities of what adapters generate beside each other are PEFT's in float32."""
     for name, directory in adapters.items():
         load_adapter(engine, name, directory)
     names = list(adapters)
     prompts = [renderer.prompt_ids(row["messages"][:1]) for row in chat_rows(8, seed=4)]
     sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
     wanted = [Request(str(i), p, sampling, names[i % len(names)]) for i, p in enumerate(prompts)]
-    reference = Reference(tiny_base.directory, adapters)
+    reference = Reference(base.directory, adapters)
     for (name, _), events in run(engine, wanted).items():
         request = wanted[int(name)]
         told = torch.tensor([event.logprobs.chosen for event in events])
@@ -53,6 +52,30 @@ def test_mixed_adapters_generate(tiny_base, adapters, renderer):
 
         torch.testing.assert_close(told, expected(request.adapter), **CLOSE)
         assert not torch.allclose(told, expected(None), **CLOSE)  # the base's are told apart
+
+
+def test_mixed_adapters_generate(tiny_base, adapters, renderer):
+    config = EngineConfig(context_tokens=256, kv_cache_tokens=4096)
+    engine = TorchEngine(tiny_base, choose_hardware(), config, AdaptersConfig(max_rank=64))
+    check_mixed_batch(engine, tiny_base, adapters, renderer)
+
+
+def test_mixed_adapters_generate_with_vllm(renderer, tmp_path):
+    pytest.importorskip("vllm")
+    from ftray.infer.vllm_engine import VllmEngine
+
+    # Its heads are of a size that vLLM has kernels for.
+    directory = write_tiny_model(tmp_path / "wide", hidden_size=128, num_attention_heads=4, head_dim=32)
+    base = prepare_base(str(directory))
+    made = {
+        f"r{rank}": write_peft_adapter(tmp_path / f"r{rank}", directory, rank=rank, seed=rank) for rank in (4, 8, 16)
+    }
+    config = EngineConfig(type="vllm", context_tokens=256, kv_cache_tokens=4096)
+    engine = VllmEngine(base, choose_hardware(), config, AdaptersConfig(max_rank=16))
+    try:
+        check_mixed_batch(engine, base, made, renderer)
+    finally:
+        engine.close()
 
 
 def test_training_in_bfloat16_follows_float32(tiny_base, tiny_model, train_file, tmp_path):

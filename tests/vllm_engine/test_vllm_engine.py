@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -20,7 +21,6 @@ from ftray.errors import AdapterError, UserError
 from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request
 from ftray.infer.vllm_engine import VllmEngine
-from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
 from ftray.serve.job import GenerateJob
 from ftray.serve.replica import EngineReplica
@@ -34,11 +34,11 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def vllm(base):
+def vllm(base, hardware):
     """One for the module: starting it takes most of a minute."""
     config = EngineConfig(type="vllm", context_tokens=256, kv_cache_tokens=8192, max_sequences=8)
     limits = AdaptersConfig(max_rank=16)
-    engine = VllmEngine(base, choose_hardware(), config, limits)
+    engine = VllmEngine(base, hardware, config, limits)
     engine.num_slots = NUM_SLOTS
     yield engine
     engine.close()
@@ -60,7 +60,7 @@ def test_a_whole_replica_answers_from_the_registry(base, adapters, tmp_path):
             # As small a cache as an endpoint may have.
             "engine": {"type": "vllm", "context_tokens": 256, "kv_cache_tokens": 256, "max_sequences": 4},
             "adapters": {"registry": registry.location, "max_rank": 16},
-            "replicas": {"cpus_each": 2},
+            "replicas": {"cpus_each": 2, "gpus_each": torch.cuda.device_count() and 1},
         }
     )
     replica = EngineReplica(config)
