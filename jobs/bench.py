@@ -34,6 +34,7 @@ BENCHES = {
         "serve_ftray_adapters",
         "serve_ftray_adapters_bf16",
         "serve_ftray_adapters_rank8",
+        "serve_ftray_adapters_ranks",
         "serve_transformers",
         "serve_peft",
         "serve_vllm_base",

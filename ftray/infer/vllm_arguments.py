@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
@@ -16,6 +17,8 @@ MAX_HOST_ADAPTERS = 10_000
 MAX_SLOTS = 64
 # What each of several workers takes of its GPU in Ray's books, which leaves the replica a part of the first.
 GPUS_PER_WORKER = 0.9
+# Of its share of a GPU's memory, what vLLM may take; of that only the cache that `kv_cache_tokens` asks for.
+GPU_MEMORY = 0.9
 # The ranks that vLLM has slots for.
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -25,6 +28,8 @@ def vllm_arguments(
 ) -> dict[str, Any]:
     """Of `vllm.AsyncEngineArgs`."""
     on_gpu = hardware.device.type == "cuda"
+    if on_gpu and hardware.dtype == torch.float32:
+        raise UserError(f"engine.type: vllm has adapters in 16 bits on a GPU, but {hardware.reason}; use type: torch")
     block_tokens = 16 if on_gpu else 32  # the smallest that its kernels take
     return {
         "model": str(base.directory),
@@ -46,7 +51,7 @@ def vllm_arguments(
         **({"distributed_executor_backend": "ray"} if config.tensor_parallel > 1 else {}),
         "enforce_eager": not on_gpu,
         # On a CPU vLLM would refuse to start unless nearly all memory is free, though the cache's size is given above.
-        **({} if on_gpu else {"gpu_memory_utilization": 0.2}),
+        "gpu_memory_utilization": GPU_MEMORY * hardware.gpu_share if on_gpu else 0.2,
         "enable_log_requests": False,
     }
 

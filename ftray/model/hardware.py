@@ -14,13 +14,14 @@ class Hardware:
     dtype: torch.dtype
     backend: str  # of torch.distributed
     reason: str
+    gpu_share: float = 1.0  # of the chip: others have the rest
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.device.type}, {dtype}, packed sdpa attention, {self.backend} ({self.reason})"
 
 
-def choose_hardware(*, use_gpu: bool = True) -> Hardware:
+def choose_hardware(*, use_gpu: bool = True, gpu_share: float = 1.0) -> Hardware:
     """CUDA with bfloat16 where the chip has it; else, or where the config gives no GPU, CPU in float32.
 
     bfloat16 without hardware support is emulated, hundreds of times slower than float32, so it is never chosen
@@ -28,10 +29,10 @@ def choose_hardware(*, use_gpu: bool = True) -> Hardware:
     """
     if use_gpu and torch.cuda.is_available():
         index = torch.cuda.current_device()
-        name = torch.cuda.get_device_name(index)
+        device, name = torch.device("cuda", index), torch.cuda.get_device_name(index)
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Hardware(torch.device("cuda", index), torch.bfloat16, "nccl", f"{name} has bfloat16")
-        return Hardware(torch.device("cuda", index), torch.float32, "nccl", f"{name} has no bfloat16")
+            return Hardware(device, torch.bfloat16, "nccl", f"{name} has bfloat16", gpu_share)
+        return Hardware(device, torch.float32, "nccl", f"{name} has no bfloat16", gpu_share)
     return Hardware(
         torch.device("cpu"),
         torch.float32,

@@ -47,7 +47,8 @@ class EngineReplica:
         torch.set_num_threads(max(1, int(config.replicas.cpus_each)))
         self.config = config
         self.base = prepare_base(config.base_model)
-        hardware = choose_hardware(use_gpu=config.replicas.gpus_each > 0)
+        gpus = config.replicas.gpus_each
+        hardware = choose_hardware(use_gpu=gpus > 0, gpu_share=min(1.0, gpus))
         engine = make_engine(self.base, hardware, config.engine, config.adapters)
         self.engine = engine
         self.renderer = ChatRenderer(engine.tokenizer)

@@ -1,5 +1,7 @@
 """What vLLM would be told, on machines that are not here. (What it does with it: tests/vllm.)"""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -22,6 +24,23 @@ def test_a_base_shared_by_four_gpus(tiny_base):
     assert (told["num_gpu_blocks_override"] - 1) * told["block_size"] == 65536  # vLLM keeps one block for itself
     assert told["max_lora_rank"] == 64  # the next rank it has slots for
     assert not told["enforce_eager"]
+
+
+def test_replicas_that_share_a_gpu_leave_each_other_room(tiny_base):
+    half = dataclasses.replace(H100, gpu_share=0.5)
+    told = [
+        vllm_arguments(tiny_base, hardware, EngineConfig(type="vllm"), num_slots=8, max_rank=16)
+        for hardware in (H100, half)
+    ]
+    assert [each["gpu_memory_utilization"] for each in told] == [0.9, 0.45]
+
+
+def test_a_gpu_without_bfloat16_is_refused(tiny_base):
+    old = Hardware(torch.device("cuda", 0), torch.float32, "nccl", "Tesla V100 has no bfloat16")
+    with pytest.raises(
+        UserError, match=r"adapters in 16 bits on a GPU, but Tesla V100 has no bfloat16; use type: torch"
+    ):
+        vllm_arguments(tiny_base, old, EngineConfig(type="vllm"), num_slots=8, max_rank=16)
 
 
 def serve_config(**engine) -> dict:

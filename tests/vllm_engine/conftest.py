@@ -1,21 +1,9 @@
-"""The base and the adapters of the tests of vLLM, which run on a GPU where there is one: in float32 there too."""
-
-import dataclasses
-import os
-
-os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # no TF32 in vLLM's kernels for adapters
+"""The base and the adapters of the tests of vLLM."""
 
 import pytest
-import torch
 from tiny import write_peft_adapter, write_tiny_model
 
 from ftray.model.base import prepare_base
-from ftray.model.hardware import choose_hardware
-
-
-@pytest.fixture(scope="session")
-def hardware():
-    return dataclasses.replace(choose_hardware(), dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
