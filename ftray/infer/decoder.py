@@ -54,9 +54,10 @@ class LlamaStack:
         self._layers = [LlamaLayer(layer, self._kernels) for layer in decoder.layers]
         self._norm = norm_of(decoder.norm)
         if self._kernels is not None:
-            in_turn = [*(group.layers for layer in self._layers for group in layer.groups), head.layers]
-            for layers, following in itertools.pairwise(in_turn):
-                layers.following = following
+            in_turn = [group for layer in self._layers for group in layer.groups]
+            for group, following in itertools.pairwise(in_turn):
+                group.comes_before(following)
+            in_turn[-1].layers.following = head.layers
 
     def __call__(self, ids_T: Tensor, positions_T: Tensor, step: AttentionStep) -> Tensor:
         hidden_TE = self._embed(ids_T)

@@ -347,35 +347,86 @@ typedef struct {
     float *reduced;
 } Adapters;
 
+/* Rows of an adapter's A. */
+typedef struct {
+    i64 first, end;
+} Rows;
+
+/* Those that the outputs from `output` to `end` have. */
+INLINE Rows rows_of(const Slots *slots, i64 output, i64 end) {
+    Rows rows = {0, 0};
+    for (i64 o = 0; o < end; o++) {
+        if (o < output) rows.first += slots->rows[o];
+        rows.end += slots->rows[o];
+    }
+    return rows;
+}
+
+/* A thread's share of them in stretch g: of all stretches' fours as many as the others. */
+INLINE Rows share_of(const Adapters *a, i64 g, Rows rows, i64 thread, i64 threads) {
+    const i64 fours = (rows.end - rows.first + 3) / 4, items = a->num_stretches * fours;
+    i64 first = items * thread / threads - g * fours, end = items * (thread + 1) / threads - g * fours;
+    first = first < 0 ? 0 : first < fours ? first : fours;
+    end = end < first ? first : end < fours ? end : fours;
+    const i64 last = rows.first + end * 4;
+    return (Rows){rows.first + first * 4, last < rows.end ? last : rows.end};
+}
+
 /* This thread's share of A x, of the rows of A that the outputs from `output` to `end` have. */
 INLINE void reduce_share(const Adapters *a, const float *x, i64 output, i64 end, i64 thread, i64 threads) {
     const Slots *slots = a->slots;
     const i64 I = slots->in_features, R = slots->rank;
-    i64 from = 0, to = 0;
-    for (i64 o = 0; o < end; o++) {
-        if (o < output) from += slots->rows[o];
-        to += slots->rows[o];
-    }
-    const i64 fours = (to - from + 3) / 4, items = a->num_stretches * fours;
-    const i64 mine = items * thread / threads, others = items * (thread + 1) / threads;
+    const Rows rows = rows_of(slots, output, end);
     i64 token = 0;
-    for (i64 g = 0; g < a->num_stretches; token += a->stretches[g].count, g++)
-        for (i64 f = 0; f < fours; f++) {
-            const i64 item = g * fours + f, r = from + f * 4, count = a->stretches[g].count;
-            if (item < mine || item >= others) continue;
+    for (i64 g = 0; g < a->num_stretches; token += a->stretches[g].count, g++) {
+        const Rows share = share_of(a, g, rows, thread, threads);
+        const i64 count = a->stretches[g].count;
+        for (i64 r = share.first; r < share.end; r += 4) {
             const i64 first = (a->stretches[g].slot * R + r) * I;
             i64 t = 0;
 #define REDUCE(ROW, NUM_ROWS, TOKENS) \
     reduce_##NUM_ROWS##_##TOKENS(slots->a, first + (ROW) * I, I, x + (a->stretches[g].start + t) * I, \
                                  a->reduced + (token + t) * R + r + (ROW), R, slots->half)
-            if (to - r >= 4) {
+            if (rows.end - r >= 4) {
                 for (; t + 4 <= count; t += 4) REDUCE(0, 4, 4); /* prompts: 16 sums stay in registers */
                 for (; t + 2 <= count; t += 2) REDUCE(0, 4, 2);
                 if (t < count) REDUCE(0, 4, 1);
             } else
                 for (; t < count; t++)
-                    for (i64 k = 0; k < to - r; k++) REDUCE(k, 1, 1);
+                    for (i64 k = 0; k < rows.end - r; k++) REDUCE(k, 1, 1);
         }
+    }
+}
+
+/* What a thread reads of A in the next multiplication, of the first `num_outputs` outputs, from where it is fetched on. */
+typedef struct {
+    const Adapters *adapters; /* of the first slab that is left */
+    i64 num_adapters, num_outputs, stretch, line;
+} Coming;
+
+/* Puts up to `most` of the lines of the cache that it lies in behind the first n of `lines`, which may be NULL. Returns how
+ * many there are then. */
+INLINE i64 fetch_coming(Coming *c, i64 thread, i64 threads, const char **lines, i64 n, i64 most) {
+    const i64 until = n + most;
+    while (c->num_adapters && n < until) {
+        const Adapters *a = c->adapters;
+        if (c->stretch == a->num_stretches) {
+            *c = (Coming){a + 1, c->num_adapters - 1, c->num_outputs};
+            continue;
+        }
+        const Slots *slots = a->slots;
+        const Rows share = share_of(a, c->stretch, rows_of(slots, 0, c->num_outputs), thread, threads);
+        const i64 row = (a->stretches[c->stretch].slot * slots->rank + share.first) * slots->in_features;
+        const char *from = place_of(slots->a, row, slots->half);
+        const i64 all = (share.end - share.first) * slots->in_features * (slots->half ? 2 : 4) / LINE;
+        const i64 some = all - c->line < until - n ? all - c->line : until - n;
+        if (lines)
+            for (i64 i = 0; i < some; i++) lines[n + i] = from + (c->line + i) * LINE;
+        n += some;
+        c->line += some;
+        if (c->line == all) c->stretch++, c->line = 0;
+    }
+    return n;
 }
 
 /* What one adapter adds to one block, in one segment of it: to `width` columns of the sums of `tokens` rows. bt: [num_rows,
@@ -527,7 +578,8 @@ INLINE void multiply_all(const float *weight, const float *bias, const float *x,
 #define MULTIPLY(NUM_ROWS) \
     for (; rows - t >= NUM_ROWS; t += NUM_ROWS) { \
         multiply_##NUM_ROWS(weight, bias, x + t * I, to + t * COLUMNS, I, &ahead); \
-        ahead.weight += I * ahead.per_input * (LINE / sizeof(float)), ahead.num_inputs -= I, ahead.num_lines = 0; \
+        ahead.weight += I * ahead.per_input * (LINE / sizeof(float)), ahead.num_inputs -= I; \
+        ahead.lines += I, ahead.num_lines -= I; \
     }
 #ifdef __AVX512F__
     MULTIPLY(8)
@@ -692,9 +744,11 @@ INLINE void write_row(const float *from, const float *residual, float *to, i64 w
  * `norm_weight` x is normed first, into `normed` [T, in]. With two layers
  * y = silu(of the first) * of the second. Adapters are those of the outputs from number `output` on; each slab's A x is
  * made first, B is read while its columns of W x are in the nearest cache. A thread fetches a block ahead: at the end the first
- * that it will multiply of the layer `next`, which may be NULL. */
-void linear(const Layer *layers, i64 num_layers, const Layer *next, i64 output, const Adapters *adapters, i64 num_adapters,
-            const float *x, i64 T, const float *norm_weight, double epsilon, float *normed, const float *residual, float *y) {
+ * that it will multiply of the layer `next`, which may be NULL, and what it will read of A of the adapters there, for few
+ * rows: fetching is slower than multiplying them. Beside two layers, with twice the B, it is no gain. */
+void linear(const Layer *layers, i64 num_layers, const Layer *next, i64 num_next, const Adapters *next_adapters,
+            i64 num_next_adapters, i64 output, const Adapters *adapters, i64 num_adapters, const float *x, i64 T,
+            const float *norm_weight, double epsilon, float *normed, const float *residual, float *y) {
     const i64 out = layers[0].out, blocks = (out + COLUMNS - 1) / COLUMNS, chunks = (T + CHUNK - 1) / CHUNK;
 #pragma omp parallel
     {
@@ -710,6 +764,8 @@ void linear(const Layer *layers, i64 num_layers, const Layer *next, i64 output, 
         const char *lines[MOST_LINES];
         Piece pieces[CHUNK * MOST_SEGMENTS]; /* a row has one adapter at most */
         const i64 stop = items * (thread + 1) / threads;
+        Coming coming = {next_adapters, T <= CHUNK && num_layers == 1 ? num_next_adapters : 0, num_next}, all_coming = coming;
+        i64 left = fetch_coming(&all_coming, thread, threads, NULL, 0, INT64_MAX);
         Block following = {next};
         if (next) following.number = (next->out + COLUMNS - 1) / COLUMNS * thread / threads;
         for (i64 item = items * thread / threads; item < stop; item++) {
@@ -725,6 +781,14 @@ void linear(const Layer *layers, i64 num_layers, const Layer *next, i64 output, 
                 for (i64 k = 0; k < num_adapters; k++)
                     num_pieces += pieces_of(&adapters[k], output + l, block, row, end, results[l], pieces + num_pieces);
                 for (i64 p = 0; p < num_pieces; p++) num_lines = lines_of(&pieces[p], lines, num_lines);
+                /* As late as it can be: it shares a near cache with the weights. */
+                const i64 room = layers[l].in * (end - row >= 2 * MOST_ROWS ? 2 : 1) - num_lines;
+                const i64 most = MOST_LINES - num_lines < room ? MOST_LINES - num_lines : room;
+                const i64 now = left - (stop - 1 - item) * room;
+                if (now > 0) {
+                    const i64 behind = fetch_coming(&coming, thread, threads, lines, num_lines, now < most ? now : most);
+                    left -= behind - num_lines, num_lines = behind;
+                }
                 multiply_block(own, inputs, row, end, results[l], after, lines, num_lines);
                 for (i64 p = 0; p < num_pieces; p++) add_piece(&pieces[p]);
             }

@@ -183,7 +183,7 @@ class CpuKernels:
         self._attend = function("attend_to_pages", *[pointer] * 5, *[count] * 7, real)
         self._attend_to_prompts = function("attend_to_prompts", *[pointer] * 5, *[count] * 7, real)
         self._linear = function(
-            "linear", pointer, count, pointer, count, *[pointer, count] * 2, pointer, real, *[pointer] * 3
+            "linear", *[pointer, count] * 3, count, *[pointer, count] * 2, pointer, real, *[pointer] * 3
         )
 
     def rms_norm(self, x_TE: Tensor, norm: RmsNorm) -> Tensor:
@@ -240,9 +240,11 @@ class CpuKernels:
         residual: Tensor | None = None,
         adapters: "AdaptersArray | None" = None,
         output: int = 0,
+        next_adapters: "AdaptersArray | None" = None,
     ) -> Tensor:
         """W x + b + B A x + residual, [..., O]; with a norm norm(x) in place of x. With two layers silu(of the first) *
-        of the second. `output`: what the adapters' group calls the (first) layer's output."""
+        of the second. `output`: what the adapters' group calls the (first) layer's output. `next_adapters`: those of
+        what is computed next, to be fetched."""
         x = x.contiguous()
         out = floats(*x.shape[:-1], layers.out_features)
         residual = residual.contiguous() if residual is not None else None
@@ -252,8 +254,10 @@ class CpuKernels:
         assert residual is None or (residual.dtype == torch.float32 and residual.shape == out.shape)
         normed = x if norm is None else torch.empty_like(x)
         norming = (None, 0.0, None) if norm is None else (norm.weight.data_ptr(), norm.epsilon, normed.data_ptr())
+        following = () if layers.following is None else layers.following.structs
         self._linear(
-            *(layers.structs, len(layers.structs), None if layers.following is None else layers.following.structs),
+            *(layers.structs, len(layers.structs), following or None, len(following)),
+            *(next_adapters, 0 if next_adapters is None else len(next_adapters)),
             *(output, adapters, 0 if adapters is None else len(adapters)),
             *(x.data_ptr(), x.numel() // x.shape[-1]),
             *norming,

@@ -165,6 +165,7 @@ class LinearGroup:
         is_pair = bank.kernels is not None and len(self._blocks) == 2
         self._gated = GatedKernel(*self._blocks) if is_pair else None
         self._bank = bank
+        self._following: LinearGroup | None = None
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
 
@@ -172,6 +173,11 @@ class LinearGroup:
     def layers(self) -> Layers:
         """With kernels: what computes all of them at once, if they are joined, a gated pair, or one."""
         return self._blocks[0].layers if self._gated is None else self._gated.layers
+
+    def comes_before(self, following: "LinearGroup") -> None:
+        """With kernels: what the model computes after this group is fetched meanwhile."""
+        self._following = following
+        self.layers.following = following.layers
 
     def output(self, x: Tensor, index: int) -> Tensor:
         """Of layer `index`. The model asks for one after the other with the same tensor: computed at the first."""
@@ -201,8 +207,9 @@ class LinearGroup:
             x, norm = norm(x), None
         runs = self._bank.runs
         adapters = runs.adapters(self.name)
+        following = runs.adapters(self._following.name) if self._following is not None else None
         outs = [
-            block(x, norm=norm, residual=residual, adapters=adapters, output=number)
+            block(x, norm=norm, residual=residual, adapters=adapters, output=number, next_adapters=following)
             for number, block in enumerate(self._blocks)
         ]
         if runs.matmuls:

@@ -491,6 +491,21 @@ def test_what_is_fetched_ahead_changes_nothing(kernels):
             assert torch.equal(kernels.linear(layers, x), alone)
 
 
+def test_adapters_that_are_fetched_ahead_change_nothing(kernels, factors):
+    """More than the call has time for, and fewer; of two slabs, an odd number of rows, an output without any."""
+    own, x = adapters_of((factors, [(0, 0, 2), (2, 2, 3)])), drawn(5, 70, seed=3)
+    following = Layers.packed(drawn(50, 70, seed=2), None)
+    for number, layers in enumerate(zeros(factors)):
+        layers.following = following.beside(following)
+        alone = kernels.linear(layers, x, adapters=own, output=number)
+        for after in (
+            adapters_of((factors, [(1, 0, 5)])),
+            adapters_of((factors, [(slot, slot, 1) for slot in range(3)]), (gate_and_up(ranks=(0, 13)), [(1, 3, 2)])),
+        ):
+            fetched = kernels.linear(layers, x, adapters=own, output=number, next_adapters=after)
+            assert torch.equal(fetched, alone)
+
+
 def flags_of(memory: torch.Tensor) -> list[str]:
     """Of the mapping that the middle of it lies in (proc_pid_smaps(5))."""
     place, inside = memory.data_ptr() + len(memory) // 2, False

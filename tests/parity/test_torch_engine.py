@@ -74,19 +74,24 @@ def test_a_piece_that_sees_too_little_is_found(tiny_base, adapters, monkeypatch)
     assert answers(make_engine(tiny_base, max_prefill_tokens=24), requests) != whole
 
 
-def test_layers_are_fetched_in_the_order_in_which_they_are_computed(tiny_base, monkeypatch):
+@pytest.mark.parametrize("name", ["r8", "up", None])
+def test_layers_are_fetched_in_the_order_in_which_they_are_computed(tiny_base, adapters, monkeypatch, name):
+    """And the adapters of the call after; a gated pair fetches none."""
     computed, linear = [], cpu_kernels.CpuKernels.linear
 
     def noted(self, layers, *args, **kwargs):
-        computed.append(layers)
+        computed.append((layers, kwargs.get("adapters"), kwargs.get("next_adapters")))
         return linear(self, layers, *args, **kwargs)
 
     monkeypatch.setattr(cpu_kernels.CpuKernels, "linear", noted)
-    engine = make_engine(tiny_base)
-    engine.add(Request("0", [5, 6, 7], greedy(max_tokens=1)))
+    engine = make_engine(tiny_base, adapters)
+    engine.add(Request("0", [5, 6, 7], greedy(max_tokens=1), name))
     engine.step()
     assert len(computed) > 4
-    assert [layers.following for layers in computed] == [*computed[1:], None]
+    assert [layers.following for layers, *_ in computed] == [*(layers for layers, *_ in computed[1:]), None]
+    for (layers, _, fetched), (_, own, _) in itertools.pairwise(computed):
+        assert fetched is (own if len(layers.structs) == 1 else None)
+    assert any(own is not None for _, own, _ in computed) == (name is not None)
 
 
 def test_a_full_cache_pushes_the_newest_back_and_every_answer_stays_the_same(tiny_base, adapters):
