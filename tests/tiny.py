@@ -17,6 +17,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+VLLM_SIZES = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}  # heads that vLLM has kernels for
 INITIALIZER_RANGE = 0.15  # wide enough that the most likely token is never a near tie
 # What the trials of a sweep start from, where nothing trains: its files need not exist.
 RUN_OF_SWEEPS = """

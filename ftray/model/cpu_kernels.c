@@ -443,8 +443,8 @@ typedef struct {
 INLINE i64 pieces_of(const Adapters *a, i64 output, i64 block, i64 row, i64 end, float *to, Piece *pieces) {
     const Slots *slots = a->slots;
     const i64 R = slots->rank, first = block * COLUMNS, slot_size = slots->blocks[output] * slots->rows[output] * COLUMNS;
-    i64 row_of_a = 0, n = 0;
-    for (i64 before = 0; before < output; before++) row_of_a += slots->rows[before];
+    const i64 row_of_a = rows_of(slots, output, output).first;
+    i64 n = 0;
     for (i64 s = 0; s < slots->num_segments; s++) {
         const Segment *segment = &slots->segments[s];
         const i64 from = segment->column > first ? segment->column - first : 0, stop = segment->column + segment->num_columns;

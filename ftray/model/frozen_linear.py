@@ -61,8 +61,15 @@ class FrozenLinear:
         """W x + b + residual. A norm of x and adapters, of output number `output` of their group and of what is
         computed next, are for the kernels alone."""
         if self.kernels is not None:
-            of_adapters = {"adapters": adapters, "output": output, "next_adapters": next_adapters}
-            return self.kernels.linear(self.layers, x, norm=norm, residual=residual, **of_adapters)
+            return self.kernels.linear(
+                self.layers,
+                x,
+                norm=norm,
+                residual=residual,
+                adapters=adapters,
+                output=output,
+                next_adapters=next_adapters,
+            )
         assert adapters is None
         assert norm is None
         if not self._reordered:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from engine_contract import Reference, run
-from tiny import chat_rows, write_jsonl, write_peft_adapter, write_tiny_model
+from tiny import VLLM_SIZES, chat_rows, write_jsonl, write_peft_adapter, write_tiny_model
 
 from ftray.config.run import DataConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
@@ -64,8 +64,7 @@ def test_mixed_adapters_generate_with_vllm(renderer, tmp_path):
     pytest.importorskip("vllm")
     from ftray.infer.vllm_engine import VllmEngine
 
-    # Its heads are of a size that vLLM has kernels for.
-    directory = write_tiny_model(tmp_path / "wide", hidden_size=128, num_attention_heads=4, head_dim=32)
+    directory = write_tiny_model(tmp_path / "wide", **VLLM_SIZES)
     base = prepare_base(str(directory))
     made = {
         f"r{rank}": write_peft_adapter(tmp_path / f"r{rank}", directory, rank=rank, seed=rank) for rank in (4, 8, 16)

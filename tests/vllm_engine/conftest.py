@@ -1,16 +1,14 @@
 """The base and the adapters of the tests of vLLM."""
 
 import pytest
-from tiny import write_peft_adapter, write_tiny_model
+from tiny import VLLM_SIZES, write_peft_adapter, write_tiny_model
 
 from ftray.model.base import prepare_base
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """Its heads are of a size that vLLM has kernels for."""
-    directory = write_tiny_model(tmp_path_factory.mktemp("wide"), hidden_size=128, num_attention_heads=4, head_dim=32)
-    return prepare_base(str(directory))
+    return prepare_base(str(write_tiny_model(tmp_path_factory.mktemp("wide"), **VLLM_SIZES)))
 
 
 @pytest.fixture(scope="session")
