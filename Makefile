@@ -47,7 +47,7 @@ test-one-half: install
 	$(BIN)/python -m pytest tests/ray_local --ignore=tests/ray_local/test_pipeline.py
 
 test-other-half: install
-	$(BIN)/python -m pytest tests/unit tests/parity tests/ray_sweeps tests/ray_local/test_pipeline.py tests/gpu
+	$(BIN)/python -m pytest tests/unit tests/parity tests/golden tests/ray_sweeps tests/ray_local/test_pipeline.py tests/gpu
 
 # Many hosts on this machine, as network namespaces: needs root and `ip`.
 test-cluster: test-jobs test-submit test-slurm test-jobs-on-hosts test-hosts
