@@ -11,7 +11,7 @@ VLLM := .venv-vllm
 CLIENTS := .venv-clients
 
 .PHONY: help install lint test test-one-half test-other-half test-cluster test-jobs test-submit test-slurm \
-	test-jobs-on-hosts test-hosts test-vllm test-clients soak audit quickstart clean
+	test-jobs-on-hosts test-hosts test-vllm test-clients gpu-dry-run soak audit quickstart clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-cluster jobs, Slurm, TLS; many hosts as network namespaces that fail (root, about 20 minutes)"
 	@echo "make test-vllm    the vLLM engine on a CPU, in an environment of its own (about 4 minutes)"
 	@echo "make test-clients LangChain, lm-evaluation-harness and vLLM's benchmark against an endpoint (about 2 minutes)"
+	@echo "make gpu-dry-run  what jobs/gpu_check.py would run on a GPU, at tiny sizes on this CPU (about 3 minutes)"
 	@echo "make soak         an endpoint under load for ten minutes, while replicas die and adapters are swapped"
 	@echo "make audit        what PyPI's database of advisories says of every pinned package (needs the network)"
 	@echo "make install      make $(VENV) and install the project with the pins of cluster/constraints.txt"
@@ -88,6 +89,10 @@ $(CLIENTS)/.installed: tests/clients/environment.txt
 	@echo "installing into $(CLIENTS) (about a minute)"
 	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r tests/clients/environment.txt
 	@touch $@
+
+# What only a GPU can prove, at tiny sizes on a CPU: that its programs will run (about 3 minutes).
+gpu-dry-run: install
+	$(BIN)/python jobs/gpu_check.py --dry-run --minutes 10
 
 # Ten minutes of load and faults; the result is kept in docs/benchmarks/soak.json.
 soak: install

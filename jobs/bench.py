@@ -1,5 +1,8 @@
 """`python jobs/bench.py NAME`: our side against others, in turns, in one run; JSON is kept. Names: `BENCHES`.
 
+`python jobs/bench.py check [NAME ...]`, before a release: measures again and compares with the kept JSON; exit code 1
+when a ratio is lower by more than 15 % or our peak memory higher by more than 5 %.
+
 Every side is a program of its own (jobs/bench_sides/), started anew for every turn, that prints one line of JSON. Those
 of a bench in ROUNDS stay, and go one short round each in turn. Ratios are what counts (of medians; of rounds also
 within a turn): the machine's speed drifts, and it drifts for both.
@@ -46,6 +49,18 @@ BENCHES = {
     "sweep_small": ["sweep_small_ftray", "sweep_small_tune", "sweep_small_tune_one"],
 }
 ROUNDS = ("serve",)
+# `check`: ratios among our own sides that must not fall either, and what is allowed.
+PAIRS = {
+    "compile": [("train_ftray_compiled", "train_ftray")],
+    "overhead": [
+        ("overhead_ray", "overhead_bare"),
+        ("overhead_full", "overhead_bare"),
+        ("overhead_full_saving", "overhead_full"),
+    ],
+    "serve": [(f"serve_ftray_adapters{kind}", "serve_ftray_base") for kind in ("", "_bf16", "_rank8", "_ranks")],
+    "sweep": [("sweep_ftray_asha", "sweep_ftray")],
+}
+SLOWER, LARGER = 0.15, 0.05  # ratios may be lower by that share, our peak memory higher
 # vLLM's sides run in the environment that `make test-vllm` makes; without it they are left out, and that is said.
 VLLM_PYTHON = str(Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python")
 # Both sides of a bench run with these. glibc keeps freed blocks of up to 32 MiB for later; given back, the peak is what
@@ -60,41 +75,100 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "ray")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=BENCHES)
+    parser.add_argument("bench", choices=[*BENCHES, "check"])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of check: these benches; else all with a baseline")
     parser.add_argument("--turns", type=int, default=2, help="how often each side runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=None)
     chosen = parser.parse_args()
-    turns: dict[str, list[dict]] = {side: [] for side in sides_of(chosen.bench)}
-    environment = environment_of(chosen.bench, threads=chosen.threads)
-    with contextlib.ExitStack() as stack:
-        if chosen.bench in ROUNDS:
-            run = {side: stack.enter_context(waiting_side(side, environment)) for side in turns}
-        else:
-            run = {side: functools.partial(run_side, side, environment) for side in turns}
-        for turn in range(chosen.turns):
-            # Every second turn goes the other way round: a drift favours nobody.
-            for side in list(turns)[:: 1 if turn % 2 == 0 else -1]:
-                print(f"turn {turn + 1}: {side} ...", end=" ", flush=True)
-                turns[side].append(run[side]())
-                print(json.dumps(turns[side][-1]), flush=True)
-    report = {
-        "bench": chosen.bench,
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": describe_hardware(chosen.threads),
-        "versions": {name: installed(name) for name in PACKAGES},
-        "median": {side: medians(results) for side, results in turns.items()},
-        "ratios_of_tokens_per_s": ratios(turns),
-        "turns": turns,
-    }
-    if chosen.bench in ROUNDS:
-        report["ratios_within_a_turn"] = ratios_within_a_turn(turns)
+    if chosen.bench == "check":
+        sys.exit(check(chosen.names or baselines(), turns=chosen.turns, threads=chosen.threads))
+    report = measure(chosen.bench, turns=chosen.turns, threads=chosen.threads)
     path = chosen.out or OUT / f"{chosen.bench}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(
         json.dumps({"median": report["median"], "ratios_of_tokens_per_s": report["ratios_of_tokens_per_s"]}, indent=2)
     )
     print(f"written: {path}")
+
+
+def measure(bench: str, *, turns: int, threads: int) -> dict:
+    """Every side of it, in turns."""
+    results: dict[str, list[dict]] = {side: [] for side in sides_of(bench)}
+    environment = environment_of(bench, threads=threads)
+    with contextlib.ExitStack() as stack:
+        if bench in ROUNDS:
+            run = {side: stack.enter_context(waiting_side(side, environment)) for side in results}
+        else:
+            run = {side: functools.partial(run_side, side, environment) for side in results}
+        for turn in range(turns):
+            # Every second turn goes the other way round: a drift favours nobody.
+            for side in list(results)[:: 1 if turn % 2 == 0 else -1]:
+                print(f"turn {turn + 1}: {side} ...", end=" ", flush=True)
+                results[side].append(run[side]())
+                print(json.dumps(results[side][-1]), flush=True)
+    report = {
+        "bench": bench,
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": describe_hardware(threads),
+        "versions": {name: installed(name) for name in PACKAGES},
+        "median": {side: medians(found) for side, found in results.items()},
+        "ratios_of_tokens_per_s": ratios(results),
+        "turns": results,
+    }
+    if bench in ROUNDS:
+        report["ratios_within_a_turn"] = ratios_within_a_turn(results)
+    return report
+
+
+def baselines() -> list[str]:
+    """Benches with a kept report that holds something to compare."""
+    return [
+        bench for bench in BENCHES if (path := OUT / f"{bench}.json").exists() and guarded(json.loads(path.read_text()))
+    ]
+
+
+def check(names: list[str], *, turns: int, threads: int) -> int:
+    """Before a release: measures anew and holds the result against the kept report. Nothing is written."""
+    if unknown := [name for name in names if name not in BENCHES or not (OUT / f"{name}.json").exists()]:
+        print(f"error: {', '.join(unknown)}: no kept report; there are {', '.join(baselines())}", file=sys.stderr)
+        return 2
+    failed = False
+    for name in names:
+        kept, new = json.loads((OUT / f"{name}.json").read_text()), measure(name, turns=turns, threads=threads)
+        for line, is_worse in compare(kept, new):
+            failed |= is_worse
+            print(f"{'WORSE ' if is_worse else 'as kept'}  {name}: {line}")
+    return int(failed)
+
+
+def guarded(report: dict) -> dict[str, float]:
+    """The ratios of a report in which more is better: ours to others', and those of PAIRS."""
+    pairs = {f"{a} / {b}" for a, b in PAIRS.get(report["bench"], [])}
+
+    def counts(pair: str) -> bool:
+        ours, _, other = pair.partition(" / ")
+        return pair in pairs or (is_ours(ours) and not is_ours(other))
+
+    return {pair: value for pair, value in report["ratios_of_tokens_per_s"].items() if counts(pair)}
+
+
+def compare(kept: dict, new: dict) -> list[tuple[str, bool]]:
+    """(figure beside its baseline, whether it is worse than allowed), for what both reports have."""
+    lines = []
+    for pair, before in guarded(kept).items():
+        now = new["ratios_of_tokens_per_s"].get(pair)
+        if now is not None:
+            lines.append((f"{pair}: {now} (kept {before})", now < before * (1 - SLOWER)))
+    for side, figures in kept["median"].items():
+        before, now = figures.get("peak_gib"), new["median"].get(side, {}).get("peak_gib")
+        if is_ours(side) and before is not None and now is not None:
+            lines.append((f"{side}: peak {now} GiB (kept {before})", now > before * (1 + LARGER)))
+    return lines
+
+
+def is_ours(side: str) -> bool:
+    return "ftray" in side or side.startswith("overhead")
 
 
 def sides_of(bench: str) -> list[str]:
@@ -161,7 +235,7 @@ def medians(results: list[dict]) -> dict:
 def ratios(turns: dict[str, list[dict]]) -> dict[str, float]:
     """Of the first side, our base case, to every other, by the medians."""
     rate = {side: statistics.median(r["tokens_per_s"] for r in results) for side, results in turns.items()}
-    ours = [side for side in rate if "ftray" in side or side.startswith("overhead")]
+    ours = [side for side in rate if is_ours(side)]
     return {f"{a} / {b}": round(rate[a] / rate[b], 2) for a in ours for b in rate if a != b}
 
 

@@ -1,8 +1,9 @@
 """One example of 8,192 tokens, all trained: our loop with activation checkpointing and logits in chunks."""
 
-import bare_loop
 from long_example import TOKENS, describe, write_config
+from one_process import train_bare
+from shared import BASE
 
 if __name__ == "__main__":
-    steps = bare_loop.train_bare(write_config())
+    steps = train_bare(write_config(), BASE)
     describe(steps[-1].seconds, steps[-1].loss, TOKENS)

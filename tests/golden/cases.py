@@ -1,7 +1,8 @@
 """The runs whose losses are kept: every objective with every method, at one rank and at two, at each ZeRO stage.
 
 A run is four steps of eight examples of made-up rows on a random model of two layers (tests/tiny.py), with warm-up,
-weight decay and clipping. The learning rate is low: at a high one a last bit of a machine's grows to 1e-5 in four steps.
+weight decay and clipping. The learning rate is low: at a high one the last bit that another machine computes
+otherwise grows to 1e-5 in four steps.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Losses of a few steps of every objective and method are those that are kept: to the last bit on the kind of machine
 that made them; to 1e-6 elsewhere (sums in another order), and to 1e-4 with a base in nf4: bitsandbytes rounds what it
-multiplies to 16 bits, so that a last bit moves a loss by up to 5e-5 (measured with AVX2's kernels on an AVX-512 chip)."""
+multiplies to 16 bits, so that a last bit moves a loss by up to 5e-5 (measured: AVX2's kernels on an AVX-512 chip)."""
 
 import pytest
 from cases import machine_kind, read_losses, run_alone, run_fused
