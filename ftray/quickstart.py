@@ -9,24 +9,24 @@ from typing import Any
 
 import ray
 
+from ftray.artifacts.publish import publish_once
+from ftray.cluster.session import start_ray
 from ftray.config import RunConfig, ServeConfig, load_config
 from ftray.errors import UserError
 from ftray.evaluate.endpoint import evaluate_endpoint
 from ftray.evaluate.offline import evaluate_offline
 from ftray.evaluate.task import Evaluation, answer_tokens, load_questions
 from ftray.infer.engines import load_adapter
-from ftray.infer.torch_engine import TorchEngine
+from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
-from ftray.publish import publish_once
 from ftray.registry import AdapterVersion, Registry
 from ftray.serve.app import start_endpoint, stop_endpoint
-from ftray.serve.ports import check_port
+from ftray.serve.http.ports import check_port
 from ftray.tracking.report import AnswerTable, write_report
 from ftray.train.launch import launch
-from ftray.train.ray_trainer import Watcher
-from ftray.train.session import start_ray
+from ftray.train.on_ray.trainer import Watcher
 
 RUN_FILE = "configs/quickstart/run.yaml"
 SERVE_FILE = "configs/quickstart/serve.yaml"

@@ -72,7 +72,7 @@ def ray_session():
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
     import ray
 
-    from ftray.train.session import own_address
+    from ftray.cluster.session import own_address
 
     settings = {"metrics_report_interval_ms": 1000}
     how = {"logging_level": logging.ERROR, "log_to_driver": False, "_system_config": settings}

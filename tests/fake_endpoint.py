@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 from fastapi.testclient import TestClient
 
 from ftray.config.serve import LimitsConfig
-from ftray.serve.api import make_api
-from ftray.serve.ingress import Ingress
-from ftray.serve.job import GenerateJob
-from ftray.serve.limits import Gatekeeper
-from ftray.serve.overview import Overview, RecentTraffic
-from ftray.serve.texts import TextRoutes
+from ftray.serve.http.api import make_api
+from ftray.serve.http.embeddings import TextRoutes
+from ftray.serve.http.ingress import Ingress
+from ftray.serve.http.playground import Overview, RecentTraffic
+from ftray.serve.protocol import GenerateJob
+from ftray.serve.tenants.rate_limits import Gatekeeper
 
 
 def answer(text: str, reason: str | None) -> dict:

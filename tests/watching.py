@@ -1,6 +1,6 @@
 """Following a run from a test."""
 
-from ftray.train.ray_trainer import Watcher
+from ftray.train.on_ray.trainer import Watcher
 
 
 class Recorder:

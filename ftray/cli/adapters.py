@@ -60,8 +60,8 @@ def publish(
     from ftray.registry.reference import parse_reference
 
     parse_reference(name)
+    from ftray.artifacts.publish import publish_adapter
     from ftray.model.adapter import adapter_at_hand
-    from ftray.publish import publish_adapter
     from ftray.registry import Registry
 
     version = publish_adapter(Registry(registry), name, adapter_at_hand(directory) or Path(directory))

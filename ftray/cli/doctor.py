@@ -12,7 +12,7 @@ import typer
 from ftray.errors import UserError
 
 if TYPE_CHECKING:
-    from ftray.cluster.doctor import Finding
+    from ftray.doctor.checks import Finding
 
 
 def doctor(
@@ -26,7 +26,7 @@ def doctor(
 ) -> None:
     """What is wrong with this machine, or with every node of a cluster, and the fix. On a cluster without a login:
     ray job submit -- python -m ftray doctor."""
-    from ftray.cluster.doctor import examine
+    from ftray.doctor.checks import examine
 
     cluster = address or os.environ.get("RAY_ADDRESS")
     if cluster is None and shared is not None:
@@ -34,7 +34,7 @@ def doctor(
     if cluster is None:
         findings = examine()
     else:
-        from ftray.cluster.nodes import examine_cluster
+        from ftray.doctor.nodes import examine_cluster
 
         findings = examine_cluster(
             cluster,

@@ -1,7 +1,7 @@
 """An engine in this process, with one adapter of a registry or directory, for `eval` and `chat`."""
 
 from ftray.infer.engines import load_adapter, make_local_engine
-from ftray.infer.torch_engine import TorchEngine
+from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.adapter import adapter_at_hand, check_base
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware

@@ -28,10 +28,10 @@ def plan(
 ) -> None:
     """Memory, time and cost of a run, by setting, before a GPU is touched."""
     run: RunConfig = load_config(config, overrides or (), kind="run")
-    from ftray.cluster.gpus import find_gpu
-    from ftray.cluster.plan import Option, cheapest, options, plan_option
     from ftray.model.base import check_base_name
-    from ftray.model.meta import measure_model, read_model_config
+    from ftray.plan.gpus import find_gpu
+    from ftray.plan.model_size import measure_model, read_model_config
+    from ftray.plan.options import Option, cheapest, options, plan_option
 
     chip = find_gpu(gpu)
     workers = count or run.workers.max_count
@@ -99,8 +99,8 @@ def find_work(run: RunConfig, examples: int | None, example_tokens: int | None):
     """(work of a step, number of steps or None, where the numbers are from)"""
     from pathlib import Path
 
-    from ftray.cluster.plan import Work
     from ftray.model.base import EMBEDDED
+    from ftray.plan.options import Work
 
     share = 1.0
     source = f"examples of {example_tokens} tokens"

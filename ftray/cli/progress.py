@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from ftray.train.ray_trainer import Watcher
+from ftray.train.on_ray.trainer import Watcher
 
 PLAIN_INTERVAL_S = 10.0
 

@@ -93,7 +93,7 @@ def stop(name: str, runs_dir: RunsDir = "runs") -> None:
     """Ask a running run to save at its next step and end. The same `ftray train` goes on from there."""
     from ftray.errors import UserError
     from ftray.tracking.runs import read_run
-    from ftray.train.stored_run import ask_to_stop
+    from ftray.train.runs.store import ask_to_stop
 
     run = read_run(notes_of(runs_dir) / checked(name))
     if run.status == "finished":
@@ -117,7 +117,7 @@ def notes_of(runs_dir: str) -> Path:
     """A directory of run directories: of those in a store, a copy of what tells of them."""
     if "://" not in runs_dir:
         return Path(runs_dir)
-    from ftray.train.stored_run import look_at_runs
+    from ftray.train.runs.store import look_at_runs
 
     return look_at_runs(runs_dir)
 

@@ -42,9 +42,9 @@ def serve(
 def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
     import ray
 
+    from ftray.cluster.session import start_ray
     from ftray.errors import UserError
     from ftray.serve.app import start_endpoint, stop_endpoint
-    from ftray.train.session import start_ray
 
     print(f"starting {settings.base_model} on {settings.host}:{settings.port}", flush=True)
     if settings.tenants.database is None and settings.host not in ("127.0.0.1", "localhost"):
@@ -90,9 +90,9 @@ def curl_line(url: str, model: str, message: str = "Hello!", *, system: str | No
 def show_plan(settings: ServeConfig) -> None:
     from ftray.infer.engines import has_engine
     from ftray.registry import Registry
-    from ftray.serve.accounts import without_password
-    from ftray.serve.models import ModelNames
-    from ftray.serve.resources import resources_text
+    from ftray.serve.replica.resources import resources_text
+    from ftray.serve.routing.model_names import ModelNames
+    from ftray.serve.tenants.accounts import without_password
 
     database = settings.tenants.database
     shown = settings.model_dump(mode="json")

@@ -29,8 +29,8 @@ def submit(
     stop: Annotated[bool, typer.Option("--stop", help="Stop the job of this name; a run saves first.")] = False,
 ) -> None:
     """Run a config on a cluster, follow it, and end with its exit code. The same command again goes on with it."""
-    from ftray.cluster.submit import Jobs, connect, describe_job, read_runtime_env
     from ftray.config.space import load_any
+    from ftray.submit.jobs import Jobs, connect, describe_job, read_runtime_env
 
     words = list(overrides or ())
     kind, loaded = load_any(config, words)

@@ -51,7 +51,7 @@ def run(
         show_points(loaded, space)
         return
     from ftray.sweep.launch import look_into, run_sweep, sweep_directory, uninterrupted
-    from ftray.sweep.report import REPORT, train_command
+    from ftray.sweep.report.report import REPORT, train_command
 
     command = shlex.join(["ftray", "sweep", config, *(overrides or ())])
     try:
@@ -77,7 +77,7 @@ def run(
 def stop_trial(sweep: SweepName, trial: TrialName, runs_dir: RunsDir = "runs") -> None:
     """End a trial: its runs save at their next step, those that wait are left out, and the sweep goes on."""
     from ftray.sweep.launch import look_into
-    from ftray.sweep.stored_sweep import sweep_at_hand
+    from ftray.sweep.store import sweep_at_hand
 
     with sweep_at_hand(runs_dir, sweep) as directory:
         study = look_into(directory)
@@ -99,7 +99,7 @@ def clone_trial(
     """Add a trial like another one with some keys changed, also while the sweep runs."""
     from ftray.config.space import point_text
     from ftray.sweep.launch import look_into
-    from ftray.sweep.stored_sweep import sweep_at_hand
+    from ftray.sweep.store import sweep_at_hand
 
     with sweep_at_hand(runs_dir, sweep) as directory:
         study = look_into(directory)
@@ -122,8 +122,8 @@ def parse_changes(words: list[str]) -> dict[str, Any]:
 
 
 def publish_best(study: "Study") -> None:
+    from ftray.artifacts.publish import publish_if_new
     from ftray.model.adapter import adapter_at_hand
-    from ftray.publish import publish_if_new
     from ftray.registry import Registry
 
     run = study.best_run
@@ -157,8 +157,8 @@ def show_points(config: SweepConfig, space: Space) -> None:
 
 
 def show_comparison(study: "Study", directory: Path) -> None:
-    from ftray.sweep.comparison import read_comparison
-    from ftray.sweep.report import comparison_table
+    from ftray.sweep.compare.comparison import read_comparison
+    from ftray.sweep.report.report import comparison_table
 
     compared = comparison_table(read_comparison(study, directory))
     if compared is not None:
@@ -168,8 +168,8 @@ def show_comparison(study: "Study", directory: Path) -> None:
 
 def show_answer(study: "Study") -> None:
     from ftray.config.space import short
-    from ftray.sweep.describe import conclusion
-    from ftray.sweep.report import metric_text, status_text
+    from ftray.sweep.report.report import metric_text, status_text
+    from ftray.sweep.report.text import conclusion
 
     keys = list(study.space.free)
     columns = ["trial", *keys, study.config.search.metric, "steps", "tokens", "time", "outcome"]

@@ -58,7 +58,7 @@ def create(
     ] = False,
 ) -> None:
     """Add a tenant and print its first key. The key is shown only now; of it only a hash is kept."""
-    from ftray.serve.accounts import Accounts, Tenant
+    from ftray.serve.tenants.accounts import Accounts, Tenant
 
     given = settings(adapters, requests_per_minute, tokens_per_minute, budget_tokens, priority)
     key = Accounts(database).create(Tenant(name, is_admin=admin, **given))
@@ -78,7 +78,7 @@ def change(
     priority: Priority = None,
 ) -> None:
     """Change a tenant's limits; running endpoints follow within seconds."""
-    from ftray.serve.accounts import Accounts
+    from ftray.serve.tenants.accounts import Accounts
 
     given = settings(adapters, requests_per_minute, tokens_per_minute, budget_tokens, priority)
     if not given:
@@ -89,7 +89,7 @@ def change(
 @app.command("list")
 def list_tenants(database: Database = DATABASE) -> None:
     """Every tenant with its limits and keys (their last four characters)."""
-    from ftray.serve.accounts import Accounts
+    from ftray.serve.tenants.accounts import Accounts
 
     accounts = Accounts(database)
     if not accounts.tenants():
@@ -108,7 +108,7 @@ def rotate(
     grace: Annotated[float, typer.Option("--grace", help="Hours for which the old keys go on working.")] = 24.0,
 ) -> None:
     """Print a new key; the tenant's other keys end after a grace."""
-    from ftray.serve.accounts import Accounts
+    from ftray.serve.tenants.accounts import Accounts
 
     key = Accounts(database).rotate(name, grace_s=grace * 3600)
     print(f"{name}: its other keys end in {grace:g} hours; the new key, which is not shown again:", file=sys.stderr)
@@ -122,7 +122,7 @@ def revoke(
     key: Annotated[str | None, typer.Option("--key", help="Only the key that ends in these four characters.")] = None,
 ) -> None:
     """End a tenant's keys at once."""
-    from ftray.serve.accounts import Accounts
+    from ftray.serve.tenants.accounts import Accounts
 
     ended = Accounts(database).revoke(name, hint=key)
     if not ended:
@@ -138,7 +138,7 @@ def usage(
     as_csv: Annotated[bool, typer.Option("--csv")] = False,
 ) -> None:
     """Requests and tokens by tenant and adapter version, as the endpoints have counted them."""
-    from ftray.serve.accounts import Accounts
+    from ftray.serve.tenants.accounts import Accounts
 
     rows = Accounts(database).usage(tenant=tenant, since=timestamp(since), until=timestamp(until))
     columns = (

@@ -24,9 +24,9 @@ def train(
 ) -> None:
     """Fine-tune a model. The same command again goes on from the last checkpoint."""
     run: RunConfig = load_config(config, overrides or (), kind="run")
+    from ftray.artifacts.resolve import resolve_start
     from ftray.cli.progress import TrainProgress
     from ftray.config.advice import advise
-    from ftray.pipeline.start import resolve_start
     from ftray.train.launch import check_before_anything, launch
 
     check_before_anything(run)
@@ -59,8 +59,8 @@ def train(
 
 
 def show_plan(run: RunConfig) -> None:
-    from ftray.train.finish import num_steps
     from ftray.train.launch import prepare_data
+    from ftray.train.runs.finalize import num_steps
 
     print(to_yaml(run))
     base, data = prepare_data(run, lambda text: print(f"# {text}"))

@@ -1,1 +1,1 @@
-"""The machine and the cluster: `ftray doctor`."""
+"""Ray for everybody: sessions, resources, probes of nodes, the workers' environment, weights for all nodes."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ftray.errors import DataError, FtrayError
-from ftray.model.base import cache_directory
 from ftray.storage import local_copies
+from ftray.storage.cache import cache_directory
 from ftray.storage.manifest import MANIFEST
 
 FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -10,7 +10,7 @@ from ftray.data.tokens import tokenize_source
 from ftray.evaluate.task import Answer, Evaluation, Question, answer_tokens
 from ftray.infer.engines import generate
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.torch_engine import TorchEngine
+from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.chat import ChatRenderer
 
 SCORE_TOKENS = 2048  # of one packed row

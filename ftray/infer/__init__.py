@@ -1,1 +1,1 @@
-"""Inference: the Engine protocol and the torch engine (scheduler, paged KV cache, sampler, many adapters)."""
+"""Inference: the Engine protocol, what all engines share, and the engines (`torch_engine/`, `vllm_engine/`)."""

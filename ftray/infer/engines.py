@@ -11,7 +11,7 @@ from ftray.model.base import BaseModel, context_limit
 from ftray.model.hardware import Hardware
 
 if TYPE_CHECKING:  # importing it loads the model code
-    from ftray.infer.torch_engine import TorchEngine
+    from ftray.infer.torch_engine.engine import TorchEngine
 
 LOCAL_KV_CACHE_TOKENS = 16384
 
@@ -29,17 +29,17 @@ def has_engine(config: EngineConfig) -> bool:
 def make_engine(base: BaseModel, hardware: Hardware, config: EngineConfig, adapters: AdaptersConfig) -> Engine:
     check_engine(config)
     if config.type == "vllm":
-        from ftray.infer.vllm_engine import VllmEngine
+        from ftray.infer.vllm_engine.engine import VllmEngine
 
         return VllmEngine(base, hardware, config, adapters)
-    from ftray.infer.torch_engine import TorchEngine
+    from ftray.infer.torch_engine.engine import TorchEngine
 
     return TorchEngine(base, hardware, config, adapters)
 
 
 def make_local_engine(base: BaseModel, hardware: Hardware, *, context_tokens: int) -> "TorchEngine":
     """For one thread's own questions, with the context that is asked for as far as the model has it."""
-    from ftray.infer.torch_engine import TorchEngine
+    from ftray.infer.torch_engine.engine import TorchEngine
 
     context = min(context_tokens, context_limit(base) or context_tokens)
     settings = EngineConfig(context_tokens=context, kv_cache_tokens=max(LOCAL_KV_CACHE_TOKENS, context))

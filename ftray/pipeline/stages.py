@@ -4,21 +4,21 @@ that was done stands: the same command goes on with the next."""
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from ftray.artifacts.publish import publish_if_new, publish_once
+from ftray.artifacts.resolve import resolve_start
 from ftray.config import PipelineConfig, RunConfig
 from ftray.errors import FtrayError, UserError
+from ftray.evaluate.scores import Score
 from ftray.model.adapter import adapter_at_hand
 from ftray.pipeline.check import check_pipeline, load_stage, points_of, start_from
 from ftray.pipeline.record import keep, read_record
 from ftray.pipeline.scores import Condition, Product, digest_of_weights, judge, measured_once, measures
-from ftray.pipeline.start import resolve_start
-from ftray.publish import publish_if_new, publish_once
 from ftray.registry import AdapterVersion, Registry
 from ftray.storage import ObjectStore
 from ftray.sweep.launch import run_sweep
-from ftray.sweep.scores import Score
 from ftray.train.launch import launch
-from ftray.train.ray_trainer import Watcher
-from ftray.train.stored_run import place_of
+from ftray.train.on_ray.trainer import Watcher
+from ftray.train.runs.store import place_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from filelock import FileLock
 from pydantic import ValidationError
 
@@ -19,6 +18,7 @@ from ftray.errors import FtrayError, NotFoundError, UserError
 from ftray.registry.journal import Canary, Journal
 from ftray.registry.reference import Reference, parse_reference
 from ftray.storage import Manifest, ObjectStore, build_manifest, write_bytes
+from ftray.storage.cache import cache_directory
 from ftray.storage.manifest import MANIFEST
 
 NEWS_S = 0.5
@@ -149,7 +149,7 @@ class RegistryReader:
             verify_files(directory, version)
             return directory
         owner = re.sub(r"[^A-Za-z0-9]+", "-", self.location)
-        directory = Path(platformdirs.user_cache_dir("ftray")) / "adapters" / owner / version.name / str(version.number)
+        directory = cache_directory() / "adapters" / owner / version.name / str(version.number)
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.parent / f".{version.number}.lock"):  # other replicas of this host wait, and find it
             if not directory.is_dir() or not has_files(directory, version):

@@ -20,25 +20,30 @@ from ftray.config import ServeConfig
 from ftray.errors import FtrayError, UserError
 from ftray.model.base import check_base_name, prepare_base
 from ftray.registry import Registry
-from ftray.serve.access_log import AccessLog
-from ftray.serve.accounts import Accounts
-from ftray.serve.api import ANSWERING, make_api
-from ftray.serve.exchange import Watcher
-from ftray.serve.gate import Gate
-from ftray.serve.ingress import Ingress
-from ftray.serve.limits import Gatekeeper
-from ftray.serve.memory import ask_for_huge_pages, give_back_free_memory, keep_few_arenas, keep_out_of_collections
-from ftray.serve.metrics import OF_REPLICAS, OF_REQUESTS
-from ftray.serve.models import ModelNames
-from ftray.serve.overview import Overview, RecentTraffic
-from ftray.serve.ports import check_port, reachable
-from ftray.serve.ray_metrics import RayMeter
-from ftray.serve.remote import RemoteLedger, ReplicaBackend
-from ftray.serve.replica import EngineReplica
-from ftray.serve.request_metrics import RequestMetrics
-from ftray.serve.resources import replica_resources
-from ftray.serve.texts import TextRoutes
-from ftray.serve.versions import check_preloaded
+from ftray.serve.http.api import ANSWERING, make_api
+from ftray.serve.http.context import Watcher
+from ftray.serve.http.embeddings import TextRoutes
+from ftray.serve.http.ingress import Ingress
+from ftray.serve.http.playground import Overview, RecentTraffic
+from ftray.serve.http.ports import check_port, reachable
+from ftray.serve.replica.process_memory import (
+    ask_for_huge_pages,
+    give_back_free_memory,
+    keep_few_arenas,
+    keep_out_of_collections,
+)
+from ftray.serve.replica.replica import EngineReplica
+from ftray.serve.replica.resources import replica_resources
+from ftray.serve.replica.versions import check_preloaded
+from ftray.serve.routing.handles import RemoteLedger, ReplicaBackend
+from ftray.serve.routing.model_names import ModelNames
+from ftray.serve.telemetry.access_log import AccessLog
+from ftray.serve.telemetry.metrics import OF_REPLICAS, OF_REQUESTS
+from ftray.serve.telemetry.ray_meter import RayMeter
+from ftray.serve.telemetry.request_metrics import RequestMetrics
+from ftray.serve.tenants.accounts import Accounts
+from ftray.serve.tenants.auth import Gate
+from ftray.serve.tenants.rate_limits import Gatekeeper
 
 log = logging.getLogger("ftray.serve")
 
@@ -136,7 +141,7 @@ def watchers_of(config: ServeConfig) -> list[Watcher]:
         AccessLog(directory / f"ftray-access-{os.getpid()}.jsonl"),
     ]
     if telemetry.otlp_endpoint is not None:
-        from ftray.serve.tracing import otlp_traces
+        from ftray.serve.telemetry.tracing import otlp_traces
 
         watchers.append(otlp_traces(telemetry.otlp_endpoint, paths=ANSWERING))
     return watchers
@@ -159,7 +164,7 @@ def build_app(config: ServeConfig) -> serve.Application:
             }
         }
     router: Any = {
-        "request_router_class": "ftray.serve.routing.WarmFirstRouter",
+        "request_router_class": "ftray.serve.routing.router.WarmFirstRouter",
         "request_router_kwargs": {"spread_at": config.engine.max_sequences},
         "request_routing_stats_period_s": STATS_PERIOD_S,
     }

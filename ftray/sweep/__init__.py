@@ -1,1 +1,1 @@
-"""Sweeps: which point next, what came of it, which to stop (`study.py`); where trials run (`tune_trials.py`)."""
+"""Sweeps: what a sweep knows and decides (`study.py`), and where its trials run (`fused/`, `on_tune/`)."""

@@ -6,34 +6,36 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from ftray.cluster.probe import check_nodes
+from ftray.cluster.resources import check_resources, fitting_groups, nodes_for
+from ftray.cluster.session import ray_session
+from ftray.cluster.signals import handled, on_sigterm
+from ftray.cluster.weight_broadcast import spread_base
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.data.sources import check_source
 from ftray.errors import InterruptedRunError, NotFoundError, TerminatedRunError, UserError
+from ftray.evaluate.scores import tokenize_text
 from ftray.model.base import BaseModel, load_tokenizer
 from ftray.model.chat import ChatRenderer
 from ftray.storage import read_json, write_json
-from ftray.sweep.comparison import is_measured
-from ftray.sweep.describe import describe_plan, describe_state
-from ftray.sweep.fusable import Fusing, fusing_of
-from ftray.sweep.fused_trials import groups_of, run_fused
-from ftray.sweep.measure import measure_methods
-from ftray.sweep.report import REPORT, LivePage, write_sweep_report
-from ftray.sweep.scores import tokenize_text
-from ftray.sweep.stored_sweep import StoredSweep, only_driver_of_sweep, refuse_population_in_store
+from ftray.sweep.compare.comparison import is_measured
+from ftray.sweep.compare.measure import measure_methods
+from ftray.sweep.fused.coordinator import groups_of, run_fused
+from ftray.sweep.fused.eligibility import Fusing, fusing_of
+from ftray.sweep.on_tune.trials import TUNE_DIRECTORY, run_trials
+from ftray.sweep.report.report import REPORT, LivePage, write_sweep_report
+from ftray.sweep.report.text import describe_plan, describe_state
+from ftray.sweep.store import StoredSweep, only_driver_of_sweep, refuse_population_in_store
 from ftray.sweep.study import Study
 from ftray.sweep.trials import SWEEP, trials_directory
-from ftray.sweep.tune_trials import TUNE_DIRECTORY, run_trials
 from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import differences
-from ftray.train.checkpoint import data_digest
-from ftray.train.finish import PreparedData, num_steps
-from ftray.train.launch import TOKENS, check_before_anything, handled, on_sigterm, prepare_data
-from ftray.train.preflight import check_nodes, check_resources, fitting_groups, nodes_for
-from ftray.train.ray_trainer import name_for_workers
-from ftray.train.run_directory import refuse_unwritable, refuse_vanishing_directory, set_aside
-from ftray.train.session import ray_session
-from ftray.train.spread import spread_base
-from ftray.train.stored_run import is_stored, local_directory, store_tokens
+from ftray.train.checkpoints.checkpoint import data_digest
+from ftray.train.launch import TOKENS, check_before_anything, prepare_data
+from ftray.train.on_ray.trainer import name_for_workers
+from ftray.train.runs.directory import refuse_unwritable, refuse_vanishing_directory, set_aside
+from ftray.train.runs.finalize import PreparedData, num_steps
+from ftray.train.runs.store import is_stored, local_directory, store_tokens
 
 DATA = "data.json"
 FUSED_SLOTS = 8

@@ -18,14 +18,14 @@ from ftray.config.sweep import NOT_SWEPT, why_not_in_population, why_not_swept
 from ftray.errors import ConfigError
 from ftray.storage import read_json, write_bytes, write_json
 from ftray.sweep.journal import Journal
-from ftray.sweep.known import Known
-from ftray.sweep.population import RATE, choose_moves, has_saved, take_over
-from ftray.sweep.schedulers import Arrival, make_scheduler
-from ftray.sweep.search import make_search
+from ftray.sweep.search.algorithms import make_search
+from ftray.sweep.search.population import RATE, choose_moves, has_saved, take_over
+from ftray.sweep.search.schedulers import Arrival, make_scheduler
+from ftray.sweep.state import Known
 from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trial_name, trials_directory
-from ftray.train.finish import product_of
 from ftray.train.job import STOP_REQUEST
-from ftray.train.stored_run import ask_to_stop, is_stored, place_of
+from ftray.train.runs.finalize import product_of
+from ftray.train.runs.store import ask_to_stop, is_stored, place_of
 
 JOURNAL = "trials.jsonl"
 REQUESTS = "requests"  # of the user while the sweep runs: trials, and runs that are not to begin

@@ -8,13 +8,13 @@ from typing import Any
 
 from ftray.config import RunConfig
 from ftray.errors import DivergedError, FtrayError, InterruptedRunError, StoreError, UserError
-from ftray.sweep.stored_sweep import forget_leftover
+from ftray.sweep.store import forget_leftover
 from ftray.sweep.trials import Report
 from ftray.tracking.metrics import read_metrics
 from ftray.train.job import WORKER_ERROR
 from ftray.train.launch import launch
-from ftray.train.ray_trainer import Watcher
-from ftray.train.stored_run import drop_checkpoints, is_stored, local_directory
+from ftray.train.on_ray.trainer import Watcher
+from ftray.train.runs.store import drop_checkpoints, is_stored, local_directory
 
 REFUSED = "refused"  # by the machine: a disk without room, a store that does not answer. Another time it may run
 Tell = Callable[[Report], None]

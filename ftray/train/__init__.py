@@ -1,1 +1,1 @@
-"""Training: DeepSpeed behind `engine.py` and `zero.py`, Ray behind `worker.py`, `launch.py` and `preflight.py`."""
+"""Training: the algorithm (`loop.py`) between an engine (`engine/`), a run directory (`runs/`) and Ray (`on_ray/`)."""

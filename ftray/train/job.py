@@ -1,10 +1,8 @@
 """What the driver hands to each worker."""
 
-import os
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ftray.config import RunConfig
 from ftray.errors import DivergedError, FtrayError, StoreError, UserError
@@ -52,11 +50,3 @@ def read_worker_error(run_directory: Path) -> FtrayError | None:
 
 def request_stop(run_directory: Path) -> None:
     (run_directory / STOP_REQUEST).touch()
-
-
-def run_in_worker(settings: dict[str, Any]) -> None:
-    """Ray Train's train function. The driver pickles it by name, so torch and deepspeed load only in the workers."""
-    os.environ.update(settings["secrets"])
-    from ftray.train.worker import train_worker
-
-    train_worker(settings["job"])

@@ -1,7 +1,6 @@
 """The driver's side of a run: check, tokenise while Ray starts, train, and leave a complete run directory."""
 
 import contextlib
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,11 @@ from typing import Any
 
 import ray
 
+from ftray.cluster.probe import check_nodes
+from ftray.cluster.resources import check_resources, nodes_for
+from ftray.cluster.session import start_ray
+from ftray.cluster.signals import on_sigterm
+from ftray.cluster.weight_broadcast import spread_base
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.sources import check_source
@@ -20,20 +24,18 @@ from ftray.model.base import BaseModel, check_base_name, check_length, load_toke
 from ftray.model.chat import ChatRenderer
 from ftray.tracking.events import record_driver_event
 from ftray.tracking.runs import RESULT
-from ftray.train.checkpoint import data_digest, read_state
-from ftray.train.finish import PreparedData, describe_interruption, finish_run, is_complete
+from ftray.train.checkpoints.checkpoint import data_digest, read_state
+from ftray.train.checkpoints.disk_space import check_disk
 from ftray.train.job import STOP_REQUEST, TOKENS, request_stop
-from ftray.train.preflight import check_disk, check_nodes, check_resources, nodes_for
-from ftray.train.ray_trainer import Watcher, train_on_ray
-from ftray.train.run_directory import (
+from ftray.train.on_ray.trainer import Watcher, train_on_ray
+from ftray.train.runs.directory import (
     RunDirectory,
     check_same_data,
     only_driver,
     open_run_directory,
     refuse_vanishing_directory,
 )
-from ftray.train.session import start_ray
-from ftray.train.spread import spread_base
+from ftray.train.runs.finalize import PreparedData, describe_interruption, finish_run, is_complete
 
 
 def check_before_anything(config: RunConfig) -> None:
@@ -132,32 +134,6 @@ def set_on_failure() -> Iterator[threading.Event]:
 def stop_on_sigterm(run_directory: Path) -> contextlib.AbstractContextManager[threading.Event]:
     """SIGTERM (a preempted machine, a scheduler's time limit) asks the workers to save and end at the next step."""
     return on_sigterm(lambda: request_stop(run_directory))
-
-
-@contextlib.contextmanager
-def on_sigterm(react: Callable[[], None]) -> Iterator[threading.Event]:
-    """Yields what is set before `react` is called."""
-    terminated = threading.Event()
-
-    def handle(*_: Any) -> None:
-        terminated.set()
-        react()
-
-    with handled(signal.SIGTERM, handle):  # after ray.init, which sets one that ends the process at once
-        yield terminated
-
-
-@contextlib.contextmanager
-def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
-    """In another thread than the main one no signal arrives."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, earlier)
 
 
 def prepare_data(

@@ -13,10 +13,10 @@ from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
 from ftray.data.plan import MicroBatch, StepPlan, divide
 from ftray.model.packed import PackedRow
-from ftray.train.guard import LossGuard, suspects
+from ftray.train.loss_guard import LossGuard, suspects
 
 if TYPE_CHECKING:  # importing it loads deepspeed
-    from ftray.train.engine import TrainEngine
+    from ftray.train.engine.deepspeed import TrainEngine
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from shared import BASE, SEQUENCES, decode_in_rounds
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.torch_engine import TorchEngine
+from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.hardware import choose_hardware
 
 

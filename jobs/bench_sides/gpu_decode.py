@@ -50,10 +50,10 @@ def make_engine(kind: str, base, *, max_sequences: int, new_tokens: int):
     )
     adapters = AdaptersConfig.model_validate({"max_rank": RANK, "device_budget": "4GiB", "host_budget": "4GiB"})
     if kind == "vllm":
-        from ftray.infer.vllm_engine import VllmEngine
+        from ftray.infer.vllm_engine.engine import VllmEngine
 
         return VllmEngine(base, choose_hardware(), config, adapters)
-    from ftray.infer.torch_engine import TorchEngine
+    from ftray.infer.torch_engine.engine import TorchEngine
 
     return TorchEngine(base, choose_hardware(), config, adapters)
 

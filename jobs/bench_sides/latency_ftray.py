@@ -22,7 +22,7 @@ from shared import BASE, decoding_prompts, peak_gib, write_adapters
 from ftray.config import ServeConfig
 from ftray.infer.protocol import Sampling
 from ftray.registry import Registry
-from ftray.serve.replica import EngineReplica, GenerateJob
+from ftray.serve.replica.replica import EngineReplica, GenerateJob
 
 HOST = 64
 ANSWER_TOKENS = 32

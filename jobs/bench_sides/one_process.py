@@ -12,10 +12,10 @@ from ftray.data.tokens import tokenize_source
 from ftray.model.base import BaseModel, load_tokenizer
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
-from ftray.train.guard import LossGuard
+from ftray.train.engine.schedule import make_schedule
 from ftray.train.loop import Schedule, StepRecord, train
-from ftray.train.schedule import make_schedule
-from ftray.train.worker import make_engine
+from ftray.train.loss_guard import LossGuard
+from ftray.train.on_ray.worker import make_engine
 
 
 class Recorder:

@@ -14,7 +14,7 @@ import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ftray.sweep.schedulers import Arrival, Asha
+from ftray.sweep.search.schedulers import Arrival, Asha
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
 TRIALS, DEVICES, SLOTS = 256, 64, 8

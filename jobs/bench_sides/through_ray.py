@@ -10,7 +10,7 @@ from shared import ALPACA, LEARNING_RATE, write_alpaca_rows
 from ftray.config import parse_config
 from ftray.tracking.metrics import read_metrics
 from ftray.train.launch import launch
-from ftray.train.ray_trainer import Watcher
+from ftray.train.on_ray.trainer import Watcher
 
 STEPS = 41  # two saves with one every 20 steps
 EXAMPLES_PER_STEP = 2

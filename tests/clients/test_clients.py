@@ -10,8 +10,8 @@ import torch
 from tiny import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ftray.artifacts.publish import publish_adapter
 from ftray.config import parse_config
-from ftray.publish import publish_adapter
 from ftray.registry import Registry
 from ftray.serve.app import start_endpoint, stop_endpoint
 

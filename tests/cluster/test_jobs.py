@@ -12,7 +12,7 @@ import pytest
 from heads import RAY, TOKEN, answers, free_port, head_node, last_step, plain_environment, wait_for
 from tiny import write_tiny_model
 
-from ftray.publish import publish_adapter
+from ftray.artifacts.publish import publish_adapter
 from ftray.registry import Registry
 from ftray.storage import read_json, verify_directory
 from ftray.tracking.events import read_events

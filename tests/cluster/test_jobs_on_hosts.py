@@ -14,7 +14,7 @@ import pytest
 from hosts import BIN, PORT, Cluster, can_make_hosts, ip, running_cluster
 from tiny import write_tiny_model
 
-from ftray.publish import publish_adapter
+from ftray.artifacts.publish import publish_adapter
 from ftray.registry import Registry
 from ftray.storage import read_json
 from ftray.tracking.events import read_events
@@ -112,7 +112,7 @@ def is_driver(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:  # it has ended
         return False
-    return b"-m" in words and b"ftray" in words and b"train" in words and b"ftray.cluster.supervise" not in words
+    return b"-m" in words and b"ftray" in words and b"train" in words and b"ftray.submit.supervise" not in words
 
 
 def test_a_sweep(cluster, project):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from heads import TOKEN, free_port, head_node, plain_environment
 
-from ftray.cluster.machine import find_interfaces
+from ftray.doctor.machine import find_interfaces
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "cluster/tls/certificates.sh"

@@ -11,10 +11,11 @@ from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.torch_engine import TorchEngine
-from ftray.model.base import load_weights, prepare_base
+from ftray.infer.torch_engine.engine import TorchEngine
+from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.model.packed import PackedCausalLM, register_packed_attention
+from ftray.model.weights import load_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CLOSE = {"rtol": 5e-2, "atol": 5e-2}
@@ -62,7 +63,7 @@ def test_mixed_adapters_generate(tiny_base, adapters, renderer):
 
 def test_mixed_adapters_generate_with_vllm(renderer, tmp_path):
     pytest.importorskip("vllm")
-    from ftray.infer.vllm_engine import VllmEngine
+    from ftray.infer.vllm_engine.engine import VllmEngine
 
     directory = write_tiny_model(tmp_path / "wide", **VLLM_SIZES)
     base = prepare_base(str(directory))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ftray.model import cpu_kernels
+from ftray.infer.torch_engine.cpu import kernels as cpu_kernels
 
 
 @pytest.fixture(scope="module", params=["our kernels", "torch's operations"])

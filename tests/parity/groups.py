@@ -47,15 +47,16 @@ def run_group(
 ) -> dict[str, dict[str, Any]]:
     from ftray.config.run import MemoryConfig
     from ftray.data.tokens import tokenize_source
-    from ftray.model.base import load_tokenizer, load_weights, prepare_base
+    from ftray.model.base import load_tokenizer, prepare_base
     from ftray.model.chat import ChatRenderer
     from ftray.model.fused_lora import FusedLora
     from ftray.model.hardware import choose_hardware
     from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
+    from ftray.model.weights import load_weights
     from ftray.objectives import OBJECTIVES, LogProbs
-    from ftray.sweep.fused_group import FusedGroup, MemberStep
-    from ftray.sweep.member import make_member, save
-    from ftray.train.checkpoint import newest_whole_checkpoint
+    from ftray.sweep.fused.group import FusedGroup, MemberStep
+    from ftray.sweep.fused.member import make_member, save
+    from ftray.train.checkpoints.checkpoint import newest_whole_checkpoint
 
     configs = {}
     for record in records:

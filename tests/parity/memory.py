@@ -57,7 +57,7 @@ def run_rank(rank: int, world_size: int, port: int, settings: dict[str, Any], ba
 
     from ftray.model.base import prepare_base
     from ftray.model.hardware import choose_hardware, make_deterministic
-    from ftray.train.worker import make_engine
+    from ftray.train.on_ray.worker import make_engine
 
     make_deterministic(num_threads=2 // world_size)
 
@@ -136,9 +136,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def planned(world_size: int, settings: dict[str, Any], base: Path) -> Any:
-    from ftray.cluster.gpus import CPU
-    from ftray.cluster.plan import plan_memory
-    from ftray.model.meta import measure_model, read_model_config
+    from ftray.plan.gpus import CPU
+    from ftray.plan.memory import plan_memory
+    from ftray.plan.model_size import measure_model, read_model_config
 
     config = make_config(settings, str(base), world_size)
     size = measure_model(read_model_config(str(base)), config.adapter, dtype=torch.float32)

@@ -84,7 +84,7 @@ def start_ranks(run: Callable[..., None], world_size: int, *args: Any, backend: 
 @functools.cache
 def start_fork_server() -> None:
     multiprocessing.set_forkserver_preload(
-        ["ftray.train.worker", "ftray.sweep.fused_worker", "peft", "transformers.models.llama.modeling_llama"]
+        ["ftray.train.on_ray.worker", "ftray.sweep.fused.worker", "peft", "transformers.models.llama.modeling_llama"]
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
@@ -138,12 +138,12 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     from ftray.model.base import load_tokenizer, prepare_base
     from ftray.model.chat import ChatRenderer
     from ftray.model.hardware import choose_hardware
-    from ftray.train.checkpoint import read_state, restore
-    from ftray.train.guard import LossGuard
+    from ftray.train.checkpoints.checkpoint import read_state, restore
+    from ftray.train.checkpoints.saver import Saver
+    from ftray.train.engine.schedule import make_schedule
     from ftray.train.loop import Schedule, evaluation_rows, train
-    from ftray.train.saver import Saver
-    from ftray.train.schedule import make_schedule
-    from ftray.train.worker import make_engine
+    from ftray.train.loss_guard import LossGuard
+    from ftray.train.on_ray.worker import make_engine
 
     config = config_of(record, base_directory=base_directory, train_file=train_file)
     base = prepare_base(base_directory)
@@ -264,7 +264,7 @@ def neighbours_leak(engine: Any) -> None:
 
 def forget_moments(engine: Any) -> None:
     """A resume that starts AdamW anew."""
-    from ftray.train.sharded import MASTER, ShardedState
+    from ftray.train.engine.state import MASTER, ShardedState
 
     real = ShardedState.read
     ShardedState.read = lambda self, kind, *where: real(self, kind, *where) * (kind == MASTER)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ftray.infer.attention import (
+from ftray.infer.torch_engine.attention import (
     DecodeContext,
     KernelContext,
     KernelPrompts,
@@ -18,13 +18,13 @@ from ftray.infer.attention import (
     decode_context,
     prompt_context,
 )
-from ftray.infer.decoder import rotate_
-from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
-from ftray.model import cpu_kernels
-from ftray.model.adapter_runs import StepRuns
-from ftray.model.adapter_slots import Factors, Place, Segment, Slab
-from ftray.model.cpu_kernels import AdaptersArray, Layers, RmsNorm, in_blocks
-from ftray.model.huge_pages import BLOCK_BYTES, HugePages, empty_bytes
+from ftray.infer.torch_engine.cpu import kernels as cpu_kernels
+from ftray.infer.torch_engine.cpu.huge_pages import BLOCK_BYTES, HugePages, empty_bytes
+from ftray.infer.torch_engine.cpu.kernels import AdaptersArray, Layers, RmsNorm, in_blocks
+from ftray.infer.torch_engine.decoder import rotate_
+from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, KVCache
+from ftray.infer.torch_engine.lora.batch import StepRuns
+from ftray.infer.torch_engine.lora.slots import Factors, Place, Segment, Slab
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from ftray.config import parse_config
 from ftray.errors import UserError
-from ftray.infer.embedding import embedding_of
+from ftray.infer.torch_engine.pooling import embedding_of
 from ftray.registry import Registry
-from ftray.serve.exchange import Exchange
-from ftray.serve.gate import Gate
-from ftray.serve.job import EmbedJob, TokenizeJob
-from ftray.serve.models import ModelNames
-from ftray.serve.replica import EngineReplica
-from ftray.serve.texts import EmbeddingRequest, TextRoutes
+from ftray.serve.http.context import Exchange
+from ftray.serve.http.embeddings import EmbeddingRequest, TextRoutes
+from ftray.serve.protocol import EmbedJob, TokenizeJob
+from ftray.serve.replica.replica import EngineReplica
+from ftray.serve.routing.model_names import ModelNames
+from ftray.serve.tenants.auth import Gate
 
 TEXTS = ["where is my refund", "hello", "the order has not come yet, and I would like to know why"]
 

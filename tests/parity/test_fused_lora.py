@@ -8,11 +8,11 @@ from ftray.config.run import AdapterConfig, DataConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.errors import AdapterError
-from ftray.model.base import load_weights
 from ftray.model.fused_lora import FusedLora
 from ftray.model.hardware import choose_hardware
 from ftray.model.lora import inject_lora
 from ftray.model.packed import PackedCausalLM, register_packed_attention
+from ftray.model.weights import load_weights
 
 # float32 sums in another order
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}

@@ -16,13 +16,13 @@ from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.engines import generate, load_adapter
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.torch_engine import TorchEngine
-from ftray.model import adapter_runs
-from ftray.model.base import load_weights
+from ftray.infer.torch_engine.engine import TorchEngine
+from ftray.infer.torch_engine.lora import batch as adapter_runs
 from ftray.model.hardware import choose_hardware
 from ftray.model.lora import inject_lora, load_weights_from
 from ftray.model.packed import PackedCausalLM, PackedRow, register_packed_attention
 from ftray.model.packed_attention import packed_layout
+from ftray.model.weights import load_weights
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -62,7 +62,7 @@ def mixed_log_probs(engine, mix=MIX) -> list[torch.Tensor]:
     ids = torch.tensor([i for prompt in PROMPTS for i in prompt])
     lengths = [len(prompt) for prompt in PROMPTS]
     positions = torch.cat([torch.arange(length) for length in lengths])
-    from ftray.infer.attention import AttentionStep, Prompts
+    from ftray.infer.torch_engine.attention import AttentionStep, Prompts
 
     step = AttentionStep(cache=None, write_slots_T=None, decode=None, prompts=Prompts(packed_layout(lengths)))
     with torch.inference_mode(), engine.pinned(*mix):
@@ -190,7 +190,7 @@ def test_solo_answers_are_transformers_generate(engine, tiny_base, adapters, ren
 
 def test_a_cache_that_forgets_is_found(tiny_base, adapters, renderer, monkeypatch):
     """The twin of the two above: reading the wrong cache slots changes answers."""
-    from ftray.infer import torch_engine
+    from ftray.infer.torch_engine.engine import engine as torch_engine
 
     broken = make_engine(tiny_base, adapters)
     wanted = requests(renderer, 8)

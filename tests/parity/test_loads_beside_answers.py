@@ -10,8 +10,8 @@ from tiny import write_peft_adapter, write_tiny_model
 from ftray.config import parse_config
 from ftray.infer.protocol import Sampling, Structure
 from ftray.registry import Registry
-from ftray.serve.job import GenerateJob
-from ftray.serve.replica import EngineReplica
+from ftray.serve.protocol import GenerateJob
+from ftray.serve.replica.replica import EngineReplica
 
 SLOW = {"an adapter": "prepare_adapter", "a schema": "prepare_structure"}
 JOBS = {
@@ -131,6 +131,6 @@ def test_in_the_engines_thread_it_would_stop_them(replica, what, monkeypatch):
     async def in_the_engines_thread(function, *arguments):
         return await replica.runner.call(lambda: function(*arguments))
 
-    monkeypatch.setattr("ftray.serve.replica.asyncio.to_thread", in_the_engines_thread)
+    monkeypatch.setattr("ftray.serve.replica.replica.asyncio.to_thread", in_the_engines_thread)
     monkeypatch.setattr(Held, "wait", lambda self: asyncio.sleep(0.5))
     assert not asyncio.run(goes_on_beside(replica, what, patience_s=0.5))

@@ -8,12 +8,13 @@ from ftray.config.run import AdapterConfig, MemoryConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
 from ftray.errors import AdapterError, UserError
-from ftray.model.base import load_weights, prepare_base
+from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.model.lora import inject_lora, load_weights_from, without_adapter, write_adapter
 from ftray.model.merge import merge_adapter
 from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
-from ftray.train.adamw_8bit import AdamW8bit, dequantize, quantize
+from ftray.model.weights import load_weights
+from ftray.train.engine.adamw_8bit import AdamW8bit, dequantize, quantize
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 IDS = torch.tensor([[5, 9, 33, 60, 7, 100, 41]])
@@ -209,7 +210,7 @@ def test_lora_plus_groups_are_pefts(tiny_base):
     from transformers import AutoModelForCausalLM
 
     from ftray.config.run import OptimizerConfig
-    from ftray.train.optimizer import parameter_groups
+    from ftray.train.engine.optimizer import parameter_groups
 
     theirs = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny_base.directory),

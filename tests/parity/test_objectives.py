@@ -11,10 +11,10 @@ from torch import nn
 from ftray.config.run import AdapterConfig, DataConfig
 from ftray.data.pack import dummy_row, pack
 from ftray.data.tokens import tokenize_source
-from ftray.model.base import load_weights
 from ftray.model.hardware import choose_hardware
 from ftray.model.lora import inject_lora, without_adapter
 from ftray.model.packed import PackedCausalLM, register_packed_attention
+from ftray.model.weights import load_weights
 from ftray.objectives import OBJECTIVES, LogProbs
 
 # TRL closes an assistant turn without the line break that our tiny template has, which is never generated.

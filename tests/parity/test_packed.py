@@ -7,11 +7,11 @@ from tiny import SHARED_DATA, chat_rows, lora_value, write_jsonl
 from ftray.config.run import DataConfig
 from ftray.data.pack import dummy_row, pack
 from ftray.data.tokens import tokenize_source
-from ftray.model.base import load_weights
 from ftray.model.hardware import choose_hardware
 from ftray.model.lora import inject_lora
 from ftray.model.packed import PackedCausalLM, register_packed_attention
 from ftray.model.packed_attention import packed_layout
+from ftray.model.weights import load_weights
 from ftray.objectives import LogProbs, sft_loss
 
 # float32 sums in another order
@@ -194,7 +194,7 @@ def alpaca_rows():
 def test_sampled_answers_are_transformers_greedy_generation(model, dataset, tiny_base):
     from transformers import AutoModelForCausalLM
 
-    from ftray.train.sampling import sample_answers, take_prompts
+    from ftray.train.hooks.samples import sample_answers, take_prompts
 
     class OneRank:
         share, num_shares = 0, 1

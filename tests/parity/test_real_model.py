@@ -12,7 +12,7 @@ from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.engines import generate
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.torch_engine import TorchEngine
+from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.engines import load_adapter
-from ftray.infer.kv_cache import PAGE_TOKENS, KVCache
 from ftray.infer.protocol import Request, Sampling, Structure
-from ftray.infer.scheduler import Scheduler
-from ftray.infer.torch_engine import TorchEngine
-from ftray.model import cpu_kernels
+from ftray.infer.torch_engine.cpu import kernels as cpu_kernels
+from ftray.infer.torch_engine.engine import TorchEngine
+from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, KVCache
+from ftray.infer.torch_engine.scheduler import Scheduler
 from ftray.model.hardware import choose_hardware
 
 
@@ -57,7 +57,7 @@ def test_prompts_in_pieces_equal_whole_prompts(tiny_base, adapters):
 
 def test_a_piece_that_sees_too_little_is_found(tiny_base, adapters, monkeypatch):
     """The twin: the pieces after the first forget what came before."""
-    from ftray.infer import torch_engine
+    from ftray.infer.torch_engine.engine import engine as torch_engine
 
     real = torch_engine.prompt_context
 

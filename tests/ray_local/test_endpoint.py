@@ -8,9 +8,9 @@ import openai
 import pytest
 from tiny import chat_rows, write_jsonl, write_peft_adapter, write_tiny_model
 
+from ftray.artifacts.publish import publish_adapter
 from ftray.config import parse_config
 from ftray.errors import UserError
-from ftray.publish import publish_adapter
 from ftray.registry import Registry
 from ftray.serve.app import check_endpoint, start_endpoint, stop_endpoint
 
@@ -157,7 +157,7 @@ def test_served_accuracy_equals_offline_accuracy(client, url, tiny_base, adapter
     from ftray.evaluate.offline import evaluate_offline
     from ftray.evaluate.task import answer_tokens, load_questions
     from ftray.infer.engines import load_adapter
-    from ftray.infer.torch_engine import TorchEngine
+    from ftray.infer.torch_engine.engine import TorchEngine
     from ftray.model.chat import ChatRenderer
     from ftray.model.hardware import choose_hardware
 

@@ -5,22 +5,22 @@ import json
 import pytest
 from tiny import pair_rows, write_jsonl
 
+from ftray.artifacts.publish import publish_adapter
+from ftray.artifacts.resolve import resolve_start
 from ftray.cli.main import main
 from ftray.config import parse_config
 from ftray.errors import ConfigError, DataError, FtrayError, UserError
 from ftray.evaluate.offline import evaluate_offline
+from ftray.evaluate.scores import Score
 from ftray.evaluate.task import load_questions
 from ftray.infer.engines import load_adapter, make_local_engine
 from ftray.model.hardware import choose_hardware
 from ftray.pipeline.check import check_pipeline
 from ftray.pipeline.scores import judge
 from ftray.pipeline.stages import run_pipeline
-from ftray.pipeline.start import resolve_start
-from ftray.publish import publish_adapter
 from ftray.registry import Registry
 from ftray.storage import read_json, write_json
-from ftray.sweep.scores import Score
-from ftray.train.ray_trainer import Watcher
+from ftray.train.on_ray.trainer import Watcher
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
+from ftray.artifacts.publish import publish_adapter
 from ftray.cli import rollout
 from ftray.cli.main import main
 from ftray.config import parse_config
-from ftray.publish import publish_adapter
 from ftray.registry import CanaryLimits, Registry
-from ftray.serve.accounts import Accounts, Tenant
 from ftray.serve.app import APP_NAME, ray_log_directory, start_endpoint, stop_endpoint
+from ftray.serve.tenants.accounts import Accounts, Tenant
 
 KINDS = ["r4", "r8", "r16", "qv"]  # version N holds the weights of KINDS[(N - 1) % 4]
 QUESTION = "where is the refund"

@@ -12,9 +12,9 @@ from ftray.cli.main import main
 from ftray.errors import InterruptedRunError, UserError
 from ftray.storage import ObjectStore, read_json, verify_directory
 from ftray.tracking.metrics import read_metrics
-from ftray.train import stored_run
 from ftray.train.launch import launch
-from ftray.train.stored_run import local_root, look_at_runs
+from ftray.train.runs import store as stored_run
+from ftray.train.runs.store import local_root, look_at_runs
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from ftray.serve.app import ray_log_directory
 from ftray.storage import read_json, verify_directory
 from ftray.tracking.metrics import read_metrics
 from ftray.tracking.samples import read_samples
-from ftray.train.checkpoint import newest_whole_checkpoint
+from ftray.train.checkpoints.checkpoint import newest_whole_checkpoint
 from ftray.train.launch import launch
 
 
@@ -154,7 +154,7 @@ def test_full_fine_tuning_with_zero_3_gives_a_model_that_serves(ray_session, con
     from ftray.config.serve import AdaptersConfig, EngineConfig
     from ftray.infer.engines import generate
     from ftray.infer.protocol import Request, Sampling
-    from ftray.infer.torch_engine import TorchEngine
+    from ftray.infer.torch_engine.engine import TorchEngine
     from ftray.model.base import prepare_base
     from ftray.model.hardware import choose_hardware
 

@@ -11,7 +11,7 @@ from ftray.config import load_sweep
 from ftray.errors import UserError
 from ftray.storage import read_json
 from ftray.sweep.launch import look_into, run_sweep
-from ftray.sweep.schedulers import Arrival, Asha
+from ftray.sweep.search.schedulers import Arrival, Asha
 from ftray.tracking.metrics import read_metrics
 
 

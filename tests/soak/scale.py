@@ -65,7 +65,7 @@ def measure(nodes: int) -> dict:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from ftray.train.ray_trainer import set_poll_interval
+    from ftray.train.on_ray.trainer import set_poll_interval
 
     set_poll_interval(nodes)
     began = time.time()

@@ -127,7 +127,7 @@ class Soak:
         return {"Authorization": f"Bearer {self.keys[tenant]}"}
 
     async def flip(self, registry, adapters: list[Path], until: float) -> None:
-        from ftray.publish import publish_adapter
+        from ftray.artifacts.publish import publish_adapter
 
         chance, number = random.Random(0), 0
         while time.monotonic() < until:
@@ -245,11 +245,11 @@ def main() -> int:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
+    from ftray.artifacts.publish import publish_adapter
     from ftray.config import parse_config
-    from ftray.publish import publish_adapter
     from ftray.registry import Registry
-    from ftray.serve.accounts import Accounts, Tenant
     from ftray.serve.app import start_endpoint, stop_endpoint
+    from ftray.serve.tenants.accounts import Accounts, Tenant
 
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)

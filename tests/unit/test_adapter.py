@@ -10,11 +10,12 @@ from tiny import write_peft_adapter, write_tiny_model
 
 from ftray.config.run import AdapterConfig
 from ftray.errors import AdapterError
+from ftray.infer.torch_engine.lora.bank import LoraBank
 from ftray.model.adapter import read_adapter
-from ftray.model.base import load_weights, prepare_base
+from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.model.lora import inject_lora, write_adapter
-from ftray.model.multi_lora import LoraBank
+from ftray.model.weights import load_weights
 
 
 @pytest.fixture

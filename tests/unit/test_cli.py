@@ -9,8 +9,8 @@ import sys
 import pytest
 from tiny import write_jsonl
 
+from ftray.artifacts.publish import publish_adapter
 from ftray.cli.main import main
-from ftray.publish import publish_adapter
 from ftray.registry import Registry
 
 

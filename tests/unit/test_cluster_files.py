@@ -19,7 +19,7 @@ from packaging.version import Version
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ruamel.yaml import YAML
 
-from ftray.cluster.submit import END_S, with_time_to_end
+from ftray.submit.jobs import END_S, with_time_to_end
 
 ROOT = Path(__file__).parents[2]
 RAY_UP = sorted((ROOT / "cluster/ray_up").glob("*.yaml"))
@@ -193,7 +193,7 @@ def test_scripts_are_as_shellcheck_wants_them():
 @pytest.mark.parametrize("path", sorted((ROOT / "cluster/network").glob("*.env")), ids=lambda path: path.stem)
 def test_settings_of_networks_reach_the_workers(path, monkeypatch):
     """A shell reads them; the driver hands them on; each has a comment above it."""
-    from ftray.train.ray_trainer import worker_environment
+    from ftray.cluster.worker_env import worker_environment
 
     show = f"set -a; . {path}; python3 -c 'import json, os; print(json.dumps(dict(os.environ)))'"
     done = subprocess.run(["bash", "-euc", show], capture_output=True, text=True, check=True)
@@ -206,8 +206,8 @@ def test_settings_of_networks_reach_the_workers(path, monkeypatch):
 
 
 def test_dashboards_and_alerts_know_the_metrics():
-    from ftray.serve import metrics
-    from ftray.train.recording import Gauges
+    from ftray.serve.telemetry import metrics
+    from ftray.train.hooks.recorder import Gauges
 
     dashboard = json.loads((ROOT / "cluster/grafana/ftray-training.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
@@ -258,8 +258,8 @@ def test_a_jobs_upload_is_small_and_whole(tmp_path):
 
 
 def test_runtime_environments_are_read_and_mistakes_told(tmp_path):
-    from ftray.cluster.submit import read_runtime_env
     from ftray.errors import UserError
+    from ftray.submit.jobs import read_runtime_env
 
     assert "uv" in read_runtime_env(str(ROOT / "cluster/runtime_env.yaml"))
     for text, says in (

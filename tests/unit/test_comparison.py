@@ -5,10 +5,10 @@ from tiny import RUN_OF_SWEEPS
 
 from ftray.config import load_sweep
 from ftray.errors import ConfigError
+from ftray.evaluate.scores import Score
 from ftray.storage import write_json
-from ftray.sweep.comparison import BASE, Alone, is_measured, note_measured, read_comparison
-from ftray.sweep.report import comparison_table, write_sweep_report
-from ftray.sweep.scores import Score
+from ftray.sweep.compare.comparison import BASE, Alone, is_measured, note_measured, read_comparison
+from ftray.sweep.report.report import comparison_table, write_sweep_report
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Report
 

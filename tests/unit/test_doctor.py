@@ -11,10 +11,10 @@ import pytest
 import typer
 
 from ftray.cli.doctor import doctor
-from ftray.cluster.bandwidth import Peer, judge_links, rounds
-from ftray.cluster.doctor import CONSTRAINTS, PINNED, examine, judge
-from ftray.cluster.machine import Gpu, Interface, Machine, Room, look, parse_gpus
-from ftray.cluster.nodes import compare, compare_storage, describe_cluster, examine_cluster
+from ftray.doctor.bandwidth import Peer, judge_links, rounds
+from ftray.doctor.checks import CONSTRAINTS, PINNED, examine, judge
+from ftray.doctor.machine import Gpu, Interface, Machine, Room, look, parse_gpus
+from ftray.doctor.nodes import compare, compare_storage, describe_cluster, examine_cluster
 from ftray.errors import UserError
 
 PINS = dict(line.split("==") for line in CONSTRAINTS.read_text().split() if "==" in line)

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
+import ftray.cluster.session
 import ftray.serve.app
-import ftray.train.session
 from ftray.cli.serve import run_endpoint
 from ftray.config import parse_config
 
@@ -42,7 +42,7 @@ def test_a_second_sigterm_does_not_end_the_end(monkeypatch, capsys, handlers, du
         os.kill(os.getpid(), signal.SIGTERM)
         steps.append("stopped")
 
-    monkeypatch.setattr(ftray.train.session, "start_ray", start_ray)
+    monkeypatch.setattr(ftray.cluster.session, "start_ray", start_ray)
     monkeypatch.setattr(ftray.serve.app, "start_endpoint", start_endpoint)
     monkeypatch.setattr(ftray.serve.app, "stop_endpoint", stop_endpoint)
     settings = parse_config("kind: serve\nbase_model: base\nadapters: {registry: r}\n", kind="serve", source="test")

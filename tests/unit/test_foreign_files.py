@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig
 
 from ftray.errors import UserError
-from ftray.model.base import load_tokenizer, load_weights, prepare_base
+from ftray.model.base import load_tokenizer, prepare_base
 from ftray.model.hardware import choose_hardware
+from ftray.model.weights import load_weights
 
 CODE = """
 from pathlib import Path

@@ -7,14 +7,14 @@ from fake_endpoint import DIED, LocalLedger, ask, make_client
 
 from ftray.errors import FtrayError
 from ftray.registry import CanaryLimits
-from ftray.serve.access_log import AccessLog
-from ftray.serve.accounts import Accounts, Tenant
-from ftray.serve.gate import Gate
-from ftray.serve.ingress import Ingress
-from ftray.serve.limits import Gatekeeper
-from ftray.serve.messages import renderable
-from ftray.serve.models import ModelNames
-from ftray.serve.places import Places
+from ftray.serve.http.ingress import Ingress
+from ftray.serve.openai.messages import renderable
+from ftray.serve.replica.admission import Places
+from ftray.serve.routing.model_names import ModelNames
+from ftray.serve.telemetry.access_log import AccessLog
+from ftray.serve.tenants.accounts import Accounts, Tenant
+from ftray.serve.tenants.auth import Gate
+from ftray.serve.tenants.rate_limits import Gatekeeper
 
 LIMITS = CanaryLimits(min_requests=10)
 

@@ -6,7 +6,7 @@ from ftray.infer.engines import generate, load_adapter
 from ftray.infer.protocol import Request, Sampling, Structure
 from ftray.infer.structure import GrammarMatcher
 from ftray.infer.text import TextStream
-from ftray.infer.torch_engine import TorchEngine
+from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.hardware import choose_hardware
 
 

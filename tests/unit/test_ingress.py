@@ -9,12 +9,12 @@ from fake_endpoint import LocalLedger, ask, make_client
 
 from ftray.errors import ConflictError, FtrayError, NotFoundError, UserError
 from ftray.registry import CanaryLimits, Registry
-from ftray.serve.accounts import Accounts, Tenant, Usage
-from ftray.serve.canary import CanaryWatch, is_chosen
-from ftray.serve.gate import Gate
-from ftray.serve.ingress import Ingress
-from ftray.serve.limits import Gatekeeper, Refusal
-from ftray.serve.models import ModelNames
+from ftray.serve.http.ingress import Ingress
+from ftray.serve.routing.canary import CanaryWatch, is_chosen
+from ftray.serve.routing.model_names import ModelNames
+from ftray.serve.tenants.accounts import Accounts, Tenant, Usage
+from ftray.serve.tenants.auth import Gate
+from ftray.serve.tenants.rate_limits import Gatekeeper, Refusal
 
 LIMITS = CanaryLimits(min_requests=10)
 

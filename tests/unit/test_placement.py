@@ -1,6 +1,6 @@
 """Which replicas a request tries first."""
 
-from ftray.serve.placement import ReplicaView, ranked
+from ftray.serve.routing.placement import ReplicaView, ranked
 
 
 def view(name: str, *adapters: str, load: int = 0) -> ReplicaView:

@@ -8,11 +8,12 @@ import torch
 from tiny import write_jsonl
 
 from ftray.cli.main import main
-from ftray.cluster.gpus import GPUS
-from ftray.cluster.plan import Work, cheapest, options, plan_memory
 from ftray.config import parse_config
 from ftray.errors import UserError
-from ftray.model.meta import measure_model, read_model_config
+from ftray.plan.gpus import GPUS
+from ftray.plan.memory import plan_memory
+from ftray.plan.model_size import measure_model, read_model_config
+from ftray.plan.options import Work, cheapest, options
 
 GIB = 2**30
 CLUSTER_CONFIGS = {  # GPUs each is written for

@@ -10,11 +10,11 @@ import uvicorn
 from fake_endpoint import LocalLedger, make_client
 from playwright.sync_api import expect, sync_playwright
 
-from ftray.serve.accounts import Accounts, Tenant
-from ftray.serve.gate import Gate
-from ftray.serve.ingress import Ingress
-from ftray.serve.limits import Gatekeeper
-from ftray.serve.models import ModelNames
+from ftray.serve.http.ingress import Ingress
+from ftray.serve.routing.model_names import ModelNames
+from ftray.serve.tenants.accounts import Accounts, Tenant
+from ftray.serve.tenants.auth import Gate
+from ftray.serve.tenants.rate_limits import Gatekeeper
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")

@@ -11,9 +11,9 @@ from ftray.config.domains import Range
 from ftray.config.space import short
 from ftray.errors import ConfigError
 from ftray.storage import read_json, write_json, write_manifest
-from ftray.sweep.describe import describe_moves
-from ftray.sweep.population import RATE, Moved, choose_moves, take_over
-from ftray.sweep.report import write_sweep_report
+from ftray.sweep.report.report import write_sweep_report
+from ftray.sweep.report.text import describe_moves
+from ftray.sweep.search.population import RATE, Moved, choose_moves, take_over
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Report, trials_directory
 from ftray.tracking.events import read_events
@@ -166,7 +166,7 @@ def test_a_turn_that_was_cut_off_between_its_files_and_the_journal_is_made_again
         raise KeyboardInterrupt
 
     study_moves = [max(runs, key=lambda run: abs(study.config_of(run).optimizer.learning_rate - 1e-2)).name]
-    with cut_off(monkeypatch, "ftray.sweep.population.write_json", crash):
+    with cut_off(monkeypatch, "ftray.sweep.search.population.write_json", crash):
         train(study, tmp_path, runs[7])
     again = Study(*load(), tmp_path)
     assert len({moved.run for moved in again.moves}) == len(again.moves) == 2

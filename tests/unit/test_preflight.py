@@ -10,11 +10,13 @@ import pytest
 import torch.multiprocessing as multiprocessing
 from tiny import write_tiny_model
 
+from ftray.cluster.probe import NodeReport, compare_nodes
+from ftray.cluster.resources import workers_that_fit
 from ftray.config import parse_config
 from ftray.errors import UserError
 from ftray.model.base import prepare_base
 from ftray.tracking.environment import describe_environment
-from ftray.train.preflight import NodeReport, check_disk, checkpoint_bytes, compare_nodes, workers_that_fit
+from ftray.train.checkpoints.disk_space import check_disk, checkpoint_bytes
 
 PACKAGES = describe_environment()["packages"]
 GOOD = {"address": "10.0.0.2", "probe": "token", "packages": PACKAGES, "clock": 100.5}
@@ -75,7 +77,7 @@ def reach(rank: int, port: int, out: Path) -> None:
     import torch.distributed as dist
 
     from ftray.model.hardware import choose_hardware
-    from ftray.train.communication import measure_all_reduce
+    from ftray.train.on_ray.communication import measure_all_reduce
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)

@@ -12,9 +12,9 @@ from ftray.storage import read_json, write_json, write_manifest
 from ftray.tracking.metrics import MetricsFollower, MetricsLog, read_metrics
 from ftray.tracking.report import AnswerTable, write_report
 from ftray.tracking.wandb import choose_mode
-from ftray.train.checkpoint import newest_whole_checkpoint
-from ftray.train.run_directory import only_driver, open_run_directory, refuse_vanishing_directory
-from ftray.train.schedule import make_schedule
+from ftray.train.checkpoints.checkpoint import newest_whole_checkpoint
+from ftray.train.engine.schedule import make_schedule
+from ftray.train.runs.directory import only_driver, open_run_directory, refuse_vanishing_directory
 
 
 def make_config(tmp_path, *overrides):

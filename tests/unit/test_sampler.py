@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ftray.infer.protocol import Sampling
-from ftray.infer.sampler import NUCLEUS_CANDIDATES, TokenSampler, sample
+from ftray.infer.torch_engine.sampler import NUCLEUS_CANDIDATES, TokenSampler, sample
 
 LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
 

@@ -8,10 +8,10 @@ import torch
 from ftray.config import parse_config
 from ftray.errors import FtrayError
 from ftray.storage import remove_unlisted, verify_directory, write_manifest
-from ftray.train import saver as saver_module
-from ftray.train.guard import LossGuard, name_rows, suspects
-from ftray.train.saver import Saver
-from ftray.train.sharded import MASTER, Shard, ShardedState, write_shard
+from ftray.train.checkpoints import saver as saver_module
+from ftray.train.checkpoints.saver import Saver
+from ftray.train.engine.state import MASTER, Shard, ShardedState, write_shard
+from ftray.train.loss_guard import LossGuard, name_rows, suspects
 
 
 class OneRank:

@@ -10,15 +10,15 @@ import torch
 from ftray.config.serve import EngineConfig
 from ftray.errors import AdapterError
 from ftray.infer.fair_queue import FairQueue
-from ftray.infer.kv_cache import PagePool, page_name
 from ftray.infer.protocol import Request, Sampling
-from ftray.infer.scheduler import MAX_STEPS_CROWDED_OUT, Scheduler
-from ftray.infer.sequence import Sequence
-from ftray.infer.slot_turns import MIN_STEPS
-from ftray.infer.vllm_answers import Answering
-from ftray.infer.vllm_engine import MAX_PASSED_OVER, VllmEngine
-from ftray.model.adapter_runs import matmul_runs
-from ftray.model.adapter_slots import AdapterSlots, Factors, HostAdapter, Segment
+from ftray.infer.torch_engine.kv_cache import PagePool, page_name
+from ftray.infer.torch_engine.lora.batch import matmul_runs
+from ftray.infer.torch_engine.lora.slots import AdapterSlots, Factors, HostAdapter, Segment
+from ftray.infer.torch_engine.scheduler import MAX_STEPS_CROWDED_OUT, Scheduler
+from ftray.infer.torch_engine.sequence import Sequence
+from ftray.infer.torch_engine.slot_rotation import MIN_STEPS
+from ftray.infer.vllm_engine.engine import MAX_PASSED_OVER, VllmEngine
+from ftray.infer.vllm_engine.outputs import Answering
 
 # -- pages -------------------------------------------------------------------------------------------------------------
 

@@ -11,14 +11,14 @@ from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.protocol import EngineStats, Request, TokenEvent
 from ftray.model.adapter import check_base
 from ftray.registry import Registry
-from ftray.serve.gate import Gate
-from ftray.serve.ingress import Ingress
-from ftray.serve.models import ModelNames
-from ftray.serve.prefetch import Prefetcher
-from ftray.serve.residency import AdapterResidency
-from ftray.serve.runner import EngineRunner
-from ftray.serve.traffic import Traffic
-from ftray.serve.turns import Turns
+from ftray.serve.http.ingress import Ingress
+from ftray.serve.replica.engine_thread import EngineRunner
+from ftray.serve.replica.fair_semaphore import Turns
+from ftray.serve.replica.popularity import Traffic
+from ftray.serve.replica.prefetch import Prefetcher
+from ftray.serve.replica.residency import AdapterResidency
+from ftray.serve.routing.model_names import ModelNames
+from ftray.serve.tenants.auth import Gate
 
 
 @pytest.fixture
@@ -485,7 +485,7 @@ def test_a_store_that_is_down_at_the_start_is_followed_later(monkeypatch):
         assert journal.down == 0
         following.cancel()
 
-    monkeypatch.setattr("ftray.serve.prefetch.POLL_S", 0.01)
+    monkeypatch.setattr("ftray.serve.replica.prefetch.POLL_S", 0.01)
     asyncio.run(scenario())
 
 
@@ -505,7 +505,7 @@ def test_an_entry_that_nobody_can_read_does_not_end_the_prefetching(monkeypatch,
         assert journal.looks > 1
         following.cancel()
 
-    monkeypatch.setattr("ftray.serve.prefetch.POLL_S", 0.01)
+    monkeypatch.setattr("ftray.serve.replica.prefetch.POLL_S", 0.01)
     asyncio.run(scenario())
     assert "journal cannot be read" in caplog.text
 

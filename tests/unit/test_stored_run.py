@@ -10,9 +10,9 @@ import time
 import pytest
 from s3 import s3_server
 
+from ftray.artifacts.publish import publish_adapter
 from ftray.errors import DamagedError, FtrayError, UserError
 from ftray.model.adapter import adapter_at_hand, read_adapter
-from ftray.publish import publish_adapter
 from ftray.registry import Registry
 from ftray.storage import AlreadyExists, ObjectStore, lease, write_json, write_manifest
 from ftray.storage.lease import Lease, describe_process, held
@@ -20,18 +20,11 @@ from ftray.storage.mirror import Mirror
 from ftray.storage.objects import state_of
 from ftray.tracking.events import read_events, record_driver_event, record_event
 from ftray.tracking.metrics import MetricsFollower
-from ftray.train.checkpoint import first_whole
+from ftray.train.checkpoints.checkpoint import first_whole
+from ftray.train.checkpoints.stored import StoredCheckpoints
+from ftray.train.hooks.watchdog import HangReader, hang_file
 from ftray.train.job import TrainJob
-from ftray.train.stored_checkpoints import StoredCheckpoints
-from ftray.train.stored_run import (
-    StoredRun,
-    WorkerNotes,
-    directory_of_rank,
-    local_directory,
-    local_root,
-    store_tokens,
-)
-from ftray.train.watchdog import HangReader, hang_file
+from ftray.train.runs.store import StoredRun, WorkerNotes, directory_of_rank, local_directory, local_root, store_tokens
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +225,7 @@ def test_a_driver_that_was_replaced_writes_nothing_more(url, monkeypatch):
 
 
 def test_notes_of_rank_0_reach_the_driver_and_a_request_to_stop_reaches_rank_0(url, tmp_path, monkeypatch):
-    monkeypatch.setattr("ftray.train.stored_run.SYNC_S", 0.1)
+    monkeypatch.setattr("ftray.train.runs.store.SYNC_S", 0.1)
     run = StoredRun(url, "demo")
     with run.opened(refusal=""):
         directory = run.directory
@@ -272,7 +265,7 @@ def test_notes_of_rank_0_reach_the_driver_and_a_request_to_stop_reaches_rank_0(u
 
 def test_a_rank_that_stood_still_is_named_by_the_one_after_it(url, monkeypatch):
     """It ends inside faulthandler, and can send nothing; the ranks that Ray starts then find what it wrote."""
-    monkeypatch.setattr("ftray.train.watchdog.SILENT_AFTER_S", 0.0)
+    monkeypatch.setattr("ftray.train.hooks.watchdog.SILENT_AFTER_S", 0.0)
     stacks = ['Current thread 0x1:\n  File "/x/torch/distributed/c10d.py", line 7 in all_reduce\n']
     stacks += ['Current thread 0x2:\n  File "/x/data.py", line 3 in read\n']
     run, reader = StoredRun(url, "demo"), HangReader(local_directory(url, "demo"))

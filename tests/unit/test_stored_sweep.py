@@ -11,9 +11,10 @@ from ftray.cli.main import main
 from ftray.config import RunConfig, load_sweep
 from ftray.errors import FtrayError, UserError
 from ftray.storage import ObjectStore, lease
-from ftray.sweep import launch, stored_sweep
+from ftray.sweep import launch
+from ftray.sweep import store as stored_sweep
 from ftray.sweep.launch import first_run, look_into, open_directory, run_sweep
-from ftray.sweep.stored_sweep import StoredSweep, forget_leftover
+from ftray.sweep.store import StoredSweep, forget_leftover
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Report
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ftray.cluster import supervise
+from ftray.submit import supervise
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def test_tries_come_to_an_end(tmp_path):
 
 def test_who_is_asked_to_end_is_not_started_again(tmp_path):
     command = driver(tmp_path / "log", "import time; time.sleep(60)")
-    words = [sys.executable, "-m", "ftray.cluster.supervise", "3", "--", *command]
+    words = [sys.executable, "-m", "ftray.submit.supervise", "3", "--", *command]
     process = subprocess.Popen(words)
     while not (tmp_path / "log").is_file():
         time.sleep(0.05)

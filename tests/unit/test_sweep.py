@@ -16,16 +16,16 @@ from ftray.config.run import AdapterConfig
 from ftray.errors import ConfigError, DataError, NotFoundError
 from ftray.model.hardware import choose_hardware
 from ftray.storage import write_json
-from ftray.sweep.describe import conclusion
-from ftray.sweep.fusable import fusing_of
-from ftray.sweep.fused_group import RowSharing
-from ftray.sweep.fused_trials import MAX_HAND_OUTS, Desk
+from ftray.sweep.fused.coordinator import MAX_HAND_OUTS, Desk
+from ftray.sweep.fused.eligibility import fusing_of
+from ftray.sweep.fused.group import RowSharing
+from ftray.sweep.fused.memory import MemberRoom
 from ftray.sweep.launch import check_inputs, shares
-from ftray.sweep.member_room import MemberRoom
-from ftray.sweep.plots import cell, heat_map
-from ftray.sweep.report import LivePage, status_text, train_command, write_sweep_report
-from ftray.sweep.schedulers import Arrival, Asha, MedianStopping
-from ftray.sweep.search import STARTUP_TRIALS, importance
+from ftray.sweep.report.plots import cell, heat_map
+from ftray.sweep.report.report import LivePage, status_text, train_command, write_sweep_report
+from ftray.sweep.report.text import conclusion
+from ftray.sweep.search.algorithms import STARTUP_TRIALS, importance
+from ftray.sweep.search.schedulers import Arrival, Asha, MedianStopping
 from ftray.sweep.study import JOURNAL, Study
 from ftray.sweep.trials import Report, SweepRun, Trial
 

@@ -14,17 +14,17 @@ from fake_endpoint import LocalLedger, ask, make_client
 
 from ftray.infer.protocol import EngineStats
 from ftray.registry import CanaryLimits
-from ftray.serve import metrics
-from ftray.serve.access_log import AccessLog
-from ftray.serve.accounts import Accounts, Tenant
-from ftray.serve.answer import Answer
-from ftray.serve.api import ANSWERING
-from ftray.serve.gate import Caller, Gate
-from ftray.serve.ingress import Ingress
-from ftray.serve.limits import Gatekeeper
-from ftray.serve.metrics import AdapterMetrics, EngineMetrics, Names
-from ftray.serve.models import ModelNames, ServedModel
-from ftray.serve.request_metrics import RequestMetrics
+from ftray.serve.http.answer import Answer
+from ftray.serve.http.api import ANSWERING
+from ftray.serve.http.ingress import Ingress
+from ftray.serve.routing.model_names import ModelNames, ServedModel
+from ftray.serve.telemetry import metrics
+from ftray.serve.telemetry.access_log import AccessLog
+from ftray.serve.telemetry.metrics import AdapterMetrics, EngineMetrics, Names
+from ftray.serve.telemetry.request_metrics import RequestMetrics
+from ftray.serve.tenants.accounts import Accounts, Tenant
+from ftray.serve.tenants.auth import Caller, Gate
+from ftray.serve.tenants.rate_limits import Gatekeeper
 
 
 class KeptMeter:
@@ -184,7 +184,7 @@ def test_traces_carry_the_callers_parent_and_no_text(ingress, key):
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    from ftray.serve.tracing import Traces
+    from ftray.serve.telemetry.tracing import Traces
 
     kept = InMemorySpanExporter()
     client = make_client(ingress, watchers=[Traces(SimpleSpanProcessor(kept), paths=ANSWERING)])
@@ -203,7 +203,7 @@ def test_traces_carry_the_callers_parent_and_no_text(ingress, key):
 def test_an_otlp_collector_gets_the_spans(ingress, key):
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-    from ftray.serve.tracing import otlp_traces
+    from ftray.serve.telemetry.tracing import otlp_traces
 
     got: list[ExportTraceServiceRequest] = []
 

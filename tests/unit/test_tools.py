@@ -7,11 +7,11 @@ from fake_endpoint import ask, make_client
 
 from ftray.errors import DataError
 from ftray.infer.protocol import Structure
-from ftray.serve.gate import Gate
-from ftray.serve.ingress import Ingress
-from ftray.serve.messages import renderable
-from ftray.serve.models import ModelNames
-from ftray.serve.tools import Call, CallFinder
+from ftray.serve.http.ingress import Ingress
+from ftray.serve.openai.messages import renderable
+from ftray.serve.openai.tools import Call, CallFinder
+from ftray.serve.routing.model_names import ModelNames
+from ftray.serve.tenants.auth import Gate
 
 WEATHER = {
     "type": "function",

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from ftray.infer.protocol import Request
-from ftray.infer.vllm_answers import Answering, token_events
+from ftray.infer.vllm_engine.outputs import Answering, token_events
 
 
 @pytest.mark.parametrize(("told", "reason"), [("abort", "error"), ("error", "error"), ("stop", "stop")])

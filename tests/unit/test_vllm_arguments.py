@@ -8,9 +8,9 @@ import torch
 from ftray.config.serve import AdaptersConfig, EngineConfig, ServeConfig
 from ftray.errors import UserError
 from ftray.infer.engines import check_engine
-from ftray.infer.vllm_arguments import GPUS_PER_WORKER, linear_shapes, slot_bytes, slots_within, vllm_arguments
+from ftray.infer.vllm_engine.arguments import GPUS_PER_WORKER, linear_shapes, slot_bytes, slots_within, vllm_arguments
 from ftray.model.hardware import Hardware
-from ftray.serve.resources import replica_resources
+from ftray.serve.replica.resources import replica_resources
 
 H100 = Hardware(torch.device("cuda", 0), torch.bfloat16, "nccl", "as if")
 

@@ -20,11 +20,11 @@ from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import AdapterError, UserError
 from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request
-from ftray.infer.vllm_engine import VllmEngine
+from ftray.infer.vllm_engine.engine import VllmEngine
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
-from ftray.serve.job import GenerateJob
-from ftray.serve.replica import EngineReplica
+from ftray.serve.protocol import GenerateJob
+from ftray.serve.replica.replica import EngineReplica
 
 NUM_SLOTS = 2
 

@@ -1,0 +1,41 @@
+"""Where a run starts from, when it is not its base alone: `adapter.init_from`."""
+
+import json
+from pathlib import Path
+
+from ftray.config import RunConfig
+from ftray.model.adapter import adapter_at_hand, check_base
+from ftray.model.base import prepare_base
+from ftray.registry import Registry
+from ftray.registry.reference import parse_reference
+from ftray.storage import ObjectStore, verify_directory
+from ftray.storage.manifest import MANIFEST
+from ftray.train.runs.store import place_of
+
+
+def resolve_start(run: RunConfig, *, fresh: bool = False) -> tuple[RunConfig, Path | str | None]:
+    """`adapter.init_from` as the exact version it is now, or was when the run began, and its files."""
+    reference = run.adapter.init_from if run.adapter is not None else None
+    if run.adapter is None or reference is None:
+        return run, None
+    base = prepare_base(run.base_model, say=print)
+    if (directory := adapter_at_hand(reference)) is not None:
+        if (directory / MANIFEST).is_file():  # a foreign PEFT directory has none
+            check_base(reference, verify_directory(directory).metadata, base, here="this run's base is")
+        return run, reference if "://" in reference else directory.absolute()
+    registry = Registry(run.registry)
+    version = registry.get((None if fresh else version_begun_with(run, reference)) or reference)
+    check_base(str(version), version.metadata, base, here="this run's base is")
+    adapter = run.adapter.model_copy(update={"init_from": str(version)})
+    registry.directory(version)  # whole
+    return run.model_copy(update={"adapter": adapter}), registry.place(version)
+
+
+def version_begun_with(run: RunConfig, reference: str) -> str | None:
+    """Of a run that is gone on with: an alias may have moved since."""
+    content = ObjectStore(place_of(run.runs_dir, run.name)).read("config.json")
+    begun = ((json.loads(content) if content is not None else {}).get("adapter") or {}).get("init_from")
+    wanted = parse_reference(reference)
+    if begun is None or wanted.alias is None or "/" in begun or parse_reference(begun).name != wanted.name:
+        return None
+    return begun

@@ -1,0 +1,1 @@
+"""The embedded engine: scheduler, paged KV cache, sampler, decoder, many adapters in one forward pass."""

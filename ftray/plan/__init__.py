@@ -1,0 +1,1 @@
+"""`ftray plan`: memory, time and cost of a run before a GPU is touched."""

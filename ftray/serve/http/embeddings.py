@@ -1,0 +1,140 @@
+"""Embeddings, and texts to token ids and back: what is answered at once, by one replica."""
+
+import asyncio
+import base64
+import struct
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+from fastapi import HTTPException
+from pydantic import Field
+
+from ftray.serve.http.answer import Answer
+from ftray.serve.http.context import Exchange, detached
+from ftray.serve.http.ingress import DEADLINE_PASSED, deadline_of, is_fault, resolved
+from ftray.serve.openai.schemas import MAX_PROMPTS, Body, Texts, as_list
+from ftray.serve.openai.tools import Tool, as_given
+from ftray.serve.protocol import EmbedJob, Event, QuickJob, TokenizeJob, TokenizerInfoJob
+from ftray.serve.routing.model_names import ModelNames
+from ftray.serve.tenants.auth import Gate
+
+
+class EmbeddingRequest(Body):
+    """OpenAI's."""
+
+    model: str
+    input: Texts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(default=None, ge=1)  # the first so many, normalised again (Matryoshka)
+    user: str | None = None
+
+
+class TokenizeRequest(Body):
+    """vLLM's."""
+
+    model: str | None = None  # all share one tokenizer
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[int]
+
+
+class AskedReplica(Protocol):
+    async def ask(self, job: QuickJob) -> Event:
+        """Its answer, or {"error", "status"}."""
+        ...
+
+
+class TextRoutes:
+    def __init__(self, names: ModelNames, replica: AskedReplica, gate: Gate, *, timeout_s: float | None = None):
+        self._names = names
+        self._replica = replica
+        self._gate = gate
+        self._timeout_s = timeout_s
+
+    async def embed(self, request: EmbeddingRequest, exchange: Exchange) -> dict[str, Any]:
+        exchange.asked_model = request.model
+        texts = checked(as_list(request.input))
+        caller = await self._gate.admit(exchange, user=request.user)
+        model = await resolved(self._names, request.model, key=caller.key, may_use=caller.tenant.may_use)
+        answer = exchange.answer = Answer(caller, model, exchange.request_id, exchange.began)
+        job = EmbedJob(texts, model.adapter, request.dimensions, caller.tenant.name, request.user or "")
+        found = await self._embedded(answer, job, deadline_of(exchange.headers, self._timeout_s))
+        answer.prompt_tokens, answer.is_whole = found["prompt_tokens"], True
+        await asyncio.shield(detached(self._gate.record(answer.usage())))  # also when the client has gone
+        model = answer.model
+        told = base64_of if request.encoding_format == "base64" else list[float]
+        return {
+            "object": "list",
+            "model": model.id,
+            "data": [
+                {"object": "embedding", "index": index, "embedding": told(vector)}
+                for index, vector in enumerate(found["vectors"])
+            ],
+            "usage": {"prompt_tokens": answer.prompt_tokens, "total_tokens": answer.prompt_tokens},
+        }
+
+    async def _embedded(self, answer: Answer, job: EmbedJob, deadline: float | None) -> Event:
+        """What a canary cannot answer the stable version does."""
+        while True:
+            tried = answer.model
+            try:
+                async with asyncio.timeout_at(deadline):
+                    found = await self._replica.ask(replace(job, adapter=tried.adapter))
+            except TimeoutError:
+                raise HTTPException(504, DEADLINE_PASSED) from None
+            failed = is_fault(found)
+            if tried.canary is not None and (failed or "error" not in found):
+                # Vectors have no first token: only failures are compared.
+                await asyncio.to_thread(self._names.note, tried, failed=failed, first_token_s=None)
+            if not failed or not tried.is_canary:
+                return self._of(found)
+            answer.model = tried.fallback
+
+    async def tokenize(self, request: TokenizeRequest, exchange: Exchange) -> dict[str, Any]:
+        if (request.prompt is None) == (request.messages is None):
+            raise HTTPException(400, "prompt or messages: give one of them")
+        await self._gate.admit(exchange, user=None)
+        job = TokenizeJob(
+            request.prompt,
+            request.messages,
+            as_given(request.tools or []),
+            with_special=request.add_special_tokens,
+            with_strings=request.return_token_strs,
+        )
+        found = self._of(await self._replica.ask(job))
+        ids = found["tokens"]
+        told = {"count": len(ids), "max_model_len": found["context_tokens"], "tokens": ids}
+        return told | {"token_strs": found["strings"]}
+
+    async def tokenizer_info(self, exchange: Exchange) -> dict[str, Any]:
+        await self._gate.tenant(exchange)
+        return self._of(await self._replica.ask(TokenizerInfoJob()))
+
+    async def detokenize(self, request: DetokenizeRequest, exchange: Exchange) -> dict[str, Any]:
+        await self._gate.admit(exchange, user=None)
+        return {"prompt": self._of(await self._replica.ask(TokenizeJob(ids=request.tokens)))["text"]}
+
+    def _of(self, found: Event) -> Event:
+        if "error" in found:
+            raise HTTPException(found["status"], found["error"])
+        return found
+
+
+def checked(texts: list[Any]) -> list[Any]:
+    if not texts or not all(texts):
+        raise HTTPException(400, "input: an empty text has no embedding")
+    if len(texts) > MAX_PROMPTS:
+        raise HTTPException(400, f"input: at most {MAX_PROMPTS} texts in one request")
+    return texts
+
+
+def base64_of(vector: list[float]) -> str:
+    """Little-endian float32, as OpenAI's clients read it."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,0 +1,268 @@
+"""The HTTP side: OpenAI's routes over an abstract backend, so that it runs without ray in a test."""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import replace
+from typing import Any, Protocol
+
+from fastapi import HTTPException
+from fastapi.responses import StreamingResponse
+
+from ftray.errors import FtrayError, NotFoundError
+from ftray.serve.http.answer import Answer
+from ftray.serve.http.context import Exchange, detached
+from ftray.serve.openai.responses import ChatShape, CompletionShape, Shape, server_event
+from ftray.serve.openai.schemas import ApiRequest, ChatRequest, CompletionRequest, error_body
+from ftray.serve.openai.tools import as_given
+from ftray.serve.protocol import Event, GenerateJob
+from ftray.serve.routing.model_names import MayUse, ModelNames, ServedModel, everything
+from ftray.serve.tenants.auth import Gate, Headers
+
+MAX_TRIES = 3
+DEADLINE_PASSED = "the request's deadline has passed"
+# How often a replica tells of an answer that nobody watches: enough to know what was computed if it is cut short.
+UNSEEN_EVERY_S = 0.5
+
+
+class Backend(Protocol):
+    """The replicas, wherever they are. A replica that dies is an error event, not an exception."""
+
+    def stream(self, job: GenerateJob) -> AsyncGenerator[Event]: ...
+
+    async def warm(self, adapter: str) -> int:
+        """Loads it on every replica; returns how many there are."""
+        ...
+
+    async def in_use(self, adapter: str) -> int:
+        """Requests that run with it now."""
+        ...
+
+
+class Ingress:
+    def __init__(self, names: ModelNames, backend: Backend, gate: Gate, *, timeout_s: float | None = None):
+        self.names = names
+        self.backend = backend
+        self.gate = gate
+        self.timeout_s = timeout_s
+
+    async def chat(self, request: ChatRequest, exchange: Exchange) -> Any:
+        tools = request.usable_tools
+        shape = ChatShape([tool.function.name for tool in tools])
+        return await self._answer(request, [request.messages], shape, exchange, tools=as_given(tools))
+
+    async def completion(self, request: CompletionRequest, exchange: Exchange) -> Any:
+        return await self._answer(request, request.prompts, CompletionShape(), exchange)
+
+    async def models(self, exchange: Exchange) -> dict:
+        tenant = await self.gate.tenant(exchange)
+        return await asyncio.to_thread(self.names.listing, tenant.may_use)
+
+    async def warm(self, adapter: str, exchange: Exchange) -> dict:
+        await self.gate.require_admin(exchange)
+        model = await resolved(self.names, adapter)
+        if model.adapter is None:
+            raise HTTPException(400, f"{adapter}: the base is always loaded")
+        try:
+            return {"model": model.adapter, "replicas": await self.backend.warm(model.adapter)}
+        except FtrayError as error:
+            raise HTTPException(400, str(error)) from None
+
+    async def in_use(self, adapter: str, exchange: Exchange) -> dict:
+        await self.gate.require_admin(exchange)
+        return {"model": adapter, "requests": await self.backend.in_use(adapter)}
+
+    async def _answer(
+        self,
+        request: ApiRequest,
+        prompts: list[Any],
+        shape: Shape,
+        exchange: Exchange,
+        *,
+        tools: tuple[dict[str, Any], ...] = (),
+    ) -> Any:
+        exchange.asked_model, exchange.is_stream = request.model, bool(request.stream)
+        deadline = deadline_of(exchange.headers, self.timeout_s)
+        caller = await self.gate.admit(exchange, user=request.user)
+        tenant = caller.tenant
+        model = await resolved(self.names, request.model, key=caller.key, may_use=tenant.may_use)
+        job = GenerateJob(
+            prompts,
+            is_chat=isinstance(shape, ChatShape),
+            sampling=request.sampling(),
+            adapter=model.adapter,
+            tenant=tenant.name,
+            user=request.user or "",
+            priority=tenant.priority,
+            tools=tools,
+            echo=request.wants_echo,
+            every_s=0.0 if request.stream else UNSEEN_EVERY_S,
+        )
+        answer = exchange.answer = Answer(caller, model, exchange.request_id, exchange.began)
+        exchange.on_end = lambda: self._settle(answer)
+        if request.stream:
+            events, first = await self._begin(answer, job, deadline)
+            exchange.on_end = lambda: self._end_stream(events, answer)
+            self._raise_if_error(first, answer)
+            answer.start(first)
+            chunks = self._chunks(events, answer, shape, deadline, include_usage=request.include_usage)
+            return StreamingResponse(chunks, media_type="text/event-stream")
+        choices = await self._whole(answer, job, deadline)
+        await self._settle(answer)
+        return head(answer, shape) | {
+            "object": shape.whole,
+            "choices": [shape.choice(index, one) for index, one in enumerate(choices)],
+            "usage": answer.usage_body,
+        }
+
+    async def _begin(
+        self, answer: Answer, job: GenerateJob, deadline: float | None
+    ) -> tuple[AsyncGenerator[Event], Event]:
+        """The events and the first of them. What a canary cannot answer the stable version does."""
+        while True:
+            events = self.backend.stream(replace(job, adapter=answer.model.adapter))
+            first = await next_event(events, deadline)
+            tried = answer.model
+            if not tried.is_canary or not is_fault(first):
+                return events, first
+            await asyncio.to_thread(self.names.note, tried, failed=True, first_token_s=None)
+            answer.model = tried.fallback
+
+    async def _whole(self, answer: Answer, job: GenerateJob, deadline: float | None) -> list[Event]:
+        """The answers at once. A replica that dies on the way is tried again on another: nothing has been shown yet."""
+        for tries_left in reversed(range(MAX_TRIES)):
+            events, event = await self._begin(answer, job, deadline)
+            async with contextlib.aclosing(events):
+                self._raise_if_error(event, answer)
+                answer.start(event)
+                choices: list[Event] = [empty_choice() for _ in range(job.num_answers)]
+                while not all(choice["finish_reason"] for choice in choices):
+                    event = await next_event(events, deadline)
+                    if "error" in event:
+                        break
+                    answer.take(event)
+                    choice = choices[event["index"]]
+                    choice |= {"prompt": event["prompt"]} if "prompt" in event else {}
+                    choice["text"] += event["text"]
+                    choice["logprobs"] += event["logprobs"]
+                    choice["finish_reason"] = event["finish_reason"]
+                else:
+                    answer.is_whole = True
+                    return choices
+            if "replica_died" not in event or not tries_left:
+                self._raise_if_error(event, answer)
+        raise AssertionError("the last try returns or raises")
+
+    async def _chunks(
+        self,
+        events: AsyncIterator[Event],
+        answer: Answer,
+        shape: Shape,
+        deadline: float | None,
+        *,
+        include_usage: bool,
+    ) -> AsyncIterator[str]:
+        common = head(answer, shape) | {"object": shape.chunk}
+        no_usage = {"usage": None} if include_usage else {}
+        opened: set[int] = set()
+        async for event in until(events, deadline):
+            if "error" in event:
+                answer.error, answer.is_fault = event["error"], is_fault(event)
+                yield server_event(error_body(event["error"], status=event["status"]))
+                return
+            answer.take(event)
+            index = event["index"]
+            delta = shape.delta(index, event, first=index not in opened)
+            if delta is not None:
+                yield server_event(common | {"choices": [delta]} | no_usage)
+                opened.add(index)
+        answer.is_whole = True
+        await self._settle(answer)  # before the client is told that it is whole
+        if include_usage:
+            yield server_event(common | {"choices": [], "usage": answer.usage_body})
+        yield "data: [DONE]\n\n"
+
+    async def _end_stream(self, events: AsyncGenerator[Event], answer: Answer) -> None:
+        """Nobody may have read it to its end: the client may have left between two tokens."""
+        await events.aclose()
+        await self._settle(answer)
+
+    async def _settle(self, answer: Answer) -> None:
+        """Tells the ledger and the canary's watch, once, and to the end: the request's own task may be cancelled."""
+        if answer.settling is None and (answer.prompt_tokens or answer.is_fault):
+            answer.settling = detached(self._tell(answer))
+        if answer.settling is not None:
+            await asyncio.shield(answer.settling)
+
+    async def _tell(self, answer: Answer) -> None:
+        if answer.prompt_tokens:
+            await self.gate.record(answer.usage())
+        # A client that leaves or is in a hurry says nothing against the version that answered it.
+        if answer.model.canary is not None and (answer.is_whole or answer.is_fault):
+            failed = not answer.is_whole
+            await asyncio.to_thread(self.names.note, answer.model, failed=failed, first_token_s=answer.first_token_s)
+
+    def _raise_if_error(self, event: Event, answer: Answer) -> None:
+        if "error" in event:
+            answer.error, answer.is_fault = event["error"], is_fault(event)
+            raise HTTPException(event["status"], event["error"])
+
+
+async def resolved(
+    names: ModelNames, name: str, *, key: str | None = None, may_use: MayUse = everything
+) -> ServedModel:
+    with registry_errors():
+        return await asyncio.to_thread(names.resolve, name, key=key, may_use=may_use)
+
+
+@contextlib.contextmanager
+def registry_errors() -> Iterator[None]:
+    """What a look into the registry may fail of, as HTTP's errors."""
+    try:
+        yield
+    except NotFoundError as error:
+        raise HTTPException(404, str(error)) from None
+    except FtrayError as error:  # the registry's store does not answer, say
+        raise HTTPException(503, str(error)) from None
+
+
+def deadline_of(headers: Headers, timeout_s: float | None) -> float | None:
+    """On the event loop's clock: the caller's own, within the endpoint's."""
+    asked = headers.get("x-request-timeout")
+    try:
+        seconds = [float(asked)] if asked else []
+    except ValueError:
+        seconds = [math.nan]
+    if not all(math.isfinite(given) and given > 0 for given in seconds):
+        raise HTTPException(400, f"X-Request-Timeout: {asked!r} is no number of seconds")
+    seconds += [timeout_s] if timeout_s is not None else []
+    return asyncio.get_running_loop().time() + min(seconds) if seconds else None
+
+
+def is_fault(event: Event) -> bool:
+    """An error of the version or its replica; a busy endpoint or a deadline is none."""
+    return "error" in event and (event["status"] in (500, 502) or "adapter_failed" in event)
+
+
+def head(answer: Answer, shape: Shape) -> dict:
+    return {"id": f"{shape.prefix}-{answer.request_id}", "created": int(time.time()), "model": answer.model.id}
+
+
+def empty_choice() -> Event:
+    return {"text": "", "finish_reason": None, "logprobs": []}
+
+
+async def next_event(events: AsyncIterator[Event], deadline: float | None) -> Event:
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await anext(events)
+    except TimeoutError:
+        return {"error": DEADLINE_PASSED, "status": 504}
+
+
+async def until(events: AsyncIterator[Event], deadline: float | None) -> AsyncIterator[Event]:
+    with contextlib.suppress(StopAsyncIteration):
+        while True:
+            yield await next_event(events, deadline)

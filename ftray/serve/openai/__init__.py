@@ -1,0 +1,1 @@
+"""OpenAI's API as data: requests, answers, tools, messages. No I/O."""

@@ -1,0 +1,114 @@
+"""How answers are laid out: OpenAI's chat and completion objects, whole and in chunks."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+from ftray.serve.openai.tools import Call, CallFinder, Part
+from ftray.serve.protocol import Event
+
+
+class ChatShape:
+    """How a chat answer is laid out, whole and in chunks."""
+
+    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, tools: Sequence[str] = ()):
+        """`tools`: names of the functions that the model may call."""
+        self._tools = tools
+        self._finders: dict[int, CallFinder] = {}
+        self._num_calls: Counter[int] = Counter()  # of each answer so far
+
+    def choice(self, index: int, answer: Event) -> dict:
+        parts = self._parts(index, answer)
+        text = "".join(part for part in parts if isinstance(part, str))
+        calls = [part.body() for part in parts if isinstance(part, Call)]
+        message = {"role": "assistant", "content": text if text or not calls else None}
+        return self._around(index, answer, {"message": message | ({"tool_calls": calls} if calls else {})})
+
+    def delta(self, index: int, answer: Event, *, first: bool) -> dict | None:
+        """None where there is nothing to show yet."""
+        parts = self._parts(index, answer)
+        if not (parts or answer["finish_reason"] or answer["logprobs"] or first):
+            return None
+        before = self._num_calls[index] - sum(isinstance(part, Call) for part in parts)
+        body: dict = {"role": "assistant"} if first else {}
+        calls = [
+            {"index": number, **part.body()}
+            for number, part in enumerate((part for part in parts if isinstance(part, Call)), start=before)
+        ]
+        text = "".join(part for part in parts if isinstance(part, str))
+        if text or not calls:
+            body["content"] = text
+        return self._around(index, answer, {"delta": body | ({"tool_calls": calls} if calls else {})})
+
+    def _parts(self, index: int, answer: Event) -> list[Part]:
+        if not self._tools:
+            return [answer["text"]] if answer["text"] else []
+        finder = self._finders.setdefault(index, CallFinder(self._tools))
+        parts = finder.push(answer["text"]) + (finder.finish() if answer["finish_reason"] else [])
+        self._num_calls[index] += sum(isinstance(part, Call) for part in parts)
+        return parts
+
+    def _around(self, index: int, answer: Event, body: dict) -> dict:
+        told = [
+            token_body(entry) | {"top_logprobs": [token_body(top) for top in entry["top"]]}
+            for entry in answer["logprobs"]
+        ]
+        reason = answer["finish_reason"]
+        if reason == "stop" and self._num_calls[index]:
+            reason = "tool_calls"
+        return {"index": index, **body, "logprobs": {"content": told} if told else None, "finish_reason": reason}
+
+
+class CompletionShape:
+    prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self):
+        self._offsets: Counter[int] = Counter()  # characters of each answer's tokens so far
+
+    def choice(self, index: int, answer: Event) -> dict:
+        prompt = answer.get("prompt", {"text": "", "logprobs": []})
+        told = prompt["logprobs"] + answer["logprobs"]
+        return {
+            "index": index,
+            "text": prompt["text"] + answer["text"],
+            "logprobs": self._logprobs(index, told) if told else None,
+            "finish_reason": answer["finish_reason"],
+        }
+
+    def delta(self, index: int, answer: Event, *, first: bool) -> dict | None:
+        shown = answer["text"] or answer["finish_reason"] or answer["logprobs"] or "prompt" in answer or first
+        return self.choice(index, answer) if shown else None
+
+    def _logprobs(self, index: int, told: list[Event]) -> dict:
+        offsets = []
+        for entry in told:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(entry["token"])
+        return {
+            "tokens": [entry["token"] for entry in told],
+            "token_logprobs": [entry["logprob"] for entry in told],
+            "top_logprobs": [
+                None if entry["logprob"] is None else {top["token"]: top["logprob"] for top in entry["top"]}
+                for entry in told
+            ],
+            "text_offset": offsets,
+        }
+
+
+def token_body(entry: Event) -> dict:
+    """`bytes` is null for a token that holds only part of a character."""
+    text = entry["token"]
+    return {
+        "token": text,
+        "logprob": entry["logprob"],
+        "bytes": None if "\ufffd" in text else list(text.encode()),
+    }
+
+
+Shape = ChatShape | CompletionShape
+
+
+def server_event(body: dict) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

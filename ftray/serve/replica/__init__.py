@@ -1,0 +1,1 @@
+"""One engine with its adapters, as a Ray Serve replica holds it."""

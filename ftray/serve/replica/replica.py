@@ -1,0 +1,309 @@
+"""One engine with its adapters: what a Ray Serve replica holds. Plain asyncio, no ray."""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import torch
+
+from ftray.config import ServeConfig
+from ftray.errors import AdapterError, FtrayError, StoreError, UserError
+from ftray.infer.checks import check_token_ids
+from ftray.infer.engines import make_engine
+from ftray.infer.protocol import PreparedAdapter, Request, Structure, TokenEvent, TokenLogprobs
+from ftray.model.base import prepare_base
+from ftray.model.chat import ChatRenderer, check_messages
+from ftray.model.hardware import choose_hardware
+from ftray.registry import Registry
+from ftray.serve.openai.messages import renderable
+from ftray.serve.protocol import EmbedJob, Event, GenerateJob, QuickJob, TokenizeJob, TokenizerInfoJob, party, together
+from ftray.serve.replica.admission import Places
+from ftray.serve.replica.engine_thread import EngineRunner, merged
+from ftray.serve.replica.fair_semaphore import Turns
+from ftray.serve.replica.prefetch import Prefetcher
+from ftray.serve.replica.residency import AdapterResidency
+from ftray.serve.replica.versions import hosted_directory
+from ftray.serve.telemetry.metrics import UNMETERED, AdapterMetrics, EngineMetrics, Meter
+
+log = logging.getLogger("ftray.serve")
+
+ANY_TEXT = Structure("regex", ".*")
+
+
+class EngineReplica:
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        meter: Meter = UNMETERED,
+        engine_failed: Callable[[BaseException], None] = lambda error: None,
+    ):
+        torch.set_num_threads(max(1, int(config.replicas.cpus_each)))
+        self.config = config
+        self.base = prepare_base(config.base_model)
+        gpus = config.replicas.gpus_each
+        hardware = choose_hardware(use_gpu=gpus > 0, gpu_share=min(1.0, gpus))
+        engine = make_engine(self.base, hardware, config.engine, config.adapters)
+        self.engine = engine
+        self.renderer = ChatRenderer(engine.tokenizer)
+        self.runner = EngineRunner(engine, failed=engine_failed)
+        self._compiling = Turns(1)  # one schema at a time: the decoder needs the cores
+        self._embedding = Turns(1)  # one group of texts at a time: others decode in between
+        self._places = Places(config.engine.max_sequences + config.engine.max_waiting)
+        self.registry = Registry(config.adapters.registry, tolerant=True)
+        self.residency = AdapterResidency(
+            self._prepare,
+            self._load,
+            self._unload,
+            budget_bytes=config.adapters.host_budget,
+            signal=AdapterMetrics(meter).note,
+        )
+        self._engine_metrics = EngineMetrics(meter)
+
+    async def preload(self) -> None:
+        """The configured adapters, and from now on those that aliases move to. And the table that the first structured
+        answer needs: making it stops every thread for some tenths of a second."""
+        with contextlib.suppress(UserError):  # a tokenizer that cannot guide answers
+            await asyncio.to_thread(self.engine.prepare_structure, ANY_TEXT)
+        for reference in self.config.adapters.preload:
+            try:
+                exact = await asyncio.to_thread(self.registry.resolve, reference)
+                await self.residency.prefetch(str(exact))
+            except StoreError:  # Ray Serve tries again to start the replica
+                raise
+            except FtrayError as error:  # withdrawn or damaged since the endpoint was deployed: the others are served
+                log.warning("adapters.preload: %s", error)
+        self._following = asyncio.create_task(Prefetcher(self.registry, self.residency).follow())
+
+    async def generate(self, job: GenerateJob) -> AsyncGenerator[Event]:
+        """First {"prompt_tokens", "adapter_s", "queue_s"}, then tokens of the answers (`_token_event`); or one
+        {"error"}."""
+        if (refusal := self._places.refusal(party(job), job.num_answers)) is not None:
+            yield {"error": refusal[1], "status": refusal[0]}
+            return
+        self._places.take(party(job), job.num_answers)
+        try:
+            prompts = await self._read(job)
+            asked = time.perf_counter()
+            # Closed in order when a client leaves: the engine lets go of the sequence before the adapter is unpinned.
+            async with self._pinned(job):
+                adapter_s = time.perf_counter() - asked
+                async with contextlib.aclosing(self._tokens(job, prompts, adapter_s)) as events:
+                    async for event in together(events, every_s=job.every_s):
+                        yield event
+        except FtrayError as error:
+            yield error_event(error)
+        finally:
+            self._places.give_back(party(job), job.num_answers)
+
+    async def _read(self, job: GenerateJob) -> list[list[int]]:
+        """In threads: a text of megabytes or a large schema takes seconds, and others wait for their tokens."""
+        if job.sampling.structure is not None:
+            async with self._compiling.one(party(job)):
+                await asyncio.to_thread(self.engine.prepare_structure, job.sampling.structure, len(job.prompts))
+        return await asyncio.to_thread(lambda: [self._prompt_ids(prompt, job) for prompt in job.prompts])
+
+    async def answer(self, job: QuickJob) -> Event:
+        """What needs no queue: vectors, token ids, a text; or {"error"}."""
+        try:
+            match job:
+                case EmbedJob():
+                    return await self._embed(job)
+                case TokenizeJob():
+                    return await asyncio.to_thread(self._tokenize, job)
+                case TokenizerInfoJob():
+                    return self._tokenizer_info()
+        except FtrayError as error:
+            return error_event(error)
+
+    async def _embed(self, job: EmbedJob) -> Event:
+        if (refusal := self._places.refusal(party(job), len(job.texts))) is not None:
+            return {"error": refusal[1], "status": refusal[0]}
+        self._places.take(party(job), len(job.texts))
+        try:
+            return await self._vectors(job)
+        finally:
+            self._places.give_back(party(job), len(job.texts))
+
+    async def _vectors(self, job: EmbedJob) -> Event:
+        texts = await asyncio.to_thread(lambda: [self._text_ids(text, key="input") for text in job.texts])
+        context = self.config.engine.context_tokens
+        longest = max(map(len, texts))
+        if longest > context:
+            raise UserError(f"input: a text of {longest} tokens exceeds this endpoint's context of {context} tokens")
+        vectors: list[list[float]] = []
+        async with self._pinned(job):
+            for group in groups_within(texts, self.config.engine.max_prefill_tokens):
+                async with self._embedding.one(party(job)):
+                    found_nE = await self.runner.call(partial(self.engine.embed, group, job.adapter))
+                size = found_nE.shape[1]
+                if job.dimensions is not None and job.dimensions > size:
+                    raise UserError(f"dimensions: {job.dimensions} is over this base's {size}")
+                if job.dimensions is not None:
+                    found_nE = torch.nn.functional.normalize(found_nE[:, : job.dimensions], dim=-1)
+                vectors += found_nE.tolist()
+        return {"vectors": vectors, "prompt_tokens": sum(map(len, texts))}
+
+    def _tokenize(self, job: TokenizeJob) -> Event:
+        tokenizer = self.engine.tokenizer
+        if job.ids is not None:
+            check_token_ids(job.ids, key="tokens", vocab_size=self.engine.vocab_size)
+            return {"text": tokenizer.decode(job.ids)}
+        if job.messages is not None:
+            ids = self._chat_ids(job.messages, job.tools)
+        else:
+            ids = tokenizer(job.text, add_special_tokens=job.with_special)["input_ids"]
+        strings = [tokenizer.decode([token]) for token in ids] if job.with_strings else None
+        return {"tokens": ids, "strings": strings, "context_tokens": self.config.engine.context_tokens}
+
+    def _tokenizer_info(self) -> Event:
+        tokenizer = self.engine.tokenizer
+        special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return special | {"tokenizer_class": type(tokenizer).__name__, "chat_template": tokenizer.chat_template}
+
+    def close(self) -> None:
+        """Ends the engine's thread, and its processes where it has some."""
+        self.runner.close()
+        self.engine.close()
+
+    async def warm(self, key: str) -> str | None:
+        """Brings the adapter in; returns why it could not be."""
+        try:
+            await self.residency.prefetch(key)
+        except FtrayError as error:
+            return str(error)
+        return None
+
+    def in_use(self, key: str) -> int:
+        """Requests that run with this adapter."""
+        return self.residency.num_pins(key)
+
+    async def measure(self) -> None:
+        """Now and then: what is in memory and how busy the engine is, to the meter."""
+        self._engine_metrics.measure(self.engine.stats(), self.residency)
+
+    async def look(self) -> dict[str, Any]:
+        """For people: how busy it is, and its adapters, the latest used first."""
+        stats = self.engine.stats()
+        on_device = set(stats.adapters_on_device)
+        keys = reversed(self.residency.resident_keys)
+        return {
+            "running": stats.num_running,
+            "waiting": stats.num_waiting,
+            "kv_tokens_used": stats.kv_tokens_used,
+            "kv_tokens_total": stats.kv_tokens_total,
+            "adapters": [{"name": key, "tier": "device" if key in on_device else "host"} for key in keys],
+            "adapter_bytes": self.residency.resident_bytes,
+            "adapter_budget": self.residency.budget_bytes,
+        }
+
+    def check_health(self) -> None:
+        if not self.runner.is_alive:
+            raise RuntimeError(f"the engine has stopped: {self.runner.failure}")
+
+    def _prompt_ids(self, prompt: Any, job: GenerateJob) -> list[int]:
+        if job.is_chat:
+            return self._chat_ids(prompt, job.tools)
+        return self._text_ids(prompt, key="prompt")
+
+    def _chat_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
+        return self.renderer.prompt_ids(check_messages(renderable(messages)), tools)
+
+    def _text_ids(self, text: Any, *, key: str) -> list[int]:
+        if isinstance(text, str):
+            return self.engine.tokenizer(text)["input_ids"]
+        check_token_ids(text, key=key, vocab_size=self.engine.vocab_size)
+        return list(text)
+
+    async def _tokens(self, job: GenerateJob, prompts: list[list[int]], adapter_s: float) -> AsyncGenerator[Event]:
+        requests = [
+            Request(uuid.uuid4().hex, ids, job.sampling, job.adapter, job.tenant, job.user, job.priority)
+            for ids in prompts
+        ]
+        told = False
+        async with contextlib.aclosing(merged([self.runner.generate(request) for request in requests])) as events:
+            async for number, event in events:
+                if not told:  # only now: a request that the engine refuses has no beginning
+                    num_tokens = sum(map(len, prompts))
+                    yield {"prompt_tokens": num_tokens, "adapter_s": adapter_s, "queue_s": event.queued_s}
+                    told = True
+                if event.finish_reason == "error":
+                    yield {"error": "the engine could not finish this answer; try again", "status": 500}
+                    return
+                told_event = self._token_event(event, number * job.sampling.n + event.index)
+                if job.echo and event.num_completion_tokens == 1 and event.token_id >= 0:
+                    told_event["prompt"] = self._prompt_told(prompts[number], event.prompt_logprobs)
+                yield told_event
+
+    def _token_event(self, event: TokenEvent, index: int) -> Event:
+        return {
+            "index": index,
+            "is_first_answer": event.index == 0,
+            "num_tokens": int(event.token_id >= 0),  # an answer may end without another
+            "text": event.text,
+            "finish_reason": event.finish_reason,
+            "cached_tokens": event.num_cached_prompt_tokens,
+            "logprobs": [] if event.logprobs is None else [self._told(event.token_id, event.logprobs)],
+        }
+
+    def _told(self, token_id: int, logprobs: TokenLogprobs) -> Event:
+        def entry(token: int, logprob: float) -> Event:
+            return {"token": self.engine.tokenizer.decode([token]), "logprob": logprob}
+
+        return entry(token_id, logprobs.chosen) | {"top": [entry(*pair) for pair in logprobs.top]}
+
+    def _prompt_told(self, ids: list[int], logprobs: Sequence[TokenLogprobs] | None) -> Event:
+        """Its text, and its tokens if they are asked for; of the first nothing more is known."""
+        told: list[Event] = []
+        if logprobs is not None:
+            first = {"token": self.engine.tokenizer.decode(ids[:1]), "logprob": None, "top": []}
+            told = [first, *(self._told(token, of) for token, of in zip(ids[1:], logprobs, strict=True))]
+        return {"text": self.engine.tokenizer.decode(ids), "logprobs": told}
+
+    def _pinned(self, job: GenerateJob | EmbedJob) -> contextlib.AbstractAsyncContextManager[None]:
+        if job.adapter is None:
+            return contextlib.nullcontext()
+        return self.residency.pinned(job.adapter, party=job.tenant or job.user)
+
+    async def _prepare(self, key: str) -> PreparedAdapter:
+        """In a thread: decoding goes on while an adapter is fetched, read and checked."""
+
+        def prepare() -> PreparedAdapter:
+            directory = hosted_directory(key, self.registry, self.base, self.config.adapters)
+            return self.engine.prepare_adapter(key, directory)
+
+        return await asyncio.to_thread(prepare)
+
+    async def _load(self, prepared: Any) -> None:
+        await self._ended(lambda: self.engine.load_adapter(prepared))
+
+    async def _unload(self, key: str) -> None:
+        await self._ended(lambda: self.engine.unload_adapter(key))
+
+    async def _ended(self, change: Callable[[], Future[None] | None]) -> None:
+        going_on = await self.runner.call(change)
+        if going_on is not None:
+            await asyncio.shield(asyncio.wrap_future(going_on))  # a caller that leaves must not stop it half-way
+
+
+def error_event(error: FtrayError) -> Event:
+    if isinstance(error, AdapterError):
+        return {"error": str(error), "status": 400, "adapter_failed": True}
+    return {"error": str(error), "status": 400 if isinstance(error, UserError) else 503}
+
+
+def groups_within(texts: list[list[int]], max_tokens: int) -> Iterator[list[list[int]]]:
+    """In order; a longer text is a group of its own."""
+    group: list[list[int]] = []
+    for ids in texts:
+        if group and sum(map(len, group)) + len(ids) > max_tokens:
+            yield group
+            group = []
+        group.append(ids)
+    yield group

@@ -1,0 +1,1 @@
+"""Which version a model name means, which replica has it, and canaries."""

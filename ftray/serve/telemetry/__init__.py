@@ -1,0 +1,1 @@
+"""What an endpoint measures and logs of itself: Prometheus metrics, the access log, traces."""

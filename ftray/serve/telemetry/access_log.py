@@ -1,0 +1,63 @@
+"""One JSON line for each request: who, which model, how much, how long. Never a prompt, an answer, or a key."""
+
+import json
+import logging
+import time
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+from ftray.serve.http.context import Exchange
+
+MAX_BYTES, MAX_FILES = 64 * 2**20, 5
+MAX_NAME = 200  # of a path or model that was asked for: a caller chooses it
+UNLOGGED = ("/healthz", "/ftray/status", "/-/routes")  # asked for all the time
+
+
+class AccessLog:
+    """A watcher of exchanges."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=MAX_FILES, encoding="utf-8")
+
+    def __call__(self, exchange: Exchange) -> None:
+        if exchange.path in UNLOGGED:
+            return
+        line = json.dumps(record_of(exchange))
+        self._handler.emit(logging.makeLogRecord({"msg": line}))
+
+
+def record_of(exchange: Exchange) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(exchange.at)) + f".{exchange.at % 1 * 1000:03.0f}Z",
+        "request_id": exchange.request_id,
+        "method": exchange.method,
+        "path": exchange.path[:MAX_NAME],
+        "status": exchange.status,
+        "ms": milliseconds(exchange.seconds),
+        "tenant": exchange.tenant or None,
+        "asked_model": exchange.asked_model[:MAX_NAME] if exchange.asked_model is not None else None,
+        "stream": exchange.is_stream or None,
+    }
+    answer = exchange.answer
+    if answer is not None:
+        told |= {
+            "model": answer.model.id,
+            "canary": answer.model.is_canary or None,
+            "outcome": answer.outcome if answer.prompt_tokens else None,
+            # What a client did wrong is told to it alone: such messages quote what it sent.
+            "error": answer.error[:MAX_NAME] if answer.error is not None and answer.is_fault else None,
+            "prompt_tokens": answer.prompt_tokens,
+            "cached_tokens": answer.cached_tokens,
+            "completion_tokens": answer.completion_tokens,
+            "adapter_ms": milliseconds(answer.adapter_s),
+            "queue_ms": milliseconds(answer.queue_s),
+            "first_token_ms": milliseconds(answer.first_token_s),
+            "token_ms": milliseconds(answer.token_s),
+        }
+    return {key: value for key, value in told.items() if value is not None}
+
+
+def milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)

@@ -1,0 +1,82 @@
+"""Requests as OpenTelemetry spans, under the names of its conventions for generative AI
+(https://opentelemetry.io/docs/specs/semconv/gen-ai/). A caller's `traceparent` is the parent."""
+
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanProcessor
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from ftray.serve.http.context import Exchange
+
+OPERATIONS = {"/v1/chat/completions": "chat", "/v1/embeddings": "embeddings"}
+
+
+class Traces:
+    """A watcher of exchanges."""
+
+    def __init__(self, processor: SpanProcessor, *, paths: tuple[str, ...]):
+        # A provider of our own: Ray has a global one, for itself.
+        self._provider = TracerProvider(resource=Resource.create({"service.name": "ftray"}))
+        self._provider.add_span_processor(processor)
+        self._tracer = self._provider.get_tracer("ftray.serve")
+        self._paths = frozenset(paths)
+
+    def __call__(self, exchange: Exchange) -> None:
+        if exchange.path not in self._paths:
+            return
+        given = exchange.headers.get("traceparent")
+        parent = TraceContextTextMapPropagator().extract({"traceparent": given}) if given else None
+        span = self._tracer.start_span(
+            f"{exchange.method} {exchange.path}",
+            context=parent,
+            kind=trace.SpanKind.SERVER,
+            start_time=nanoseconds(exchange.at),
+            attributes=attributes_of(exchange),
+        )
+        answer = exchange.answer
+        if exchange.status >= 500 or (answer is not None and answer.error is not None):
+            span.set_status(trace.StatusCode.ERROR)
+        if answer is not None and answer.first_token_s is not None:
+            queued = exchange.at + answer.adapter_s
+            span.add_event("adapter in memory", timestamp=nanoseconds(queued))
+            span.add_event("first token", timestamp=nanoseconds(exchange.at + answer.first_token_s))
+        span.end(nanoseconds(exchange.at + exchange.seconds))
+
+    def close(self) -> None:
+        self._provider.shutdown()
+
+
+def otlp_traces(endpoint: str, *, paths: tuple[str, ...]) -> Traces:
+    """`endpoint`: a collector's, such as http://collector:4318; spans are sent in batches, by a thread."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return Traces(BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")), paths=paths)
+
+
+def attributes_of(exchange: Exchange) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "gen_ai.operation.name": OPERATIONS.get(exchange.path, "text_completion"),
+        "gen_ai.request.model": exchange.asked_model,
+        "http.response.status_code": exchange.status,
+        "ftray.request_id": exchange.request_id,
+        "ftray.tenant": exchange.tenant or None,
+    }
+    answer = exchange.answer
+    if answer is not None:
+        told |= {
+            "gen_ai.response.model": answer.model.id,
+            "gen_ai.usage.input_tokens": answer.prompt_tokens,
+            "gen_ai.usage.output_tokens": answer.completion_tokens,
+            "gen_ai.server.time_to_first_token": answer.first_token_s,
+            "gen_ai.server.time_per_output_token": answer.token_s,
+            "ftray.adapter_seconds": answer.adapter_s,
+            "ftray.queue_seconds": answer.queue_s,
+        }
+    return {key: value for key, value in told.items() if value is not None}
+
+
+def nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)

@@ -1,0 +1,1 @@
+"""`compare`: the choices of one key, each at its own best point, measured against each other."""

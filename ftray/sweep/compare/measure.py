@@ -1,0 +1,108 @@
+"""The measurements behind `compare`: products scored in Ray tasks, and short runs alone."""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayError
+
+from ftray.cluster.fit_thread import last_line
+from ftray.cluster.worker_env import passed_secrets, worker_environment
+from ftray.config import RunConfig
+from ftray.evaluate.scores import Score, ScoreJob, score_products
+from ftray.model.base import BaseModel
+from ftray.sweep.compare.comparison import BASE, Alone, compared_trials, note_measured, read_measured
+from ftray.sweep.study import Study
+from ftray.sweep.trials import SweepRun
+from ftray.tracking.metrics import read_metrics
+from ftray.train.job import TOKENS
+from ftray.train.launch import launch
+from ftray.train.on_ray.trainer import Watcher, name_for_workers
+from ftray.train.runs.store import forget_run, local_directory
+
+ALONE = "alone"
+STEPS_ALONE = 6
+WARM_UP_STEPS = 2
+NEVER = 10**9  # steps
+QUIET = Watcher(say=lambda text: None, on_metrics=lambda records: None, on_start=lambda first, count: None)
+
+Say = Callable[[str], None]
+
+
+def measure_methods(study: Study, directory: Path, base: BaseModel, *, say: Say) -> None:
+    """What is not in the sweep's comparison yet, of each method's best trial."""
+    trials = compared_trials(study)
+    for job in score_jobs(study, directory, base, [run for trial in trials for run in trial.runs]):
+        say(f"scoring {', '.join(job.adapters)}")
+        try:
+            note_measured(directory, "scores", score_in_task(job))
+        except RayError as error:  # not noted: the same command tries again
+            say(f"not scored: {', '.join(job.adapters)}: {last_line(error)}")
+    for trial in trials:
+        if trial.name not in read_measured(directory)["alone"]:
+            say(f"{STEPS_ALONE} steps of {trial.name} alone")
+            alone = measure_alone(study.config_of(trial.runs[0]), f"{study.place}/{ALONE}")
+            note_measured(directory, "alone", {trial.name: alone})
+    forget_run(f"{study.place}/{ALONE}", TOKENS)
+
+
+def score_in_task(job: ScoreJob) -> dict[str, Score]:
+    """With the resources of one of the run's workers. Raises Ray's errors."""
+    environment = {"env_vars": worker_environment(job.run.workers.gpus_each)}
+    scoring = ray.remote(score_products).options(**job.needs, runtime_env=environment)
+    return ray.get(scoring.remote(job, passed_secrets()))
+
+
+def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepRun]) -> list[ScoreJob]:
+    """All adapters in a job, and the untuned base with them; each trained model in a job of its own."""
+    compare = study.config.compare
+    assert compare is not None
+    done = read_measured(directory)["scores"]
+    if not runs:
+        return []
+    shared = with_absolute_data(study.config_of(runs[0]))
+    general = absolute(compare.general_text) if compare.general_text is not None else None
+    base_name = name_for_workers(shared, base)
+    adapters: dict[str, Path | str | None] = {} if BASE in done else {BASE: None}
+    jobs = []
+    for run in runs:
+        if run.name in done:
+            continue
+        config, product = with_absolute_data(study.config_of(run)), study.product_of(run)
+        if config.adapter is not None:
+            adapters[run.name] = product
+        else:
+            jobs.append(ScoreJob(product, {run.name: None}, config, general))
+    return [ScoreJob(base_name, adapters, shared, general), *jobs] if adapters else jobs
+
+
+def with_absolute_data(config: RunConfig) -> RunConfig:
+    """A task does not run where the driver does."""
+    evaluation = absolute(config.data.eval) if config.data.eval is not None else None
+    return config.model_copy(update={"data": config.data.model_copy(update={"eval": evaluation})})
+
+
+def absolute(source: str) -> str:
+    """A hub id stays as it is."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
+def measure_alone(config: RunConfig, runs_dir: str) -> Alone:
+    data = config.data.model_copy(update={"eval": None})
+    short = config.model_copy(
+        update={
+            "runs_dir": runs_dir,
+            "epochs": None,
+            "max_steps": STEPS_ALONE,
+            "data": data,
+            "checkpoint": config.checkpoint.model_copy(update={"every": NEVER}),
+            "tracking": config.tracking.model_copy(update={"wandb": "off", "tensorboard": False}),
+            "evaluation": config.evaluation.model_copy(update={"every": NEVER, "samples": 0}),
+        }
+    )
+    launch(short, QUIET)
+    steps = [record for record in read_metrics(local_directory(runs_dir, config.name)) if "loss" in record]
+    forget_run(runs_dir, config.name)
+    rates = [step["tokens_per_s"] for step in steps[WARM_UP_STEPS:]] or [step["tokens_per_s"] for step in steps]
+    return Alone(statistics.median(rates), max(step["memory_gib"] for step in steps))

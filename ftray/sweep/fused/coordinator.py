@@ -1,0 +1,220 @@
+"""Fused trials from the driver's side: a desk that knows the study, and process groups that take runs from it."""
+
+import contextlib
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node  # no public one
+from ray.exceptions import RayError
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ftray.cluster.fit_thread import Fit, last_line
+from ftray.cluster.resources import fitting_groups
+from ftray.cluster.worker_env import passed_secrets, worker_environment
+from ftray.config import RunConfig, Space, SweepConfig
+from ftray.errors import FtrayError
+from ftray.storage import read_json, write_json
+from ftray.sweep.fused.eligibility import fusing_of
+from ftray.sweep.fused.entry import run_fused_in_worker
+from ftray.sweep.fused.job import FusedJob
+from ftray.sweep.report.report import LivePage
+from ftray.sweep.report.text import describe_end
+from ftray.sweep.study import Study
+from ftray.sweep.trials import Outcome, Report
+from ftray.train.hooks.watchdog import HangReader
+from ftray.train.on_ray.controller_notes import unkept_notes
+from ftray.train.on_ray.trainer import bundle_of, set_poll_interval
+from ftray.train.runs.store import StoredHangs, is_stored, new_part
+
+Say = Callable[[str], None]
+POLL_S = 0.2
+TRAIN_DIRECTORY = "ray-train"
+SHARING = "sharing.json"
+MAX_HAND_OUTS = 3
+
+
+@dataclass(frozen=True)
+class Taken:
+    runs: list[str]  # JSON of their configs
+    new: frozenset[str]  # names of those that the study has heard nothing of
+    until_step: int | None  # they save there, and wait for others
+    waits: bool  # there will be more when others have come so far
+
+
+class Desk:
+    """The study, in an actor on the driver's node: it alone writes the journal."""
+
+    def __init__(self, config: SweepConfig, space: Space, directory: Path):
+        self._study = Study(config, space, directory)
+        self._directory = directory
+        self._fusing = fusing_of(config, space)
+        self._lines: list[str] = []
+        self._num_ended = 0
+        self._taken: dict[int, set[str]] = {}  # names of runs, by group
+        self._handed_out: Counter[str] = Counter()
+
+    def start_over(self, group: int) -> None:
+        """What this group had and has not ended is handed out again: its workers have died."""
+        self._study.take_back(self._taken.pop(group, set()))
+
+    def take(self, group: int, count: int) -> Taken:
+        """So many runs at most. Of those whose group has died a group takes one at a time, and nobody else until that
+        one has got on, so that the one that kills it is found."""
+        taken, new = [], set()
+        while len(taken) < count and not self._has_suspect(group):
+            run = self._study.next_run(self._fusing.holds)
+            if run is None:
+                break
+            self._handed_out[run.name] += 1
+            if self._handed_out[run.name] > MAX_HAND_OUTS:  # it may be what kills its group
+                self.end(run.name, "failed", f"its workers died {MAX_HAND_OUTS} times")
+                continue
+            self._taken.setdefault(group, set()).add(run.name)
+            taken.append(self._study.config_of(run).model_dump_json())
+            if run.last is None:
+                new.add(run.name)
+        return Taken(taken, frozenset(new), self._study.until_step, waits=self._study.waits)
+
+    def _has_suspect(self, group: int) -> bool:
+        return any(self._handed_out[name] > 1 for name in self._taken.get(group, ()))
+
+    def pardon(self, group: int) -> None:
+        """Its workers die of something else than the runs that they have."""
+        for name in self._taken.get(group, ()):
+            self._handed_out[name] = 0
+
+    def say(self, line: str) -> None:
+        self._lines.append(line)
+
+    def keep_sharing(self, is_faster: bool) -> None:
+        write_json(self._directory / SHARING, {"shares_rows": is_faster})
+
+    def report(self, reports: dict[str, Report]) -> list[str]:
+        """Of runs at the same moment. Returns those that are to stop."""
+        news = [name for name, report in reports.items() if self._study.is_news(name, report)]
+        reasons = self._study.report_together(reports)
+        for name in news:
+            self._handed_out[name] = 1  # it gets on, so it is not what kills its group
+            report = reports[name]
+            self._lines.append(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
+        stopped = {name: reason for name, reason in reasons.items() if reason is not None}
+        self._lines += [f"{name}  {reason}" for name, reason in stopped.items()]
+        return list(stopped)
+
+    def end(self, name: str, outcome: Outcome, message: str | None) -> None:
+        self._lines.append(describe_end(self._study, self._study.end(name, outcome, message)))
+        del self._handed_out[name]  # its workers have lived
+        for taken in self._taken.values():
+            taken.discard(name)
+        self._num_ended += 1
+
+    def news(self) -> tuple[list[str], int]:
+        """Lines since the last look, and how many runs have ended."""
+        lines, self._lines = self._lines, []
+        return lines, self._num_ended
+
+
+def run_fused(
+    study: Study,
+    directory: Path,
+    job: dict[str, Any],
+    *,
+    slots_of_groups: Sequence[int],
+    say: Say,
+    on_news: LivePage,
+) -> None:
+    """`job`: what of a `FusedJob` the caller knows. Until the study has no more."""
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    desk: Any = ray.remote(num_cpus=0, max_restarts=0)(Desk)
+    desk = desk.options(scheduling_strategy=here).remote(study.config, study.space, directory)
+    shutil.rmtree(directory / TRAIN_DIRECTORY, ignore_errors=True)
+    kept = read_json(directory / SHARING)["shares_rows"] if (directory / SHARING).is_file() else None
+    part = new_part()
+    jobs = [
+        FusedJob(
+            part=part,
+            metric=study.config.search.metric,
+            directory=directory / TRAIN_DIRECTORY / f"group-{group}",
+            url=f"{study.place}/{TRAIN_DIRECTORY}/group-{group}" if is_stored(study.place) else None,
+            group=group,
+            slots=slots,
+            desk=desk,
+            shares_rows=kept,
+            **job,
+        )
+        for group, slots in enumerate(slots_of_groups)
+    ]
+    hangs = [HangReader(own.directory) for own in jobs]
+    stored_hangs = [StoredHangs(own.url, own.directory) for own in jobs if own.url is not None]
+    for stored in stored_hangs:
+        stored.forget()
+    threads = [Fit(make_group(own)) for own in jobs]
+    known, given_back = 0, set()
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(POLL_S)
+        try:
+            lines, num_ended = ray.get(desk.news.remote())
+        except RayError as error:
+            raise FtrayError(f"the sweep's desk died ({type(error).__name__}); the same command goes on") from None
+        for line in lines:
+            say(line)
+        for stored in stored_hangs:
+            stored.sync()
+        for own, hang, thread in zip(jobs, hangs, threads, strict=True):
+            if (found := hang.poll(world_size=own.base_run.workers.max_count)) is not None:
+                say(f"{own.directory.name}: {found}; its workers start again")
+            if thread.failure is not None and own.group not in given_back:  # the others go on with what it had
+                given_back.add(own.group)
+                ray.get(desk.start_over.remote(own.group))
+        if lines or num_ended != known:
+            on_news(has_ended=num_ended != known)
+            known = num_ended
+    for line in ray.get(desk.news.remote())[0]:
+        say(line)
+    with contextlib.suppress(RayError):
+        ray.kill(desk)
+    failures = [thread.failure for thread in threads if thread.failure is not None]
+    if failures and not Study(study.config, study.space, directory, is_driver=False).is_over:
+        raise FtrayError(f"the fused group failed: {last_line(failures[0])}") from failures[0]
+
+
+def make_group(job: FusedJob) -> TorchTrainer:
+    workers = job.base_run.workers
+    set_poll_interval(workers.max_count)
+    return TorchTrainer(
+        run_fused_in_worker,
+        train_loop_config={"job": job, "secrets": passed_secrets()},
+        torch_config=TorchConfig(backend="nccl" if workers.gpus_each else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.max_count, use_gpu=workers.gpus_each > 0, resources_per_worker=bundle_of(workers)
+        ),
+        run_config=RayRunConfig(
+            name=job.directory.name,
+            storage_path=str(job.directory.parent),
+            storage_filesystem=unkept_notes() if job.url is not None else None,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},
+        ),
+    )
+
+
+def groups_of(base_run: RunConfig) -> tuple[RunConfig, int]:
+    """The run with a group's workers, and how many groups the cluster holds. Without GPUs a group takes a node's cores:
+    more groups on it would hold the base more often, and be no faster."""
+    workers, nodes = base_run.workers, list(available_resources_per_node().values())
+    if not workers.gpus_each and isinstance(workers.count, int):
+        # Others may have taken some for good, on every node.
+        free = max(int(node.get("CPU", 0)) for node in nodes)
+        each = max(workers.cpus_each, free // workers.count)
+        workers = workers.model_copy(update={"cpus_each": each})
+    return base_run.model_copy(update={"workers": workers}), fitting_groups(workers, nodes)

@@ -1,0 +1,211 @@
+"""The algorithm of a fused group: a step of every member at once, over one frozen base. No ray.
+
+Each member has its own examples, normaliser, clipping, rate and step count; only the base's passes are shared, and,
+over several workers, one all-reduce of all gradients.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ftray.data.dataset import TokenizedDataset
+from ftray.data.pack import pack
+from ftray.data.plan import MicroBatch, divide
+from ftray.model.fused_lora import FusedLora, Stretch
+from ftray.model.hardware import Hardware
+from ftray.model.packed import PackedCausalLM
+from ftray.objectives import LogProbs, Loss, Objective
+from ftray.sweep.fused.member import Member
+
+Work = tuple[Member, MicroBatch]
+STEPS_TO_COMPARE = 3  # of each way
+
+
+@dataclass(frozen=True)
+class MemberStep:
+    """What a member's step came to, over all workers."""
+
+    loss: float  # before the update
+    metrics: dict[str, float]
+    grad_norm: float  # before clipping
+    learning_rate: float
+    num_tokens: int
+    num_trained_tokens: int
+    seconds: float  # its share of the group's step, by tokens
+
+
+class RowSharing:
+    """Whether micro-batches of several members share a row. Results are the same either way, so the first steps take
+    turns and the faster way stays; a sweep that goes on keeps to it."""
+
+    def __init__(self, is_faster: bool | None = None):
+        self.is_faster = is_faster  # None: not known yet
+        self.rates: dict[bool, list[float]] = {True: [], False: []}  # tokens/s
+        self._num_steps = 0
+
+    @property
+    def now(self) -> bool:
+        return self._num_steps % 2 == 0 if self.is_faster is None else self.is_faster
+
+    def note(self, tokens_per_s: float, *, num_members: int) -> None:
+        """Of a step; nothing is learned from one of a single member, nor from the first two, which warm up."""
+        if self.is_faster is not None or num_members < 2:
+            return
+        if self._num_steps >= 2:
+            self.rates[self.now].append(tokens_per_s)
+        self._num_steps += 1
+        if all(len(rates) == STEPS_TO_COMPARE for rates in self.rates.values()):
+            self.is_faster = max(self.rates[True]) >= max(self.rates[False])
+
+
+class FusedGroup:
+    def __init__(
+        self,
+        model: PackedCausalLM,
+        fused: FusedLora,
+        objective: Objective,
+        hardware: Hardware,
+        *,
+        token_budget: int,  # of one forward: several members' micro-batches go together up to it
+        sharing: RowSharing | None = None,  # None: they always do
+    ):
+        self._model = model
+        self._fused = fused
+        self._objective = objective
+        self._hardware = hardware
+        self._token_budget = token_budget
+        self.sharing = sharing or RowSharing(is_faster=True)
+        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def step(self, members: Sequence[Member], dataset: TokenizedDataset) -> dict[str, MemberStep | str]:
+        """One update of each member, all of them at steps of their own. By name; a text where its loss was no good and
+        no update was made."""
+        began = time.perf_counter()
+        self._model.train()
+        examples = {member.name: member.examples() for member in members}
+        counts = {name: self._denominator(dataset, of) for name, of in examples.items()}
+        work = [
+            (member, micro_batch)
+            for member in members
+            for micro_batch in member.plan.divide(examples[member.name], self._world_size)[self._rank]
+            if micro_batch
+        ]
+        sums = {member.name: torch.zeros(0, dtype=torch.float64) for member in members}
+        names: dict[str, list[str]] = {}
+        for together in self._rows(work, dataset):
+            losses, stretches = self._losses(together, dataset)
+            shares = [loss.sum / counts[member.name] for (member, _), loss in zip(together, losses, strict=True)]
+            with self._fused.apply(stretches):  # activation checkpointing computes layers again
+                torch.stack(shares).sum().backward()
+            for (member, _), loss in zip(together, losses, strict=True):
+                told = torch.stack([loss.sum.detach(), *loss.metrics.values()]).double().cpu()
+                sums[member.name] = told if not len(sums[member.name]) else sums[member.name] + told
+                names[member.name] = list(loss.metrics)
+        self._reduce_gradients(members)
+        totals = self._reduce_sums(sums)
+        seconds = time.perf_counter() - began
+        tokens = {name: int(dataset.lengths[of].sum()) for name, of in examples.items()}
+        self.sharing.note(sum(tokens.values()) / seconds, num_members=len(members))
+        outcome: dict[str, MemberStep | str] = {}
+        for member in members:
+            loss, *metrics = (totals[member.name] / counts[member.name]).tolist()
+            problem = member.guard.problem(loss)
+            if problem is not None:
+                outcome[member.name] = f"step {member.step + 1}: {problem}"
+                continue
+            rate = member.learning_rate(member.step)
+            norm = member.update()
+            if not math.isfinite(norm):
+                outcome[member.name] = f"step {member.step + 1}: the gradient norm is {norm}"
+                continue
+            outcome[member.name] = MemberStep(
+                loss=loss,
+                metrics=dict(zip(names.get(member.name, []), metrics, strict=False)),
+                grad_norm=norm,
+                learning_rate=rate,
+                num_tokens=tokens[member.name],
+                num_trained_tokens=dataset.num_trained_tokens(examples[member.name]),
+                seconds=seconds * tokens[member.name] / sum(tokens.values()),
+            )
+        for member in members:
+            member.optimizer.zero_grad(set_to_none=True)
+        return outcome
+
+    @torch.no_grad()
+    def evaluate(
+        self, members: Sequence[Member], dataset: TokenizedDataset, *, on_row: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Mean loss per trained token of each. `on_row`: called as it goes."""
+        self._model.eval()
+        budget = max(member.config.batch.tokens_per_micro_batch for member in members)
+        shares = divide(range(len(dataset)), dataset.lengths, world_size=self._world_size, token_budget=budget)
+        work = [(member, micro_batch) for micro_batch in shares[self._rank] if micro_batch for member in members]
+        sums = {member.name: torch.zeros(2, dtype=torch.float64) for member in members}
+        for together in self._rows(work, dataset):
+            for (member, _), loss in zip(together, self._losses(together, dataset)[0], strict=True):
+                sums[member.name] += torch.stack([loss.sum, loss.count]).double().cpu()
+            on_row()
+        return {name: (total / count).item() for name, (total, count) in self._reduce_sums(sums).items()}
+
+    def _denominator(self, dataset: TokenizedDataset, examples: list[int]) -> int:
+        return dataset.num_trained_tokens(examples) if self._objective.unit == "token" else len(examples)
+
+    def _rows(self, work: Sequence[Work], dataset: TokenizedDataset) -> Iterable[list[Work]]:
+        """Neighbouring micro-batches together, up to the budget."""
+        row: list[Work] = []
+        used = 0
+        for member, micro_batch in work:
+            size = int(dataset.lengths[micro_batch].sum())
+            if row and (not self.sharing.now or used + size > self._token_budget):
+                yield row
+                row, used = [], 0
+            row.append((member, micro_batch))
+            used += size
+        if row:
+            yield row
+
+    def _losses(self, together: Sequence[Work], dataset: TokenizedDataset) -> tuple[list[Loss], list[Stretch]]:
+        """One forward for all; each member's loss from its own part, and whose the row's tokens are."""
+        parts = [pack(dataset, micro_batch).to(self._hardware.device) for _, micro_batch in together]
+        row = pack(dataset, [index for _, micro_batch in together for index in micro_batch]).to(self._hardware.device)
+        stretches = [(member.name, len(part.ids_T)) for (member, _), part in zip(together, parts, strict=True)]
+        sizes = [len(part.rows_N) for part in parts]
+        with self._fused.apply(stretches):
+            policy = self._model(row).split(sizes)
+        reference: Sequence[Tensor | None] = [None] * len(parts)
+        if self._objective.needs_reference:
+            with torch.no_grad():
+                reference = self._model(row).split(sizes)  # no stretches: the base alone
+        given = zip(policy, reference, parts, strict=True)
+        return [self._objective.loss(LogProbs(own, base), part) for own, base, part in given], stretches
+
+    def _reduce_gradients(self, members: Sequence[Member]) -> None:
+        """One all-reduce: adapters are small, and many small ones would wait for each other's latency."""
+        parameters = [parameter for member in members for parameter in member.parameters.values()]
+        for parameter in parameters:
+            if parameter.grad is None:  # this rank had no example of it
+                parameter.grad = torch.zeros_like(parameter)
+        if self._world_size == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _reduce_sums(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._world_size == 1:
+            return sums
+        width = max(len(value) for value in sums.values())
+        lengths: list[int] = [0] * self._world_size
+        dist.all_gather_object(lengths, width)
+        width = max(lengths)
+        flat = torch.stack([torch.nn.functional.pad(value, (0, width - len(value))) for value in sums.values()])
+        flat = flat.to(self._hardware.device)
+        dist.all_reduce(flat)
+        return dict(zip(sums, flat.cpu(), strict=True))

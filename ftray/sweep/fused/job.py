@@ -1,0 +1,26 @@
+"""What the driver hands to each worker of a fused group."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.config import RunConfig
+from ftray.config.run import AdapterConfig
+
+
+@dataclass(frozen=True)
+class FusedJob:
+    base_run: RunConfig  # what all members share
+    base_name: str
+    train_data: Path | str  # directory of a TokenizedDataset, or its URL
+    eval_data: Path | str | None
+    data_digest: str
+    metric: str
+    directory: Path  # of the group, on the storage that all nodes share; else the driver's own
+    url: str | None  # of the group, where the sweep lies in an object store
+    part: str  # of the sweep: each driver's has a word of its own
+    group: int  # its number, where several share a sweep
+    slots: int  # members at a time, where memory holds them
+    adapters: tuple[AdapterConfig, ...]  # what members may have
+    shares_rows: bool | None  # None: to be measured
+    desk: Any  # handle of a `coordinator.Desk`

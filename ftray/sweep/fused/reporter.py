@@ -1,0 +1,249 @@
+"""Rank 0's side of a fused group: what the desk is told, and what the members' run directories hold."""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ftray.config import RunConfig
+from ftray.errors import FtrayError, StoreError, UnwritableError
+from ftray.sweep.fused.group import MemberStep, RowSharing
+from ftray.sweep.fused.job import FusedJob
+from ftray.sweep.fused.member import Member, save
+from ftray.sweep.fused.stored_member import StoredMember
+from ftray.sweep.trial_run import Reporter
+from ftray.sweep.trials import Report
+from ftray.tracking.events import record_event
+from ftray.tracking.metrics import read_metrics
+from ftray.train.checkpoints.checkpoint import newest_whole_checkpoint, read_state
+from ftray.train.hooks.callbacks import SAVE_FAILED
+from ftray.train.hooks.recorder import Recorder
+from ftray.train.job import STOP_REQUEST
+from ftray.train.loop import StepRecord, peak_memory_gib
+from ftray.train.loss_guard import WINDOW_STEPS
+from ftray.train.runs.directory import check_same_data, open_run_directory
+from ftray.train.runs.finalize import PreparedData, finish, num_steps
+from ftray.train.runs.store import drop_checkpoints, is_stored
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A run to take up, as rank 0 found it: a shared disk may show another rank another newest checkpoint."""
+
+    config: RunConfig
+    checkpoint: Path | str | None  # a URL where the run lies in an object store
+    earlier_losses: tuple[float, ...]
+    until_step: int | None
+
+
+class Clerk:
+    """Rank 0's paperwork: the desk, and the members' run directories."""
+
+    def __init__(self, job: FusedJob, base: Any, data: PreparedData, *, flops: Any, rate: float):
+        self._job = job
+        self._base = base
+        self._data = data
+        self._flops = flops
+        self._rate = rate
+        self._reporters: dict[str, Reporter] = {}
+        self._stored: dict[str, StoredMember] = {}
+        self._uploads: dict[str, Future[None]] = {}
+        self._asked: set[str] = set()  # names of members that are to stop
+        self._due: list[tuple[str, Report]] = []  # reports of this step, judged together
+        self._began: dict[str, float] = {}
+        self._told_sharing = job.shares_rows is not None  # an earlier part of the sweep has told it
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish")
+        self._finishing: list[Future[None]] = []
+        ray.get(job.desk.start_over.remote(job.group))  # what its workers before these had begun
+
+    def take(self, count: int) -> tuple[list[Assignment], bool]:
+        """What the desk has, and whether it will have more. A run that has come to its end already, which was not
+        noted, is told and not taken up."""
+        if count <= 0:
+            return [], True
+        taken: Any = ray.get(self._job.desk.take.remote(self._job.group, count))
+        configs = [RunConfig.model_validate_json(text) for text in taken.runs]
+        with self._pardoned():
+            found = [self._assignment(c, taken.until_step, is_new=c.name in taken.new) for c in configs]
+        return [assignment for assignment in found if assignment is not None], taken.waits or bool(taken.runs)
+
+    @contextlib.contextmanager
+    def _pardoned(self) -> Iterator[None]:
+        """A full disk or a store that does not answer ends the group, and is no fault of the runs that it has."""
+        try:
+            yield
+        except (OSError, StoreError, UnwritableError):
+            ray.get(self._job.desk.pardon.remote(self._job.group))
+            raise
+
+    def _assignment(self, config: RunConfig, until_step: int | None, *, is_new: bool) -> Assignment | None:
+        stored = StoredMember(config) if is_stored(config.runs_dir) else None
+        try:
+            directory = open_run_directory(config, fresh=False) if stored is None else stored.open(is_new=is_new)
+            if directory.finished is None and directory.resume_from is not None:
+                check_same_data(directory.resume_from, self._job.data_digest)
+        except (StoreError, UnwritableError):
+            raise
+        except FtrayError as error:
+            self.refuse(config.name, str(error))
+            return None
+        checkpoint = directory.resume_from
+        start = read_state(checkpoint).step if checkpoint is not None else 0
+        has_come = until_step is not None and until_step <= start < num_steps(config, self._data.train)
+        if directory.finished is not None or has_come:
+            reporter = Reporter(config, metric=self._job.metric, tell=lambda report: self._tell(config.name, report))
+            reporter.begin(directory.finished["steps"] if directory.finished is not None else 0)
+            reporter.tell_all()
+            outcome = "finished" if directory.finished is not None else "stopped"
+            if directory.finished is not None:
+                drop_checkpoints(config.runs_dir, config.name)
+            ray.get(self._job.desk.end.remote(config.name, outcome, None))
+            return None
+        (directory.path / STOP_REQUEST).unlink(missing_ok=True)
+        losses = [r["loss"] for r in read_metrics(directory.path) if "loss" in r and r["step"] <= start]
+        if stored is not None:
+            self._stored[config.name] = stored
+        place = directory.place_of(checkpoint) if checkpoint is not None else None
+        return Assignment(config, place, tuple(losses[-WINDOW_STEPS:]), until_step)
+
+    def refuse(self, name: str, message: str) -> None:
+        ray.get(self._job.desk.end.remote(name, "failed", message))
+
+    def begin(self, member: Member) -> None:
+        if member.name in self._stored:
+            self._stored[member.name].begin()
+        member.recorder = Recorder(member.config, member.directory, resume_step=member.step)
+        tell = lambda report: self._due.append((member.name, report))  # noqa: E731
+        reporter = Reporter(member.config, metric=self._job.metric, tell=tell)
+        reporter.begin(member.num_steps)
+        self._reporters[member.name] = reporter
+        self._began[member.name] = time.time()
+        reporter.tell_all()
+
+    def say(self, line: str) -> None:
+        ray.get(self._job.desk.say.remote(line))
+
+    def compare(self, sharing: RowSharing) -> None:
+        """Tells, once it is known, whether sharing rows is faster."""
+        if self._told_sharing or sharing.is_faster is None:
+            return
+        self._told_sharing = True
+        shared, single = (max(sharing.rates[way]) for way in (True, False))
+        way = "share rows" if sharing.is_faster else "have rows of their own"
+        self.say(f"trials {way}: {shared:.0f} tokens/s shared, {single:.0f} each by itself")
+        ray.get(self._job.desk.keep_sharing.remote(sharing.is_faster))
+
+    def record(self, member: Member, told: MemberStep) -> None:
+        examples = member.plan.examples(member.step - 1, end=member.end_position)
+        lengths = self._data.train.sequence_lengths.reshape(len(self._data.train), -1)[examples]
+        flops = self._flops.step(
+            num_tokens=told.num_tokens,
+            num_trained=told.num_trained_tokens,
+            sum_squared_lengths=int((lengths**2).sum()),
+            trains_base=False,
+            reference=member.config.objective.type == "dpo",
+        )
+        record = StepRecord(
+            step=member.step,
+            loss=told.loss,
+            learning_rate=told.learning_rate,
+            grad_norm=told.grad_norm,
+            num_tokens=told.num_tokens,
+            num_trained_tokens=told.num_trained_tokens,
+            tokens_per_s=told.num_tokens / told.seconds,
+            seconds=told.seconds,
+            time=time.time(),
+            mfu=flops / told.seconds / self._rate,
+            memory_gib=peak_memory_gib(),
+            metrics=told.metrics,
+        )
+        self._append(member, record.as_dict())
+
+    def evaluated(self, member: Member, loss: float) -> None:
+        self._append(member, {"step": member.step, "eval_loss": loss, "time": time.time()})
+
+    def stopping(self, members: list[Member]) -> list[str]:
+        """By the study, or by the user."""
+        while self._due:  # one that resumed may have several
+            together = dict(reversed(self._due))  # of each its first
+            self._due = [told for told in self._due if together[told[0]] is not told[1]]
+            self._asked.update(ray.get(self._job.desk.report.remote(together)))
+        return [m.name for m in members if m.name in self._asked or (m.directory / STOP_REQUEST).is_file()]
+
+    def save(self, member: Member, *, must: bool) -> None:
+        """One that fails, on a full disk, is told and left out, unless others go on from it."""
+        if (upload := self._uploads.pop(member.name, None)) is not None:
+            upload.result()  # of the save before, which this one may remove
+        try:
+            with self._pardoned():
+                save(member, self._base, data_digest=self._job.data_digest)
+        except OSError as error:
+            if must:
+                raise
+            note_failed_save(member.directory, member.step, error)
+            return
+        if member.name in self._stored and not member.is_done:  # then its product follows at once
+            stored = self._stored[member.name]
+            self._uploads[member.name] = self._writer.submit(self._upload, stored, member.directory, member.step)
+
+    def _upload(self, stored: StoredMember, directory: Path, step: int) -> None:
+        """Beside the training."""
+        try:
+            stored.save(step)
+        except (OSError, FtrayError) as error:
+            note_failed_save(directory, step, error)
+
+    def end(self, member: Member, outcome: str, message: str | None) -> None:
+        """The result is written beside the training of the others."""
+        del self._reporters[member.name]
+        self._finishing.append(self._writer.submit(self._finish, member, outcome, message))
+
+    def raise_failures(self) -> None:
+        """Of results that could not be written or told: nobody would hear of these members again."""
+        done = [future for future in self._finishing if future.done()]
+        self._finishing = [future for future in self._finishing if not future.done()]
+        with self._pardoned():
+            for future in done:
+                future.result()
+
+    def close(self) -> None:
+        with self._pardoned():
+            for future in self._finishing:
+                future.result()
+        self._writer.shutdown()
+
+    def _finish(self, member: Member, outcome: str, message: str | None) -> None:
+        assert member.recorder is not None
+        member.recorder.close()
+        stored = self._stored.pop(member.name, None)
+        if stored is not None:
+            stored.close()
+        if outcome == "finished":
+            checkpoint = newest_whole_checkpoint(member.directory) or (stored.take_product() if stored else None)
+            seconds, place = time.time() - self._began[member.name], stored.url if stored is not None else None
+            finish(member.config, member.directory, checkpoint, self._base, self._data, seconds=seconds, place=place)
+            if stored is not None:
+                stored.store_product()
+            drop_checkpoints(member.config.runs_dir, member.name)
+        if stored is not None:
+            shutil.rmtree(member.directory)  # the store has all of it
+        ray.get(self._job.desk.end.remote(member.name, outcome, message))
+
+    def _append(self, member: Member, record: dict[str, Any]) -> None:
+        assert member.recorder is not None
+        member.recorder.record(record)
+        self._reporters[member.name].tell_news([record])
+
+    def _tell(self, name: str, report: Report) -> None:
+        self._asked.update(ray.get(self._job.desk.report.remote({name: report})))
+
+
+def note_failed_save(directory: Path, step: int, error: Exception) -> None:
+    with contextlib.suppress(OSError):
+        record_event(directory, SAVE_FAILED, step=step, message=str(error))

@@ -1,0 +1,1 @@
+"""Trials as Ray Tune trials, each a training run of its own."""

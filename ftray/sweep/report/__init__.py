@@ -1,0 +1,1 @@
+"""A sweep in words, plots and one HTML page."""

@@ -1,0 +1,1 @@
+"""Which point next, which trials go on, and populations."""

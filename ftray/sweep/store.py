@@ -1,0 +1,133 @@
+"""A sweep's directory in an object store (`runs_dir: s3://...`). The driver works in one of its machine, and a thread
+keeps both alike:
+
+    driver      what lies at the top: sweep.json, trials.jsonl (the journal), comparison.json, sweep.html, ...
+    users       requests/, of `ftray sweep stop-trial` and `clone-trial`, from whatever machine
+    trials/     run directories, each with the store by itself (train/runs/store.py)
+"""
+
+import _thread
+import contextlib
+import json
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from ftray.config import RunConfig, SweepConfig
+from ftray.errors import FtrayError, NotFoundError, UserError
+from ftray.storage import ObjectStore
+from ftray.storage.lease import Lease
+from ftray.storage.mirror import Mirror
+from ftray.sweep.study import JOURNAL, REQUESTS
+from ftray.sweep.trials import SWEEP
+from ftray.train.runs.directory import only_driver
+from ftray.train.runs.store import fetch_notes, forget_run, is_stored, lease_of, local_directory, place_of
+
+SYNC_S = 3.0
+
+
+class StoredSweep:
+    """The driver's side."""
+
+    def __init__(self, runs_dir: str, name: str):
+        self.url = place_of(runs_dir, name)
+        self.directory = local_directory(runs_dir, name)
+        self._mirror = Mirror(self.url, self.directory)
+        self._requests: set[str] = set()  # keys of those that were fetched
+        self._ended = threading.Event()
+
+    @contextlib.contextmanager
+    def opened(self, *, refusal: str) -> Iterator[None]:
+        """One driver at a time, on whatever machine; raises `UserError` that begins with `refusal` for another. What
+        the store has replaces what this machine had."""
+        with lease_of(self._mirror, refusal=refusal) as lease:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            fetch_notes(self._mirror)
+            self._sync_once()
+            syncing = threading.Thread(target=self._sync, args=[lease], name="sweep-store", daemon=True)
+            syncing.start()
+            try:
+                yield
+            except BaseException:
+                with contextlib.nullcontext() if lease.is_lost else contextlib.suppress(FtrayError, OSError):
+                    self._end(lease, syncing)
+                raise
+            self._end(lease, syncing)
+
+    def _end(self, lease: Lease, syncing: threading.Thread) -> None:
+        self._ended.set()
+        syncing.join()
+        if not lease.is_ours():
+            raise FtrayError(f"{self.url}: another driver has taken this sweep over; this one ends")
+        self._sync_once()
+
+    def _sync(self, lease: Lease) -> None:
+        while not self._ended.wait(SYNC_S):
+            with contextlib.suppress(FtrayError, OSError):  # the store does not answer, or the disk is full
+                if not lease.is_ours():
+                    _thread.interrupt_main()  # ends it as Ctrl-C does; `_end` tells why
+                    return
+                self._sync_once()
+
+    def _sync_once(self) -> None:
+        """A request leaves the store once the journal that tells of it is there: the study removes its own copy when it
+        has written that."""
+        taken_up = {key for key in self._requests if not (self.directory / key).exists()}
+        at_the_top = [path.name for path in self.directory.glob("*") if path.is_file() and path.name[0] != "."]
+        self._mirror.push(at_the_top, at_once=self._ended.is_set())
+        if JOURNAL in at_the_top:
+            self._mirror.push([JOURNAL], at_once=True)
+        for key in taken_up:
+            self._mirror.store.delete(key)
+        self._requests -= taken_up
+        new = set(self._mirror.store.keys(REQUESTS)) - self._requests - taken_up
+        self._mirror.pull(new)
+        self._requests |= new
+
+
+def refuse_population_in_store(config: SweepConfig, run: RunConfig) -> None:
+    """Raises `UserError`."""
+    if is_stored(run.runs_dir) and config.search.scheduler == "pbt":
+        raise UserError(
+            "search.scheduler pbt: a population's runs take over each other's checkpoints on a disk, not in an object "
+            f"store ({run.runs_dir}); give a path (overrides.runs_dir=/path/on/all/nodes) or another scheduler"
+        )
+
+
+@contextlib.contextmanager
+def only_driver_of_sweep(run: RunConfig) -> Iterator[StoredSweep | None]:
+    """`run`: it has the sweep's name and place. As `only_driver` of a run."""
+    if not is_stored(run.runs_dir):
+        with only_driver(run, stop_with="Ctrl-C where it was started"):
+            yield None
+        return
+    stored = StoredSweep(run.runs_dir, run.name)
+    with stored.opened(refusal=f"{run.name} is running already, by another driver"):
+        yield stored
+
+
+def forget_leftover(config: RunConfig) -> None:
+    """Of a run that the journal has heard nothing of: the last lines of a journal may be lost with its driver, and what
+    then had this name may have been another point."""
+    content = ObjectStore(place_of(config.runs_dir, config.name)).read("config.json")
+    if content is not None and json.loads(content) != config.model_dump(mode="json"):
+        forget_run(config.runs_dir, config.name)
+
+
+@contextlib.contextmanager
+def sweep_at_hand(runs_dir: str, name: str) -> Iterator[Path]:
+    """The directory of a sweep, for those who are not its driver. What they ask for in it goes to the store at the
+    end. Raises `NotFoundError`."""
+    if not is_stored(runs_dir):
+        yield Path(runs_dir) / name
+        return
+    with tempfile.TemporaryDirectory(prefix="ftray-sweep-") as temporary:
+        seen = Path(temporary)
+        mirror = Mirror(place_of(runs_dir, name), seen)
+        mirror.pull([SWEEP, JOURNAL])
+        if not (seen / SWEEP).is_file():
+            raise NotFoundError(f"{name}: no such sweep in {runs_dir}")
+        yield seen
+        mirror.push(path.relative_to(seen).as_posix() for path in (seen / REQUESTS).glob("*"))

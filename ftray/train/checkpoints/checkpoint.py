@@ -1,0 +1,172 @@
+"""A checkpoint directory: what resuming needs, and the adapter as it would be shipped.
+
+    state/rank-R.safetensors   float32 master weights and AdamW's moments, each rank its own ranges (engine/state.py)
+    adapter/                   for LoRA: a PEFT directory
+    trainer.json               step, digest of the data, world size and stage
+    manifest.json              written last: without it, or with a file that differs, the checkpoint does not exist
+
+Nothing in it depends on the world size or ZeRO stage, so any resumes any other.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from ftray.config import RunConfig
+from ftray.data.dataset import TokenizedDataset
+from ftray.errors import DamagedError
+from ftray.model.base import BaseModel
+from ftray.model.lora import write_adapter
+from ftray.storage import FileEntry, list_files, read_json, verify_directory, write_json, write_manifest
+from ftray.train.engine.state import Shard, ShardedState, write_shard
+
+if TYPE_CHECKING:  # importing it loads deepspeed
+    from ftray.train.engine.deepspeed import TrainEngine
+
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+TRAINER_STATE = "trainer.json"
+DIGEST_ELEMENTS = 1 << 22  # read at a time
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    step: int  # steps done
+    data_digest: str
+    world_size: int
+    zero_stage: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state after a step, copied: training goes on while it is written."""
+
+    state: TrainerState
+    shard: Shard
+    adapter: dict[str, Tensor] | None  # on rank 0, for LoRA
+    initial_adapter: dict[str, Tensor] | None  # PiSSA's
+    ties_embeddings: bool
+
+
+def take_snapshot(engine: "TrainEngine", config: RunConfig, state: TrainerState, *, rank: int) -> Snapshot:
+    """All ranks call it: the adapter, which is small, is gathered; the rest is each rank's own."""
+    adapter = collect(engine.weights(), keep=rank == 0) if config.adapter is not None else None
+    model = engine.model.model
+    ties = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    return Snapshot(state, engine.shard(), adapter, engine.initial_adapter, ties)
+
+
+def collect(tensors: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor] | None:
+    """Goes through all of them, since each is a collective; a copy only where it is wanted."""
+    kept = {}
+    for name, tensor in tensors:
+        if keep:
+            kept[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return kept if keep else None
+
+
+def write_snapshot(
+    directory: Path, snapshot: Snapshot, config: RunConfig, base: BaseModel, *, rank: int
+) -> list[FileEntry]:
+    """This rank's files, with size and hash. No communication: it may run beside the training."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_shard(directory, snapshot.shard, rank=rank)
+    if rank != 0:
+        return list_files(directory)
+    if snapshot.adapter is not None and config.adapter is not None:
+        metadata = metadata_of(config, snapshot.state)
+        write_adapter(
+            directory / ADAPTER,
+            snapshot.adapter,
+            config.adapter,
+            base,
+            metadata=metadata,
+            initial=snapshot.initial_adapter,
+            ties_embeddings=snapshot.ties_embeddings,
+        )
+    write_json(directory / TRAINER_STATE, vars(snapshot.state))
+    return list_files(directory)
+
+
+def complete_checkpoint(directory: Path, files: list[FileEntry], config: RunConfig, state: TrainerState) -> None:
+    """Rank 0, with the files of all ranks: from here on the checkpoint counts."""
+    write_manifest(directory, metadata=metadata_of(config, state), files=files)
+
+
+def metadata_of(config: RunConfig, state: TrainerState) -> dict[str, Any]:
+    return {"run": config.name, "step": state.step}
+
+
+def restore(directory: Path, engine: "TrainEngine") -> None:
+    engine.restore(ShardedState(directory), step=read_state(directory).step)
+
+
+def read_state(directory: Path) -> TrainerState:
+    return TrainerState(**read_json(directory / TRAINER_STATE))
+
+
+class Checkpoints(Protocol):
+    """Where a run's checkpoints lie, to the ranks."""
+
+    def list(self) -> list[str]:
+        """Newest first, whole or not."""
+        ...
+
+    def open(self, place: str, *, share: tuple[int, int]) -> Path:
+        """One of them on this machine. Raises `DamagedError` where its manifest does not prove it; the `share`-th of so
+        many ranks may look at its part only."""
+        ...
+
+
+class DirectoryCheckpoints:
+    """On a disk that all ranks share."""
+
+    def __init__(self, run_directory: Path):
+        self._run_directory = run_directory
+
+    def list(self) -> list[str]:
+        return [str(path) for path in list_checkpoints(self._run_directory)]
+
+    def open(self, place: str, *, share: tuple[int, int]) -> Path:
+        verify_directory(Path(place), share=share)
+        return Path(place)
+
+
+def list_checkpoints(run_directory: Path) -> list[Path]:
+    """Newest first, whole or not."""
+    found = [path for path in (run_directory / CHECKPOINTS).glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    with contextlib.suppress(DamagedError):
+        verify_directory(checkpoint)
+        return True
+    return False
+
+
+def first_whole(places: list[str], *, opened: Callable[[str], Path]) -> Path | None:
+    """The first whose manifest proves it. Only damaged ones are passed over: what could not be read for another reason
+    (a store that does not answer, a full disk) may be the newest, and the training would begin again before it."""
+    for place in places:
+        with contextlib.suppress(DamagedError):
+            return opened(place)
+    return None
+
+
+def newest_whole_checkpoint(run_directory: Path) -> Path | None:
+    checkpoints = DirectoryCheckpoints(run_directory)
+    return first_whole(checkpoints.list(), opened=lambda place: checkpoints.open(place, share=(0, 1)))
+
+
+def data_digest(dataset: TokenizedDataset) -> str:
+    digest = hashlib.sha256()
+    for array in (dataset.ids, dataset.trained, dataset.sequence_lengths):
+        for start in range(0, len(array), DIGEST_ELEMENTS):
+            digest.update(array[start : start + DIGEST_ELEMENTS].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO: forward and backward, the update, and the sharded state."""

@@ -1,0 +1,1 @@
+"""What a worker does beside the steps: records, samples, profiles, watches itself."""

@@ -1,0 +1,127 @@
+"""What a worker does besides training: records, saves, guards the loss, and stops when asked."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftray.errors import DivergedError, FtrayError
+from ftray.model.base import BaseModel
+from ftray.tracking.events import read_events, record_event
+from ftray.train.checkpoints.saver import Publish, Saver, Upload
+from ftray.train.hooks.profiler import StepProfiler
+from ftray.train.hooks.watchdog import Watchdog
+from ftray.train.job import SCRATCH, STOP_REQUEST, TrainJob
+from ftray.train.loop import StepRecord
+from ftray.train.loss_guard import GoBack, name_rows
+
+if TYPE_CHECKING:  # importing it loads deepspeed
+    from ftray.train.engine.deepspeed import TrainEngine
+
+Record = Callable[[dict[str, Any]], None]
+SKIPPED, SAVE_FAILED = "step_skipped", "save_failed"  # in events.jsonl
+
+
+class WorkerCallbacks:
+    """What the loop asks for, through the run directory."""
+
+    def __init__(
+        self,
+        job: TrainJob,
+        engine: "TrainEngine",
+        base: BaseModel,
+        *,
+        rank: int,
+        record: Record,
+        sample: Callable[[int], None],
+        publish: Publish,
+        upload: Upload | None = None,
+        keep_notes: Callable[[], None] | None = None,
+    ):
+        """`keep_notes`: brings what rank 0 noted to where the run lies, when that is not this disk."""
+        self._job = job
+        self._keep_notes = keep_notes
+        self._sample = sample
+        self._profiler = StepProfiler(job.run_directory, num_steps=job.profile_steps, rank=rank)
+        self._engine = engine
+        self._record = record
+        self._rank = rank
+        self._untold: list[dict[str, Any]] = []  # events
+        self._watchdog = Watchdog(job.run_directory, rank=rank, timeout_s=job.config.guard.hang_timeout_s)
+        self._watchdog.beat()
+        self._saver = Saver(
+            engine,
+            job.config,
+            base,
+            data_digest=job.data_digest,
+            scratch=job.run_directory / SCRATCH,
+            rank=rank,
+            publish=publish,
+            upload=upload,
+            on_failure=self._on_failed_save,
+        )
+
+    def on_bad_loss(self, step: int, problem: str, rows: list[int]) -> None:
+        self._saver.finish(last=False)  # what was saved before stands
+        guard = self._job.config.guard
+        described = f"step {step}: {problem}; the rows {name_rows(rows)} of data.train were in the micro-batch"
+        skipped = self._engine.gather(skipped_steps(self._job.run_directory))[0]
+        if guard.on_bad_loss == "stop":
+            raise DivergedError(
+                f"{described}. Look at them, lower optimizer.learning_rate, or set guard.on_bad_loss=skip; "
+                "the last checkpoint stands"
+            )
+        if len(skipped) >= guard.max_skips:
+            raise DivergedError(f"{described}, after {len(skipped)} skipped steps (guard.max_skips)")
+        if self._rank == 0:
+            record_event(self._job.run_directory, SKIPPED, step=step, problem=problem, rows=rows)
+            if self._keep_notes is not None:
+                with contextlib.suppress(FtrayError, OSError):  # then the step is met, and told, once more
+                    self._keep_notes()
+        self._engine.gather(None)  # no rank ends, which would end them all, before it is noted
+        raise GoBack(described)
+
+    def on_step_end(self, record: StepRecord) -> None:
+        self._watchdog.beat()
+        self._profiler.step()
+        self._record(record.as_dict())
+        self._tell()
+        self._saver.poll()
+
+    def on_evaluated(self, step: int, loss: float) -> None:
+        self._watchdog.beat()
+        self._record({"step": step, "eval_loss": loss})
+        self._sample(step)
+        self._watchdog.beat()
+
+    def save(self, step: int) -> None:
+        self._saver.begin(step)
+        self._watchdog.beat()
+
+    def should_stop(self, step: int) -> bool:
+        asked = self._rank == 0 and (self._job.run_directory / STOP_REQUEST).is_file()
+        asked = asked or step == self._job.until_step
+        return self._engine.sum_over_ranks(float(asked)) > 0
+
+    def close(self) -> None:
+        self._profiler.close()
+        self._saver.finish(last=True)
+        self._saver.close()
+        self._tell()
+        self._watchdog.close()
+
+    def _on_failed_save(self, step: int, message: str) -> None:
+        if self._rank == 0:
+            self._untold.append({"kind": SAVE_FAILED, "step": step, "message": message})
+
+    def _tell(self) -> None:
+        """Writes the events that wait; on a full disk they wait on."""
+        with contextlib.suppress(OSError):
+            while self._untold:
+                record_event(self._job.run_directory, **self._untold[0])
+                self._untold.pop(0)
+
+
+def skipped_steps(run_directory: Path) -> frozenset[int]:
+    """As the loop counts them: 0 for the first."""
+    return frozenset(event["step"] - 1 for event in read_events(run_directory) if event["event"] == SKIPPED)

@@ -1,0 +1,187 @@
+"""Ray Train from the driver's side: starts the workers, follows what they write, and starts again what can be."""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.cluster.fit_thread import Fit, last_line
+from ftray.cluster.worker_env import passed_secrets, worker_environment
+from ftray.config import RunConfig
+from ftray.config.run import WorkersConfig
+from ftray.errors import FtrayError
+from ftray.model.base import BaseModel
+from ftray.storage import check_sizes, read_json
+from ftray.tracking.events import record_driver_event
+from ftray.tracking.metrics import MetricsFollower
+from ftray.train.checkpoints.checkpoint import CHECKPOINTS, read_state
+from ftray.train.hooks.watchdog import HangReader, clear_hangs
+from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, read_worker_error
+from ftray.train.on_ray.controller_notes import unkept_notes
+from ftray.train.on_ray.entry import run_in_worker
+from ftray.train.runs.directory import RunDirectory
+from ftray.train.runs.finalize import PreparedData, num_steps, ray_logs
+from ftray.train.runs.store import new_part, store_tokens
+
+POLL_S = 0.2
+RETRY_S = 10.0
+ERROR_GRACE_S = 20.0
+# Elastic workers: how often Ray looks for hosts that came; a larger group starts from the last checkpoint.
+RESIZE_CHECK_S = 30.0
+# `ray.train.report` and a run's end wait until Ray Train's controller asks its workers the next time: with its own 2 s
+# every checkpoint stops the training for as long. Large groups are asked less often.
+POLL_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+POLL_INTERVAL_BY_USER = POLL_INTERVAL in os.environ
+WORKERS_ASKED_PER_S = 128
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """How a run is shown; the CLI draws, tests collect."""
+
+    say: Callable[[str], None]
+    on_metrics: Callable[[list[dict[str, Any]]], None]
+    on_start: Callable[[int, int], None]  # (first step, number of steps)
+
+
+def train_on_ray(
+    config: RunConfig,
+    directory: RunDirectory,
+    base: BaseModel,
+    data: PreparedData,
+    watcher: Watcher,
+    *,
+    init_from: Path | str | None,
+    profile_steps: int,
+    until_step: int | None,
+) -> None:
+    """Ray Train replaces workers that fail; when its own controller fails (a full disk under its notes), it is started
+    again here, and the workers go on from the last checkpoint."""
+    from ray.train import ControllerError
+
+    (directory.path / WORKER_ERROR).unlink(missing_ok=True)
+    train, evaluation = (tokens.directory if tokens is not None else None for tokens in (data.train, data.eval))
+    assert train is not None, "the launch keeps its tokens"
+    stored = directory.stored
+    job = TrainJob(
+        config=config,
+        run_directory=directory.path,
+        base_name=name_for_workers(config, base),
+        base_fingerprint=base.fingerprint,
+        init_from=init_from,
+        data_digest=data.digest,
+        train_data=train if stored is None else store_tokens(config.runs_dir, train),
+        eval_data=evaluation if stored is None or evaluation is None else store_tokens(config.runs_dir, evaluation),
+        profile_steps=profile_steps,
+        until_step=until_step,
+        run_url=stored.url if stored is not None else None,
+        part=new_part(),
+    )
+    start = read_state(directory.resume_from).step if directory.resume_from is not None else 0
+    watcher.on_start(start, num_steps(config, data.train))
+    for tries_left in reversed(range(config.workers.max_failures + 1)):
+        clear_ray_notes(directory.path / CHECKPOINTS)
+        failure = fit_and_follow(make_trainer(job), directory, watcher)
+        if failure is None:
+            return
+        if tries_left == 0 or not isinstance(failure, ControllerError):
+            message = f"training failed: {last_line(failure)}; the workers' logs are in {ray_logs()}"
+            raise FtrayError(message) from failure
+        watcher.say(f"Ray Train stopped ({last_line(failure)}); tries again in {RETRY_S:.0f} s")
+        time.sleep(RETRY_S)
+        with contextlib.suppress(OSError):
+            record_driver_event(directory.path, "controller_failed", message=last_line(failure))
+
+
+def make_trainer(job: TrainJob) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers, guard = job.config.workers, job.config.guard
+    set_poll_interval(workers.max_count)
+    skips = guard.max_skips if guard.on_bad_loss == "skip" else 0  # each is a restart
+    return TorchTrainer(
+        run_in_worker,
+        train_loop_config={"job": job, "secrets": passed_secrets()},
+        torch_config=TorchConfig(backend="nccl" if workers.gpus_each else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count if isinstance(workers.count, int) else (workers.min_count, workers.max_count),
+            use_gpu=workers.gpus_each > 0,
+            resources_per_worker=bundle_of(workers),
+            elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
+        ),
+        run_config=RayRunConfig(
+            name=CHECKPOINTS,  # so that a checkpoint lies at runs/NAME/checkpoints/step-N
+            storage_path=str(job.run_directory),
+            storage_filesystem=unkept_notes() if job.run_url is not None else None,
+            failure_config=FailureConfig(max_failures=workers.max_failures + skips),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.config.checkpoint.keep),
+            worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},
+        ),
+    )
+
+
+def set_poll_interval(num_workers: int) -> None:
+    if not POLL_INTERVAL_BY_USER:
+        os.environ[POLL_INTERVAL] = f"{min(2.0, max(0.25, num_workers / WORKERS_ASKED_PER_S)):g}"
+
+
+def bundle_of(workers: WorkersConfig) -> dict[str, float]:
+    return {"CPU": float(workers.cpus_each)} | ({"GPU": float(workers.gpus_each)} if workers.gpus_each else {})
+
+
+def name_for_workers(config: RunConfig, base: BaseModel) -> str:
+    """Of the base: a path holds whatever directory a worker starts in."""
+    return str(base.directory) if Path(config.base_model).exists() else config.base_model
+
+
+def clear_ray_notes(checkpoints: Path) -> None:
+    """What an earlier part of the run left there and Ray would stumble over.
+
+    A checkpoint that is damaged is made again, under its old name; Ray, which had it on its list, would later delete
+    the new one for the old one. So its list goes; which checkpoints there are, their manifests say.
+    """
+    shutil.rmtree(checkpoints / ".validate_storage_marker", ignore_errors=True)
+    notes = checkpoints / "checkpoint_manager_snapshot.json"
+    try:
+        if notes.is_file():
+            for result in read_json(notes)["checkpoint_results"]:
+                check_sizes(checkpoints / result["checkpoint_dir_name"])
+    except (ValueError, KeyError, FtrayError):  # the list is cut short, or a checkpoint is
+        notes.unlink()
+
+
+def fit_and_follow(trainer: Any, directory: RunDirectory, watcher: Watcher) -> BaseException | None:
+    """Returns Ray's failure, if there is one; raises what the workers themselves said.
+
+    `fit` runs in a thread (in the main one it would take over Ctrl-C); here the metrics are followed meanwhile.
+    """
+    run_directory = directory.path
+    (run_directory / HARDWARE).unlink(missing_ok=True)
+    clear_hangs(run_directory)
+    workers: dict[str, Any] | None = None  # as rank 0 described them at their last start
+    follower, hangs = MetricsFollower(run_directory), HangReader(run_directory)
+    follower.poll()  # what an earlier part wrote
+    thread = Fit(trainer)
+    while thread.is_alive():
+        thread.join(POLL_S)
+        directory.sync(at_once=not thread.is_alive())
+        if (run_directory / HARDWARE).is_file() and (found := read_json(run_directory / HARDWARE)) != workers:
+            workers = found
+            watcher.say(f"{found['world_size']} workers run on {found['hardware']}")
+        watcher.on_metrics(follower.poll())
+        if read_worker_error(run_directory) is not None:
+            thread.join(ERROR_GRACE_S)  # other workers may wait for the one that has given up
+            break
+        if workers is not None and (hang := hangs.poll(world_size=workers["world_size"])):
+            record_driver_event(run_directory, "hang", message=hang)
+            watcher.say(f"{hang}; the workers start again from the last checkpoint")
+    watcher.on_metrics(follower.poll())
+    if (told := read_worker_error(run_directory)) is not None:
+        raise told
+    return thread.failure

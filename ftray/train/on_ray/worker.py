@@ -1,0 +1,280 @@
+"""What every Ray Train worker runs. Ray is here; the algorithm is in `loop.py`."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray.train
+import ray.train.torch
+import torch
+
+from ftray.config import RunConfig
+from ftray.data.dataset import TokenizedDataset, open_dataset
+from ftray.data.plan import plan_steps
+from ftray.errors import DamagedError, FtrayError, UserError
+from ftray.model.adapter import adapter_at_hand
+from ftray.model.base import BaseModel, prepare_base
+from ftray.model.hardware import Hardware, check_stage, choose_hardware, make_deterministic
+from ftray.model.lora import inject_lora, load_weights_from
+from ftray.model.packed import (
+    PackedCausalLM,
+    can_compile,
+    compile_layers,
+    logit_chunks,
+    prepare_layers,
+    register_packed_attention,
+)
+from ftray.model.sequence_parallel import make_sequence_ranks
+from ftray.model.weights import load_weights
+from ftray.objectives import OBJECTIVES
+from ftray.storage import remove_unlisted, write_json
+from ftray.storage.manifest import MANIFEST
+from ftray.tracking.events import record_event
+from ftray.tracking.metrics import read_metrics
+from ftray.train.checkpoints.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    DirectoryCheckpoints,
+    first_whole,
+    read_state,
+    restore,
+)
+from ftray.train.checkpoints.stored import StoredCheckpoints
+from ftray.train.engine.deepspeed import TrainEngine
+from ftray.train.engine.schedule import make_schedule
+from ftray.train.engine.zero import shard_while_loading
+from ftray.train.hooks.callbacks import Record, WorkerCallbacks, skipped_steps
+from ftray.train.hooks.recorder import Recorder
+from ftray.train.hooks.samples import Sampler
+from ftray.train.job import HARDWARE, TrainJob, write_worker_error
+from ftray.train.loop import Schedule, evaluation_rows, train
+from ftray.train.loss_guard import WINDOW_STEPS, LossGuard
+from ftray.train.on_ray.communication import describe_bandwidth, measure_all_reduce
+from ftray.train.runs.store import WorkerNotes, on_this_machine
+
+COMPILE_AFTER_S = 900.0  # of a worker's nominal work: compiling takes a minute
+NOMINAL_RATE = {"cpu": 5e10, "cuda": 4e14}  # FLOPs a second
+WORKERS_STARTED = "workers_started"  # in events.jsonl
+
+
+def train_worker(job: TrainJob) -> None:
+    """A `FtrayError` is the same on every try: it is written down for the driver, and Ray starts no new try."""
+    rank = ray.train.get_context().get_world_rank()
+    with on_this_machine(job, rank=rank) as (here, notes):
+        try:
+            run_job(here, notes, rank=rank)
+        except FtrayError as error:
+            write_worker_error(here.run_directory, error)
+
+
+def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
+    """`notes`: of a run in an object store, which gets its checkpoints too."""
+    config = job.config
+    use_gpu = config.workers.gpus_each > 0
+    if use_gpu:
+        torch.cuda.set_device(ray.train.torch.get_device())  # the one of this local rank
+    hardware = choose_hardware(use_gpu=use_gpu)
+    make_deterministic(num_threads=config.workers.cpus_each)
+    bandwidth = measure_all_reduce(hardware)
+    if notes is not None:
+        job = notes.begin(job)  # not before: a rank that fetches the data would keep the others waiting there
+    base = prepare_base(job.base_name)
+    if base.fingerprint != job.base_fingerprint:
+        raise UserError(
+            f"base_model: {job.base_name} is another model on this node than the driver had (its files were changed); "
+            "put the old ones back, or start over with --fresh"
+        )
+    init_from = adapter_at_hand(job.init_from) if job.init_from is not None else None
+    if job.init_from is not None and init_from is None:
+        raise UserError(
+            f"adapter.init_from: {job.init_from} is not to be seen on this node; give a shared path or a URL"
+        )
+    engine = make_engine(config, base, hardware, init_from=init_from)
+    stored = StoredCheckpoints(job.run_url) if job.run_url is not None else None
+    start_step = resume(engine, stored or DirectoryCheckpoints(job.run_directory), rank=rank)
+    if rank == 0:
+        described = f"{hardware}{describe_bandwidth(bandwidth)}"
+        write_json(job.run_directory / HARDWARE, {"hardware": described, "world_size": engine.world_size})
+        record_event(job.run_directory, WORKERS_STARTED, after_step=start_step, workers=engine.world_size)
+
+    dataset = open_dataset(Path(job.train_data))
+    eval_dataset = open_dataset(Path(job.eval_data)) if job.eval_data is not None else None
+    plan = plan_steps(config, dataset.lengths)
+    num_steps = plan.num_steps(epochs=config.epochs, max_steps=config.max_steps)
+    if worth_compiling(config, engine, dataset, num_steps=num_steps):
+        compile_layers(engine.model.model)
+    schedule = Schedule(
+        start_step=start_step,
+        num_steps=num_steps,
+        end_position=None if config.epochs is None else config.epochs * len(dataset),
+        evaluate_every=config.evaluation.every,
+        save_every=config.checkpoint.every,
+        skipped=engine.gather(skipped_steps(job.run_directory))[0],
+    )
+    evaluate = None
+    if eval_dataset is not None:
+        budget = config.batch.tokens_per_micro_batch
+        rows = evaluation_rows(eval_dataset, engine, token_budget=budget)
+        evaluate = lambda: engine.evaluate(rows())  # noqa: E731
+    losses = [r["loss"] for r in read_metrics(job.run_directory) if "loss" in r and r["step"] <= start_step]
+    guard = LossGuard(config.guard, earlier_losses=engine.gather(losses[-WINDOW_STEPS:])[0])
+    with recorder(job, start_step=start_step, rank=rank) as record:
+        callbacks = WorkerCallbacks(
+            job,
+            engine,
+            base,
+            rank=rank,
+            record=record,
+            sample=Sampler(job, engine, base, eval_dataset, rank=rank).sample,
+            upload=stored.upload if stored is not None else None,
+            keep_notes=notes.push_at_once if notes is not None else None,
+            publish=lambda directory, step: (
+                publish(job, directory, step, rank=rank)
+                if stored is None
+                else publish_in_store(engine, stored, notes, directory, step, keep=config.checkpoint.keep)
+            ),
+        )
+        train(
+            engine,
+            dataset,
+            plan,
+            make_schedule(config.optimizer, num_steps=num_steps),
+            schedule,
+            guard,
+            callbacks,
+            rank=rank,
+            seed=config.seed,
+            evaluate=evaluate,
+        )
+        callbacks.close()
+
+
+def worth_compiling(config: RunConfig, engine: TrainEngine, dataset: TokenizedDataset, *, num_steps: int) -> bool:
+    """`memory.compile: auto`. It depends on the run and the number of workers alone, so that a resumed run computes as
+    its first part did. At ZeRO-3 each layer's hooks would cut what is compiled.
+    """
+    if config.memory.compile != "auto" or config.zero.stage == 3 or not can_compile(engine.model.model):
+        return False
+    mean = len(dataset.ids) / len(dataset)
+    tokens = int(mean * config.batch.examples_per_step * num_steps)
+    flops = engine.flops.step(
+        num_tokens=tokens,
+        num_trained=int(tokens * dataset.trained_lengths.sum() / len(dataset.ids)),
+        sum_squared_lengths=int(tokens * mean),
+        trains_base=engine.trains_base,
+        reference=engine.objective.needs_reference,
+    )
+    return flops / engine.world_size > COMPILE_AFTER_S * NOMINAL_RATE[engine.hardware.device.type]
+
+
+def resume(engine: TrainEngine, checkpoints: Checkpoints, *, rank: int) -> int:
+    """Puts the newest whole checkpoint back, if there is one; returns the steps done. The ranks share the checking."""
+
+    def open_on_all_ranks(place: str) -> Path:
+        path, problem = None, None
+        try:
+            path = checkpoints.open(place, share=(rank, engine.world_size))
+        except FtrayError as error:
+            problem = error
+        problems = [found for found in engine.gather(problem) if found is not None]
+        for found in sorted(problems, key=lambda found: isinstance(found, DamagedError)):  # another reason ends the run
+            raise found
+        assert path is not None
+        return path
+
+    listed = engine.gather(checkpoints.list())[0]  # a shared disk may show another rank another list
+    checkpoint = first_whole(listed, opened=open_on_all_ranks)
+    if checkpoint is None:
+        return 0
+    restore(checkpoint, engine)
+    return read_state(checkpoint).step
+
+
+def publish(job: TrainJob, directory: Path, step: int, *, rank: int) -> None:
+    """The one place that reports to Ray Train. The files move, since scratch and checkpoints share a disk."""
+
+    def move(_: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        target = job.run_directory / CHECKPOINTS / name
+        manifest = directory / MANIFEST
+        for path in sorted((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p == manifest):
+            place = target / path.relative_to(directory)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+        if rank == 0:
+            remove_unlisted(target)  # of an earlier save of this step, by more ranks
+        return ray.train.Checkpoint(str(target))
+
+    ray.train.report(
+        {"step": step},
+        checkpoint=ray.train.Checkpoint.from_directory(directory),
+        checkpoint_dir_name=f"step-{step}",
+        checkpoint_upload_fn=move,
+    )
+
+
+def publish_in_store(
+    engine: TrainEngine,
+    stored: StoredCheckpoints,
+    notes: WorkerNotes | None,
+    directory: Path,
+    step: int,
+    *,
+    keep: int,
+) -> None:
+    """Every rank's files are there; the notes of the steps before come first. Raises on all ranks alike."""
+    problem = None
+    if (directory / MANIFEST).is_file():  # rank 0
+        assert notes is not None
+        try:
+            notes.push_at_once()
+            stored.complete(directory, step, keep=keep)
+        except (FtrayError, OSError) as error:
+            problem = str(error)
+    if problem := engine.gather(problem)[0]:
+        raise FtrayError(f"the checkpoint of step {step} could not be completed: {problem}")
+
+
+def make_engine(
+    config: RunConfig, base: BaseModel, hardware: Hardware, *, init_from: Path | None = None
+) -> TrainEngine:
+    check_stage(config.zero.stage, hardware.dtype)
+    sharding = shard_while_loading(config.zero, hardware)
+    attention = register_packed_attention()
+    quantize = config.adapter.quantize_base if config.adapter is not None else None
+    model = load_weights(base, hardware, attention=attention, quantize=quantize)
+    initial_adapter = None
+    if config.adapter is not None:
+        initial_adapter = inject_lora(model, config.adapter, seed=config.seed)
+        if init_from is not None:
+            load_weights_from(init_from, model, config.adapter, label=str(config.adapter.init_from))
+    objective = OBJECTIVES[config.objective.type](**config.objective.model_dump(exclude={"type"}))
+    num_heads = model.config.get_text_config().num_attention_heads
+    ranks = make_sequence_ranks(config.memory.sequence_parallel, num_heads=num_heads)
+    chunks = logit_chunks(config.batch.tokens_per_micro_batch, ranks) if config.zero.stage == 3 else None
+    reference = None
+    if objective.needs_reference and config.adapter is None:
+        frozen = load_weights(base, hardware, attention=attention)
+        reference = PackedCausalLM(frozen, num_logit_chunks=chunks, ranks=ranks)
+    return TrainEngine(
+        PackedCausalLM(prepare_layers(model, config.memory), num_logit_chunks=chunks, ranks=ranks),
+        objective,
+        hardware,
+        config,
+        sharding=sharding,
+        reference=reference,
+        initial_adapter=initial_adapter,
+    )
+
+
+@contextlib.contextmanager
+def recorder(job: TrainJob, *, start_step: int, rank: int) -> Iterator[Record]:
+    """Rank 0 keeps what it is given; the others nothing."""
+    if rank != 0:
+        yield lambda record: None
+        return
+    kept = Recorder(job.config, job.run_directory, resume_step=start_step)
+    try:
+        yield kept.record
+    finally:
+        kept.close()

@@ -1,0 +1,1 @@
+"""A run's directory on a disk or in an object store: claimed, followed, finalized."""
