@@ -82,32 +82,32 @@ def run_quickstart(run: RunConfig, serve: ServeConfig, watcher: Watcher, announc
     watch = Stopwatch(announce)
     try:
         with watch.stage("prepare", f"Preparing {run.base_model}"):
-            base = prepare_base(run.base_model, say=watcher.say)
+            base = prepare_base(run.base_model, log=watcher.log)
             questions = load_questions(run.data)
             hardware = choose_hardware(use_gpu=serve.replicas.gpus_each > 0)  # as the endpoint will
             engine = TorchEngine(base, hardware, serve.engine, serve.adapters)
-            watcher.say(f"runs on {engine.hardware}")
+            watcher.log(f"runs on {engine.hardware}")
         with watch.stage("measure_base", f"Measuring the untuned model on {len(questions)} held-out questions"):
             before = evaluate_offline(engine, questions, run.data, adapter=None, model=run.base_model)
-            watcher.say(f"exact match {before.accuracy:.1%}, loss {before.loss:.3f}")
+            watcher.log(f"exact match {before.accuracy:.1%}, loss {before.loss:.3f}")
         with watch.stage("train", f"Fine-tuning {run.name} with {run.workers.count} workers"):
             start_ray(join=False)
             launch(run, watcher)
             run_directory = (Path(run.runs_dir) / run.name).absolute()
         with watch.stage("publish", "Publishing the adapter"):
             adapter = publish_once(Registry(run.registry), run.name, run_directory / "adapter", alias="prod")
-            watcher.say(f"{adapter} in {run.registry}, and {run.name}@prod points at it")
+            watcher.log(f"{adapter} in {run.registry}, and {run.name}@prod points at it")
         with watch.stage("measure_tuned", "Measuring the tuned model"):
             load_adapter(engine, str(adapter), run_directory / "adapter")
             after = evaluate_offline(engine, questions, run.data, adapter=str(adapter), model=str(adapter))
-            watcher.say(f"exact match {after.accuracy:.1%}, loss {after.loss:.3f}")
+            watcher.log(f"exact match {after.accuracy:.1%}, loss {after.loss:.3f}")
             max_tokens = answer_tokens(questions, ChatRenderer(engine.tokenizer))
             del engine
         with watch.stage("serve", f"Serving base and adapter on {serve.host}:{serve.port} and asking both"):
             url = start_endpoint(serve)
             served_base = evaluate_endpoint(url, questions, model=serve.base_model, max_tokens=max_tokens)
             served = evaluate_endpoint(url, questions, model=f"{run.name}@prod", max_tokens=max_tokens)
-            watcher.say(f"exact match as served: base {served_base.accuracy:.1%}, tuned {served.accuracy:.1%}")
+            watcher.log(f"exact match as served: base {served_base.accuracy:.1%}, tuned {served.accuracy:.1%}")
             stop_endpoint()
     finally:
         ray.shutdown()

@@ -11,14 +11,14 @@ import torch
 
 from ftray.errors import AdapterError, UserError
 from ftray.infer.engines import load_adapter
-from ftray.infer.protocol import Request, Sampling, Structure
+from ftray.infer.protocol import Request, SamplingParams, StructuredOutput
 
 # Mixed batches change the rounding of a matmul: where the top two logits are nearer than this, either may win.
 NEAR_TIE = 1e-4
 
 
-def greedy(**more) -> Sampling:
-    return Sampling(**{"temperature": 0, "max_tokens": 10, "ignore_eos": True} | more)
+def greedy(**more) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": 10, "ignore_eos": True} | more)
 
 
 def run(engine, requests: list[Request]) -> dict[tuple[str, int], list]:
@@ -134,15 +134,15 @@ class EngineContract:
         want = reference.log_probs(name, list(prompts[-1]))[:-1]
         assert len(first.prompt_logprobs) == len(want)
         assert second.prompt_logprobs is None
-        for row, token, told in zip(want, prompts[-1][1:], first.prompt_logprobs, strict=True):
-            assert told.chosen == pytest.approx(float(row[token]), abs=1e-3)
-            assert [value for _, value in told.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-3)
+        for row, token, reported in zip(want, prompts[-1][1:], first.prompt_logprobs, strict=True):
+            assert reported.chosen == pytest.approx(float(row[token]), abs=1e-3)
+            assert [value for _, value in reported.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-3)
 
     def test_a_seed_gives_the_same_answers_in_any_company(self, loaded, prompts, adapters):
         name = next(iter(adapters))
-        wanted = Request("x", prompts[0], Sampling(temperature=0.9, top_p=0.9, seed=7, n=2, max_tokens=8), name)
+        wanted = Request("x", prompts[0], SamplingParams(temperature=0.9, top_p=0.9, seed=7, n=2, max_tokens=8), name)
         alone = run(loaded, [wanted])
-        company = [Request(f"{i}", prompt, Sampling(max_tokens=8)) for i, prompt in enumerate(prompts)]
+        company = [Request(f"{i}", prompt, SamplingParams(max_tokens=8)) for i, prompt in enumerate(prompts)]
         together = run(loaded, [*company, wanted])
         for index in (0, 1):
             assert tokens(alone[("x", index)]) == tokens(together[("x", index)])
@@ -219,17 +219,17 @@ class EngineContract:
             assert before >= places * per_answer * (rounds - 1)
 
     def test_structured_answers(self, engine, prompts):
-        pattern = Structure("regex", "(yes|no), [0-9]{3}")
+        pattern = StructuredOutput("regex", "(yes|no), [0-9]{3}")
         schema = {
             "type": "object",
             "properties": {"age": {"type": "integer", "maximum": 120, "minimum": 0}, "ok": {"type": "boolean"}},
             "required": ["age", "ok"],
             "additionalProperties": False,
         }
-        asked = Structure("json_schema", json.dumps(schema))
+        asked = StructuredOutput("json_schema", json.dumps(schema))
         requests = [
-            Request("regex", prompts[0], Sampling(temperature=1, seed=1, max_tokens=40, structure=pattern)),
-            Request("json", prompts[1], Sampling(temperature=1, seed=1, max_tokens=200, structure=asked)),
+            Request("regex", prompts[0], SamplingParams(temperature=1, seed=1, max_tokens=40, structure=pattern)),
+            Request("json", prompts[1], SamplingParams(temperature=1, seed=1, max_tokens=200, structure=asked)),
             Request("free", prompts[2], greedy()),
         ]
         answers = run(engine, requests)
@@ -246,7 +246,7 @@ class EngineContract:
         with pytest.raises(UserError, match="not loaded"):
             engine.add(Request("a", prompts[0], greedy(), "ghost@1"))
         with pytest.raises(UserError, match="response_format: regex"):
-            engine.add(Request("a", prompts[0], greedy(structure=Structure("regex", "("))))
+            engine.add(Request("a", prompts[0], greedy(structure=StructuredOutput("regex", "("))))
         with pytest.raises(UserError, match=f"prompt: {engine.vocab_size} is no token id of this model"):
             engine.add(Request("a", [5, engine.vocab_size], greedy()))
         with pytest.raises(UserError, match="logit_bias: -1"):

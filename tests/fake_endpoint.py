@@ -7,18 +7,18 @@ from fastapi.testclient import TestClient
 
 from ftray.config.serve import LimitsConfig
 from ftray.serve.http.api import make_api
-from ftray.serve.http.embeddings import TextRoutes
+from ftray.serve.http.embeddings import EmbeddingRoutes
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.http.playground import Overview, RecentTraffic
 from ftray.serve.protocol import GenerateJob
-from ftray.serve.tenants.rate_limits import Gatekeeper
+from ftray.serve.tenants.rate_limits import RateLimiter
 
 
 def answer(text: str, reason: str | None) -> dict:
-    told = [
+    reported = [
         {"token": "I", "logprob": -0.5, "top": [{"token": "I", "logprob": -0.5}, {"token": "\ufffd", "logprob": -1.0}]}
     ]
-    return {"text": text, "finish_reason": reason, "logprobs": told}
+    return {"text": text, "finish_reason": reason, "logprobs": reported}
 
 
 DIED = {"error": "the replica died", "status": 502, "replica_died": True}
@@ -74,7 +74,7 @@ class EchoBackend:
 class LocalLedger:
     """The gatekeeper in this process."""
 
-    def __init__(self, keeper: Gatekeeper):
+    def __init__(self, keeper: RateLimiter):
         self.keeper = keeper
 
     async def admit(self, key):
@@ -89,8 +89,8 @@ class LocalLedger:
 
 def make_client(ingress: Ingress, *, watchers=(), **limits) -> TestClient:
     traffic = RecentTraffic()
-    texts = TextRoutes(ingress.names, ingress.backend, ingress.gate)
-    overview = Overview(ingress.names, ingress.backend, ingress.gate, traffic)
+    texts = EmbeddingRoutes(ingress.names, ingress.backend, ingress.auth)
+    overview = Overview(ingress.names, ingress.backend, ingress.auth, traffic)
     return TestClient(make_api(ingress, texts, overview, LimitsConfig(**limits), watchers=[traffic, *watchers]))
 
 

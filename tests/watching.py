@@ -11,7 +11,7 @@ class Recorder:
         self.actions = dict(actions or {})
 
     def watcher(self) -> Watcher:
-        return Watcher(say=self.lines.append, on_metrics=self.on_metrics, on_start=lambda first, total: None)
+        return Watcher(log=self.lines.append, on_metrics=self.on_metrics, on_start=lambda first, total: None)
 
     def on_metrics(self, records):
         due = [step for step in self.actions if any(record["step"] >= step for record in records)]

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 from ftray.config import RunConfig
-from ftray.model.adapter import adapter_at_hand, check_base
+from ftray.model.adapter import check_base, local_adapter
 from ftray.model.base import prepare_base
 from ftray.registry import Registry
 from ftray.registry.reference import parse_reference
 from ftray.storage import ObjectStore, verify_directory
 from ftray.storage.manifest import MANIFEST
-from ftray.train.runs.store import place_of
+from ftray.train.runs.store import run_uri
 
 
 def resolve_start(run: RunConfig, *, fresh: bool = False) -> tuple[RunConfig, Path | str | None]:
@@ -18,8 +18,8 @@ def resolve_start(run: RunConfig, *, fresh: bool = False) -> tuple[RunConfig, Pa
     reference = run.adapter.init_from if run.adapter is not None else None
     if run.adapter is None or reference is None:
         return run, None
-    base = prepare_base(run.base_model, say=print)
-    if (directory := adapter_at_hand(reference)) is not None:
+    base = prepare_base(run.base_model, log=print)
+    if (directory := local_adapter(reference)) is not None:
         if (directory / MANIFEST).is_file():  # a foreign PEFT directory has none
             check_base(reference, verify_directory(directory).metadata, base, here="this run's base is")
         return run, reference if "://" in reference else directory.absolute()
@@ -33,7 +33,7 @@ def resolve_start(run: RunConfig, *, fresh: bool = False) -> tuple[RunConfig, Pa
 
 def version_begun_with(run: RunConfig, reference: str) -> str | None:
     """Of a run that is gone on with: an alias may have moved since."""
-    content = ObjectStore(place_of(run.runs_dir, run.name)).read("config.json")
+    content = ObjectStore(run_uri(run.runs_dir, run.name)).read("config.json")
     begun = ((json.loads(content) if content is not None else {}).get("adapter") or {}).get("init_from")
     wanted = parse_reference(reference)
     if begun is None or wanted.alias is None or "/" in begun or parse_reference(begun).name != wanted.name:

@@ -61,10 +61,10 @@ def publish(
 
     parse_reference(name)
     from ftray.artifacts.publish import publish_adapter
-    from ftray.model.adapter import adapter_at_hand
+    from ftray.model.adapter import local_adapter
     from ftray.registry import Registry
 
-    version = publish_adapter(Registry(registry), name, adapter_at_hand(directory) or Path(directory))
+    version = publish_adapter(Registry(registry), name, local_adapter(directory) or Path(directory))
     flag = "" if registry == "registry" else f" --registry {registry}"
     print(f"published {version} in {registry}")
     print(f"next: ftray adapters promote {version} prod{flag}")
@@ -82,14 +82,14 @@ def merge(
     registry: RegistryOption = "registry",
 ) -> None:
     """Add an adapter into its base for good: a model directory to train on or to serve."""
-    from ftray.model.adapter import adapter_at_hand, check_base, read_adapter_config
+    from ftray.model.adapter import check_base, local_adapter, read_adapter_config
     from ftray.model.base import prepare_base
     from ftray.model.merge import merge_adapter
     from ftray.registry import Registry
     from ftray.storage import verify_directory
     from ftray.storage.manifest import MANIFEST
 
-    if (directory := adapter_at_hand(reference)) is not None:
+    if (directory := local_adapter(reference)) is not None:
         label = reference
         metadata = verify_directory(directory).metadata if (directory / MANIFEST).is_file() else {}
     else:
@@ -100,7 +100,7 @@ def merge(
     named = named or read_adapter_config(directory, label=label).get("base_model_name_or_path")
     if named is None:
         raise UserError(f"{label} does not name its base; give it with --base")
-    base = prepare_base(named, say=print)
+    base = prepare_base(named, log=print)
     check_base(label, metadata, base, here="--base is")
     merge_adapter(directory, base, Path(output), label=label)
     print(f"{label} is merged into {base.name}: {output}")

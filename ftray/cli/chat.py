@@ -47,7 +47,7 @@ def read_line() -> str | None:
 
 def in_process(model: str, registry: str, temperature: float, max_tokens: int):
     from ftray.cli.local import load_engine
-    from ftray.infer.protocol import Request, Sampling
+    from ftray.infer.protocol import Request, SamplingParams
     from ftray.model.base import EMBEDDED, is_hub_id
     from ftray.model.chat import ChatRenderer
     from ftray.registry import Registry
@@ -60,7 +60,7 @@ def in_process(model: str, registry: str, temperature: float, max_tokens: int):
     renderer = ChatRenderer(engine.tokenizer)
 
     def ask(messages: list[dict]) -> Iterator[str]:
-        sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+        sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
         engine.add(Request("chat", renderer.prompt_ids(messages), sampling, key))
         while engine.has_work:
             for event in engine.step():

@@ -39,7 +39,7 @@ def doctor(
         findings = examine_cluster(
             cluster,
             shared=Path(shared).absolute() if shared is not None else None,
-            say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
+            log=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
         )
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))

@@ -2,7 +2,7 @@
 
 from ftray.infer.engines import load_adapter, make_local_engine
 from ftray.infer.torch_engine.engine import TorchEngine
-from ftray.model.adapter import adapter_at_hand, check_base
+from ftray.model.adapter import check_base, local_adapter
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
@@ -14,10 +14,10 @@ def load_engine(
     base_model: str, adapter: str | None, registry: str, *, context_tokens: int = 2048
 ) -> tuple[TorchEngine, str | None]:
     """The engine and the key of its adapter (None without one). The adapter is checked before the base is loaded."""
-    base = prepare_base(base_model, say=print)
+    base = prepare_base(base_model, log=print)
     key, directory = None, None
     if adapter is not None:
-        key, directory = adapter, adapter_at_hand(adapter)
+        key, directory = adapter, local_adapter(adapter)
         if directory is not None:
             metadata = read_manifest(directory).metadata if (directory / MANIFEST).is_file() else {}
         else:

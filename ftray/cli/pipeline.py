@@ -34,7 +34,7 @@ def pipeline(
         command = shlex.join(["ftray", "pipeline", config, *(overrides or ())])
         stopped = str(error).split("\n", 1)[0]
         raise type(error)(f"{stopped}\n  go on with: {command}") from None
-    print(f"{loaded.name}: {outcome.product.place}")
+    print(f"{loaded.name}: {outcome.artifact.uri}")
     if outcome.version is not None and loaded.publish is not None:
         alias = f", and {loaded.publish.name}@{loaded.publish.alias} points at it" if loaded.publish.alias else ""
-        print(f"published {outcome.version} in {outcome.product.run.registry}{alias}")
+        print(f"published {outcome.version} in {outcome.artifact.run.registry}{alias}")

@@ -22,9 +22,9 @@ class TrainProgress:
         self._printed_at = 0.0
 
     def watcher(self) -> Watcher:
-        return Watcher(say=self.say, on_metrics=self.on_metrics, on_start=self.on_start)
+        return Watcher(log=self.log, on_metrics=self.on_metrics, on_start=self.on_start)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if self._bar is not None:
             self._bar.console.print(f"  {text}", highlight=False, markup=False)
         else:
@@ -40,12 +40,12 @@ class TrainProgress:
             self._bar.start()
             self._task = self._bar.add_task("workers start", total=num_steps, completed=first_step)
         else:
-            self.say(f"{num_steps} steps, from step {first_step + 1}; workers start")
+            self.log(f"{num_steps} steps, from step {first_step + 1}; workers start")
 
     def on_metrics(self, records: list[dict[str, Any]]) -> None:
         for record in records:
             if "eval_loss" in record:
-                self.say(f"step {record['step']}/{self._num_steps}  evaluation loss {record['eval_loss']:.4f}")
+                self.log(f"step {record['step']}/{self._num_steps}  evaluation loss {record['eval_loss']:.4f}")
             else:
                 self._latest = record
                 self._step_seconds.append(record["seconds"])
@@ -55,7 +55,7 @@ class TrainProgress:
             self._bar.update(self._task, completed=self._latest["step"], description=self.describe())
         elif time.monotonic() - self._printed_at > PLAIN_INTERVAL_S or self._latest["step"] == self._num_steps:
             self._printed_at = time.monotonic()
-            self.say(f"step {self._latest['step']}/{self._num_steps}  {self.describe()}")
+            self.log(f"step {self._latest['step']}/{self._num_steps}  {self.describe()}")
 
     def describe(self) -> str:
         record = self._latest

@@ -40,7 +40,7 @@ def submit(
         raise UserError(f"--working-dir: {working_dir}: no such directory")
     job = describe_job(kind, name, config, words, resolved=loaded.model_dump(mode="json"), root=root)
     environment = read_runtime_env(runtime_env) if runtime_env is not None else {}
-    jobs = Jobs(connect(address), say=lambda text: print(f"  {text}", flush=True))
+    jobs = Jobs(connect(address), log=lambda text: print(f"  {text}", flush=True))
     if stop:
         jobs.stop(job, runs_dir=loaded.runs_dir if kind == "run" else None, working_dir=root, runtime_env=environment)
         return

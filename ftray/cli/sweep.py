@@ -55,7 +55,7 @@ def run(
 
     command = shlex.join(["ftray", "sweep", config, *(overrides or ())])
     try:
-        study = run_sweep(loaded, space, say=lambda text: print(f"  {text}", flush=True), fresh=fresh)
+        study = run_sweep(loaded, space, log=lambda text: print(f"  {text}", flush=True), fresh=fresh)
     except InterruptedRunError as error:
         with uninterrupted():
             show_answer(look_into(sweep_directory(loaded, space)))
@@ -63,11 +63,11 @@ def run(
     show_answer(study)
     directory = sweep_directory(loaded, space)
     show_comparison(study, directory)
-    print(f"  {study.place}/{REPORT}")
+    print(f"  {study.uri}/{REPORT}")
     if study.gave_up is not None:
-        print(f"{study.gave_up}; mend the cause, and give search.trials to go on")
+        print(f"{study.gave_up}; fix the cause, and give search.trials to go on")
     if study.best is None:
-        raise FtrayError(f"{loaded.name}: no trial finished; see {study.trials_place}")
+        raise FtrayError(f"{loaded.name}: no trial finished; see {study.trials_uri}")
     if not study.moves and study.best_run is not None:  # else its weights are of several trials
         print(f"again by itself: {train_command(study, study.best_run)}")
     publish_best(study)
@@ -77,9 +77,9 @@ def run(
 def stop_trial(sweep: SweepName, trial: TrialName, runs_dir: RunsDir = "runs") -> None:
     """End a trial: its runs save at their next step, those that wait are left out, and the sweep goes on."""
     from ftray.sweep.launch import look_into
-    from ftray.sweep.store import sweep_at_hand
+    from ftray.sweep.store import local_sweep
 
-    with sweep_at_hand(runs_dir, sweep) as directory:
+    with local_sweep(runs_dir, sweep) as directory:
         study = look_into(directory)
         found = study.trial(trial)
         stopped = study.stop(found)
@@ -99,9 +99,9 @@ def clone_trial(
     """Add a trial like another one with some keys changed, also while the sweep runs."""
     from ftray.config.space import point_text
     from ftray.sweep.launch import look_into
-    from ftray.sweep.store import sweep_at_hand
+    from ftray.sweep.store import local_sweep
 
-    with sweep_at_hand(runs_dir, sweep) as directory:
+    with local_sweep(runs_dir, sweep) as directory:
         study = look_into(directory)
         point = study.clone(trial, parse_changes(changes))
     first = f"{study.spent}: raise search.budget, and " if study.spent is not None else "if it does not run now, "
@@ -123,18 +123,18 @@ def parse_changes(words: list[str]) -> dict[str, Any]:
 
 def publish_best(study: "Study") -> None:
     from ftray.artifacts.publish import publish_if_new
-    from ftray.model.adapter import adapter_at_hand
+    from ftray.model.adapter import local_adapter
     from ftray.registry import Registry
 
     run = study.best_run
     assert run is not None
-    config, product = study.config_of(run), study.product_of(run)
+    config, artifact = study.config_of(run), study.artifact_of(run)
     if config.adapter is None:
-        print(f"next: ftray serve SERVE.yaml base_model={product}")
+        print(f"next: ftray serve SERVE.yaml base_model={artifact}")
         return
-    adapter = adapter_at_hand(product)
+    adapter = local_adapter(artifact)
     if adapter is None:
-        raise FtrayError(f"{product}: is gone")
+        raise FtrayError(f"{artifact}: is gone")
     version = publish_if_new(Registry(config.registry), study.config.name, adapter, lineage=study.lineage_of(run))
     flag = "" if config.registry == "registry" else f" --registry {config.registry}"
     print(f"published {version} in {config.registry}")

@@ -169,11 +169,11 @@ def described(tenant: Any) -> str:
         "tokens/min": tenant.tokens_per_minute,
         "tokens in all": tenant.budget_tokens,
     }
-    told = [f"{value:,} {name}" for name, value in limits.items() if value is not None]
-    told += [f"priority {tenant.priority:g}"] if tenant.priority != 1 else []
-    told += ["admin"] if tenant.is_admin else []
+    reported = [f"{value:,} {name}" for name, value in limits.items() if value is not None]
+    reported += [f"priority {tenant.priority:g}"] if tenant.priority != 1 else []
+    reported += ["admin"] if tenant.is_admin else []
     adapters = "every adapter" if tenant.adapters is None else ", ".join(tenant.adapters) or "the base only"
-    return f"{tenant.name}: {'; '.join([adapters, *told])}"
+    return f"{tenant.name}: {'; '.join([adapters, *reported])}"
 
 
 def when(at: float) -> str:

@@ -9,7 +9,7 @@ from ftray.config.run import WorkersConfig
 from ftray.errors import UserError
 
 
-def check_resources(workers: WorkersConfig, *, say: Callable[[str], None]) -> None:
+def check_resources(workers: WorkersConfig, *, log: Callable[[str], None]) -> None:
     """Every worker must fit on a node beside those already placed there; raises `UserError` with what is missing."""
     need = need_of(workers)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -17,7 +17,7 @@ def check_resources(workers: WorkersConfig, *, say: Callable[[str], None]) -> No
     if fitting >= workers.min_count:
         free = ray.available_resources()
         if any(free.get(name, 0) < amount * workers.min_count for name, amount in need.items()):
-            say(
+            log(
                 f"the cluster is busy ({describe({name: free.get(name, 0) for name in need})} free): waits for its turn"
             )
         return

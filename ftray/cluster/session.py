@@ -30,7 +30,7 @@ def start_ray(*, join: bool = True, run: str | None = None) -> bool:
         with contextlib.nullcontext() if address else own_address():
             ray.init(address=address or "local", job_config=described, logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError as error:
-        raise UserError(f"{ADDRESS}: {address}: no Ray cluster answers there ({error}); unset or mend it") from None
+        raise UserError(f"{ADDRESS}: {address}: no Ray cluster answers there ({error}); unset or fix it") from None
     return address is not None
 
 

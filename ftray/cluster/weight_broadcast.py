@@ -32,7 +32,7 @@ class Holder:
         os.environ.update(secrets)
         self._store, objects = look(url, is_model_file)
         copies = local_copies(cache_directory())
-        self._directory = copies.place_of(url, objects)
+        self._directory = copies.directory_of(url, objects)
         self._claim = copies.claim(url, objects, is_model_file, wait=False)
         self._filling: Filling | None = None
 
@@ -61,7 +61,7 @@ class Holder:
         self._claim.__exit__(None, None, None)
 
 
-def spread_base(url: str, nodes: list[dict[str, Any]], *, say: Callable[[str], None]) -> None:
+def broadcast_base(url: str, nodes: list[dict[str, Any]], *, log: Callable[[str], None]) -> None:
     """To the `nodes` that have no copy; a base that lies in no store needs none. What goes wrong is told, and left to
     each node."""
     if "://" not in url:
@@ -84,10 +84,10 @@ def spread_base(url: str, nodes: list[dict[str, Any]], *, say: Callable[[str], N
         wants = ray.get([holder.begin.remote() for holder in missing])
         missing = [holder for holder, wanted in zip(missing, wants, strict=True) if wanted]
         if missing:
-            say(f"{url} goes to {len(missing)} node{'s' if len(missing) > 1 else ''}, from node to node")
+            log(f"{url} goes to {len(missing)} node{'s' if len(missing) > 1 else ''}, from node to node")
             pass_on(url, reader, missing)
     except (RayError, FtrayError) as error:
-        say(f"{url} was not passed on ({str(error).strip().splitlines()[-1]}); each node fetches it")
+        log(f"{url} was not passed on ({str(error).strip().splitlines()[-1]}); each node fetches it")
     finally:
         for holder in holders:
             with contextlib.suppress(RayError):

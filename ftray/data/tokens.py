@@ -211,7 +211,7 @@ def truncate(sequence: Rendered, size: int) -> Rendered:
 def refuse_problems(tally: Tally, source: Source) -> None:
     limit = source.data.max_example_tokens
     share = f"of {tally.num_rows} rows"
-    raise_listed(tally.bad, f"{source}: {len(tally.bad)} {share} cannot be trained", fix="mend or remove them")
+    raise_listed(tally.bad, f"{source}: {len(tally.bad)} {share} cannot be trained", fix="fix or remove them")
     raise_listed(
         tally.overlong,
         f"{source}: {len(tally.overlong)} {share} are longer than data.max_example_tokens ({limit})",

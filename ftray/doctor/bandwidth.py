@@ -52,10 +52,10 @@ class Peer:
                     connection.sendall(CHUNK)
                 connection.shutdown(socket.SHUT_WR)
                 connection.settimeout(CONNECT_S + SEND_S * 10)  # a slow link has a queue
-                told = connection.recv(8, socket.MSG_WAITALL)
-                if len(told) < 8:
+                reported = connection.recv(8, socket.MSG_WAITALL)
+                if len(reported) < 8:
                     return "another program answers there"
-                return int.from_bytes(told, "big") / (time.perf_counter() - began)
+                return int.from_bytes(reported, "big") / (time.perf_counter() - began)
         except OSError as error:
             return str(error)
 

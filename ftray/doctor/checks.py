@@ -1,4 +1,4 @@
-"""Looks at what ftray needs, one check a function; each says what it saw and how to mend it."""
+"""Looks at what ftray needs, one check a function; each says what it saw and how to fix it."""
 
 import importlib.util
 import socket
@@ -110,7 +110,7 @@ def judge_room(subject: str, found: Room) -> Finding:
     if found.free_gib < MIN_DISK_GIB:
         return Finding("failed", subject, f"{found.free_gib:.1f} GiB free at {found.place}", "make room")
     if not found.writable:
-        return Finding("failed", subject, f"{found.place} cannot be written", "mend its permissions")
+        return Finding("failed", subject, f"{found.place} cannot be written", "fix its permissions")
     return Finding("ok", subject, f"{found.free_gib:.0f} GiB free at {found.place}")
 
 

@@ -139,8 +139,8 @@ def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
         done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=False)
     except subprocess.TimeoutExpired:
         return (), f"nvidia-smi does not answer within {NVIDIA_SMI_S:.0f} s: a GPU hangs"
-    told = (done.stdout + done.stderr).strip().splitlines() or [f"nvidia-smi ended with code {done.returncode}"]
-    return (parse_gpus(done.stdout), None) if done.returncode == 0 else ((), told[0])
+    reported = (done.stdout + done.stderr).strip().splitlines() or [f"nvidia-smi ended with code {done.returncode}"]
+    return (parse_gpus(done.stdout), None) if done.returncode == 0 else ((), reported[0])
 
 
 def parse_gpus(listed: str) -> tuple[Gpu, ...]:

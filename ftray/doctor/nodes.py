@@ -28,13 +28,13 @@ OF_GPUS = ("driver", "torch's CUDA", "NCCL", "number of GPUs")
 ACTOR_S = 60.0  # for an actor to come up, or a link to be measured
 
 
-def examine_cluster(address: str, *, shared: Path | None, say: Callable[[str], None]) -> list[Finding]:
+def examine_cluster(address: str, *, shared: Path | None, log: Callable[[str], None]) -> list[Finding]:
     """`shared`: a directory that all nodes should see."""
     with connected(address) as problem:
         if problem is not None:
             return [problem]
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        say(f"asks {len(nodes)} nodes")
+        log(f"asks {len(nodes)} nodes")
         token = secrets.token_hex(8)
         probe = shared / f".ftray-doctor-{token}" if shared is not None else None
         try:
@@ -60,7 +60,7 @@ def examine_cluster(address: str, *, shared: Path | None, say: Callable[[str], N
         findings += compare_storage(machines, shared, token)
         for name, machine in machines.items():
             findings += [replace(found, node=name) for found in judge(machine)]
-        say("measures the links")
+        log("measures the links")
         return findings + judge_links(measure_links([node for node in nodes if name_of(node) in machines]))
 
 

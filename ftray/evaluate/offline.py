@@ -9,7 +9,7 @@ from ftray.data.plan import first_fit
 from ftray.data.tokens import tokenize_source
 from ftray.evaluate.task import Answer, Evaluation, Question, answer_tokens
 from ftray.infer.engines import generate
-from ftray.infer.protocol import Request, Sampling
+from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.chat import ChatRenderer
 
@@ -26,7 +26,7 @@ def evaluate_offline(
 
 def answer_questions(engine: TorchEngine, questions: Sequence[Question], *, adapter: str | None) -> list[Answer]:
     renderer = ChatRenderer(engine.tokenizer)
-    sampling = Sampling(temperature=0, max_tokens=answer_tokens(questions, renderer))
+    sampling = SamplingParams(temperature=0, max_tokens=answer_tokens(questions, renderer))
     requests = [
         Request(str(i), renderer.prompt_ids(question.messages), sampling, adapter)
         for i, question in enumerate(questions)

@@ -41,13 +41,13 @@ def tokenize_text(renderer: ChatRenderer, general_text: str, *, max_example_toke
     return tokenize_source("compare.general_text", general_text, data, renderer, objective="domain")
 
 
-def score_products(job: ScoreJob, secrets: dict[str, str]) -> dict[str, Score]:
+def score_artifacts(job: ScoreJob, secrets: dict[str, str]) -> dict[str, Score]:
     """In a Ray task. The base is loaded once for all; a product that cannot be scored spoils no other's score."""
     os.environ.update(secrets)
     from ftray.evaluate.offline import answer_questions, mean_loss
     from ftray.evaluate.task import Evaluation, load_questions
     from ftray.infer.engines import load_adapter, make_local_engine
-    from ftray.model.adapter import adapter_at_hand
+    from ftray.model.adapter import local_adapter
     from ftray.model.base import prepare_base
     from ftray.model.hardware import choose_hardware
 
@@ -62,11 +62,11 @@ def score_products(job: ScoreJob, secrets: dict[str, str]) -> dict[str, Score]:
     if job.held_out and data.eval is not None:
         held_out = tokenize_source("data.eval", data.eval, data, renderer, objective=job.run.objective.type)
     scores = {}
-    for name, place in job.adapters.items():
-        key = name if place is not None else None
+    for name, uri in job.adapters.items():
+        key = name if uri is not None else None
         try:
-            if place is not None:
-                load_adapter(engine, name, adapter_at_hand(place) or Path(place))
+            if uri is not None:
+                load_adapter(engine, name, local_adapter(uri) or Path(uri))
         except StoreError:
             raise
         except FtrayError as error:

@@ -4,7 +4,7 @@ from collections.abc import Container, Iterable
 from typing import Any
 
 from ftray.errors import AdapterError, UserError
-from ftray.infer.protocol import Request, Sampling
+from ftray.infer.protocol import Request, SamplingParams
 
 
 def check_token_ids(ids: Iterable[Any], *, key: str, vocab_size: int) -> None:
@@ -32,7 +32,7 @@ def check_request(request: Request, *, context_tokens: int, vocab_size: int, loa
     return wanted if wanted is not None else context_tokens - num_prompt
 
 
-def check_sampling(sampling: Sampling) -> None:
+def check_sampling(sampling: SamplingParams) -> None:
     """One value out of its range would end a step, and with it everybody's answers."""
     rules = {
         "temperature": (sampling.temperature >= 0, "at least 0"),

@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length", "error"]  # error: the engine lost this
 
 
 @dataclass(frozen=True)
-class Structure:
+class StructuredOutput:
     """What the answer must be: text of a JSON schema or a regular expression."""
 
     kind: Literal["json_schema", "regex"]
@@ -18,7 +18,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """Penalties are OpenAI's (frequency, presence: subtracted for answer tokens) and CTRL's (repetition: logits of
     prompt and answer tokens divided, Keskar et al. 2019, arXiv 1909.05858)."""
 
@@ -37,14 +37,14 @@ class Sampling:
     ignore_eos: bool = False  # go on to max_tokens
     logprobs: int | None = None  # how many of the likeliest tokens are told beside the chosen one
     prompt_logprobs: int | None = None  # the same for the prompt's tokens, with the first event of each answer
-    structure: Structure | None = None
+    structure: StructuredOutput | None = None
 
 
 @dataclass(frozen=True)
 class Request:
     id: str
     prompt_ids: Sequence[int]
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter: str | None = None  # the key it was loaded under; None: the base model
     tenant: str = ""  # who asks, if that is known: tenants and adapters share the engine fairly
     user: str = ""  # the name that an unknown caller gives
@@ -52,8 +52,8 @@ class Request:
 
     @property
     def flow(self) -> tuple[str, str]:
-        """What `fair_queue.py` counts its tokens for: a party's flow. Whoever is not known can give any number of
-        names, which must not make the share of one adapter larger; so then the adapter is the party."""
+        """What `fair_queue.py` counts its tokens for: a owner's flow. Whoever is not known can give any number of
+        names, which must not make the share of one adapter larger; so then the adapter is the owner."""
         adapter = self.adapter or ""
         return (self.tenant, adapter) if self.tenant else (adapter, self.user)
 
@@ -130,7 +130,7 @@ class Engine(Protocol):
         """Reads and checks an adapter, in any thread while the engine steps. Raises `AdapterError`."""
         ...
 
-    def prepare_structure(self, structure: Structure, num_requests: int = 1) -> None:
+    def prepare_structured_output(self, structure: StructuredOutput, num_requests: int = 1) -> None:
         """Compiles it, in any thread while the engine steps; `add` of so many requests then finds it. Raises
         `UserError` for a bad one."""
         ...

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ftray.errors import UserError
-from ftray.infer.protocol import Structure
+from ftray.infer.protocol import StructuredOutput
 
 KEPT = 64  # grammars that were prepared and not asked for yet
 
@@ -31,13 +31,13 @@ class Grammars:
         self._prepared: deque[Prepared] = deque(maxlen=KEPT)
         self._prepared_lock = threading.Lock()  # never held while something compiles
 
-    def prepare(self, structure: Structure, num_requests: int) -> None:
+    def prepare(self, structure: StructuredOutput, num_requests: int) -> None:
         """For so many calls of `matcher` to come. Raises `UserError` when the schema or expression is not one."""
         prepared = Prepared(structure, self._compile(structure), num_requests)
         with self._prepared_lock:
             self._prepared.append(prepared)
 
-    def matcher(self, structure: Structure) -> "GrammarMatcher":
+    def matcher(self, structure: StructuredOutput) -> "GrammarMatcher":
         """The one that was prepared, or a new one. Raises `UserError` when the schema or expression is not one."""
         with self._prepared_lock:
             for prepared in self._prepared:
@@ -62,7 +62,7 @@ class Grammars:
                     raise UserError(f"response_format: this model's tokenizer cannot guide answers ({error})") from None
             return self._table
 
-    def _compile(self, structure: Structure) -> "GrammarMatcher":
+    def _compile(self, structure: StructuredOutput) -> "GrammarMatcher":
         from llguidance import LLMatcher
 
         try:
@@ -81,7 +81,7 @@ class Grammars:
 
 @dataclass(eq=False)
 class Prepared:
-    structure: Structure
+    structure: StructuredOutput
     matcher: "GrammarMatcher"
     num_requests: int  # that have not asked for it yet
 

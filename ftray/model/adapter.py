@@ -62,16 +62,16 @@ class Adapter:
         return max(module.rank for module in self.modules.values())
 
 
-def adapter_at_hand(place: str | Path) -> Path | None:
+def local_adapter(uri: str | Path) -> Path | None:
     """A PEFT directory on this machine; of a URL (s3://...) a copy, with the notes of its run beside it. None: it is no
     directory. Raises `UserError` where the store has nothing of that name."""
-    if "://" not in str(place):
-        return Path(place) if Path(place).is_dir() else None
-    parent, _, name = str(place).rstrip("/").rpartition("/")
+    if "://" not in str(uri):
+        return Path(uri) if Path(uri).is_dir() else None
+    parent, _, name = str(uri).rstrip("/").rpartition("/")
     copies = local_copies(cache_directory())
     directory = copies.fetch(parent, wanted=lambda key: key.startswith(f"{name}/") or key in NOTES_OF_ITS_RUN) / name
     if not directory.is_dir():
-        raise UserError(f"{place}: there is nothing of that name in the store")
+        raise UserError(f"{uri}: there is nothing of that name in the store")
     return directory
 
 

@@ -36,23 +36,23 @@ class BaseModel:
         return f"{self.name} ({self.fingerprint[:12]})"
 
 
-def prepare_base(name: str, *, say: Callable[[str], None] = lambda _: None) -> BaseModel:
+def prepare_base(name: str, *, log: Callable[[str], None] = lambda _: None) -> BaseModel:
     """Resolves an embedded name, a directory, a `.gguf` file, a directory of an object store (`s3://bucket/name`), of
     which each machine keeps a copy, or a hub id (`org/name` or `org/name@revision`)."""
     if name in EMBEDDED:
-        directory = convert_gguf(embedded_gguf(name), label=name, say=say)
+        directory = convert_gguf(embedded_gguf(name), label=name, log=log)
     elif "://" in name:
-        directory = fetch_from_store(name, say=say)
+        directory = fetch_from_store(name, log=log)
     elif name.endswith(".gguf"):
         if not Path(name).is_file():
             raise UserError(f"base_model: {name}: no such file")
-        directory = convert_gguf(Path(name).absolute(), label=Path(name).stem.lower(), say=say)
+        directory = convert_gguf(Path(name).absolute(), label=Path(name).stem.lower(), log=log)
     elif (Path(name) / "config.json").is_file():
         directory = Path(name).absolute()
     elif Path(name).exists():
         raise UserError(f"base_model: {name}: holds no config.json; give a Hugging Face model directory")
     else:
-        directory = download_from_hub(name, say=say)
+        directory = download_from_hub(name, log=log)
     check_foreign_code(directory, name)
     return BaseModel(name, directory, fingerprint_of(directory))
 
@@ -86,9 +86,9 @@ def is_model_file(key: str) -> bool:
     return "/" not in key and any(fnmatch.fnmatch(key, pattern) for pattern in MODEL_FILES)
 
 
-def fetch_from_store(url: str, *, say: Callable[[str], None]) -> Path:
+def fetch_from_store(url: str, *, log: Callable[[str], None]) -> Path:
     try:
-        directory = local_copies(cache_directory()).fetch(url, wanted=is_model_file, say=say)
+        directory = local_copies(cache_directory()).fetch(url, wanted=is_model_file, log=log)
     except FtrayError as error:
         raise UserError(f"base_model: {error}") from None
     if not (directory / "config.json").is_file():
@@ -96,13 +96,13 @@ def fetch_from_store(url: str, *, say: Callable[[str], None]) -> Path:
     return directory
 
 
-def download_from_hub(name: str, *, say: Callable[[str], None]) -> Path:
+def download_from_hub(name: str, *, log: Callable[[str], None]) -> Path:
     check_base_name(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
-    say(f"fetching {name} from the hub (or its local cache)")
+    log(f"fetching {name} from the hub (or its local cache)")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(MODEL_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -112,7 +112,7 @@ def download_from_hub(name: str, *, say: Callable[[str], None]) -> Path:
         ) from None
 
 
-def convert_gguf(gguf: Path, *, label: str, say: Callable[[str], None]) -> Path:
+def convert_gguf(gguf: Path, *, label: str, log: Callable[[str], None]) -> Path:
     """De-quantises a GGUF once into the user cache, as float32 safetensors with its tokenizer."""
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf.name}:{stat.st_size}:{gguf_head(gguf).hex()}".encode()).hexdigest()[:12]
@@ -121,7 +121,7 @@ def convert_gguf(gguf: Path, *, label: str, say: Callable[[str], None]) -> Path:
     with FileLock(f"{directory}.lock"):
         if (directory / MANIFEST).is_file():
             return directory
-        say(f"converting {gguf.name} once into {directory}")
+        log(f"converting {gguf.name} once into {directory}")
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging

@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 
 from ftray.errors import DataError
-from ftray.model.tool_prompt import knows_tools, told_in_text
+from ftray.model.tool_prompt import knows_tools, tools_in_text
 
 ROLES = ("system", "user", "assistant", "tool")
 # Of pieces of text, the token ids are remembered: of so many, each of so many characters at most.
@@ -42,7 +42,7 @@ class ChatRenderer:
         self.check_template()
         uses_tools = tools or any(message.get("tool_calls") for message in messages)
         if uses_tools and not knows_tools(self.tokenizer.chat_template):
-            messages, tools = told_in_text(messages, tools), ()
+            messages, tools = tools_in_text(messages, tools), ()
         ids: list[int] = []
         for text, _ in self._cut(messages, ask=True, tools=tools):
             ids += self._encode(text)

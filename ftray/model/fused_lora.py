@@ -1,4 +1,4 @@
-"""Many LoRA adapters trained at once over one frozen base: each has its own stretch of the tokens of a row.
+"""Many LoRA adapters trained at once over one frozen base: each has its own span of the tokens of a row.
 
     y_t = W x_t + b + scale_a B_a A_a x_t        where a is the adapter that token t trains
 
@@ -20,7 +20,7 @@ from ftray.config.run import AdapterConfig
 from ftray.errors import AdapterError
 from ftray.model.lora import inject_lora
 
-Stretch = tuple[str, int]  # an adapter and its number of tokens
+Span = tuple[str, int]  # an adapter and its number of tokens
 
 
 class FusedLora:
@@ -30,7 +30,7 @@ class FusedLora:
         self._model = model
         self._layers: dict[str, FusedLinear] = {}
         self.adapters: dict[str, dict[str, nn.Parameter]] = {}  # by adapter: parameters by PEFT's own name
-        self.stretches: list[Stretch] = []
+        self.spans: list[Span] = []
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -62,14 +62,14 @@ class FusedLora:
             layer.drop(name)
 
     @contextlib.contextmanager
-    def apply(self, stretches: Sequence[Stretch]) -> Iterator[None]:
+    def apply(self, spans: Sequence[Span]) -> Iterator[None]:
         """For the forward of one row: whose its tokens are, in order; and for its backward, where activations are
         computed again."""
-        self.stretches = list(stretches)
+        self.spans = list(spans)
         try:
             yield
         finally:
-            self.stretches = []
+            self.spans = []
 
 
 def refuse_unfusable(config: AdapterConfig) -> None:
@@ -141,7 +141,7 @@ class FusedLinear(nn.Module):
         spans: list[tuple[int, int, float]] = []
         factors: list[Tensor] = []
         start = 0
-        for name, count in self._group.stretches:
+        for name, count in self._group.spans:
             if name in self.a:
                 spans.append((start, start + count, self.scale[name]))
                 factors += [self.a[name], self.b[name]]

@@ -23,7 +23,7 @@ def knows_tools(chat_template: str) -> bool:
     return "tools" in chat_template
 
 
-def told_in_text(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
+def tools_in_text(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
     """The same conversation in plain messages: tools in the system message, calls and results as marked text."""
     signatures = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     plain = [plain_message(message) for message in messages]

@@ -13,8 +13,8 @@ from ftray.registry.reference import check_alias
 from ftray.sweep.store import refuse_population_in_store
 from ftray.train.launch import check_before_anything
 from ftray.train.runs.directory import refuse_vanishing_directory
-from ftray.train.runs.finalize import product_of
-from ftray.train.runs.store import place_of
+from ftray.train.runs.finalize import artifact_of
+from ftray.train.runs.store import run_uri
 
 # Of an adapter: what goes on from another one has the same.
 SHAPE = ("variant", "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "modules_to_save")
@@ -58,8 +58,8 @@ def check_pipeline(config: PipelineConfig) -> RunConfig:
 def check_follows(config: PipelineConfig, path: str, stage: RunConfig | Sweep, earlier: RunConfig) -> None:
     """That a stage can start from what the one before leaves. Raises `UserError`."""
     run = points_of(stage)[0]
-    product = f"{place_of(earlier.runs_dir, earlier.name)}/{product_of(earlier)}"
-    start = start_from(product, is_adapter=earlier.adapter is not None)
+    artifact = f"{run_uri(earlier.runs_dir, earlier.name)}/{artifact_of(earlier)}"
+    start = start_from(artifact, is_adapter=earlier.adapter is not None)
     load_stage(config, path, start if isinstance(stage, RunConfig) else None)  # the schema speaks
     if earlier.adapter is None:
         return
@@ -108,5 +108,5 @@ def points_of(stage: RunConfig | Sweep) -> list[RunConfig]:
     return [space.config(point, name=config.name) for point in points]
 
 
-def start_from(place: str, *, is_adapter: bool) -> dict[str, Any]:
-    return {"adapter.init_from" if is_adapter else "base_model": place}
+def start_from(uri: str, *, is_adapter: bool) -> dict[str, Any]:
+    return {"adapter.init_from" if is_adapter else "base_model": uri}

@@ -27,11 +27,11 @@ TUNED = "tuned"
 
 
 @dataclass(frozen=True)
-class Product:
+class Artifact:
     """What a stage of training left."""
 
     run: RunConfig
-    place: str  # path or URL of the adapter's or model's directory
+    uri: str  # path or URL of the adapter's or model's directory
     lineage: dict[str, Any]
 
     @property
@@ -55,57 +55,57 @@ def measures(config: PipelineConfig, last: RunConfig) -> bool:
 
 
 def measured_once(
-    config: PipelineConfig, product: Product, store: ObjectStore, *, say: Callable[[str], None]
+    config: PipelineConfig, artifact: Artifact, store: ObjectStore, *, log: Callable[[str], None]
 ) -> dict[str, Score]:
     """From the pipeline's record, where that is of the same weights and data."""
-    digest = digest_of(config, product)
+    digest = digest_of(config, artifact)
     recorded = read_record(store)
     if recorded.get("measured") != digest:
-        found = {name: asdict(score) for name, score in measure(config, product)}
+        found = {name: asdict(score) for name, score in measure(config, artifact)}
         if problems := [score["problem"] for score in found.values() if score["problem"]]:
-            raise FtrayError(f"{product.place}: cannot be measured: {problems[0]}")
+            raise FtrayError(f"{artifact.uri}: cannot be measured: {problems[0]}")
         recorded = keep(store, measured=digest, scores=found)
     scores = {name: Score(**score) for name, score in recorded["scores"].items()}
     for name, score in scores.items():
-        say(describe_score(name, score))
+        log(describe_score(name, score))
     return scores
 
 
-def measure(config: PipelineConfig, product: Product) -> Iterator[tuple[str, Score]]:
+def measure(config: PipelineConfig, artifact: Artifact) -> Iterator[tuple[str, Score]]:
     """In a Ray task with the resources of one of the run's workers, as it was trained."""
-    run = with_absolute_data(product.run)
+    run = with_absolute_data(artifact.run)
     first = points_of(load_stage(config, config.train[0]))[0]
     base = prepare_base(first.base_model)
     general = absolute(config.general_text) if config.general_text is not None else None
     named: dict[str, Path | str | None] = {BASE: None}
     base_name = name_for_workers(first, base)
     jobs = [ScoreJob(base_name, named, run, general, held_out=has_loss(run))]
-    if product.is_adapter and product.run.base_model == first.base_model:
-        named[TUNED] = product.place
+    if artifact.is_adapter and artifact.run.base_model == first.base_model:
+        named[TUNED] = artifact.uri
     else:
-        tuned: dict[str, Path | str | None] = {TUNED: product.place if product.is_adapter else None}
-        model = product.run.base_model if product.is_adapter else product.place
+        tuned: dict[str, Path | str | None] = {TUNED: artifact.uri if artifact.is_adapter else None}
+        model = artifact.run.base_model if artifact.is_adapter else artifact.uri
         jobs.append(ScoreJob(model, tuned, run, general, held_out=has_loss(run)))
     with ray_session(run):
         for job in jobs:
             try:
                 yield from score_in_task(job).items()
             except RayError as error:
-                raise FtrayError(f"{product.place}: cannot be measured: {last_line(error)}") from None
+                raise FtrayError(f"{artifact.uri}: cannot be measured: {last_line(error)}") from None
 
 
-def digest_of(config: PipelineConfig, product: Product) -> str:
+def digest_of(config: PipelineConfig, artifact: Artifact) -> str:
     """Of the weights and of what they are measured on."""
-    sources = [product.run.data.eval, config.general_text]
+    sources = [artifact.run.data.eval, config.general_text]
     contents = [sha256_of(Path(s)) if s is not None and Path(s).is_file() else s for s in sources]
-    return hashlib.sha256(repr([product.run.base_model, digest_of_weights(product), contents]).encode()).hexdigest()
+    return hashlib.sha256(repr([artifact.run.base_model, digest_of_weights(artifact), contents]).encode()).hexdigest()
 
 
-def digest_of_weights(product: Product) -> str:
+def digest_of_weights(artifact: Artifact) -> str:
     """Its manifest has the hash of every file."""
-    content = ObjectStore(product.place).read(MANIFEST)
+    content = ObjectStore(artifact.uri).read(MANIFEST)
     if content is None:
-        raise FtrayError(f"{product.place}: has no {MANIFEST}; it was changed or removed")
+        raise FtrayError(f"{artifact.uri}: has no {MANIFEST}; it was changed or removed")
     return hashlib.sha256(content).hexdigest()
 
 

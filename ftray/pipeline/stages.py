@@ -9,21 +9,21 @@ from ftray.artifacts.resolve import resolve_start
 from ftray.config import PipelineConfig, RunConfig
 from ftray.errors import FtrayError, UserError
 from ftray.evaluate.scores import Score
-from ftray.model.adapter import adapter_at_hand
+from ftray.model.adapter import local_adapter
 from ftray.pipeline.check import check_pipeline, load_stage, points_of, start_from
 from ftray.pipeline.record import keep, read_record
-from ftray.pipeline.scores import Condition, Product, digest_of_weights, judge, measured_once, measures
+from ftray.pipeline.scores import Artifact, Condition, digest_of_weights, judge, measured_once, measures
 from ftray.registry import AdapterVersion, Registry
 from ftray.storage import ObjectStore
 from ftray.sweep.launch import run_sweep
 from ftray.train.launch import launch
 from ftray.train.on_ray.trainer import Watcher
-from ftray.train.runs.store import place_of
+from ftray.train.runs.store import run_uri
 
 
 @dataclass(frozen=True)
 class Outcome:
-    product: Product
+    artifact: Artifact
     scores: dict[str, Score]  # of `base` and `tuned`; none: nothing was to be measured
     conditions: list[Condition]
     version: AdapterVersion | None
@@ -35,75 +35,75 @@ def run_pipeline(
     """`fresh`: earlier runs are set aside. Raises `FtrayError` where a condition does not hold: then nothing is
     published."""
     last = check_pipeline(config)
-    store = ObjectStore(place_of(last.runs_dir, config.name))
+    store = ObjectStore(run_uri(last.runs_dir, config.name))
     if fresh:
         keep(store, started_from={})
-    product: Product | None = None
+    artifact: Artifact | None = None
     for number, path in enumerate(config.train, start=1):
         announce(f"{number} of {len(config.train)}: {path}")
-        product = train_stage(config, path, watcher, store, after=product, fresh=fresh)
-    assert product is not None
+        artifact = train_stage(config, path, watcher, store, after=artifact, fresh=fresh)
+    assert artifact is not None
     scores: dict[str, Score] = {}
     if measures(config, last):
         announce("measuring the base and what was made of it")
-        scores = measured_once(config, product, store, say=watcher.say)
+        scores = measured_once(config, artifact, store, log=watcher.log)
     conditions = [judge(text, scores) for text in config.require]
     for condition in conditions:
-        watcher.say(str(condition))
+        watcher.log(str(condition))
     version = None
     if all(condition.holds for condition in conditions) and config.publish is not None:
-        version = publish_stage(config, product, scores)
+        version = publish_stage(config, artifact, scores)
     record = {
         "pipeline": config.model_dump(mode="json"),
-        "product": product.place,
+        "product": artifact.uri,
         "conditions": [asdict(condition) for condition in conditions],
         "version": str(version) if version is not None else None,
     }
     keep(store, **record)
     if failed := [condition for condition in conditions if not condition.holds]:
-        raise FtrayError(f"{config.name}: nothing was published: {failed[0]}; {product.place} stands")
-    return Outcome(product, scores, conditions, version)
+        raise FtrayError(f"{config.name}: nothing was published: {failed[0]}; {artifact.uri} stands")
+    return Outcome(artifact, scores, conditions, version)
 
 
 def train_stage(
-    config: PipelineConfig, path: str, watcher: Watcher, store: ObjectStore, *, after: Product | None, fresh: bool
-) -> Product:
-    start = start_from(after.place, is_adapter=after.is_adapter) if after is not None else None
+    config: PipelineConfig, path: str, watcher: Watcher, store: ObjectStore, *, after: Artifact | None, fresh: bool
+) -> Artifact:
+    start = start_from(after.uri, is_adapter=after.is_adapter) if after is not None else None
     stage = load_stage(config, path, start)
     if after is not None:
         note_start(store, points_of(stage)[0].name, after)
     if isinstance(stage, RunConfig):
         run, init_from = resolve_start(stage, fresh=fresh)
         result = launch(run, watcher, init_from=init_from, fresh=fresh)
-        return Product(run, result["output"], {"run": run.name})
+        return Artifact(run, result["output"], {"run": run.name})
     sweep, space = stage
-    study = run_sweep(sweep, space, say=watcher.say, fresh=fresh)
+    study = run_sweep(sweep, space, log=watcher.log, fresh=fresh)
     best = study.best_run
     if best is None:
         raise FtrayError(f"{sweep.name}: no trial finished")
-    return Product(study.config_of(best), study.product_of(best), study.lineage_of(best))
+    return Artifact(study.config_of(best), study.artifact_of(best), study.lineage_of(best))
 
 
-def note_start(store: ObjectStore, name: str, product: Product) -> None:
+def note_start(store: ObjectStore, name: str, artifact: Artifact) -> None:
     """A run that was trained from another product than there is now is not what its config says. Raises `UserError`."""
     started = read_record(store).get("started_from", {})
-    digest = digest_of_weights(product)
+    digest = digest_of_weights(artifact)
     if started.get(name, digest) != digest:
         raise UserError(
-            f"{name}: was trained from other weights than {product.place} holds now; train all of it again with --fresh"
+            f"{name}: was trained from other weights than {artifact.uri} holds now; train all of it again with --fresh"
         )
     keep(store, started_from=started | {name: digest})
 
 
-def publish_stage(config: PipelineConfig, product: Product, scores: dict[str, Score]) -> AdapterVersion:
+def publish_stage(config: PipelineConfig, artifact: Artifact, scores: dict[str, Score]) -> AdapterVersion:
     """The same weights are published once, whoever asks again; the alias moves where it does not point there yet."""
     assert config.publish is not None
-    directory = adapter_at_hand(product.place)
+    directory = local_adapter(artifact.uri)
     if directory is None:
-        raise FtrayError(f"{product.place}: is gone")
-    registry = Registry(product.run.registry)
+        raise FtrayError(f"{artifact.uri}: is gone")
+    registry = Registry(artifact.run.registry)
     measured = {name: {k: v for k, v in asdict(score).items() if v is not None} for name, score in scores.items()}
-    lineage = product.lineage | {"pipeline": config.name, "measured": measured}
+    lineage = artifact.lineage | {"pipeline": config.name, "measured": measured}
     name, alias = config.publish.name, config.publish.alias
     if alias is None:
         return publish_if_new(registry, name, directory, lineage=lineage)

@@ -33,5 +33,5 @@ def model_card(registry: RegistryReader, version: AdapterVersion) -> str:
 
 
 def table(rows: dict[str, Any]) -> str:
-    told = [f"| {key} | {value} |" for key, value in rows.items() if value not in (None, "")]
-    return "\n".join(["| | |", "|---|---|", *told])
+    reported = [f"| {key} | {value} |" for key, value in rows.items() if value not in (None, "")]
+    return "\n".join(["| | |", "|---|---|", *reported])

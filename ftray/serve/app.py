@@ -22,7 +22,7 @@ from ftray.model.base import check_base_name, prepare_base
 from ftray.registry import Registry
 from ftray.serve.http.api import ANSWERING, make_api
 from ftray.serve.http.context import Watcher
-from ftray.serve.http.embeddings import TextRoutes
+from ftray.serve.http.embeddings import EmbeddingRoutes
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.http.playground import Overview, RecentTraffic
 from ftray.serve.http.ports import check_port, reachable
@@ -42,8 +42,8 @@ from ftray.serve.telemetry.metrics import OF_REPLICAS, OF_REQUESTS
 from ftray.serve.telemetry.ray_meter import RayMeter
 from ftray.serve.telemetry.request_metrics import RequestMetrics
 from ftray.serve.tenants.accounts import Accounts
-from ftray.serve.tenants.auth import Gate
-from ftray.serve.tenants.rate_limits import Gatekeeper
+from ftray.serve.tenants.auth import Authenticator
+from ftray.serve.tenants.rate_limits import RateLimiter
 
 log = logging.getLogger("ftray.serve")
 
@@ -57,7 +57,7 @@ TELLING_S = 0.5  # between an engine's end and its process'
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
-class LedgerDeployment(Gatekeeper):
+class LedgerDeployment(RateLimiter):
     def __init__(self, database: str):
         super().__init__(Accounts(database))
 
@@ -112,11 +112,11 @@ class IngressApp:
         self._config = config
         names = ModelNames(config.served_name or config.base_model, Registry(config.adapters.registry, tolerant=True))
         backend = ReplicaBackend(replicas)
-        gate = Gate(RemoteLedger(ledger) if ledger is not None else None)
-        self._ingress = Ingress(names, backend, gate, timeout_s=config.limits.request_timeout_s)
-        self._texts = TextRoutes(names, backend, gate, timeout_s=config.limits.request_timeout_s)
+        auth = Authenticator(RemoteLedger(ledger) if ledger is not None else None)
+        self._ingress = Ingress(names, backend, auth, timeout_s=config.limits.request_timeout_s)
+        self._embeddings = EmbeddingRoutes(names, backend, auth, timeout_s=config.limits.request_timeout_s)
         self._traffic = RecentTraffic()
-        self._overview = Overview(names, backend, gate, self._traffic)
+        self._overview = Overview(names, backend, auth, self._traffic)
         keep_out_of_collections()
 
     def check_health(self) -> None:
@@ -125,7 +125,7 @@ class IngressApp:
 
     def __serve_build_asgi_app__(self) -> Any:
         watchers = [self._traffic, *watchers_of(self._config)]
-        return make_api(self._ingress, self._texts, self._overview, self._config.limits, watchers=watchers)
+        return make_api(self._ingress, self._embeddings, self._overview, self._config.limits, watchers=watchers)
 
 
 def ray_log_directory() -> Path:

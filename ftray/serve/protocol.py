@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from ftray.infer.protocol import Sampling
+from ftray.infer.protocol import SamplingParams
 
 Event = dict[str, Any]
 
@@ -16,7 +16,7 @@ class GenerateJob:
 
     prompts: list[list[dict[str, Any]] | str | list[int]]
     is_chat: bool
-    sampling: Sampling
+    sampling: SamplingParams
     adapter: str | None  # NAME@N
     tenant: str = ""  # replicas share their time fairly among tenants and adapters
     user: str = ""  # the name that a caller who is no tenant gives
@@ -39,7 +39,7 @@ class EmbedJob:
     user: str = ""
 
 
-def party(job: GenerateJob | EmbedJob) -> str:
+def owner(job: GenerateJob | EmbedJob) -> str:
     """Whose places it takes. A name that anybody can give has none of its own."""
     return job.tenant or job.adapter or ""
 
@@ -67,7 +67,7 @@ QuickJob = EmbedJob | TokenizeJob | TokenizerInfoJob
 async def together(events: AsyncIterator[Event], *, every_s: float) -> AsyncIterator[Event]:
     """Joins the tokens of each answer that come within `every_s`; its first and its last are told at once."""
     held: dict[int, Event] = {}
-    told_at: dict[int, float] = {}
+    reported_at: dict[int, float] = {}
     async for event in events:
         index = event.get("index")
         if index is None or every_s == 0:
@@ -77,8 +77,8 @@ async def together(events: AsyncIterator[Event], *, every_s: float) -> AsyncIter
         if before is not None:
             event |= {key: before[key] + event[key] for key in ("num_tokens", "text", "logprobs")}
         now = time.monotonic()
-        if event["finish_reason"] or now - told_at.get(index, 0.0) >= every_s:
-            told_at[index] = now
+        if event["finish_reason"] or now - reported_at.get(index, 0.0) >= every_s:
+            reported_at[index] = now
             yield event
         else:
             held[index] = event

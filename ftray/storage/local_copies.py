@@ -39,17 +39,17 @@ class LocalCopies:
         url: str,
         *,
         wanted: Callable[[str], bool] = lambda key: True,
-        say: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] = lambda text: None,
     ) -> Path:
         """A directory with the objects below `url` that are `wanted` (by their key), or with the one that it names.
 
         Raises `UserError` where there are none, or no room for them.
         """
         store, objects = look(url, wanted)
-        directory = self.place_of(url, objects)
+        directory = self.directory_of(url, objects)
         with self.claim(url, objects, wanted) as filling:
             if filling is not None:
-                say(f"fetching {url} ({describe_bytes(sum(found.size for found in objects))}) into {directory}")
+                log(f"fetching {url} ({describe_bytes(sum(found.size for found in objects))}) into {directory}")
                 for found in objects:
                     store.download(found, filling.staging / found.key)
                 filling.finish()
@@ -57,7 +57,7 @@ class LocalCopies:
             os.utime(directory)  # used now
         return directory
 
-    def place_of(self, url: str, objects: list[StoredObject]) -> Path:
+    def directory_of(self, url: str, objects: list[StoredObject]) -> Path:
         return self.root / f"{label_of(url)}-{identity(url, objects)}"
 
     @contextlib.contextmanager
@@ -66,7 +66,7 @@ class LocalCopies:
     ) -> Iterator["Filling | None"]:
         """Others on this machine wait meanwhile. Yields None where the copy is there (by now), or, unless it is to
         `wait`, where another process makes it."""
-        directory = self.place_of(url, objects)
+        directory = self.directory_of(url, objects)
         self.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{directory}.lock")
         try:

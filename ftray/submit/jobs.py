@@ -28,7 +28,7 @@ POLL_S = 1.0
 TOKEN_FIX = "set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -106,18 +106,18 @@ def connect(address: str | None) -> Any:
     try:
         return JobSubmissionClient(address)
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
-        told = str(error).strip().splitlines()[0]
+        reported = str(error).strip().splitlines()[0]
         where = address or "no address was given and RAY_ADDRESS is not set"
         hint = ""
-        if "auth" in told.lower() or "401" in told or "403" in told:
+        if "auth" in reported.lower() or "401" in reported or "403" in reported:
             hint = f"; {TOKEN_FIX}"
-        raise UserError(f"--address: {where}: {told}{hint}") from None
+        raise UserError(f"--address: {where}: {reported}{hint}") from None
 
 
 class Jobs:
-    def __init__(self, client: Any, *, say: Say):
+    def __init__(self, client: Any, *, log: Log):
         self._client = client
-        self._say = say
+        self._log = log
 
     def running(self, name: str) -> str | None:
         """The job that has this name now."""
@@ -136,7 +136,7 @@ class Jobs:
                     f"{job.name}: a job of this name runs with another config ({found}, by {theirs[OWNER]}); stop it "
                     "with --stop, or choose another name"
                 )
-            self._say(f"{job.name} runs already as {found}")
+            self._log(f"{job.name} runs already as {found}")
             return found
         submitted = self._client.submit_job(
             entrypoint=job.entrypoint(working_dir, retries=retries),
@@ -144,7 +144,7 @@ class Jobs:
             runtime_env=with_time_to_end(runtime_env) | {"working_dir": str(working_dir)},
             metadata=job.metadata,
         )
-        self._say(f"submitted {submitted}")
+        self._log(f"submitted {submitted}")
         return submitted
 
     def follow(self, submission_id: str) -> int:
@@ -176,7 +176,7 @@ class Jobs:
         print(text[skip:], end="", flush=True)
 
     def _exit_code(self, info: Any) -> int:
-        self._say(f"{info.submission_id} {info.status.value.lower()}")
+        self._log(f"{info.submission_id} {info.status.value.lower()}")
         if info.status.value == "SUCCEEDED":
             return 0
         return info.driver_exit_code or 1
@@ -192,7 +192,7 @@ class Jobs:
                 runtime_env=runtime_env | {"working_dir": str(working_dir)},
                 metadata={NAME: f"{job.name}/stop", OWNER: getpass.getuser()},
             )
-            self._say(f"{found} is asked to save and end")
+            self._log(f"{found} is asked to save and end")
             self._wait(asking, timeout_s=GRACE_S)
             if self._client.get_job_info(asking).status.value == "SUCCEEDED" and self._wait(found, timeout_s=GRACE_S):
                 return
@@ -204,7 +204,7 @@ class Jobs:
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             if self._client.get_job_info(submission_id).status.is_terminal():
-                self._say(f"{submission_id} has ended")
+                self._log(f"{submission_id} has ended")
                 return True
             time.sleep(POLL_S)
         return False

@@ -13,13 +13,13 @@ class Journal:
     def __init__(self, path: Path):
         self._path = path
 
-    def read(self, *, mend: bool) -> list[dict[str, Any]]:
-        """`mend`: what follows the last newline was being written, and is taken away."""
+    def read(self, *, repair: bool) -> list[dict[str, Any]]:
+        """`repair`: what follows the last newline was being written, and is taken away."""
         if not self._path.is_file():
             return []
         lines = self._path.read_bytes().split(b"\n")
         whole = [line for line in lines[:-1] if line]
-        if mend and lines[-1]:
+        if repair and lines[-1]:
             write_bytes(self._path, b"".join(line + b"\n" for line in whole))
         return [json.loads(line) for line in whole]
 

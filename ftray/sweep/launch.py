@@ -10,7 +10,7 @@ from ftray.cluster.probe import check_nodes
 from ftray.cluster.resources import check_resources, fitting_groups, nodes_for
 from ftray.cluster.session import ray_session
 from ftray.cluster.signals import handled, on_sigterm
-from ftray.cluster.weight_broadcast import spread_base
+from ftray.cluster.weight_broadcast import broadcast_base
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.data.sources import check_source
 from ftray.errors import InterruptedRunError, NotFoundError, TerminatedRunError, UserError
@@ -43,10 +43,10 @@ TPE_ROUNDS = 3  # of trials side by side at least: it learns from those that hav
 # What may change when a sweep goes on: how long and how wide it is searched, not what is searched.
 MAY_CHANGE = ("sweep.search.trials", "sweep.search.budget", "sweep.search.max_concurrent", "sweep.search.fused")
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = False) -> Study:
+def run_sweep(config: SweepConfig, space: Space, *, log: Log, fresh: bool = False) -> Study:
     """Runs, or goes on with, the sweep. Raises `InterruptedRunError` on Ctrl-C, when the study's journal stands."""
     base_run = first_run(config, space)
     refuse_vanishing_directory(base_run)
@@ -60,10 +60,10 @@ def run_sweep(config: SweepConfig, space: Space, *, say: Say, fresh: bool = Fals
         if not study.is_over or (config.compare is not None and not is_measured(study, directory)):
             with ray_session(base_run):
                 try:
-                    search_in(directory, study, base_run, say=say)
+                    search_in(directory, study, base_run, log=log)
                 finally:
                     with uninterrupted():
-                        study = look_into(directory)  # a fused sweep's desk has written on
+                        study = look_into(directory)  # a fused sweep's coordinator has written on
                         refresh(study, directory)
         return study
 
@@ -80,38 +80,38 @@ def check_inputs(config: SweepConfig, space: Space) -> None:
         check_before_anything(run)
 
 
-def search_in(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> None:
+def search_in(directory: Path, study: Study, base_run: RunConfig, *, log: Log) -> None:
     with on_sigterm(interrupt) as terminated:
         try:
-            search(directory, study, base_run, say=say)
+            search(directory, study, base_run, log=log)
         except KeyboardInterrupt:
             state = describe_state(look_into(directory))
             stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
             raise stopped(f"{study.config.name}: stopped; {state}") from None
 
 
-def search(directory: Path, study: Study, base_run: RunConfig, *, say: Say) -> None:
+def search(directory: Path, study: Study, base_run: RunConfig, *, log: Log) -> None:
     config = study.config
     fusing = fusing_of(config, study.space)
-    base, data = prepare_data(base_run, say, kept_in=local_directory(study.trials_place, TOKENS))
+    base, data = prepare_data(base_run, log, kept_in=local_directory(study.trials_uri, TOKENS))
     check_data_of_sweep(directory, data)
     check_generations(study, base_run, data)
-    check_resources(base_run.workers, say=say)
-    check_nodes(None if is_stored(study.place) else trials_directory(directory), base_run.workers)
-    spread_base(base_run.base_model, nodes_for(base_run.workers), say=say)
-    say(describe_plan(study))
+    check_resources(base_run.workers, log=log)
+    check_nodes(None if is_stored(study.uri) else trials_directory(directory), base_run.workers)
+    broadcast_base(base_run.base_model, nodes_for(base_run.workers), log=log)
+    log(describe_plan(study))
     write_sweep_report(study, directory)
-    say(f"as it goes: {study.place}/{REPORT}")
+    log(f"as it goes: {study.uri}/{REPORT}")
     check_general_text(config, base_run, base)
     if fusing.example is not None and not study.is_over:
-        run_groups(directory, study, fusing, *of_groups(fusing.example, study, base_run, base, data), say=say)
-        study = Study(config, study.space, directory)  # the desk has written on
+        run_groups(directory, study, fusing, *of_groups(fusing.example, study, base_run, base, data), log=log)
+        study = Study(config, study.space, directory)  # the coordinator has written on
     if not study.is_over:
-        if is_stored(study.place):
+        if is_stored(study.uri):
             tokens_in_store(study, data)  # before several do it at once
-        run_apart(directory, study, base_run, reason=fusing.reason or "the rest", say=say)
+        run_apart(directory, study, base_run, reason=fusing.reason or "the rest", log=log)
     if config.compare is not None:
-        measure_methods(study, directory, base, say=say)
+        measure_methods(study, directory, base, log=log)
 
 
 def uninterrupted() -> contextlib.AbstractContextManager[None]:
@@ -140,7 +140,7 @@ def of_groups(
     """Base and data that groups share; they need not be those of the sweep's first run, which are given."""
     if (example.base_model, example.data) == (base_run.base_model, base_run.data):
         return base, data
-    return prepare_data(example, lambda text: None, kept_in=local_directory(study.trials_place, TOKENS))
+    return prepare_data(example, lambda text: None, kept_in=local_directory(study.trials_uri, TOKENS))
 
 
 def check_general_text(config: SweepConfig, base_run: RunConfig, base: BaseModel) -> None:
@@ -161,7 +161,7 @@ def check_data_of_sweep(directory: Path, data: PreparedData) -> None:
     write_json(directory / DATA, digests)
 
 
-def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, data: PreparedData, *, say: Say) -> None:
+def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, data: PreparedData, *, log: Log) -> None:
     """LoRA trials side by side over one base."""
     assert fusing.example is not None
     base_run, num_groups = groups_of(fusing.example)
@@ -174,10 +174,10 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
     in_all = min([slots * num_groups, *limits])
     assert data.train.directory is not None
     train, evaluation = data.train.directory, data.eval.directory if data.eval is not None else None
-    if is_stored(study.place):
+    if is_stored(study.uri):
         train, evaluation = tokens_in_store(study, data)
     groups = f", in {num_groups} groups" if num_groups > 1 else ""
-    say(f"fused: {in_all} at a time over one base, on {described(base_run)}{groups}")
+    log(f"fused: {in_all} at a time over one base, on {described(base_run)}{groups}")
     job = {
         "base_run": base_run,
         "base_name": name_for_workers(base_run, base),
@@ -191,7 +191,7 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
         directory,
         job,
         slots_of_groups=shares(in_all, num_groups),  # none takes what others could
-        say=say,
+        log=log,
         on_news=LivePage(lambda: refresh(look_into(directory), directory)),
     )
 
@@ -203,19 +203,19 @@ def shares(whole: int, count: int) -> list[int]:
 def tokens_in_store(study: Study, data: PreparedData) -> tuple[str, str | None]:
     """Their URLs."""
     assert data.train.directory is not None
-    train = store_tokens(study.trials_place, data.train.directory)
+    train = store_tokens(study.trials_uri, data.train.directory)
     if data.eval is None or data.eval.directory is None:
         return train, None
-    return train, store_tokens(study.trials_place, data.eval.directory)
+    return train, store_tokens(study.trials_uri, data.eval.directory)
 
 
-def run_apart(directory: Path, study: Study, base_run: RunConfig, *, reason: str, say: Say) -> None:
+def run_apart(directory: Path, study: Study, base_run: RunConfig, *, reason: str, log: Log) -> None:
     """A process group for every trial."""
     room, limit = fitting_groups(base_run.workers), study.config.search.max_concurrent
     at_a_time = room if limit is None else min(room, limit)
-    say(f"apart: {at_a_time} at a time, each on {described(base_run)} ({reason})")
+    log(f"apart: {at_a_time} at a time, each on {described(base_run)} ({reason})")
     page = LivePage(lambda: refresh(study, directory))
-    run_trials(study, directory, max_concurrent=at_a_time, say=say, on_news=page)
+    run_trials(study, directory, max_concurrent=at_a_time, log=log, on_news=page)
 
 
 def described(run: RunConfig) -> str:

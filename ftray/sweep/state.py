@@ -11,7 +11,7 @@ from ftray.sweep.trials import Report, SweepRun, Trial, run_name
 MAX_BARREN = 10
 
 
-class Known:
+class SweepState:
     def __init__(self, config: SweepConfig):
         self.config = config
         self.trials: list[Trial] = []
@@ -29,9 +29,9 @@ class Known:
                 self.trials.append(trial)
                 self.requests_met.add(event.get("request"))
             case "reports":
-                for told in event["reports"]:
-                    report = Report(told["step"], told["value"], told["tokens"], told["seconds"])
-                    self.run(told["run"]).reports.append(report)
+                for reported in event["reports"]:
+                    report = Report(reported["step"], reported["value"], reported["tokens"], reported["seconds"])
+                    self.run(reported["run"]).reports.append(report)
             case "end":
                 run = self.run(event["run"])
                 run.outcome, run.message = event["outcome"], event["message"]

@@ -23,7 +23,7 @@ from ftray.storage.mirror import Mirror
 from ftray.sweep.study import JOURNAL, REQUESTS
 from ftray.sweep.trials import SWEEP
 from ftray.train.runs.directory import only_driver
-from ftray.train.runs.store import fetch_notes, forget_run, is_stored, lease_of, local_directory, place_of
+from ftray.train.runs.store import fetch_notes, forget_run, is_stored, lease_of, local_directory, run_uri
 
 SYNC_S = 3.0
 
@@ -32,7 +32,7 @@ class StoredSweep:
     """The driver's side."""
 
     def __init__(self, runs_dir: str, name: str):
-        self.url = place_of(runs_dir, name)
+        self.url = run_uri(runs_dir, name)
         self.directory = local_directory(runs_dir, name)
         self._mirror = Mirror(self.url, self.directory)
         self._requests: set[str] = set()  # keys of those that were fetched
@@ -111,13 +111,13 @@ def only_driver_of_sweep(run: RunConfig) -> Iterator[StoredSweep | None]:
 def forget_leftover(config: RunConfig) -> None:
     """Of a run that the journal has heard nothing of: the last lines of a journal may be lost with its driver, and what
     then had this name may have been another point."""
-    content = ObjectStore(place_of(config.runs_dir, config.name)).read("config.json")
+    content = ObjectStore(run_uri(config.runs_dir, config.name)).read("config.json")
     if content is not None and json.loads(content) != config.model_dump(mode="json"):
         forget_run(config.runs_dir, config.name)
 
 
 @contextlib.contextmanager
-def sweep_at_hand(runs_dir: str, name: str) -> Iterator[Path]:
+def local_sweep(runs_dir: str, name: str) -> Iterator[Path]:
     """The directory of a sweep, for those who are not its driver. What they ask for in it goes to the store at the
     end. Raises `NotFoundError`."""
     if not is_stored(runs_dir):
@@ -125,7 +125,7 @@ def sweep_at_hand(runs_dir: str, name: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="ftray-sweep-") as temporary:
         seen = Path(temporary)
-        mirror = Mirror(place_of(runs_dir, name), seen)
+        mirror = Mirror(run_uri(runs_dir, name), seen)
         mirror.pull([SWEEP, JOURNAL])
         if not (seen / SWEEP).is_file():
             raise NotFoundError(f"{name}: no such sweep in {runs_dir}")

@@ -21,18 +21,18 @@ from ftray.sweep.journal import Journal
 from ftray.sweep.search.algorithms import make_search
 from ftray.sweep.search.population import RATE, choose_moves, has_saved, take_over
 from ftray.sweep.search.schedulers import Arrival, make_scheduler
-from ftray.sweep.state import Known
+from ftray.sweep.state import SweepState
 from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trial_name, trials_directory
 from ftray.train.job import STOP_REQUEST
-from ftray.train.runs.finalize import product_of
-from ftray.train.runs.store import ask_to_stop, is_stored, place_of
+from ftray.train.runs.finalize import artifact_of
+from ftray.train.runs.store import ask_to_stop, is_stored, run_uri
 
 JOURNAL = "trials.jsonl"
 REQUESTS = "requests"  # of the user while the sweep runs: trials, and runs that are not to begin
 BY_USER = "by the user"
 
 
-class Study(Known):
+class Study(SweepState):
     def __init__(
         self,
         config: SweepConfig,
@@ -50,8 +50,8 @@ class Study(Known):
         first = space.config(next(iter(space.points_to_check(config.search))))
         every = first.evaluation.every
         # As users and workers find it: a path or a URL.
-        self.place = place_of(first.runs_dir, config.name) if is_stored(first.runs_dir) else str(directory)
-        self.trials_place = f"{self.place}/{TRIALS}"
+        self.uri = run_uri(first.runs_dir, config.name) if is_stored(first.runs_dir) else str(directory)
+        self.trials_uri = f"{self.uri}/{TRIALS}"
         self._scheduler = make_scheduler(config.search, evaluate_every=every)
         self.generation_steps = config.search.generation_steps or every if config.search.scheduler == "pbt" else None
         self._given: set[str] = set()  # names of the runs that somebody works on
@@ -62,7 +62,7 @@ class Study(Known):
         self._began = clock()
         self._directory = directory
         self._journal = Journal(directory / JOURNAL)
-        self._replay(mend=is_driver)
+        self._replay(repair=is_driver)
         if is_driver:
             self._turn_generation()
 
@@ -131,8 +131,8 @@ class Study(Known):
 
     def ask_to_end(self, name: str) -> None:
         """Whoever works on this run saves it, and ends it, at its next step."""
-        if is_stored(self.trials_place) or (trials_directory(self._directory) / name).is_dir():
-            ask_to_stop(self.trials_place, name)
+        if is_stored(self.trials_uri) or (trials_directory(self._directory) / name).is_dir():
+            ask_to_stop(self.trials_uri, name)
 
     def _is_called_off(self, name: str) -> bool:
         return (self._directory / REQUESTS / name).is_file()
@@ -165,8 +165,8 @@ class Study(Known):
         news = []
         for name, report in reports.items():
             if not math.isfinite(report.value):
-                told = f"step {report.step}: {self.config.search.metric} is {report.value}"
-                self._asked[name] = self._diverged[name] = told
+                reported = f"step {report.step}: {self.config.search.metric} is {report.value}"
+                self._asked[name] = self._diverged[name] = reported
             elif self.is_news(name, report):
                 news.append({"run": name, **vars(report)})
             if self._is_called_off(name):
@@ -244,16 +244,16 @@ class Study(Known):
         return path.is_file() or self._is_called_off(run.name)
 
     def config_of(self, run: SweepRun) -> RunConfig:
-        config = self.space.config(self.point_of(run), name=run.name, seed=run.seed, runs_dir=self.trials_place)
+        config = self.space.config(self.point_of(run), name=run.name, seed=run.seed, runs_dir=self.trials_uri)
         if self.generation_steps is not None:  # what the others may take over
             saved = {"every": self.generation_steps, "keep": max(2, config.checkpoint.keep)}
             config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=saved)})
         group = config.tracking.wandb_group or self.config.name
         return config.model_copy(update={"tracking": config.tracking.model_copy(update={"wandb_group": group})})
 
-    def product_of(self, run: SweepRun) -> str:
+    def artifact_of(self, run: SweepRun) -> str:
         """Path or URL of the adapter or model that it leaves."""
-        return f"{place_of(self.trials_place, run.name)}/{product_of(self.config_of(run))}"
+        return f"{run_uri(self.trials_uri, run.name)}/{artifact_of(self.config_of(run))}"
 
     # -- what is known ---------------------------------------------------------------------------------------------
 
@@ -286,8 +286,8 @@ class Study(Known):
 
     # -- the journal -----------------------------------------------------------------------------------------------
 
-    def _replay(self, *, mend: bool) -> None:
-        for event in self._journal.read(mend=mend):
+    def _replay(self, *, repair: bool) -> None:
+        for event in self._journal.read(repair=repair):
             self._apply(event)
             self.spent_s = event["seconds_spent"]
 
@@ -313,8 +313,12 @@ class Study(Known):
         """A trial is judged once at a step, by the mean of those of its seeds that came there first, and all of them go
         on or end: one that lost a seed could not be the best, and seed by seed every trial might lose one."""
         values: dict[tuple[str, int], list[float]] = {}
-        for told in reports:
-            values.setdefault((trial_name(self.run(told["run"]).trial), told["step"]), []).append(told["value"])
-        news = {at: told for at, told in values.items() if at[1] > self._judged.get(at[0], 0)}
+        for reported in reports:
+            values.setdefault((trial_name(self.run(reported["run"]).trial), reported["step"]), []).append(
+                reported["value"]
+            )
+        news = {at: reported for at, reported in values.items() if at[1] > self._judged.get(at[0], 0)}
         self._judged.update(sorted(news, key=lambda at: at[1]))
-        return [Arrival(trial, step, self._sign * statistics.fmean(told)) for (trial, step), told in news.items()]
+        return [
+            Arrival(trial, step, self._sign * statistics.fmean(reported)) for (trial, step), reported in news.items()
+        ]

@@ -17,18 +17,18 @@ from ftray.train.on_ray.trainer import Watcher
 from ftray.train.runs.store import drop_checkpoints, is_stored, local_directory
 
 REFUSED = "refused"  # by the machine: a disk without room, a store that does not answer. Another time it may run
-Tell = Callable[[Report], None]
+OnReport = Callable[[Report], None]
 
 
 def run_to_end(
-    config: RunConfig, *, metric: str, tell: Tell, until_step: int | None = None, is_new: bool = False
+    config: RunConfig, *, metric: str, on_report: OnReport, until_step: int | None = None, is_new: bool = False
 ) -> tuple[str, str | None]:
     """Returns its outcome, and why where it did not finish. A run that was cut off goes on from its checkpoint. At
     `until_step` it saves and is stopped. `is_new`: its sweep has heard nothing of it."""
-    reporter = Reporter(config, metric=metric, tell=tell)
+    reporter = Reporter(config, metric=metric, on_report=on_report)
     watcher = Watcher(
-        say=lambda text: None,
-        on_metrics=lambda records: reporter.tell_news(records),
+        log=lambda text: None,
+        on_metrics=lambda records: reporter.report_news(records),
         on_start=lambda first, count: reporter.begin(count),
     )
     try:
@@ -36,7 +36,7 @@ def run_to_end(
             forget_leftover(config)
         result = launch(config, watcher, until_step=until_step)
     except InterruptedRunError:
-        reporter.tell_all()  # where it had come there before, nothing was followed
+        reporter.report_all()  # where it had come there before, nothing was followed
         return "stopped", None
     except DivergedError as error:
         return "diverged", str(error)
@@ -52,7 +52,7 @@ def run_to_end(
     except FtrayError as error:
         return "failed", str(error)
     reporter.begin(result["steps"])
-    reporter.tell_all()  # where it had finished before, nothing was followed
+    reporter.report_all()  # where it had finished before, nothing was followed
     with contextlib.suppress(StoreError):  # its result stands
         drop_checkpoints(config.runs_dir, config.name)  # many trials of many each would fill the disk
     return "finished", None
@@ -61,26 +61,26 @@ def run_to_end(
 class Reporter:
     """Reads what is due from the run's own metrics, so that a run that resumes tells the same again."""
 
-    def __init__(self, config: RunConfig, *, metric: str, tell: Tell):
+    def __init__(self, config: RunConfig, *, metric: str, on_report: OnReport):
         self._directory = local_directory(config.runs_dir, config.name)
         self._every = config.evaluation.every
         self._metric = metric
-        self._tell = tell
-        self._told = 0
+        self._emit = on_report
+        self._reported = 0
         self._num_steps = 0
 
     def begin(self, num_steps: int) -> None:
         self._num_steps = num_steps
 
-    def tell_news(self, records: list[dict[str, Any]]) -> None:
+    def report_news(self, records: list[dict[str, Any]]) -> None:
         if any(self._is_due(record) for record in records):
-            self.tell_all()
+            self.report_all()
 
-    def tell_all(self) -> None:
+    def report_all(self) -> None:
         for report in reports(read_metrics(self._directory), self._is_due, metric=self._metric, every=self._every):
-            if report.step > self._told:
-                self._told = report.step
-                self._tell(report)
+            if report.step > self._reported:
+                self._reported = report.step
+                self._emit(report)
 
     def _is_due(self, record: dict[str, Any]) -> bool:
         """Each evaluation; of the training loss, where an evaluation would be."""

@@ -17,7 +17,7 @@ class Wandb:
     """A wandb run, or nothing at all when it is off or would not start."""
 
     def __init__(
-        self, config: TrackingConfig, *, run_name: str, settings: dict, directory: Path, say: Callable[[str], None]
+        self, config: TrackingConfig, *, run_name: str, settings: dict, directory: Path, log: Callable[[str], None]
     ):
         self._run: Any = None
         mode = choose_mode(config.wandb, has_key="WANDB_API_KEY" in os.environ)
@@ -39,7 +39,7 @@ class Wandb:
                 mode=mode,  # pyright: ignore[reportArgumentType]
             )
         except (wandb.Error, OSError) as error:
-            say(f"wandb did not start and is left out: {error}")
+            log(f"wandb did not start and is left out: {error}")
 
     def log(self, record: dict[str, Any]) -> None:
         if self._run is not None:

@@ -30,22 +30,22 @@ class TrainJob:
     train_data: Path | str  # directory of a TokenizedDataset
     eval_data: Path | str | None
     run_url: str | None = None  # of a run in an object store
-    part: str = ""  # of the run: each driver's has a word of its own
+    attempt: str = ""  # of the run: each driver's has a word of its own
     profile_steps: int = 0
     until_step: int | None = None  # it saves there and ends, as if it were asked to
 
 
 def write_worker_error(run_directory: Path, error: FtrayError) -> None:
     kind = next(kind for kind in KINDS if isinstance(error, kind)).__name__
-    told = {"kind": kind, "message": str(error), "traceback": traceback.format_exc()}
-    write_json(run_directory / WORKER_ERROR, told)
+    reported = {"kind": kind, "message": str(error), "traceback": traceback.format_exc()}
+    write_json(run_directory / WORKER_ERROR, reported)
 
 
 def read_worker_error(run_directory: Path) -> FtrayError | None:
     if not (run_directory / WORKER_ERROR).is_file():
         return None
-    told = read_json(run_directory / WORKER_ERROR)
-    return next(kind for kind in KINDS if kind.__name__ == told["kind"])(told["message"])
+    reported = read_json(run_directory / WORKER_ERROR)
+    return next(kind for kind in KINDS if kind.__name__ == reported["kind"])(reported["message"])
 
 
 def request_stop(run_directory: Path) -> None:

@@ -14,7 +14,7 @@ from ftray.cluster.probe import check_nodes
 from ftray.cluster.resources import check_resources, nodes_for
 from ftray.cluster.session import start_ray
 from ftray.cluster.signals import on_sigterm
-from ftray.cluster.weight_broadcast import spread_base
+from ftray.cluster.weight_broadcast import broadcast_base
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.sources import check_source
@@ -35,7 +35,7 @@ from ftray.train.runs.directory import (
     open_run_directory,
     refuse_vanishing_directory,
 )
-from ftray.train.runs.finalize import PreparedData, describe_interruption, finish_run, is_complete
+from ftray.train.runs.finalize import PreparedData, describe_interruption, finalize_run, is_complete
 
 
 def check_before_anything(config: RunConfig) -> None:
@@ -78,30 +78,30 @@ def run_in(
     **parts: Any,
 ) -> dict[str, Any]:
     if directory.finished is not None:
-        watcher.say(
-            f"{config.name} is finished already; its result stands ({directory.place_of(directory.path / RESULT)})"
+        watcher.log(
+            f"{config.name} is finished already; its result stands ({directory.uri_of(directory.path / RESULT)})"
         )
         return directory.finished
     for change in directory.changes:
-        watcher.say(f"goes on with a changed setting: {change}")
+        watcher.log(f"goes on with a changed setting: {change}")
     own_session = not ray.is_initialized()
     (directory.path / STOP_REQUEST).unlink(missing_ok=True)
     try:
         with ThreadPoolExecutor(max_workers=1) as pool, set_on_failure() as cancelled:
             kept_in = directory.path.parent / TOKENS
-            preparing = pool.submit(prepare_data, config, watcher.say, kept_in=kept_in, cancelled=cancelled)
+            preparing = pool.submit(prepare_data, config, watcher.log, kept_in=kept_in, cancelled=cancelled)
             if own_session:
                 start_ray(run=config.name)
-            check_resources(config.workers, say=watcher.say)
+            check_resources(config.workers, log=watcher.log)
             check_nodes(directory.path if directory.stored is None else None, config.workers)
             base, data = preparing.result()
-            spread_base(config.base_model, nodes_for(config.workers), say=watcher.say)
+            broadcast_base(config.base_model, nodes_for(config.workers), log=watcher.log)
         done = directory.resume_from is not None and is_complete(directory.resume_from, config, data)
         if directory.stored is None and not done:
             check_disk(config, base, directory.path)
         if directory.resume_from is not None:
             check_same_data(directory.resume_from, data.digest)
-            watcher.say(f"resumes from {directory.place_of(directory.resume_from)}")
+            watcher.log(f"resumes from {directory.uri_of(directory.resume_from)}")
         with stop_on_sigterm(directory.path) as terminated:
             train_on_ray(config, directory, base, data, watcher, **parts)
         checkpoint = directory.newest_checkpoint()
@@ -118,7 +118,7 @@ def run_in(
     finally:
         if own_session:
             ray.shutdown()
-    return finish_run(config, directory, checkpoint, base, data, seconds=time.time() - began)
+    return finalize_run(config, directory, checkpoint, base, data, seconds=time.time() - began)
 
 
 @contextlib.contextmanager
@@ -138,13 +138,13 @@ def stop_on_sigterm(run_directory: Path) -> contextlib.AbstractContextManager[th
 
 def prepare_data(
     config: RunConfig,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     kept_in: Path | None = None,
     cancelled: threading.Event | None = None,
 ) -> tuple[BaseModel, PreparedData]:
     """`kept_in`: where tokens are kept, for the workers and for the next run on the same data; None: nowhere."""
-    base = prepare_base(config.base_model, say=say)
+    base = prepare_base(config.base_model, log=log)
     check_length(base, config.data.max_example_tokens, key="data.max_example_tokens")
     renderer = ChatRenderer(load_tokenizer(base))
 
@@ -156,10 +156,10 @@ def prepare_data(
 
     train = tokens("data.train", config.data.train)
     evaluation = tokens("data.eval", config.data.eval) if config.data.eval is not None else None
-    say(f"base model: {base}")
-    say(f"training data: {describe_counts(train)}")
+    log(f"base model: {base}")
+    log(f"training data: {describe_counts(train)}")
     if evaluation is not None:
-        say(f"evaluation data: {describe_counts(evaluation)}")
+        log(f"evaluation data: {describe_counts(evaluation)}")
     return base, PreparedData(train, evaluation, data_digest(train))
 
 

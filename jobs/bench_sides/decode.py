@@ -6,7 +6,7 @@ from shared import BASE, SEQUENCES, decode_in_rounds
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.engines import load_adapter
-from ftray.infer.protocol import Request, Sampling
+from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.hardware import choose_hardware
 
@@ -21,7 +21,7 @@ class Decoder:
         self.tokenizer = self._engine.tokenizer
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> None:
-        sampling = Sampling(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
         for i, prompt in enumerate(prompts):
             adapter = self._keys[i % len(self._keys)] if self._keys else None
             self._engine.add(Request(str(i), prompt, sampling, adapter))

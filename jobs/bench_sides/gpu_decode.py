@@ -13,7 +13,7 @@ from random_model import write_random_model
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.engines import load_adapter
-from ftray.infer.protocol import Request, Sampling
+from ftray.infer.protocol import Request, SamplingParams
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
 
@@ -77,7 +77,7 @@ def write_adapters(root: Path, base: Path) -> list[Path]:
 
 def decode(engine, adapters: Sequence[str | None], *, count: int, new_tokens: int, first: int) -> tuple[float, float]:
     """(tokens/s, median seconds to a first token) of `count` prompts that no cache of prompts knows."""
-    sampling = Sampling(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     began, seen = time.perf_counter(), {}
     for i in range(count):
         prompt = [3 + (first * 131 + i * 17 + j * 7) % 250 for j in range(PROMPT_TOKENS)]

@@ -20,7 +20,7 @@ from typing import Any
 from shared import BASE, decoding_prompts, peak_gib, write_adapters
 
 from ftray.config import ServeConfig
-from ftray.infer.protocol import Sampling
+from ftray.infer.protocol import SamplingParams
 from ftray.registry import Registry
 from ftray.serve.replica.replica import EngineReplica, GenerateJob
 
@@ -72,7 +72,7 @@ def where_is(replica: EngineReplica, key: str) -> str:
 
 async def ask(replica: EngineReplica, key: str, prompt: list[int]) -> Timing:
     where = where_is(replica, key)
-    sampling = Sampling(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
     began = time.perf_counter()
     times = []
     async for event in replica.generate(GenerateJob([prompt], False, sampling, key)):

@@ -58,7 +58,7 @@ def measure(search: str, *, overrides: str = "", steps: int = STEPS, evaluate_ev
         first = min(records, key=lambda record: record["time"])
         one = next(path for path in trials.glob("t*") if (path / "result.json").exists())
         tokens = TRIALS * sum(record["num_tokens"] for record in read_metrics(one) if "loss" in record)
-        told = {
+        reported = {
             "seconds": round(seconds, 1),
             "tokens_per_s": round(tokens / seconds, 1),
             "peak_gib": watch.stop(),
@@ -67,7 +67,7 @@ def measure(search: str, *, overrides: str = "", steps: int = STEPS, evaluate_ev
             "step_s": round(statistics.fmean(record["seconds"] for record in records), 3),  # in a group: its share
             "best_eval_loss": round(min(result["final_eval_loss"] for result in whole), 4),
         }
-        print(json.dumps(told))
+        print(json.dumps(reported))
 
 
 class PeakMemory:

@@ -47,6 +47,6 @@ def report(steps: list[dict]) -> None:
 def run(*overrides: str) -> None:
     with tempfile.TemporaryDirectory(prefix="ftray-bench-") as scratch:
         config = write_config(Path(scratch), overrides)
-        watcher = Watcher(say=lambda text: None, on_metrics=lambda records: None, on_start=lambda first, total: None)
+        watcher = Watcher(log=lambda text: None, on_metrics=lambda records: None, on_start=lambda first, total: None)
         launch(config, watcher)
         report([r for r in read_metrics(Path(config.runs_dir) / config.name) if "loss" in r])

@@ -59,14 +59,14 @@ def run(command: list, **environment: str) -> str:
 
 @needs_clients
 def test_langchain(url):
-    told = json.loads(run([CLIENTS / "python", ROOT / "tests/clients/langchain_client.py", url, "tiny", "support"]))
-    assert told["model"] == "support@1"
-    assert told["text"] == told["streamed"] == told["batch"][0] != told["batch"][1]
-    assert told["usage"]["output_tokens"] == 24
-    assert told["usage"]["total_tokens"] == told["streamed_usage"]["total_tokens"]
-    assert told["order"]["about"] in ("refund", "delivery")
-    assert (told["call"], told["arguments"]) == ("weather", ["city"])
-    assert told["answered"] == "length"
+    reported = json.loads(run([CLIENTS / "python", ROOT / "tests/clients/langchain_client.py", url, "tiny", "support"]))
+    assert reported["model"] == "support@1"
+    assert reported["text"] == reported["streamed"] == reported["batch"][0] != reported["batch"][1]
+    assert reported["usage"]["output_tokens"] == 24
+    assert reported["usage"]["total_tokens"] == reported["streamed_usage"]["total_tokens"]
+    assert reported["order"]["about"] in ("refund", "delivery")
+    assert (reported["call"], reported["arguments"]) == ("weather", ["city"])
+    assert reported["answered"] == "length"
 
 
 @needs_clients
@@ -97,9 +97,9 @@ def test_lm_evaluation_harness_finds_the_log_likelihoods_of_transformers(url, tm
     model = peft_model(tiny_model, adapters["r8"])
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     (likely,) = (tmp_path / "out").rglob("samples_likely_*.jsonl")
-    told = {sample["doc_id"]: sample for sample in map(json.loads, likely.read_text().splitlines())}
+    reported = {sample["doc_id"]: sample for sample in map(json.loads, likely.read_text().splitlines())}
     for number, question in enumerate(QUESTIONS):
-        for choice, (log_likelihood, is_greedy) in zip(CHOICES, told[number]["filtered_resps"], strict=True):
+        for choice, (log_likelihood, is_greedy) in zip(CHOICES, reported[number]["filtered_resps"], strict=True):
             want, greedy = log_likelihood_of(model, tokenizer, question, f" {choice}")
             assert float(log_likelihood) == pytest.approx(want, abs=2e-3)
             assert (str(is_greedy) == "True") == greedy

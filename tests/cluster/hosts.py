@@ -210,7 +210,7 @@ class Cluster:
     def cut(self, host: Host) -> None:
         ip("link", "set", host.link, "down")
 
-    def mend(self, host: Host) -> None:
+    def fix(self, host: Host) -> None:
         ip("link", "set", host.link, "up")
 
     def stop(self) -> None:

@@ -100,7 +100,7 @@ def test_lora_with_zero_3_over_two_hosts_survives_them(cluster, train):
     wait_for_step(hurt, 71, process)
     cluster.cut(one)
     time.sleep(20)
-    cluster.mend(one)
+    cluster.fix(one)
     time.sleep(1)
     if one.process is not None and one.process.poll() is not None:
         cluster.start_node(one)  # the head gave the host up, and its node ended: a supervisor starts it again

@@ -80,6 +80,6 @@ def test_ftray_submit_follows_stops_and_goes_on_by_name(head, tiny_model, train_
         env=plain_environment(**TOKEN),
         timeout=60,
     ).stdout
-    for told in ("'ftray_name': 'remote'", f"'ftray_owner': '{getpass.getuser()}'", "'ftray_kind': 'run'"):
-        assert told in submitted
+    for reported in ("'ftray_name': 'remote'", f"'ftray_owner': '{getpass.getuser()}'", "'ftray_kind': 'run'"):
+        assert reported in submitted
     assert len(set(re.findall(r"'ftray_config': '([0-9a-f]{12})'", submitted))) == 2, "a digest of either config"

@@ -10,7 +10,7 @@ from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.engines import load_adapter
-from ftray.infer.protocol import Request, Sampling
+from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
@@ -39,20 +39,20 @@ def check_mixed_batch(engine, base, adapters, renderer) -> None:
         load_adapter(engine, name, directory)
     names = list(adapters)
     prompts = [renderer.prompt_ids(row["messages"][:1]) for row in chat_rows(8, seed=4)]
-    sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
     wanted = [Request(str(i), p, sampling, names[i % len(names)]) for i, p in enumerate(prompts)]
     reference = Reference(base.directory, adapters)
     for (name, _), events in run(engine, wanted).items():
         request = wanted[int(name)]
-        told = torch.tensor([event.logprobs.chosen for event in events])
+        reported = torch.tensor([event.logprobs.chosen for event in events])
         ids = [*request.prompt_ids, *(event.token_id for event in events)]
 
         def expected(adapter, ids=ids, count=len(events)):
             rows = reference.log_probs(adapter, ids)[-count - 1 : -1]
             return rows.gather(1, torch.tensor(ids[-count:])[:, None])[:, 0]
 
-        torch.testing.assert_close(told, expected(request.adapter), **CLOSE)
-        assert not torch.allclose(told, expected(None), **CLOSE)  # the base's are told apart
+        torch.testing.assert_close(reported, expected(request.adapter), **CLOSE)
+        assert not torch.allclose(reported, expected(None), **CLOSE)  # the base's are told apart
 
 
 def test_mixed_adapters_generate(tiny_base, adapters, renderer):

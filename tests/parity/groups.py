@@ -98,10 +98,10 @@ def run_group(
     while running := [m for m in members if not m.is_done and not (m.name == stop_early and m.step == 2)]:
         if share_a_norm:
             clip_together(running)
-        for name, told in group.step(running, dataset).items():
-            assert isinstance(told, MemberStep), told
-            found[name]["losses"].append(told.loss)
-            found[name]["grad_norms"].append(told.grad_norm)
+        for name, reported in group.step(running, dataset).items():
+            assert isinstance(reported, MemberStep), reported
+            found[name]["losses"].append(reported.loss)
+            found[name]["grad_norms"].append(reported.grad_norm)
         due = [member for member in running if member.step % 2 == 0]
         for name, loss in (group.evaluate(due, dataset) if due else {}).items():
             found[name]["eval_losses"].append(loss)

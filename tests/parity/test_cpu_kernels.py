@@ -53,19 +53,19 @@ def test_norm(kernels, width):
     torch.testing.assert_close(kernels.rms_norm(x, RmsNorm(weight, 1e-6)), normed, **CLOSE)
 
 
-def gated_product(kernels, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def gated_product(kernels, auth: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of two rows: layers whose biases they are."""
-    nothing = torch.zeros(gate.numel(), 1)
-    layers = Layers.packed(nothing, gate).beside(Layers.packed(nothing, up))
+    nothing = torch.zeros(auth.numel(), 1)
+    layers = Layers.packed(nothing, auth).beside(Layers.packed(nothing, up))
     return kernels.linear(layers, torch.zeros(1, 1))[0]
 
 
 def test_gated_product_of_extremes(kernels):
-    gate = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, float("nan")])
-    out = gated_product(kernels, gate, torch.ones_like(gate))
-    torch.testing.assert_close(out, functional.silu(gate), rtol=1e-5, atol=1e-30, equal_nan=True)
-    gate, up = drawn(577) * 30, drawn(577, seed=1)
-    torch.testing.assert_close(gated_product(kernels, gate, up), functional.silu(gate) * up, **CLOSE)
+    auth = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, float("nan")])
+    out = gated_product(kernels, auth, torch.ones_like(auth))
+    torch.testing.assert_close(out, functional.silu(auth), rtol=1e-5, atol=1e-30, equal_nan=True)
+    auth, up = drawn(577) * 30, drawn(577, seed=1)
+    torch.testing.assert_close(gated_product(kernels, auth, up), functional.silu(auth) * up, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_rotation_and_attention(kernels, num_heads, num_kv_heads, width):
     turned, kept = heads.clone(), layer.clone()
     rotate_(turned[:, : num_heads + num_kv_heads], cosine, sine)
     kept.flatten(0, 1)[slots] = turned[:, num_heads:].unflatten(1, (2, num_kv_heads))
-    kernels.rotate_and_keep_(heads, cosine, sine, num_kv_heads, layer=layer, slots=slots)
+    kernels.rotate_and_write_kv_(heads, cosine, sine, num_kv_heads, layer=layer, slots=slots)
     torch.testing.assert_close(heads, turned, **CLOSE)
     torch.testing.assert_close(layer, kept, **CLOSE)
 
@@ -294,12 +294,12 @@ def packed(factors: Factors) -> Factors:
 
 
 def adapters_of(*slabs: tuple[Factors, list[tuple[int, int, int]]]) -> AdaptersArray:
-    stretches = [
+    spans = [
         (Place(slab, slot), start, count)
         for slab, own in ((Slab(number, {"g": packed(factors)}, 0), own) for number, (factors, own) in enumerate(slabs))
         for slot, start, count in own
     ]
-    runs = StepRuns(stretches, torch.device("cpu"), with_kernels=True)
+    runs = StepRuns(spans, torch.device("cpu"), with_kernels=True)
     KEPT.append(runs)
     adapters = runs.adapters("g")
     assert adapters is not None
@@ -309,18 +309,18 @@ def adapters_of(*slabs: tuple[Factors, list[tuple[int, int, int]]]) -> AdaptersA
 KEPT = []  # what structs point to
 
 
-def added(kernels, factors: Factors, stretches: list[tuple[int, int, int]], x: torch.Tensor) -> list[torch.Tensor]:
-    adapters = adapters_of((factors, stretches))
+def added(kernels, factors: Factors, spans: list[tuple[int, int, int]], x: torch.Tensor) -> list[torch.Tensor]:
+    adapters = adapters_of((factors, spans))
     return [kernels.linear(layer, x, adapters=adapters, output=number) for number, layer in enumerate(zeros(factors))]
 
 
-STRETCHES = [(2, 0, 1), (0, 1, 4), (1, 7, 5), (0, 5, 1)]
+SPANS = [(2, 0, 1), (0, 1, 4), (1, 7, 5), (0, 5, 1)]
 
 
 @pytest.mark.parametrize("number", [4, 3], ids=["an even number", "an odd number"])
 def test_adapters_of_a_slab(kernels, factors, number):
     x = drawn(12, 70, seed=7)
-    outs = added(kernels, factors, STRETCHES[:number], x)
+    outs = added(kernels, factors, SPANS[:number], x)
     for slot, rows in ((2, slice(0, 1)), (0, slice(1, 6 if number == 4 else 5)), (1, slice(7, 12))):
         for out, right in zip(outs, wanted(factors, slot, x[rows]), strict=True):
             torch.testing.assert_close(out[rows], right, rtol=1e-4, atol=1e-4)
@@ -340,13 +340,13 @@ def test_an_adapter_for_every_row_and_three_layers_in_a_block(kernels):
 
 def test_adapters_and_the_gated_product_at_once(kernels):
     factors, x = gate_and_up(), drawn(6, 70, seed=8)
-    stretches = [(1, 0, 2), (2, 3, 3)]  # row 2 is nobody's
+    spans = [(1, 0, 2), (2, 3, 3)]  # row 2 is nobody's
     layers = [Layers.packed(drawn(300, 70, seed=seed), drawn(300, seed=seed)) for seed in (9, 10)]
-    adapters = adapters_of((factors, stretches))
-    gate, up = (kernels.linear(layer, x, adapters=adapters, output=n) for n, layer in enumerate(layers))
+    adapters = adapters_of((factors, spans))
+    auth, up = (kernels.linear(layer, x, adapters=adapters, output=n) for n, layer in enumerate(layers))
     assert torch.equal(
         kernels.linear(layers[0].beside(layers[1]), x, adapters=adapters),
-        torch.stack([gated_product(kernels, *rows) for rows in zip(gate, up, strict=True)]),
+        torch.stack([gated_product(kernels, *rows) for rows in zip(auth, up, strict=True)]),
     )
 
 
@@ -400,7 +400,7 @@ def test_slabs_of_two_ranks_in_one_multiplication(kernels, factors):
 
 
 def test_a_row_does_not_depend_on_others_nor_on_threads(kernels, factors):
-    """Rows of an engine step: stretches over the 64 rows that a thread takes at a time, a bias, a residual."""
+    """Rows of an engine step: spans over the 64 rows that a thread takes at a time, a bias, a residual."""
     x, threads = drawn(150, 70, seed=8), torch.get_num_threads()
     norm = RmsNorm(drawn(70, seed=7), 1e-5)
     for output, bt in enumerate(factors.bt):
@@ -430,9 +430,9 @@ def test_an_output_that_adapters_leave_as_it_is(kernels):
     factors = gate_and_up(ranks=(0, 16))
     layer, x = Layers.packed(drawn(300, 70, seed=9), None), drawn(2, 70, seed=8)
     adapters = adapters_of((factors, [(1, 0, 2)]))
-    gate, up = (kernels.linear(layer, x, adapters=adapters, output=output) for output in (0, 1))
-    assert torch.equal(gate, kernels.linear(layer, x))
-    torch.testing.assert_close(up - gate, wanted(factors, 1, x)[1], rtol=1e-3, atol=1e-3)
+    auth, up = (kernels.linear(layer, x, adapters=adapters, output=output) for output in (0, 1))
+    assert torch.equal(auth, kernels.linear(layer, x))
+    torch.testing.assert_close(up - auth, wanted(factors, 1, x)[1], rtol=1e-3, atol=1e-3)
 
 
 def test_without_a_compiler_there_are_none(monkeypatch, tmp_path):

@@ -14,12 +14,12 @@ from ftray.config import parse_config
 from ftray.errors import UserError
 from ftray.infer.torch_engine.pooling import embedding_of
 from ftray.registry import Registry
-from ftray.serve.http.context import Exchange
-from ftray.serve.http.embeddings import EmbeddingRequest, TextRoutes
+from ftray.serve.http.context import RequestContext
+from ftray.serve.http.embeddings import EmbeddingRequest, EmbeddingRoutes
 from ftray.serve.protocol import EmbedJob, TokenizeJob
 from ftray.serve.replica.replica import EngineReplica
 from ftray.serve.routing.model_names import ModelNames
-from ftray.serve.tenants.auth import Gate
+from ftray.serve.tenants.auth import Authenticator
 
 TEXTS = ["where is my refund", "hello", "the order has not come yet, and I would like to know why"]
 
@@ -98,11 +98,11 @@ def test_over_http_in_both_encodings(replica, base):
     class Replicas:
         ask = replica.answer
 
-    routes = TextRoutes(ModelNames("base", replica.registry), Replicas, Gate(None))
+    routes = EmbeddingRoutes(ModelNames("base", replica.registry), Replicas, Authenticator(None))
 
     def ask(**more) -> dict:
         request = EmbeddingRequest(model="search@1", input=TEXTS, **more)
-        return asyncio.run(routes.embed(request, Exchange("POST", "/v1/embeddings", {})))
+        return asyncio.run(routes.embed(request, RequestContext("POST", "/v1/embeddings", {})))
 
     plain, packed = ask(), ask(encoding_format="base64")
     assert plain["model"] == "search@1"
@@ -128,9 +128,9 @@ def test_texts_too_long_are_refused_and_ids_are_told(replica, base):
     found = asyncio.run(replica.answer(EmbedJob(["word " * 500], None)))
     assert found["status"] == 400
     assert "exceeds this endpoint's context" in found["error"]
-    told = asyncio.run(replica.answer(TokenizeJob("hello", with_strings=True)))
-    assert told["tokens"] == replica.engine.tokenizer("hello")["input_ids"]
-    assert "".join(told["strings"]) == "hello"
-    assert asyncio.run(replica.answer(TokenizeJob(ids=told["tokens"]))) == {"text": "hello"}
+    reported = asyncio.run(replica.answer(TokenizeJob("hello", with_strings=True)))
+    assert reported["tokens"] == replica.engine.tokenizer("hello")["input_ids"]
+    assert "".join(reported["strings"]) == "hello"
+    assert asyncio.run(replica.answer(TokenizeJob(ids=reported["tokens"]))) == {"text": "hello"}
     chat = [{"role": "user", "content": "hello"}]
     assert asyncio.run(replica.answer(TokenizeJob(messages=chat)))["tokens"] == replica.renderer.prompt_ids(chat)

@@ -66,10 +66,10 @@ def together(tiny_base, dataset, names, *, tokens_off: int = 0, drop: str | None
         fused.remove(drop)
     examples = {name: ADAPTERS[name][1] for name in names}
     counts = {name: int(dataset.lengths[of].sum()) for name, of in examples.items()}
-    stretches = list(counts.items())
-    stretches[0] = names[0], counts[names[0]] - tokens_off
-    stretches[-1] = names[-1], stretches[-1][1] + tokens_off
-    with fused.apply(stretches):
+    spans = list(counts.items())
+    spans[0] = names[0], counts[names[0]] - tokens_off
+    spans[-1] = names[-1], spans[-1][1] + tokens_off
+    with fused.apply(spans):
         log_probs_N = PackedCausalLM(model)(pack(dataset, [index for of in examples.values() for index in of]))
     parts = log_probs_N.split([len(pack(dataset, of).rows_N) for of in examples.values()])
     torch.stack([part.mean() for part in parts]).sum().backward()

@@ -15,7 +15,7 @@ from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.engines import generate, load_adapter
-from ftray.infer.protocol import Request, Sampling
+from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.infer.torch_engine.lora import batch as adapter_runs
 from ftray.model.hardware import choose_hardware
@@ -121,9 +121,9 @@ def test_rows_of_the_wrong_adapter_are_found(engine, tiny_base, adapters, monkey
         run.real = torch.arange(len(run.rows))
         return run
 
-    def exchanged(stretches):
-        places = [place for place, _, _ in stretches]
-        return new_run([(place, *rows) for place, (_, *rows) in zip(places[-1:] + places[:-1], stretches, strict=True)])
+    def exchanged(spans):
+        places = [place for place, _, _ in spans]
+        return new_run([(place, *rows) for place, (_, *rows) in zip(places[-1:] + places[:-1], spans, strict=True)])
 
     monkeypatch.setattr(adapter_runs, "FEW_TOKENS", 1000)
     monkeypatch.setattr(adapter_runs, "make_run", shifted)
@@ -149,7 +149,7 @@ def requests(renderer, count: int, max_tokens: int = 12) -> list[Request]:
         Request(
             str(i),
             renderer.prompt_ids(row["messages"][:1]),
-            Sampling(temperature=0, max_tokens=max_tokens),
+            SamplingParams(temperature=0, max_tokens=max_tokens),
             names[i % 4],
         )
         for i, row in enumerate(rows)
@@ -218,12 +218,15 @@ def test_more_requests_than_places_and_cache_wait_their_turn(tiny_base, adapters
 
 def test_a_seed_gives_the_same_answer_in_any_company(engine, renderer):
     prompt = renderer.prompt_ids([{"role": "user", "content": "where"}])
-    sampling = Sampling(temperature=0.9, top_p=0.8, seed=7, max_tokens=10)
+    sampling = SamplingParams(temperature=0.9, top_p=0.8, seed=7, max_tokens=10)
     alone = answers(engine, [Request("x", prompt, sampling, "r8")])["x"]
-    company = [Request(str(i), prompt, Sampling(temperature=1, max_tokens=10), "r4") for i in range(5)]
+    company = [Request(str(i), prompt, SamplingParams(temperature=1, max_tokens=10), "r4") for i in range(5)]
     together = answers(engine, [*company, Request("x", prompt, sampling, "r8")])["x"]
     assert alone == together
-    assert alone != answers(engine, [Request("x", prompt, Sampling(temperature=0.9, seed=8, max_tokens=10), "r8")])["x"]
+    assert (
+        alone
+        != answers(engine, [Request("x", prompt, SamplingParams(temperature=0.9, seed=8, max_tokens=10), "r8")])["x"]
+    )
 
 
 def test_served_logits_and_prompts_are_those_of_training(tiny_base, renderer, tmp_path, engine, adapters):

@@ -8,17 +8,19 @@ import pytest
 from tiny import write_peft_adapter, write_tiny_model
 
 from ftray.config import parse_config
-from ftray.infer.protocol import Sampling, Structure
+from ftray.infer.protocol import SamplingParams, StructuredOutput
 from ftray.registry import Registry
 from ftray.serve.protocol import GenerateJob
 from ftray.serve.replica.replica import EngineReplica
 
 SLOW = {"an adapter": "prepare_adapter", "a schema": "prepare_structure"}
 JOBS = {
-    "an adapter": GenerateJob([[5, 9, 33]], False, Sampling(temperature=0, max_tokens=8), "support@1"),
-    "a schema": GenerateJob([[5, 9]], False, Sampling(max_tokens=8, structure=Structure("regex", "(yes|no)")), None),
+    "an adapter": GenerateJob([[5, 9, 33]], False, SamplingParams(temperature=0, max_tokens=8), "support@1"),
+    "a schema": GenerateJob(
+        [[5, 9]], False, SamplingParams(max_tokens=8, structure=StructuredOutput("regex", "(yes|no)")), None
+    ),
 }
-OTHER = GenerateJob([[60, 7, 5]], False, Sampling(temperature=0, max_tokens=40, ignore_eos=True), None)
+OTHER = GenerateJob([[60, 7, 5]], False, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True), None)
 
 
 @pytest.fixture
@@ -106,10 +108,10 @@ def test_a_preloaded_version_that_cannot_be_loaded_keeps_no_replica_from_startin
     replica.config = replica.config.model_copy(update={"adapters": replica.config.adapters.model_copy(update=limits)})
     asyncio.run(replica.preload())
     assert replica.residency.resident_keys == ["support@1"]
-    told = [record.getMessage() for record in caplog.records if "adapters.preload" in record.getMessage()]
-    assert len(told) == 2
-    assert "ghost@prod: no adapter of that name" in told[0]
-    assert "foreign@1: trained on other" in told[1]
+    reported = [record.getMessage() for record in caplog.records if "adapters.preload" in record.getMessage()]
+    assert len(reported) == 2
+    assert "ghost@prod: no adapter of that name" in reported[0]
+    assert "foreign@1: trained on other" in reported[1]
 
 
 def test_a_file_that_no_budget_holds_is_not_read(replica, monkeypatch):

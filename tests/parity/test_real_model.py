@@ -11,7 +11,7 @@ from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.engines import generate
-from ftray.infer.protocol import Request, Sampling
+from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer
@@ -66,7 +66,7 @@ def test_packed_log_probabilities_are_transformers(engine, reference):
 def test_greedy_answers_are_transformers_generate(engine, reference):
     renderer = ChatRenderer(engine.tokenizer)
     prompt = renderer.prompt_ids([{"role": "user", "content": "What is the capital of France?"}])
-    served = generate(engine, [Request("a", prompt, Sampling(temperature=0, max_tokens=8))])["a"]
+    served = generate(engine, [Request("a", prompt, SamplingParams(temperature=0, max_tokens=8))])["a"]
     stop = list(engine.stop_ids)
     out = reference.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=stop)
     assert served == engine.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)

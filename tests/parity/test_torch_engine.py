@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.engines import load_adapter
-from ftray.infer.protocol import Request, Sampling, Structure
+from ftray.infer.protocol import Request, SamplingParams, StructuredOutput
 from ftray.infer.torch_engine.cpu import kernels as cpu_kernels
 from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, KVCache
@@ -106,11 +106,11 @@ def test_a_full_cache_pushes_the_newest_back_and_every_answer_stays_the_same(tin
 
 def test_who_is_pushed_back_draws_the_same_tokens_again_and_tells_the_same(tiny_base, adapters):
     """Several answers of a seed, penalties that count them, a grammar that has read them, log-probabilities."""
-    lines = Structure("regex", "([a-f]{3} ){12}")
+    lines = StructuredOutput("regex", "([a-f]{3} ){12}")
     kinds = [
-        Sampling(temperature=0.9, top_p=0.95, seed=5, n=2, max_tokens=48, ignore_eos=True, logprobs=1),
-        Sampling(temperature=0.9, seed=6, n=2, max_tokens=48, ignore_eos=True, frequency_penalty=1.5, min_p=0.02),
-        Sampling(temperature=1.0, seed=7, max_tokens=48, structure=lines),
+        SamplingParams(temperature=0.9, top_p=0.95, seed=5, n=2, max_tokens=48, ignore_eos=True, logprobs=1),
+        SamplingParams(temperature=0.9, seed=6, n=2, max_tokens=48, ignore_eos=True, frequency_penalty=1.5, min_p=0.02),
+        SamplingParams(temperature=1.0, seed=7, max_tokens=48, structure=lines),
         greedy(max_tokens=48, prompt_logprobs=1, repetition_penalty=1.3),
     ]
     requests = [Request(f"{i}", p, kinds[i % 4], "r8") for i, p in enumerate(long_prompts(8, 40))]
@@ -121,9 +121,12 @@ def test_who_is_pushed_back_draws_the_same_tokens_again_and_tells_the_same(tiny_
     for key, events in wanted.items():
         for event, same in zip(events, found[key], strict=True):
             assert (event.text, event.finish_reason) == (same.text, same.finish_reason)
-            for told, again in ((event.logprobs, same.logprobs), *zip(*map(prompt_told, (event, same)), strict=True)):
-                assert (told is None) == (again is None)
-                assert told is None or told.chosen == pytest.approx(again.chosen, abs=1e-4)
+            for reported, again in (
+                (event.logprobs, same.logprobs),
+                *zip(*map(prompt_event, (event, same)), strict=True),
+            ):
+                assert (reported is None) == (again is None)
+                assert reported is None or reported.chosen == pytest.approx(again.chosen, abs=1e-4)
 
 
 def test_a_token_lost_by_who_is_pushed_back_is_found(tiny_base, adapters, monkeypatch):
@@ -140,7 +143,7 @@ def test_a_token_lost_by_who_is_pushed_back_is_found(tiny_base, adapters, monkey
     assert answers(tight, requests) != answers(make_engine(tiny_base, adapters), requests)
 
 
-def prompt_told(event) -> tuple:
+def prompt_event(event) -> tuple:
     return event.prompt_logprobs or ()
 
 

@@ -48,7 +48,7 @@ def files(tiny_model, train_file, eval_file, tmp_path):
 
 def run(config):
     said: list[str] = []
-    watcher = Watcher(say=said.append, on_metrics=lambda records: None, on_start=lambda first, count: None)
+    watcher = Watcher(log=said.append, on_metrics=lambda records: None, on_start=lambda first, count: None)
     return run_pipeline(config, watcher, said.append), said
 
 

@@ -249,12 +249,12 @@ def test_clients_that_leave_free_their_places_and_are_counted(url, keys, account
     with ThreadPoolExecutor(8) as pool:
         seen = sum(pool.map(leave, range(LEAVERS)))
     end = time.monotonic() + 20
-    told = {"requests": 0, "cut": 0, "completion_tokens": 0}
-    while told["requests"] < LEAVERS and time.monotonic() < end:
+    reported = {"requests": 0, "cut": 0, "completion_tokens": 0}
+    while reported["requests"] < LEAVERS and time.monotonic() < end:
         time.sleep(0.2)
-        told = next((row for row in accounts.usage(tenant="acme") if row["model"] == "legal@1"), told)
-    assert (told["requests"], told["cut"]) == (LEAVERS, LEAVERS)
-    assert seen <= told["completion_tokens"] < 90 * LEAVERS
+        reported = next((row for row in accounts.usage(tenant="acme") if row["model"] == "legal@1"), reported)
+    assert (reported["requests"], reported["cut"]) == (LEAVERS, LEAVERS)
+    assert seen <= reported["completion_tokens"] < 90 * LEAVERS
     in_use = httpx.post(
         f"{url}/ftray/in_use", json={"model": "legal@1"}, headers={"Authorization": f"Bearer {keys['boss']}"}
     )
@@ -302,15 +302,15 @@ def test_prometheus_metrics_equal_the_ledger(url, accounts):
     port = next(node["MetricsExportPort"] for node in ray.nodes() if node["Alive"])
     wanted = {row["model"]: row["completion_tokens"] for row in accounts.usage(tenant="counted")}
     end = time.monotonic() + 30
-    told: dict[str, float] = {}
-    while told != wanted and time.monotonic() < end:
+    reported: dict[str, float] = {}
+    while reported != wanted and time.monotonic() < end:
         time.sleep(0.5)
-        told = {}
+        reported = {}
         for family in text_string_to_metric_families(httpx.get(f"http://127.0.0.1:{port}/metrics").text):
             for sample in family.samples:
                 if sample.name == "ray_ftray_completion_tokens_total" and sample.labels["tenant"] == "counted":
-                    told[sample.labels["model"]] = told.get(sample.labels["model"], 0) + sample.value
-    assert told == wanted
+                    reported[sample.labels["model"]] = reported.get(sample.labels["model"], 0) + sample.value
+    assert reported == wanted
 
 
 def test_the_access_log_lies_where_ray_keeps_its_logs(accounts):

@@ -153,7 +153,7 @@ def test_full_fine_tuning_with_zero_3_gives_a_model_that_serves(ray_session, con
 
     from ftray.config.serve import AdaptersConfig, EngineConfig
     from ftray.infer.engines import generate
-    from ftray.infer.protocol import Request, Sampling
+    from ftray.infer.protocol import Request, SamplingParams
     from ftray.infer.torch_engine.engine import TorchEngine
     from ftray.model.base import prepare_base
     from ftray.model.hardware import choose_hardware
@@ -164,7 +164,7 @@ def test_full_fine_tuning_with_zero_3_gives_a_model_that_serves(ray_session, con
     prompt = renderer.prompt_ids(chat_rows(1)[0]["messages"][:1])
     settings = EngineConfig(context_tokens=128, kv_cache_tokens=256)
     engine = TorchEngine(prepare_base(result["output"]), choose_hardware(), settings, AdaptersConfig(max_rank=8))
-    served = generate(engine, [Request("a", prompt, Sampling(temperature=0, max_tokens=6))])["a"]
+    served = generate(engine, [Request("a", prompt, SamplingParams(temperature=0, max_tokens=6))])["a"]
     stop = list(engine.stop_ids)
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=stop)
     assert served == engine.tokenizer.decode(expected[0, len(prompt) :], skip_special_tokens=True)

@@ -52,7 +52,7 @@ def test_fused_trials_stop_diverge_and_go_on(ray_session, sweep_file, tmp_path, 
     assert "diverged: step" in out
     assert "published s@1" in out  # the same files: no second version
     with pytest.raises(UserError, match="another config"):
-        run_sweep(*load_sweep(sweep_file, ["search.seed=3"]), say=print)
+        run_sweep(*load_sweep(sweep_file, ["search.seed=3"]), log=print)
 
 
 def test_the_slot_of_a_stopped_trial_is_filled_while_the_others_train(ray_session, sweep_file, tmp_path, capsys):
@@ -63,7 +63,7 @@ def test_the_slot_of_a_stopped_trial_is_filled_while_the_others_train(ray_sessio
 
 
 def test_two_groups_share_the_trials(ray_session, sweep_file, tmp_path, capsys, monkeypatch):
-    """As on two nodes: both take from one desk, and none is given a trial that the other has."""
+    """As on two nodes: both take from one coordinator, and none is given a trial that the other has."""
     monkeypatch.setattr("ftray.sweep.launch.groups_of", lambda run: (run, 2))
     sweep_file.write_text(
         f"kind: sweep\nname: two\nrun: {tmp_path}/run.yaml\noverrides: {{max_steps: 20}}\n"

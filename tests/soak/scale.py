@@ -55,8 +55,8 @@ def train(settings: dict) -> None:
             assert len(verify_directory(target).files) == settings["workers"]
         fan_in.append(time.perf_counter() - asked)
     if rank == 0:
-        told = {"began": began, "barrier_s": statistics.median(barrier), "fan_in_s": statistics.median(fan_in)}
-        (directory / "told.json").write_text(json.dumps(told))
+        reported = {"began": began, "barrier_s": statistics.median(barrier), "fan_in_s": statistics.median(fan_in)}
+        (directory / "told.json").write_text(json.dumps(reported))
 
 
 def measure(nodes: int) -> dict:
@@ -85,16 +85,16 @@ def measure(nodes: int) -> dict:
                 run_config=RunConfig(name="checkpoints", storage_path=directory),
             )
             trainer.fit()
-            told = json.loads((Path(directory) / "told.json").read_text())
+            reported = json.loads((Path(directory) / "told.json").read_text())
     finally:
         ray.shutdown()
         cluster.shutdown()
     return {
         "nodes": nodes,
         "nodes_join_s": round(joined - began, 2),
-        "workers_start_s": round(told["began"] - asked, 2),
-        "report_barrier_ms": round(told["barrier_s"] * 1000, 1),
-        "checkpoint_fan_in_ms": round(told["fan_in_s"] * 1000, 1),
+        "workers_start_s": round(reported["began"] - asked, 2),
+        "report_barrier_ms": round(reported["barrier_s"] * 1000, 1),
+        "checkpoint_fan_in_ms": round(reported["fan_in_s"] * 1000, 1),
     }
 
 

@@ -70,9 +70,9 @@ def test_what_is_as_good_and_what_is_worse(load, tmp_path):
 def test_noise_beyond_the_difference_and_a_best_at_the_edge_are_told(load, tmp_path):
     study = Study(*load(), tmp_path)
     play(study, best_rate=1e-3, spread=0.2)
-    told = read_comparison(study, tmp_path).verdicts()
-    assert "+1.5 standard deviations over seeds), not told apart from adapter null" in told[1]
-    assert sum("variables.rate is the last that was tried: try more" in line for line in told) == 3
+    reported = read_comparison(study, tmp_path).verdicts()
+    assert "+1.5 standard deviations over seeds), not told apart from adapter null" in reported[1]
+    assert sum("variables.rate is the last that was tried: try more" in line for line in reported) == 3
 
 
 def test_of_a_metric_that_is_to_be_high_more_is_better(load, tmp_path):
@@ -155,7 +155,7 @@ def test_the_table_tells_what_was_gained_and_what_was_broken(load, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("written", "unequal", "told"),
+    ("written", "unequal", "reported"),
     [
         ("search: {{algorithm: grid}}", "search: {{algorithm: tpe, trials: 9}}", "tpe seldom tries what looks worse"),
         ("search: {{algorithm: grid}}", "search: {{algorithm: grid, scheduler: asha}}", "asha stops what learns late"),
@@ -167,9 +167,9 @@ def test_the_table_tells_what_was_gained_and_what_was_broken(load, tmp_path):
         ("space:", "space:\n  base_model: [a, b]", "losses under different tokenizers"),
     ],
 )
-def test_what_would_not_be_searched_alike_is_not_compared(load, monkeypatch, written, unequal, told):
+def test_what_would_not_be_searched_alike_is_not_compared(load, monkeypatch, written, unequal, reported):
     monkeypatch.setattr("test_comparison.SWEEP", SWEEP.replace(written, unequal))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         load()
 
 

@@ -161,6 +161,6 @@ def test_settings_that_do_not_go_together(overrides, message):
 )
 def test_settings_known_to_hurt_are_told(overrides, advice):
     config: RunConfig = parse_config(GOOD, overrides, kind="run", source="x")
-    told = advise(config)
-    assert len(told) == len(advice)
-    assert all(text.startswith(start) for text, start in zip(told, advice, strict=True))
+    reported = advise(config)
+    assert len(reported) == len(advice)
+    assert all(text.startswith(start) for text, start in zip(reported, advice, strict=True))

@@ -212,7 +212,7 @@ def test_storage_is_shared_by_several(monkeypatch):
 
 
 def test_a_job_server_is_no_cluster_to_join():
-    (found,) = examine_cluster("http://127.0.0.1:8265", shared=None, say=print)
+    (found,) = examine_cluster("http://127.0.0.1:8265", shared=None, log=print)
     assert found.level == "failed"
     assert "ray job submit" in found.fix
 

@@ -9,12 +9,12 @@ from ftray.errors import FtrayError
 from ftray.registry import CanaryLimits
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.openai.messages import renderable
-from ftray.serve.replica.admission import Places
+from ftray.serve.replica.admission import Admission
 from ftray.serve.routing.model_names import ModelNames
 from ftray.serve.telemetry.access_log import AccessLog
 from ftray.serve.tenants.accounts import Accounts, Tenant
-from ftray.serve.tenants.auth import Gate
-from ftray.serve.tenants.rate_limits import Gatekeeper
+from ftray.serve.tenants.auth import Authenticator
+from ftray.serve.tenants.rate_limits import RateLimiter
 
 LIMITS = CanaryLimits(min_requests=10)
 
@@ -33,16 +33,16 @@ def log_file(tmp_path):
 
 @pytest.fixture
 def client(registry, backend, log_file):
-    ingress = Ingress(ModelNames("base-model", registry), backend, Gate(None))
+    ingress = Ingress(ModelNames("base-model", registry), backend, Authenticator(None))
     return make_client(ingress, watchers=[AccessLog(log_file)])
 
 
 def closed(registry, backend, ledger):
-    return make_client(Ingress(ModelNames("base-model", registry), backend, Gate(ledger)))
+    return make_client(Ingress(ModelNames("base-model", registry), backend, Authenticator(ledger)))
 
 
 def test_one_request_or_one_tenant_does_not_take_all_places():
-    places = Places(100)
+    places = Admission(100)
     assert places.refusal("acme", 76) == (
         400,
         "the request asks for 76 answers; this endpoint takes at most 75 of one caller at a time",
@@ -145,7 +145,7 @@ def test_messages_that_are_not_as_they_should_be_are_named():
 
 def test_a_caller_learns_neither_the_registrys_place_nor_what_others_have(registry, backend, accounts, tmp_path):
     registry.publish("globex-secret", tmp_path / "adapter", metadata={})
-    client = closed(registry, backend, LocalLedger(Gatekeeper(accounts)))
+    client = closed(registry, backend, LocalLedger(RateLimiter(accounts)))
     client.headers["Authorization"] = f"Bearer {accounts.create(Tenant('acme', adapters=('globex', 'support')))}"
     for name in ("globex", "globex@3", "support@99", "support@beta"):
         said = ask(client, name).json()["error"]["message"]
@@ -156,7 +156,7 @@ def test_a_caller_learns_neither_the_registrys_place_nor_what_others_have(regist
 
 
 def test_a_spent_budget_is_told_apart_from_a_busy_endpoint(registry, backend, accounts):
-    client = closed(registry, backend, LocalLedger(Gatekeeper(accounts)))
+    client = closed(registry, backend, LocalLedger(RateLimiter(accounts)))
     client.headers["Authorization"] = f"Bearer {accounts.create(Tenant('acme', budget_tokens=1))}"
     assert ask(client, "support").status_code == 200
     refused = ask(client, "support")

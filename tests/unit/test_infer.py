@@ -3,7 +3,7 @@ import pytest
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import AdapterError, UserError
 from ftray.infer.engines import generate, load_adapter
-from ftray.infer.protocol import Request, Sampling, Structure
+from ftray.infer.protocol import Request, SamplingParams, StructuredOutput
 from ftray.infer.structure import GrammarMatcher
 from ftray.infer.text import TextStream
 from ftray.infer.torch_engine.engine import TorchEngine
@@ -77,7 +77,7 @@ def engine(tiny_base):
 
 def test_requests_that_can_never_run_are_refused(engine):
     with pytest.raises(UserError, match="prompt of 60 tokens and max_tokens 10 exceed this endpoint's context of 64"):
-        engine.add(Request("a", [5] * 60, Sampling(max_tokens=10)))
+        engine.add(Request("a", [5] * 60, SamplingParams(max_tokens=10)))
     with pytest.raises(UserError, match="empty"):
         engine.add(Request("a", []))
     with pytest.raises(UserError, match="not loaded"):
@@ -102,9 +102,9 @@ def test_requests_that_can_never_run_are_refused(engine):
     ids=str,
 )
 def test_a_value_out_of_its_range_is_refused_and_ends_nobody_elses_answer(engine, wrong):
-    engine.add(Request("other", [5, 6], Sampling(temperature=0, max_tokens=2, ignore_eos=True)))
+    engine.add(Request("other", [5, 6], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)))
     with pytest.raises(UserError, match=f"{next(iter(wrong))}: .* is out of range"):
-        engine.add(Request("a", [5], Sampling(**wrong)))
+        engine.add(Request("a", [5], SamplingParams(**wrong)))
     events = [event for _ in range(2) for event in engine.step()]
     assert [event.request_id for event in events] == ["other"] * 2
     assert not engine.has_work
@@ -114,7 +114,11 @@ def test_a_grammar_over_its_limits_ends_its_answer_as_an_error(engine, monkeypat
     """And not as one that has stopped, with half of what was asked for."""
     answers = []
     for fails in (False, True):
-        engine.add(Request("a", [5], Sampling(temperature=0, max_tokens=8, structure=Structure("regex", "[a-f]{3}"))))
+        engine.add(
+            Request(
+                "a", [5], SamplingParams(temperature=0, max_tokens=8, structure=StructuredOutput("regex", "[a-f]{3}"))
+            )
+        )
         if fails:
             monkeypatch.setattr(GrammarMatcher, "accept", lambda matcher, token: matcher._matcher.consume_token(0))
         events = []
@@ -125,7 +129,7 @@ def test_a_grammar_over_its_limits_ends_its_answer_as_an_error(engine, monkeypat
 
 
 def test_an_answer_ends_at_its_limit_and_says_so(engine):
-    engine.add(Request("a", [5, 6, 7], Sampling(temperature=0, max_tokens=3)))
+    engine.add(Request("a", [5, 6, 7], SamplingParams(temperature=0, max_tokens=3)))
     events = []
     while engine.has_work:
         events += engine.step()
@@ -135,9 +139,9 @@ def test_an_answer_ends_at_its_limit_and_says_so(engine):
 
 
 def test_a_long_prompt_comes_in_pieces_and_stops_nobody(engine):
-    engine.add(Request("a", [5] * 10, Sampling(temperature=0, max_tokens=8, ignore_eos=True)))
+    engine.add(Request("a", [5] * 10, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)))
     assert [event.request_id for event in engine.step()] == ["a"]
-    engine.add(Request("b", list(range(5, 45)), Sampling(temperature=0, max_tokens=4, ignore_eos=True)))
+    engine.add(Request("b", list(range(5, 45)), SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)))
     # 40 tokens at 16 a step: b's first token comes in the third step, and a gets one in each
     assert [sorted(event.request_id for event in engine.step()) for _ in range(3)] == [["a"], ["a"], ["a", "b"]]
     while engine.has_work:
@@ -145,7 +149,7 @@ def test_a_long_prompt_comes_in_pieces_and_stops_nobody(engine):
 
 
 def test_cancelling_frees_the_place_at_once(engine):
-    engine.add(Request("a", [5, 6], Sampling(temperature=0, max_tokens=20)))
+    engine.add(Request("a", [5, 6], SamplingParams(temperature=0, max_tokens=20)))
     engine.step()
     engine.cancel("a")
     assert not engine.has_work
@@ -156,6 +160,8 @@ def test_an_adapter_over_the_rank_limit_is_refused(engine, adapters):
     with pytest.raises(AdapterError, match=r"rank 16 is over this endpoint's adapters\.max_rank"):
         load_adapter(engine, "big@1", adapters["r16"])
     load_adapter(engine, "small@1", adapters["r4"])
-    assert generate(engine, [Request("x", [5, 6], Sampling(temperature=0, max_tokens=2), "small@1")]).keys() == {"x"}
+    assert generate(engine, [Request("x", [5, 6], SamplingParams(temperature=0, max_tokens=2), "small@1")]).keys() == {
+        "x"
+    }
     engine.unload_adapter("small@1")
     assert engine.stats().adapters == ()

@@ -13,8 +13,8 @@ from ftray.serve.http.ingress import Ingress
 from ftray.serve.routing.canary import CanaryWatch, is_chosen
 from ftray.serve.routing.model_names import ModelNames
 from ftray.serve.tenants.accounts import Accounts, Tenant, Usage
-from ftray.serve.tenants.auth import Gate
-from ftray.serve.tenants.rate_limits import Gatekeeper, Refusal
+from ftray.serve.tenants.auth import Authenticator
+from ftray.serve.tenants.rate_limits import RateLimiter, Refusal
 
 LIMITS = CanaryLimits(min_requests=10)
 
@@ -50,12 +50,12 @@ def names(registry):
 
 @pytest.fixture
 def open_client(names, backend):
-    return make_client(Ingress(names, backend, Gate(None)))
+    return make_client(Ingress(names, backend, Authenticator(None)))
 
 
 @pytest.fixture
 def closed_client(names, backend, accounts):
-    return make_client(Ingress(names, backend, Gate(LocalLedger(Gatekeeper(accounts)))))
+    return make_client(Ingress(names, backend, Authenticator(LocalLedger(RateLimiter(accounts)))))
 
 
 def answered_by(client, count: int, **more) -> list[str]:
@@ -174,7 +174,7 @@ def test_deadlines(open_client, backend):
 
 
 def test_bodies_that_are_too_large_are_refused(names, backend):
-    client = make_client(Ingress(names, backend, Gate(None)), body_bytes="1000B")
+    client = make_client(Ingress(names, backend, Authenticator(None)), body_bytes="1000B")
     assert ask(client, "support").status_code == 200
     assert ask(client, "support", user="x" * 2000).status_code == 413
 
@@ -284,7 +284,7 @@ def test_what_cannot_be_is_refused(accounts, tmp_path):
 
 def test_limits(accounts):
     now = 0.0
-    keeper = Gatekeeper(accounts, clock=lambda: now)
+    keeper = RateLimiter(accounts, clock=lambda: now)
     key = accounts.create(Tenant("acme", requests_per_minute=3, tokens_per_minute=100, budget_tokens=500))
 
     def spend(name: str, tokens: int) -> None:

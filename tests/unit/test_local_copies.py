@@ -31,22 +31,22 @@ def top(key: str) -> bool:
     return "/" not in key
 
 
-def fetch_and_tell(url: str, root: Path, said) -> None:
-    LocalCopies(root, None).fetch(url, wanted=top, say=said.put)
+def fetch_and_report(url: str, root: Path, said) -> None:
+    LocalCopies(root, None).fetch(url, wanted=top, log=said.put)
 
 
 def test_one_fetches_and_the_others_wait(url, tmp_path):
     fork = multiprocessing.get_context("spawn")
     said = fork.Queue()
-    processes = [fork.Process(target=fetch_and_tell, args=(url, tmp_path / "copies", said)) for _ in range(4)]
+    processes = [fork.Process(target=fetch_and_report, args=(url, tmp_path / "copies", said)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    told = [said.get(timeout=1)]
+    reported = [said.get(timeout=1)]
     assert said.empty(), "fetched once"
-    assert "fetching s3://models/" in told[0]
+    assert "fetching s3://models/" in reported[0]
     directory = LocalCopies(tmp_path / "copies", None).fetch(url, wanted=top)
     assert (directory / "model.safetensors").read_bytes() == bytes(range(256)) * 1000
     assert not (directory / "notes").exists()

@@ -13,8 +13,8 @@ from playwright.sync_api import expect, sync_playwright
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.routing.model_names import ModelNames
 from ftray.serve.tenants.accounts import Accounts, Tenant
-from ftray.serve.tenants.auth import Gate
-from ftray.serve.tenants.rate_limits import Gatekeeper
+from ftray.serve.tenants.auth import Authenticator
+from ftray.serve.tenants.rate_limits import RateLimiter
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
@@ -83,7 +83,7 @@ def ask(page, question: str) -> None:
 
 def test_two_models_answer_side_by_side_while_they_write(page, serve, registry, backend):
     backend.pause_s = 1.0
-    page.goto(serve(Ingress(ModelNames("base-model", registry), backend, Gate(None))))
+    page.goto(serve(Ingress(ModelNames("base-model", registry), backend, Authenticator(None))))
     page.wait_for_selector(".replica")
     choose(page, 1, "support")
     choose(page, 2, "support@canary")
@@ -91,9 +91,9 @@ def test_two_models_answer_side_by_side_while_they_write(page, serve, registry, 
     expect(page.locator(".turn.writing .words")).to_have_text(["I am ", "I am "])
     expect(page.locator(".turn.writing")).to_have_count(0)
     expect(page.locator(".words")).to_have_text(["I am support@2", "I am support@3"])
-    for told, version in zip(page.locator(".told").all_inner_texts(), ("support@2", "support@3"), strict=True):
-        assert told.startswith(f"{version} · first token ")
-        assert " · 2 tokens · " in told
+    for reported, version in zip(page.locator(".told").all_inner_texts(), ("support@2", "support@3"), strict=True):
+        assert reported.startswith(f"{version} · first token ")
+        assert " · 2 tokens · " in reported
     page.wait_for_selector("#traffic td:text('support@3')")
     ask(page, "and now?")  # each side goes on with its own conversation
     expect(page.locator(".turn:not(.writing) .words")).to_have_count(4)
@@ -103,7 +103,7 @@ def test_two_models_answer_side_by_side_while_they_write(page, serve, registry, 
 
 
 def test_a_flip_shows_at_once_in_name_aliases_and_card(page, serve, registry, backend):
-    page.goto(serve(Ingress(ModelNames("base-model", registry), backend, Gate(None))))
+    page.goto(serve(Ingress(ModelNames("base-model", registry), backend, Authenticator(None))))
     page.wait_for_selector(".replica")
     choose(page, 2, "support")
     page.wait_for_selector(".version:text('support@2')")
@@ -119,7 +119,7 @@ def test_a_flip_shows_at_once_in_name_aliases_and_card(page, serve, registry, ba
 
 def test_an_answer_can_be_stopped_and_an_error_is_shown(page, serve, registry, backend):
     backend.pause_s = 30.0
-    page.goto(serve(Ingress(ModelNames("base-model", registry), backend, Gate(None))))
+    page.goto(serve(Ingress(ModelNames("base-model", registry), backend, Authenticator(None))))
     page.wait_for_selector(".replica")
     choose(page, 1, "support")
     choose(page, 2, "nobody")
@@ -138,7 +138,7 @@ def test_an_answer_can_be_stopped_and_an_error_is_shown(page, serve, registry, b
 def test_a_tenant_enters_a_key_and_sees_what_it_may_use(page, serve, registry, backend, tmp_path):
     accounts = Accounts(str(tmp_path / "tenants.db"))
     keys = {t.name: accounts.create(t) for t in (Tenant("acme", adapters=("support",)), Tenant("bolt", adapters=()))}
-    url = serve(Ingress(ModelNames("base-model", registry), backend, Gate(LocalLedger(Gatekeeper(accounts)))))
+    url = serve(Ingress(ModelNames("base-model", registry), backend, Authenticator(LocalLedger(RateLimiter(accounts)))))
     page.goto(url)
     page.get_by_label("API key").fill(keys["acme"])
     page.get_by_role("button", name="Use").click()
@@ -158,7 +158,7 @@ def test_a_tenant_enters_a_key_and_sees_what_it_may_use(page, serve, registry, b
 
 def test_the_page_shows_a_hostile_answer_as_text(page, serve, registry, backend):
     backend.text = "<img src=x onerror=document.title='broken'>"
-    page.goto(serve(Ingress(ModelNames("base-model", registry), backend, Gate(None))))
+    page.goto(serve(Ingress(ModelNames("base-model", registry), backend, Authenticator(None))))
     page.wait_for_selector(".replica")
     ask(page, "<b>hello</b>")
     page.wait_for_selector(".words:has-text('onerror')")

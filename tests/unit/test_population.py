@@ -17,8 +17,7 @@ from ftray.sweep.search.population import RATE, Moved, choose_moves, take_over
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Report, trials_directory
 from ftray.tracking.events import read_events
-from ftray.train.loop import Schedule
-from ftray.train.loop import train as train_steps
+from ftray.train.loop import Schedule, train as train_steps
 
 SPACE = "{optimizer.learning_rate: {log_uniform: [1.0e-4, 1.0e-1]}}"
 SEARCH = "{algorithm: random, trials: 8, scheduler: pbt}"

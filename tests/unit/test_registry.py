@@ -231,7 +231,7 @@ def test_a_model_card(registry, adapter):
     registry.promote("a@1", "prod")
     registry.tag("a@1", add=["reviewed"])
     card = model_card(registry, registry.get("a@1"))
-    for told in (
+    for reported in (
         "# a@1",
         "| rank | 8 |",
         "| run | r |",
@@ -240,7 +240,7 @@ def test_a_model_card(registry, adapter):
         "reviewed",
         "adapter_config.json",
     ):
-        assert told in card
+        assert reported in card
 
 
 def test_a_crash_while_publishing_burns_the_number(registry, adapter):

@@ -10,7 +10,7 @@ import torch
 from ftray.config.serve import EngineConfig
 from ftray.errors import AdapterError
 from ftray.infer.fair_queue import FairQueue
-from ftray.infer.protocol import Request, Sampling
+from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine.kv_cache import PagePool, page_name
 from ftray.infer.torch_engine.lora.batch import matmul_runs
 from ftray.infer.torch_engine.lora.slots import AdapterSlots, Factors, HostAdapter, Segment
@@ -264,7 +264,7 @@ def sequence(
     name: str, *, adapter: str | None = None, tenant: str = "", user: str = "", prompt: int = 10, answer: int = 20
 ) -> Sequence:
     unused: Any = SimpleNamespace()
-    request = Request(name, list(range(prompt)), Sampling(), adapter, tenant, user)
+    request = Request(name, list(range(prompt)), SamplingParams(), adapter, tenant, user)
     return Sequence(
         request=request,
         index=0,
@@ -489,7 +489,7 @@ def test_a_tenants_many_adapters_do_not_take_anothers_only_slot():
     assert first <= MIN_STEPS + 3
 
 
-def test_adapters_that_equal_parties_share_keep_neither_from_another_adapter():
+def test_adapters_that_equal_owners_share_keep_neither_from_another_adapter():
     scheduler = make_scheduler(room=1, places=8)
 
     def more(step):
@@ -517,7 +517,7 @@ def wide_beside_streams() -> int:
     return steps(scheduler, more=more)["wide"][0] - 30
 
 
-def test_who_is_overdue_and_lacks_pages_too_gets_both(monkeypatch):
+def test_who_is_starved_and_lacks_pages_too_gets_both(monkeypatch):
     assert wide_beside_streams() <= 300
     give_up = Scheduler._give_up_slots
     monkeypatch.setattr(Scheduler, "_give_up_slots", lambda *arguments: give_up(*arguments) or True)  # the twin

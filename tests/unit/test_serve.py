@@ -13,17 +13,17 @@ from ftray.model.adapter import check_base
 from ftray.registry import Registry
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.replica.engine_thread import EngineRunner
-from ftray.serve.replica.fair_semaphore import Turns
+from ftray.serve.replica.fair_semaphore import FairSemaphore
 from ftray.serve.replica.popularity import Traffic
 from ftray.serve.replica.prefetch import Prefetcher
 from ftray.serve.replica.residency import AdapterResidency
 from ftray.serve.routing.model_names import ModelNames
-from ftray.serve.tenants.auth import Gate
+from ftray.serve.tenants.auth import Authenticator
 
 
 @pytest.fixture
 def client(registry, backend):
-    return make_client(Ingress(ModelNames("base-model", registry), backend, Gate(None)))
+    return make_client(Ingress(ModelNames("base-model", registry), backend, Authenticator(None)))
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,10 @@ def test_streaming_chunks(client):
 def test_several_answers_and_their_logprobs(client):
     whole = ask(client, "support", n=2, logprobs=True, top_logprobs=2).json()
     assert [choice["index"] for choice in whole["choices"]] == [0, 1]
-    told = whole["choices"][1]["logprobs"]["content"][0]
-    assert told["token"] == "I"
-    assert told["bytes"] == [73]
-    assert [top["bytes"] for top in told["top_logprobs"]] == [[73], None]  # half a character has no text
+    reported = whole["choices"][1]["logprobs"]["content"][0]
+    assert reported["token"] == "I"
+    assert reported["bytes"] == [73]
+    assert [top["bytes"] for top in reported["top_logprobs"]] == [[73], None]  # half a character has no text
     response = ask(client, "support", n=2, stream=True)
     chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
     assert [c["choices"][0]["index"] for c in chunks] == [0, 0, 1, 1]
@@ -187,8 +187,8 @@ class Loader:
         self.resident.remove(key)
 
 
-async def touch(residency: AdapterResidency, key: str, *, party: str = "") -> None:
-    async with residency.pinned(key, party=party):
+async def touch(residency: AdapterResidency, key: str, *, owner: str = "") -> None:
+    async with residency.pinned(key, owner=owner):
         pass
 
 
@@ -320,10 +320,10 @@ def gone_for_a_large_adapter() -> list[str]:
         residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=100, patience_s=0.02)
         over = False
 
-        async def flood(key, party, begin_s):
+        async def flood(key, owner, begin_s):
             await asyncio.sleep(begin_s)
             while not over:
-                async with residency.pinned(key, party=party):
+                async with residency.pinned(key, owner=owner):
                     await asyncio.sleep(0.01)
 
         floods = [asyncio.create_task(flood(key, "crawler", n * 0.003)) for n in range(3) for key in ("a", "b")]
@@ -331,7 +331,7 @@ def gone_for_a_large_adapter() -> list[str]:
         await asyncio.sleep(0.05)
 
         async def use():
-            async with residency.pinned("large", party="crawler"):
+            async with residency.pinned("large", owner="crawler"):
                 return list(loader.unloads)
 
         try:
@@ -353,15 +353,15 @@ def test_room_for_a_large_adapter_is_made_of_several_and_not_of_a_light_tenants_
     assert gone_for_a_large_adapter()[0] == "c"
 
 
-def loads_beside_a_crowd(count: int, key: str, *, party: str) -> list[str]:
-    """One party asks for so many adapters, a0@1 and on, at once, then `party` for one. The loads in their order."""
+def loads_beside_a_crowd(count: int, key: str, *, owner: str) -> list[str]:
+    """One owner asks for so many adapters, a0@1 and on, at once, then `owner` for one. The loads in their order."""
 
     async def scenario():
         loader = Loader(num_bytes=1)
         residency = AdapterResidency(loader.prepare, loader.load, loader.unload, budget_bytes=1000)
-        crowd = [asyncio.create_task(touch(residency, f"a{n}@1", party="crawler")) for n in range(count)]
+        crowd = [asyncio.create_task(touch(residency, f"a{n}@1", owner="crawler")) for n in range(count)]
         await asyncio.sleep(0)
-        await asyncio.gather(touch(residency, key, party=party), *crowd)
+        await asyncio.gather(touch(residency, key, owner=owner), *crowd)
         return loader.loads
 
     return asyncio.run(scenario())
@@ -371,10 +371,10 @@ def order_of_turns(*, leaving: bool) -> list[str]:
     """Of one at a time: twenty of a crawler, then one of a person; the first ten may leave before their turn."""
 
     async def scenario():
-        turns, order = Turns(1), []
+        turns, order = FairSemaphore(1), []
 
-        async def take(name, party):
-            async with turns.one(party):
+        async def take(name, owner):
+            async with turns.one(owner):
                 await asyncio.sleep(0)
                 order.append(name)
 
@@ -389,20 +389,20 @@ def order_of_turns(*, leaving: bool) -> list[str]:
     return asyncio.run(scenario())
 
 
-def test_parties_take_turns_and_who_leaves_holds_nobody_up():
+def test_owners_take_turns_and_who_leaves_holds_nobody_up():
     assert order_of_turns(leaving=False).index("person") <= 3
     assert len(order_of_turns(leaving=True)) == 11
 
 
 def test_a_hundred_cold_adapters_of_one_tenant_do_not_keep_the_one_of_another_waiting():
-    fair, twin = (loads_beside_a_crowd(100, "light@1", party=party) for party in ("person", "crawler"))
+    fair, twin = (loads_beside_a_crowd(100, "light@1", owner=owner) for owner in ("person", "crawler"))
     assert len(fair) == len(twin) == 101
     assert fair.index("light@1") <= 3
     assert twin.index("light@1") == 100  # nobody takes turns with himself
 
 
 def test_whose_turn_is_first_brings_the_adapter_in_for_both():
-    loads = loads_beside_a_crowd(50, "a49@1", party="person")
+    loads = loads_beside_a_crowd(50, "a49@1", owner="person")
     assert loads.index("a49@1") <= 3
     assert len(loads) == 50
 
@@ -681,9 +681,9 @@ def test_a_closed_engine_answers_nobody_and_keeps_nobody_waiting():
 
 def test_who_waits_for_tokens_of_an_engine_that_is_closed_is_told():
     async def scenario(engine, runner):
-        from ftray.infer.protocol import Sampling
+        from ftray.infer.protocol import SamplingParams
 
-        stream = runner.generate(Request("a", [1], Sampling(max_tokens=10**9)))
+        stream = runner.generate(Request("a", [1], SamplingParams(max_tokens=10**9)))
         await anext(stream)
         await asyncio.to_thread(runner.close)
         with pytest.raises(FtrayError, match="it was closed"):
@@ -699,9 +699,9 @@ async def drain(stream) -> None:
 
 def test_leaving_early_cancels():
     async def scenario(engine, runner):
-        from ftray.infer.protocol import Sampling
+        from ftray.infer.protocol import SamplingParams
 
-        stream = runner.generate(Request("a", [1], Sampling(max_tokens=10**9)))
+        stream = runner.generate(Request("a", [1], SamplingParams(max_tokens=10**9)))
         await anext(stream)
         await stream.aclose()
         await runner.call(lambda: None)

@@ -12,7 +12,7 @@ from s3 import s3_server
 
 from ftray.artifacts.publish import publish_adapter
 from ftray.errors import DamagedError, FtrayError, UserError
-from ftray.model.adapter import adapter_at_hand, read_adapter
+from ftray.model.adapter import local_adapter, read_adapter
 from ftray.registry import Registry
 from ftray.storage import AlreadyExists, ObjectStore, lease, write_json, write_manifest
 from ftray.storage.lease import Lease, describe_process, held
@@ -270,15 +270,15 @@ def test_a_rank_that_stood_still_is_named_by_the_one_after_it(url, monkeypatch):
     stacks += ['Current thread 0x2:\n  File "/x/data.py", line 3 in read\n']
     run, reader = StoredRun(url, "demo"), HangReader(local_directory(url, "demo"))
 
-    def hang(part: str) -> None:
+    def hang(attempt: str) -> None:
         for rank, stack in enumerate(stacks):
-            path = hang_file(directory_of_rank(run.url, rank, part=part), rank)
+            path = hang_file(directory_of_rank(run.url, rank, attempt=attempt), rank)
             path.parent.mkdir()
             path.write_text(stack)
 
     def start_again(part: str) -> str | None:
         for rank in range(2):
-            directory_of_rank(run.url, rank, part=part)
+            directory_of_rank(run.url, rank, attempt=attempt)
         run.sync(at_once=True)
         return reader.poll(world_size=2)
 
@@ -302,7 +302,7 @@ def test_an_adapter_in_a_store_is_published_with_its_lineage(url, tmp_path, adap
     store.write("config.json", b'{"objective": {"type": "sft"}, "data": {"train": "x"}}')
     store.write("environment.json", b"{}")
     store.write("checkpoints/step-4/state/rank-0.safetensors", b"not fetched")
-    directory = adapter_at_hand(f"{url}/demo/adapter/")
+    directory = local_adapter(f"{url}/demo/adapter/")
     assert not (directory.parent / "checkpoints").exists()
     version = publish_adapter(Registry(f"{url}/registry"), "support", directory)
     assert version.metadata["lineage"]["run"] == "demo"
@@ -310,11 +310,11 @@ def test_an_adapter_in_a_store_is_published_with_its_lineage(url, tmp_path, adap
     # On another machine, a run that goes on from this version has the registry's address of it.
     place = Registry(f"{url}/registry").place(version)
     assert place == f"{url}/registry/adapters/support/versions/1/files"
-    assert read_adapter(adapter_at_hand(place), label="x").max_rank == 4
-    assert adapter_at_hand("support@1") is None
+    assert read_adapter(local_adapter(place), label="x").max_rank == 4
+    assert local_adapter("support@1") is None
     with pytest.raises(UserError, match=r"demo/adaptr: there is nothing of that name"):
-        adapter_at_hand(f"{url}/demo/adaptr")
-    assert adapter_at_hand(adapters["r4"]) == adapters["r4"]
+        local_adapter(f"{url}/demo/adaptr")
+    assert local_adapter(adapters["r4"]) == adapters["r4"]
 
 
 def test_a_store_that_cannot_be_had_is_told(monkeypatch, s3):

@@ -11,8 +11,7 @@ from ftray.cli.main import main
 from ftray.config import RunConfig, load_sweep
 from ftray.errors import FtrayError, UserError
 from ftray.storage import ObjectStore, lease
-from ftray.sweep import launch
-from ftray.sweep import store as stored_sweep
+from ftray.sweep import launch, store as stored_sweep
 from ftray.sweep.launch import first_run, look_into, open_directory, run_sweep
 from ftray.sweep.store import StoredSweep, forget_leftover
 from ftray.sweep.study import Study
@@ -69,7 +68,7 @@ def test_it_goes_on_on_another_machine_and_hears_requests_from_a_third(sweep, tm
         run = study.next_run()
         assert run is not None
         assert study.config_of(run).runs_dir == f"{stored.url}/trials"
-        assert study.product_of(run) == f"{stored.url}/trials/t000/adapter"
+        assert study.artifact_of(run) == f"{stored.url}/trials/t000/adapter"
         finish(study, run.name)
         wait_for(lambda: b"finished" in (store.read("trials.jsonl") or b""))
         another = StoredSweep(base_run.runs_dir, "s")
@@ -153,7 +152,7 @@ def test_a_population_does_not_go_in_a_store(sweep, tmp_path):
     population = ["search={algorithm: random, trials: 4, scheduler: pbt}"]
     ranges = ["space={optimizer.learning_rate: {log_uniform: [1e-5, 1e-3]}}"]
     with pytest.raises(UserError, match=r"search.scheduler pbt: .*overrides.runs_dir="):
-        run_sweep(*load_sweep(path, [*population, *ranges]), say=print)
+        run_sweep(*load_sweep(path, [*population, *ranges]), log=print)
 
 
 def test_elsewhere_a_sweep_is_looked_into_where_it_lies(sweep, tmp_path, monkeypatch):
@@ -166,9 +165,9 @@ def test_elsewhere_a_sweep_is_looked_into_where_it_lies(sweep, tmp_path, monkeyp
         def __exit__(self, *_): ...
 
     monkeypatch.setattr(launch, "ray_session", session)
-    study = run_sweep(*sweep, say=print)
-    assert study.place == f"{first_run(*sweep).runs_dir}/s"
-    assert {found.key for found in ObjectStore(study.place).entries()} == {
+    study = run_sweep(*sweep, log=print)
+    assert study.uri == f"{first_run(*sweep).runs_dir}/s"
+    assert {found.key for found in ObjectStore(study.uri).entries()} == {
         "sweep.json",
         "environment.json",
         "sweep.html",

@@ -16,10 +16,10 @@ from ftray.config.run import AdapterConfig
 from ftray.errors import ConfigError, DataError, NotFoundError
 from ftray.model.hardware import choose_hardware
 from ftray.storage import write_json
-from ftray.sweep.fused.coordinator import MAX_HAND_OUTS, Desk
+from ftray.sweep.fused.coordinator import MAX_HAND_OUTS, TrialCoordinator
 from ftray.sweep.fused.eligibility import fusing_of
 from ftray.sweep.fused.group import RowSharing
-from ftray.sweep.fused.memory import MemberRoom
+from ftray.sweep.fused.memory import MemoryBudget
 from ftray.sweep.launch import check_inputs, shares
 from ftray.sweep.report.plots import cell, heat_map
 from ftray.sweep.report.report import LivePage, status_text, train_command, write_sweep_report
@@ -233,8 +233,8 @@ def test_random_and_tpe_points_are_in_the_space_and_a_function_of_what_was_befor
 def test_importance_finds_the_key_that_matters(load, tmp_path):
     study = study_of(load("{algorithm: random, trials: 40}"), tmp_path)
     play(study, lambda point, step: point["optimizer.learning_rate"] * 1000, steps=(40,))
-    told = importance(study.trials, study.space, study.config.search)
-    assert told["optimizer.learning_rate"] > 0.8
+    reported = importance(study.trials, study.space, study.config.search)
+    assert reported["optimizer.learning_rate"] > 0.8
     assert importance(study.trials[:3], study.space, study.config.search) == {}
 
 
@@ -285,8 +285,8 @@ def test_seeds_go_on_and_end_with_their_trial(load, tmp_path, scheduler, togethe
         runs = list(iter(study.next_run, None))
         for step in steps:
             values = {run.name: noise[run.trial % 3, run.seed] - step / 100 for run in runs}
-            told = study.report_together({name: Report(step, value, 1, 1.0) for name, value in values.items()})
-            for run in [run for run in runs if told[run.name] is not None]:
+            reported = study.report_together({name: Report(step, value, 1, 1.0) for name, value in values.items()})
+            for run in [run for run in runs if reported[run.name] is not None]:
                 study.end(run.name, "stopped")
                 runs.remove(run)
         for run in runs:
@@ -318,17 +318,17 @@ def test_the_page_is_written_anew_at_an_end_and_now_and_then(load):
 
 def test_the_one_that_kills_its_group_is_found_and_the_others_finish(load, tmp_path):
     """t003 ends its group's workers before anybody's first report."""
-    desk = Desk(*load("{algorithm: grid}"), tmp_path)
+    coordinator = TrialCoordinator(*load("{algorithm: grid}"), tmp_path)
     for _ in range(100):
-        members = [json.loads(run)["name"] for run in desk.take(0, 4).runs]
+        members = [json.loads(run)["name"] for run in coordinator.take(0, 4).runs]
         if not members:
             break
         if "t003" in members:
-            desk.start_over(0)
+            coordinator.start_over(0)
             continue
         for name in members:
-            desk.report({name: Report(10, 1.0, 100, 1.0)})
-            desk.end(name, "finished", None)
+            coordinator.report({name: Report(10, 1.0, 100, 1.0)})
+            coordinator.end(name, "finished", None)
     study = Study(*load("{algorithm: grid}"), tmp_path, is_driver=False)
     assert {run.name: run.outcome for run in study.runs} == {
         name: "failed" if name == "t003" else "finished" for name in ("t000", "t001", "t002", "t003", "t004", "t005")
@@ -375,18 +375,18 @@ def test_whole_numbers_of_a_range_have_the_same_share(load):
 
 
 def test_a_run_that_kills_its_group_is_given_up_and_a_full_disk_is_not_its_fault(load, tmp_path):
-    desk = Desk(*load("{algorithm: grid}"), tmp_path)
+    coordinator = TrialCoordinator(*load("{algorithm: grid}"), tmp_path)
     names = set()
     for _ in range(MAX_HAND_OUTS + 2):  # each time the group begins again
-        names = {json.loads(run)["name"] for run in desk.take(0, 1).runs}
-        desk.pardon(0)
-        desk.start_over(0)
+        names = {json.loads(run)["name"] for run in coordinator.take(0, 1).runs}
+        coordinator.pardon(0)
+        coordinator.start_over(0)
     assert names == {"t000"}
     for _ in range(MAX_HAND_OUTS + 1):
-        names = {json.loads(run)["name"] for run in desk.take(0, 1).runs}
-        desk.start_over(0)
+        names = {json.loads(run)["name"] for run in coordinator.take(0, 1).runs}
+        coordinator.start_over(0)
     assert names == {"t001"}
-    lines, num_ended = desk.news()
+    lines, num_ended = coordinator.news()
     assert num_ended == 1
     assert "its workers died 3 times" in lines[0]
 
@@ -800,7 +800,7 @@ def test_no_more_members_than_memory_holds(monkeypatch):
             return self.head
 
     adapters = [AdapterConfig(rank=4), AdapterConfig(rank=8, targets=["layer"]), AdapterConfig(targets=["nothing"])]
-    room = MemberRoom(Base(), adapters, choose_hardware(use_gpu=False), world_size=1, ranks_per_node=1)
+    room = MemoryBudget(Base(), adapters, choose_hardware(use_gpu=False), world_size=1, ranks_per_node=1)
     assert room.largest == 8 * 2000 * 16
     for free, members, has_trained, left in (
         (10 * room.largest, 0, False, 5),
@@ -808,7 +808,7 @@ def test_no_more_members_than_memory_holds(monkeypatch):
         (0, 0, True, 1),
         (0, 1, True, 0),
     ):
-        monkeypatch.setattr(MemberRoom, "free", free)
+        monkeypatch.setattr(MemoryBudget, "free", free)
         assert room.left(members, has_trained=has_trained) == left
-    two = MemberRoom(Base(), adapters, choose_hardware(use_gpu=False), world_size=2, ranks_per_node=2)
+    two = MemoryBudget(Base(), adapters, choose_hardware(use_gpu=False), world_size=2, ranks_per_node=2)
     assert two.largest == 8 * 2000 * 24

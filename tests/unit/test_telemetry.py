@@ -23,22 +23,22 @@ from ftray.serve.telemetry.access_log import AccessLog
 from ftray.serve.telemetry.metrics import AdapterMetrics, EngineMetrics, Names
 from ftray.serve.telemetry.request_metrics import RequestMetrics
 from ftray.serve.tenants.accounts import Accounts, Tenant
-from ftray.serve.tenants.auth import Caller, Gate
-from ftray.serve.tenants.rate_limits import Gatekeeper
+from ftray.serve.tenants.auth import Authenticator, Caller
+from ftray.serve.tenants.rate_limits import RateLimiter
 
 
 class KeptMeter:
     def __init__(self):
-        self.told: list[tuple] = []
+        self.reported: list[tuple] = []
 
     def add(self, metric, amount=1, /, **labels):
         assert set(labels) == set(metric.labels)
-        self.told.append((metric.name, amount, labels))
+        self.reported.append((metric.name, amount, labels))
 
     set = observe = add
 
     def of(self, metric) -> list[tuple]:
-        return [(amount, labels) for name, amount, labels in self.told if name == metric.name]
+        return [(amount, labels) for name, amount, labels in self.reported if name == metric.name]
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def meter():
 
 @pytest.fixture
 def ingress(registry, backend, accounts):
-    return Ingress(ModelNames("base-model", registry), backend, Gate(LocalLedger(Gatekeeper(accounts))))
+    return Ingress(ModelNames("base-model", registry), backend, Authenticator(LocalLedger(RateLimiter(accounts))))
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ def test_refusals_are_measured_without_a_name_that_anybody_could_invent(client, 
         ask(client, "support")
     client.headers["Authorization"] = "Bearer ftray-wrong"
     ask(client, "support")
-    told = [(labels["status"], labels["model"], labels["tenant"]) for _, labels in meter.of(metrics.REQUESTS)]
+    reported = [(labels["status"], labels["model"], labels["tenant"]) for _, labels in meter.of(metrics.REQUESTS)]
     served = ("200", "support@2", "acme")
-    assert told == [("404", "", "acme"), served, served, ("429", "", "acme"), ("401", "", "")]
+    assert reported == [("404", "", "acme"), served, served, ("429", "", "acme"), ("401", "", "")]
 
 
 def test_the_access_log_has_a_line_for_every_request_and_no_secret(client, log_file, key, backend):
@@ -193,11 +193,11 @@ def test_traces_carry_the_callers_parent_and_no_text(ingress, key):
     client.get("/v1/models")
     (span,) = kept.get_finished_spans()
     assert (f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}") == ("a" * 32, "b" * 16)
-    told = span.attributes
-    assert (told["gen_ai.request.model"], told["gen_ai.response.model"]) == ("support", "support@2")
-    assert (told["gen_ai.usage.input_tokens"], told["gen_ai.usage.output_tokens"]) == (3, 2)
+    reported = span.attributes
+    assert (reported["gen_ai.request.model"], reported["gen_ai.response.model"]) == ("support", "support@2")
+    assert (reported["gen_ai.usage.input_tokens"], reported["gen_ai.usage.output_tokens"]) == (3, 2)
     assert [event.name for event in span.events] == ["adapter in memory", "first token"]
-    assert "hi" not in [str(value) for value in told.values()]
+    assert "hi" not in [str(value) for value in reported.values()]
 
 
 def test_an_otlp_collector_gets_the_spans(ingress, key):
@@ -246,9 +246,9 @@ def test_labels_are_bounded():
 
 
 def test_what_happens_to_adapters_is_measured(meter):
-    told = AdapterMetrics(meter)
-    for happening in ("miss", "loaded", "hit", "evicted", "miss", "failed"):
-        told.note(happening, "a@1", 0.5)
+    reported = AdapterMetrics(meter)
+    for event in ("miss", "loaded", "hit", "evicted", "miss", "failed"):
+        reported.note(event, "a@1", 0.5)
     assert [labels["result"] for _, labels in meter.of(metrics.LOOKUPS)] == ["miss", "hit", "miss"]
     assert [labels["result"] for _, labels in meter.of(metrics.LOADS)] == ["ok", "failed"]
     assert meter.of(metrics.LOAD_SECONDS) == [(0.5, {})]
@@ -258,9 +258,9 @@ def test_preemptions_are_a_counter(meter):
     class Residency:
         resident_keys, resident_bytes, budget_bytes = ["a@1"], 10, 100
 
-    told = EngineMetrics(meter)
+    reported = EngineMetrics(meter)
     for count in (0, 2, 2, 5):
-        told.measure(EngineStats(1, 2, count, 3, 4, 5, 6, ("a@1",), ("a@1",), 7), Residency())
+        reported.measure(EngineStats(1, 2, count, 3, 4, 5, 6, ("a@1",), ("a@1",), 7), Residency())
     assert [amount for amount, _ in meter.of(metrics.PREEMPTIONS)] == [2, 3]
     assert meter.of(metrics.RESIDENT)[0] == (1, {"adapter": "a@1"})
     assert meter.of(metrics.ADAPTERS)[:2] == [(1, {"tier": "host"}), (1, {"tier": "device"})]

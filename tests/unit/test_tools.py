@@ -6,12 +6,12 @@ import pytest
 from fake_endpoint import ask, make_client
 
 from ftray.errors import DataError
-from ftray.infer.protocol import Structure
+from ftray.infer.protocol import StructuredOutput
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.openai.messages import renderable
 from ftray.serve.openai.tools import Call, CallFinder
 from ftray.serve.routing.model_names import ModelNames
-from ftray.serve.tenants.auth import Gate
+from ftray.serve.tenants.auth import Authenticator
 
 WEATHER = {
     "type": "function",
@@ -28,7 +28,7 @@ OSLO = Call("weather", '{"city": "Oslo"}')
 
 @pytest.fixture
 def client(registry, backend):
-    return make_client(Ingress(ModelNames("base-model", registry), backend, Gate(None)))
+    return make_client(Ingress(ModelNames("base-model", registry), backend, Authenticator(None)))
 
 
 def found(text: str, size: int) -> list:
@@ -98,10 +98,10 @@ def test_a_forced_call_holds_the_answer_to_its_schema(client, backend, choice, n
     assert answer["message"]["tool_calls"][0]["function"]["name"] == "time"
     assert answer["message"]["content"] is None
     structure = backend.jobs[0].sampling.structure
-    assert isinstance(structure, Structure)
+    assert isinstance(structure, StructuredOutput)
     schema = json.loads(structure.text)
-    told = [one["properties"]["name"]["const"] for one in schema.get("anyOf", [schema])]
-    assert told == names
+    reported = [one["properties"]["name"]["const"] for one in schema.get("anyOf", [schema])]
+    assert reported == names
 
 
 def test_no_tools_are_told_where_none_may_be_used(client, backend):

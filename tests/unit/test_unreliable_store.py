@@ -52,18 +52,18 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         headers: dict[str, str] = {}
-        status, content, told = 503, b"", None
+        status, content, reported = 503, b"", None
         if fate == "pass":
-            told = httpx.request(
+            reported = httpx.request(
                 self.command, f"{self.server.behind}{self.path}", headers=dict(self.headers.items()), content=body
             )
-            status, content = told.status_code, told.content
+            status, content = reported.status_code, reported.content
             passed = ("etag", "content-type", "last-modified", "content-range")
-            headers = {name: value for name, value in told.headers.items() if name in passed}
+            headers = {name: value for name, value in reported.headers.items() if name in passed}
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        length = told.headers["content-length"] if told is not None and self.command == "HEAD" else len(content)
+        length = reported.headers["content-length"] if reported is not None and self.command == "HEAD" else len(content)
         self.send_header("Content-Length", str(length))
         self.end_headers()
         self.wfile.write(content)

@@ -17,22 +17,24 @@ H100 = Hardware(torch.device("cuda", 0), torch.bfloat16, "nccl", "as if")
 
 def test_a_base_shared_by_four_gpus(tiny_base):
     config = EngineConfig(type="vllm", tensor_parallel=4, kv_cache_tokens=65536, context_tokens=4096)
-    told = vllm_arguments(tiny_base, H100, config, num_slots=8, max_rank=48)
-    assert told["tensor_parallel_size"] == 4
-    assert told["distributed_executor_backend"] == "ray"
-    assert told["dtype"] == "bfloat16"
-    assert (told["num_gpu_blocks_override"] - 1) * told["block_size"] == 65536  # vLLM keeps one block for itself
-    assert told["max_lora_rank"] == 64  # the next rank it has slots for
-    assert not told["enforce_eager"]
+    reported = vllm_arguments(tiny_base, H100, config, num_slots=8, max_rank=48)
+    assert reported["tensor_parallel_size"] == 4
+    assert reported["distributed_executor_backend"] == "ray"
+    assert reported["dtype"] == "bfloat16"
+    assert (reported["num_gpu_blocks_override"] - 1) * reported[
+        "block_size"
+    ] == 65536  # vLLM keeps one block for itself
+    assert reported["max_lora_rank"] == 64  # the next rank it has slots for
+    assert not reported["enforce_eager"]
 
 
 def test_replicas_that_share_a_gpu_leave_each_other_room(tiny_base):
     half = dataclasses.replace(H100, gpu_share=0.5)
-    told = [
+    reported = [
         vllm_arguments(tiny_base, hardware, EngineConfig(type="vllm"), num_slots=8, max_rank=16)
         for hardware in (H100, half)
     ]
-    assert [each["gpu_memory_utilization"] for each in told] == [0.9, 0.45]
+    assert [each["gpu_memory_utilization"] for each in reported] == [0.9, 0.45]
 
 
 def test_a_gpu_without_bfloat16_is_refused(tiny_base):

@@ -166,7 +166,7 @@ def bias(hidden: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(like)
 
 
-def keep(key_value_T2KD: Tensor, layer_index: int, step: AttentionStep) -> None:
+def write_kv(key_value_T2KD: Tensor, layer_index: int, step: AttentionStep) -> None:
     """Writes the new keys and values to the cache."""
     layer = step.layer(layer_index)
     if layer is not None:
@@ -204,7 +204,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D] -> ([1, T, H, D], no weights)."""
     key_value_T2KD = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
-    keep(key_value_T2KD, module.layer_idx, step)
+    write_kv(key_value_T2KD, module.layer_idx, step)
     mixed = attend(query[0].transpose(0, 1), key_value_T2KD, module.layer_idx, step, scaling=scaling)
     return mixed.unsqueeze(0), None
 

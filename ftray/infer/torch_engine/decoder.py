@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ftray.infer.torch_engine.attention import AttentionStep, attend, keep
+from ftray.infer.torch_engine.attention import AttentionStep, attend, write_kv
 from ftray.infer.torch_engine.cpu.frozen_linear import FrozenLinear, Projection
 from ftray.infer.torch_engine.cpu.kernels import CpuKernels, RmsNorm, kernels_for
 
@@ -96,10 +96,10 @@ class LlamaLayer:
             key_value_T2KD[:, 0].copy_(self._norm_k(key_value_T2KD[:, 0]))
         if self._kernels is None:
             rotate_(heads_THD[:, : num_heads + num_kv_heads], cos_TD, sin_TD)
-            keep(key_value_T2KD, self._index, step)
+            write_kv(key_value_T2KD, self._index, step)
         else:
             layer = step.layer(self._index)
-            self._kernels.rotate_and_keep_(
+            self._kernels.rotate_and_write_kv_(
                 heads_THD, cos_TD, sin_TD, num_kv_heads, layer=layer, slots=step.write_slots_T
             )
         mixed_THD = attend(query_THD, key_value_T2KD, self._index, step, scaling=self._scaling)

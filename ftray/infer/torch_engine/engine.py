@@ -6,8 +6,7 @@ sequences join and finished ones leave between steps (Orca, Yu et al. 2022).
 
 import contextlib
 import itertools
-from collections.abc import Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Iterator, Sequence as Many
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import FtrayError
 from ftray.infer.checks import check_request, check_unused
-from ftray.infer.protocol import EngineStats, FinishReason, Request, Structure, TokenEvent, TokenLogprobs
+from ftray.infer.protocol import EngineStats, FinishReason, Request, StructuredOutput, TokenEvent, TokenLogprobs
 from ftray.infer.structure import GrammarMatcher, Grammars
 from ftray.infer.text import TextStream
 from ftray.infer.torch_engine.attention import (
@@ -33,7 +32,7 @@ from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, KVCache
 from ftray.infer.torch_engine.lora.bank import LoraBank
 from ftray.infer.torch_engine.lora.slots import HostAdapter
 from ftray.infer.torch_engine.pooling import Embedding, embedding_of
-from ftray.infer.torch_engine.sampler import TokenSampler, sample, told
+from ftray.infer.torch_engine.sampler import TokenSampler, logprobs_of, sample
 from ftray.infer.torch_engine.scheduler import Scheduler
 from ftray.infer.torch_engine.sequence import Piece, Sequence
 from ftray.model.adapter import check_rank, read_adapter
@@ -82,7 +81,7 @@ class TorchEngine:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def prepare_structure(self, structure: Structure, num_requests: int = 1) -> None:
+    def prepare_structured_output(self, structure: StructuredOutput, num_requests: int = 1) -> None:
         self._grammars.prepare(structure, num_requests)
 
     def add(self, request: Request) -> None:
@@ -162,12 +161,12 @@ class TorchEngine:
         )
         tokens = [(p.sequence.request.adapter, p.num_tokens) for p in pieces]
         hidden_TE = self._hidden(torch.tensor(ids), torch.tensor(positions), tokens, step)
-        self._tell_prompts(pieces, hidden_TE)
+        self._report_prompts(pieces, hidden_TE)
         ends = itertools.accumulate(p.num_tokens for p in pieces)
         last = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.is_last]
         return self._head(hidden_TE.index_select(0, torch.tensor(last, dtype=torch.long).to(device)))
 
-    def _tell_prompts(self, pieces: list[Piece], hidden_TE: Tensor) -> None:
+    def _report_prompts(self, pieces: list[Piece], hidden_TE: Tensor) -> None:
         """The log-probabilities of prompt tokens, where they are asked for. Each is known at the token before."""
         row = 0
         for piece in pieces:
@@ -180,7 +179,7 @@ class TorchEngine:
                 if first < end:
                     logits = self._head(hidden_TE[row + first - start : row + end - start]).float().cpu().nan_to_num()
                     following = sequence.tokens[first + 1 : end + 1]
-                    sequence.prompt_logprobs += map(told, logits, following, [wanted] * len(following))
+                    sequence.prompt_logprobs += map(logprobs_of, logits, following, [wanted] * len(following))
             row += piece.num_tokens
 
     def _hidden(

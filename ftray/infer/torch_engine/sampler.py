@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ftray.infer.protocol import Sampling, TokenLogprobs
+from ftray.infer.protocol import SamplingParams, TokenLogprobs
 
 # Dividing logits by less would overflow float32; the distribution is a single token long before.
 GREEDY_BELOW = 1e-5
@@ -28,7 +28,7 @@ class Matcher(Protocol):
     def has_failed(self) -> bool: ...
 
 
-def make_generator(sampling: Sampling, *, index: int = 0) -> torch.Generator | None:
+def make_generator(sampling: SamplingParams, *, index: int = 0) -> torch.Generator | None:
     """A seed gives the same tokens whatever else is in the batch; each of n answers has its own."""
     if sampling.temperature < GREEDY_BELOW:
         return None
@@ -41,7 +41,7 @@ def make_generator(sampling: Sampling, *, index: int = 0) -> torch.Generator | N
 
 
 class TokenSampler:
-    def __init__(self, sampling: Sampling, *, index: int = 0, matcher: Matcher | None = None):
+    def __init__(self, sampling: SamplingParams, *, index: int = 0, matcher: Matcher | None = None):
         self.sampling = sampling
         self.matcher = matcher
         self._generator = make_generator(sampling, index=index)
@@ -76,7 +76,7 @@ class TokenSampler:
         token = int(scores_V.argmax()) if greedy else draw(scores_V, self.sampling, self._generator)
         if self.matcher is not None:
             self.matcher.accept(token)
-        return token, None if self.sampling.logprobs is None else told(
+        return token, None if self.sampling.logprobs is None else logprobs_of(
             logits_V.nan_to_num(), token, self.sampling.logprobs
         )
 
@@ -111,7 +111,7 @@ def sample(
     return picked
 
 
-def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
+def draw(logits_V: Tensor, sampling: SamplingParams, generator: torch.Generator | None) -> int:
     """Temperature, min-p (Nguyen et al. 2024, arXiv 2407.01082), top-k, then nucleus sampling (Holtzman et al. 2020,
     arXiv 1904.09751) within what is left."""
     p_V = torch.softmax((logits_V - logits_V.max()) / sampling.temperature, dim=-1)
@@ -136,7 +136,7 @@ def invert_cdf(weights: Tensor, generator: torch.Generator | None) -> int:
     return min(int(torch.searchsorted(cdf, threshold, right=True)), int(weights.nonzero()[-1]))
 
 
-def told(logits_V: Tensor, token: int, num_top: int) -> TokenLogprobs:
+def logprobs_of(logits_V: Tensor, token: int, num_top: int) -> TokenLogprobs:
     log_probs_V = torch.log_softmax(logits_V, dim=-1)
     values, tokens = log_probs_V.topk(min(num_top, len(log_probs_V)))
     return TokenLogprobs(float(log_probs_V[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))

@@ -4,7 +4,7 @@ Everything that runs goes first: a decoding sequence with its newest token, a pr
 prefill, Agrawal et al. 2024, arXiv 2403.02310), so that a long prompt never stops the others. Then waiting ones come
 in, as `fair_queue.py` orders them. When the cache is full the newest sequence, of who has most of it, gives its pages
 back and waits at the front of its flow; its tokens are computed again later, or found in the cache. So does the newest
-of a party (or of a flow) that has several places when another has long been next and has none, and so do all sequences
+of a owner (or of a flow) that has several places when another has long been next and has none, and so do all sequences
 of an adapter whose turn at a slot is over (`slot_rotation.py`): long answers keep nobody out of a place or a slot.
 """
 
@@ -16,9 +16,9 @@ from typing import Protocol
 from ftray.infer.fair_queue import FairQueue, FlowKey
 from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, PagePool, page_name, pages_for
 from ftray.infer.torch_engine.sequence import Piece, Sequence
-from ftray.infer.torch_engine.slot_rotation import SlotTurns, parties_of_adapters
+from ftray.infer.torch_engine.slot_rotation import SlotRotation, owners_of_adapters
 
-# An adapter that lacks a slot is overdue after so many steps: no other gets a slot before it, and turns end for it.
+# An adapter that lacks a slot is starved after so many steps: no other gets a slot before it, and turns end for it.
 MAX_STEPS_WITHOUT_SLOT = 64
 # While every place is taken, who is next and has none waits so many steps; then who has several gives one up.
 MAX_STEPS_CROWDED_OUT = 64
@@ -48,8 +48,8 @@ class Scheduler:
         self.waiting: FairQueue[Sequence] = FairQueue()
         self.num_preemptions = 0
         self._num_steps = 0
-        self._slot_turns = SlotTurns()
-        self._overdue: tuple[FlowKey, Sequence] | None = None  # in this step: the first that lacks a slot for too long
+        self._slot_rotation = SlotRotation()
+        self._starved: tuple[FlowKey, Sequence] | None = None  # in this step: the first that lacks a slot for too long
         self._max_sequences = max_sequences
         self._max_prefill_tokens = max_prefill_tokens
         self._adapters = adapters
@@ -62,8 +62,8 @@ class Scheduler:
         self._num_steps += 1
         room = self._max_prefill_tokens
         self._make_way()
-        self._overdue = self._find_overdue()
-        lacks_pages = self._overdue is not None and not self._give_up_slots(*self._overdue)
+        self._starved = self._find_starved()
+        lacks_pages = self._starved is not None and not self._give_up_slots(*self._starved)
         preemptions = self.num_preemptions
         for sequence in list(self.running):
             is_prompt = sequence.num_pending > 1
@@ -89,7 +89,7 @@ class Scheduler:
             number = len(sequence.names) - 1
             self.pool.name(sequence.pages[number], sequence.names[number])
         if sequence.num_pending == 0 and sequence.request.adapter is not None:
-            self._slot_turns.drew(sequence.request.adapter, self._num_steps)
+            self._slot_rotation.drew(sequence.request.adapter, self._num_steps)
 
     def remove(self, sequence: Sequence) -> None:
         """It has ended or was cancelled."""
@@ -113,9 +113,9 @@ class Scheduler:
         elif self._num_steps - sequence.crowded_out_since >= MAX_STEPS_CROWDED_OUT:
             self._preempt(newest)
 
-    def _find_overdue(self) -> tuple[FlowKey, Sequence] | None:
+    def _find_starved(self) -> tuple[FlowKey, Sequence] | None:
         """All who need a slot lack one if the first of them does; if not, a larger one still may."""
-        held = parties_of_adapters(self.running)
+        held = owners_of_adapters(self.running)
         needing: list[tuple[FlowKey, Sequence]] = []
         for key, sequence in self.waiting.in_order():
             if sequence.request.adapter in (None, *held):
@@ -132,20 +132,20 @@ class Scheduler:
                 sequence.slotless_since = None
         return None
 
-    def _give_up_slots(self, key: FlowKey, overdue: Sequence) -> bool:
-        """For the one that is overdue, if pages and a share of the step's prompt tokens can be had with them. False: it
+    def _give_up_slots(self, key: FlowKey, starved: Sequence) -> bool:
+        """For the one that is starved, if pages and a share of the step's prompt tokens can be had with them. False: it
         has lacked pages as well for so long that nobody else may come in."""
-        givers = self._slot_turns.givers(self.running, party=key[0], step=self._num_steps)
+        givers = self._slot_rotation.givers(self.running, owner=key[0], step=self._num_steps)
         leaving = [other for other in self.running if other.request.adapter in givers]
         kept = {page for s in self.running if s not in leaving for page in s.pages}
         freed = {page for s in leaving for page in s.pages} - kept
-        num_pages = pages_for(len(overdue.tokens) + 1)
+        num_pages = pages_for(len(starved.tokens) + 1)
         num_prompt = sum(s.num_pending for s in self.running if s.num_pending > 1 and s not in leaving)
         if self.pool.num_available + len(freed) < num_pages:
-            assert overdue.slotless_since is not None
-            return self._num_steps - overdue.slotless_since < 2 * MAX_STEPS_WITHOUT_SLOT
+            assert starved.slotless_since is not None
+            return self._num_steps - starved.slotless_since < 2 * MAX_STEPS_WITHOUT_SLOT
         for giver in givers if num_prompt < self._max_prefill_tokens else []:
-            if self._brings(overdue.request.adapter) and self.pool.num_available >= num_pages:
+            if self._brings(starved.request.adapter) and self.pool.num_available >= num_pages:
                 break
             for other in reversed(leaving):  # so that the oldest is the first of its flow
                 if other.request.adapter == giver:
@@ -183,9 +183,9 @@ class Scheduler:
             room -= count
 
     def _next(self) -> Sequence | None:
-        """Lets one waiting sequence in: the first whose pages and adapter can be had. While one is overdue for a slot,
+        """Lets one waiting sequence in: the first whose pages and adapter can be had. While one is starved for a slot,
         others come in that need none."""
-        held = parties_of_adapters(self.running)
+        held = owners_of_adapters(self.running)
         for flow, sequence in self._in_turn():
             if sequence.request.adapter not in (None, *held) and not self._may_take_slot(sequence):
                 continue
@@ -206,20 +206,20 @@ class Scheduler:
                 sequence.num_found = sequence.num_cached
                 sequence.queued_s = time.monotonic() - sequence.added_at
             sequence.slotless_since = sequence.crowded_out_since = None
-            if self._overdue is not None and sequence is self._overdue[1]:
-                self._overdue = None
+            if self._starved is not None and sequence is self._starved[1]:
+                self._starved = None
             self.running.append(self.waiting.start(flow))
             return sequence
         return None
 
     def _may_take_slot(self, sequence: Sequence) -> bool:
-        """It can have one, and nobody is overdue for one, or it is."""
-        is_its_turn = self._overdue is None or sequence is self._overdue[1]
+        """It can have one, and nobody is starved for one, or it is."""
+        is_its_turn = self._starved is None or sequence is self._starved[1]
         return is_its_turn and self._brings(sequence.request.adapter)
 
     def _in_turn(self) -> Iterator[tuple[FlowKey, Sequence]]:
-        if self._overdue is not None:
-            yield self._overdue
+        if self._starved is not None:
+            yield self._starved
         yield from self.waiting.in_order()
 
     def _look_ahead(self) -> None:
@@ -263,18 +263,18 @@ class Scheduler:
         return True
 
     def _giver_of_pages(self) -> Sequence:
-        """The newest of the party that has most pages, but never a party's only one; else the newest of all. So the
+        """The newest of the owner that has most pages, but never a owner's only one; else the newest of all. So the
         oldest goes on whatever happens."""
         num_pages: Counter[str] = Counter()
-        by_party: dict[str, list[Sequence]] = {}
+        by_owner: dict[str, list[Sequence]] = {}
         for other in self.running:
-            party = other.request.flow[0]
-            num_pages[party] += len(other.pages)
-            by_party.setdefault(party, []).append(other)
+            owner = other.request.flow[0]
+            num_pages[owner] += len(other.pages)
+            by_owner.setdefault(owner, []).append(other)
         last = self.running[-1]
-        several = [party for party, own in by_party.items() if len(own) > 1]
-        richest = max(several, key=lambda party: num_pages[party], default=last.request.flow[0])
-        return by_party[richest][-1] if num_pages[richest] > num_pages[last.request.flow[0]] else last
+        several = [owner for owner, own in by_owner.items() if len(own) > 1]
+        richest = max(several, key=lambda owner: num_pages[owner], default=last.request.flow[0])
+        return by_owner[richest][-1] if num_pages[richest] > num_pages[last.request.flow[0]] else last
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
@@ -289,5 +289,5 @@ class Scheduler:
         adapter = sequence.request.adapter
         if adapter is not None:
             self._adapters.release(adapter)
-            if adapter not in parties_of_adapters(self.running):
-                self._slot_turns.left(adapter)
+            if adapter not in owners_of_adapters(self.running):
+                self._slot_rotation.left(adapter)

@@ -11,7 +11,7 @@ from typing import Any
 MIN_STEPS = 64
 
 
-class SlotTurns:
+class SlotRotation:
     def __init__(self):
         self._drawing_since: dict[str, int] = {}  # by adapter, the step of its first token since it has its slot
 
@@ -22,22 +22,22 @@ class SlotTurns:
         """None of its sequences runs any more."""
         self._drawing_since.pop(adapter, None)
 
-    def givers(self, running: Iterable[Any], *, party: str, step: int) -> list[str]:
-        """Of the adapters of running sequences those that may have to go for another of `party`: its own, and those of
-        parties with more than it has (without its share of this one). Who has drawn for longest is first."""
-        held = parties_of_adapters(running)
+    def givers(self, running: Iterable[Any], *, owner: str, step: int) -> list[str]:
+        """Of the adapters of running sequences those that may have to go for another of `owner`: its own, and those of
+        owners with more than it has (without its share of this one). Who has drawn for longest is first."""
+        held = owners_of_adapters(running)
         num_held = Counter(user for users in held.values() for user in users)
 
         def gives(adapter: str) -> bool:
             has_drawn = step - self._drawing_since.get(adapter, step) >= MIN_STEPS
-            others = num_held[party] - (party in held[adapter])
-            return has_drawn and all(user == party or num_held[user] > others for user in held[adapter])
+            others = num_held[owner] - (owner in held[adapter])
+            return has_drawn and all(user == owner or num_held[user] > others for user in held[adapter])
 
         return sorted(filter(gives, held), key=lambda adapter: self._drawing_since[adapter])
 
 
-def parties_of_adapters(running: Iterable[Any]) -> dict[str, set[str]]:
-    """Of sequences: their adapters, and the parties that use each."""
+def owners_of_adapters(running: Iterable[Any]) -> dict[str, set[str]]:
+    """Of sequences: their adapters, and the owners that use each."""
     held: dict[str, set[str]] = {}
     for sequence in running:
         if sequence.request.adapter is not None:

@@ -27,7 +27,7 @@ from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.checks import check_request, check_unused
 from ftray.infer.fair_queue import FairQueue, FlowKey
-from ftray.infer.protocol import EngineStats, Request, Structure, TokenEvent
+from ftray.infer.protocol import EngineStats, Request, StructuredOutput, TokenEvent
 from ftray.infer.structure import Grammars
 from ftray.infer.torch_engine.sampler import GREEDY_BELOW
 from ftray.infer.vllm_engine.arguments import GPUS_PER_WORKER, linear_shapes, slot_bytes, slots_within, vllm_arguments
@@ -79,7 +79,7 @@ class VllmEngine:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def prepare_structure(self, structure: Structure, num_requests: int = 1) -> None:
+    def prepare_structured_output(self, structure: StructuredOutput, num_requests: int = 1) -> None:
         self._grammars.prepare(structure, num_requests)
 
     def add(self, request: Request) -> None:
@@ -168,19 +168,19 @@ class VllmEngine:
 
     def _next(self) -> tuple[FlowKey, Answering] | None:
         waiting_for_slots: list[Answering] = []
-        is_overdue = False  # one of them: beside it nobody takes or keeps a slot; the base needs none
+        is_starved = False  # one of them: beside it nobody takes or keeps a slot; the base needs none
         for flow, answering in self._waiting.in_order():
             if self._num_running and self._num_running + answering.request.sampling.n > self.config.max_sequences:
                 return None  # whoever is next must not be passed over by smaller ones for ever
             adapter = answering.request.adapter
             has_slot = adapter in self._adapters_in_use or len(self._adapters_in_use) < self.num_slots
-            if adapter is None or (has_slot and not is_overdue):
+            if adapter is None or (has_slot and not is_starved):
                 for other in waiting_for_slots:
                     other.passed_over += adapter is not None
                 return flow, answering
             if not has_slot:
                 waiting_for_slots.append(answering)
-                is_overdue |= answering.passed_over >= MAX_PASSED_OVER
+                is_starved |= answering.passed_over >= MAX_PASSED_OVER
         return None
 
     def _begin(self, answering: Answering) -> None:
@@ -281,8 +281,8 @@ class VllmEngine:
         from vllm.v1.metrics.reader import get_metrics_snapshot
 
         loaded, in_use = dict(self._loaded), list(self._adapters_in_use)  # copies: another thread may ask
-        told: dict[str, Any] = {metric.name: metric for metric in get_metrics_snapshot()}
-        used, preempted = (told[f"vllm:{name}"].value for name in ("kv_cache_usage_perc", "num_preemptions"))
+        reported: dict[str, Any] = {metric.name: metric for metric in get_metrics_snapshot()}
+        used, preempted = (reported[f"vllm:{name}"].value for name in ("kv_cache_usage_perc", "num_preemptions"))
         return EngineStats(
             num_running=self._num_running,
             num_waiting=sum(a.request.sampling.n for a in list(self._answering.values()) if not a.started),

@@ -29,6 +29,7 @@ def token_events(answering: Answering, part: Any, cached: int) -> Iterator[Token
     if not tokens and part.finish_reason is not None:  # as of a request that vLLM itself gives up
         index, count = part.index, answering.num_generated[part.index]
         yield TokenEvent(answering.request.id, -1, part.text, count, finish_reason(part), index=index)
+    num_top = answering.request.sampling.logprobs
     for place, token in enumerate(tokens):
         is_last = place == len(tokens) - 1
         reason: FinishReason | None = None
@@ -43,7 +44,7 @@ def token_events(answering: Answering, part: Any, cached: int) -> Iterator[Token
             reason,
             index=part.index,
             num_cached_prompt_tokens=cached,
-            logprobs=told(part.logprobs[place], token, answering.request.sampling.logprobs) if part.logprobs else None,
+            logprobs=logprobs_of(part.logprobs[place], token, num_top) if part.logprobs else None,
             queued_s=answering.queued_s,
         )
 
@@ -52,7 +53,7 @@ def finish_reason(part: Any) -> FinishReason:
     return part.finish_reason if part.finish_reason in ("stop", "length") else "error"
 
 
-def told(found: dict[int, Any], token: int, num_top: int | None) -> TokenLogprobs:
+def logprobs_of(found: dict[int, Any], token: int, num_top: int | None) -> TokenLogprobs:
     """vLLM tells the likeliest tokens and the chosen one in one table."""
     likeliest = sorted(((t, entry.logprob) for t, entry in found.items()), key=lambda pair: -pair[1])
     return TokenLogprobs(found[token].logprob, tuple(likeliest[: num_top or 0]))

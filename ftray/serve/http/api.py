@@ -12,8 +12,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ftray.config.serve import LimitsConfig
 from ftray.serve.http.body_limits import BodyLimits
-from ftray.serve.http.context import Exchange, Watched, Watcher
-from ftray.serve.http.embeddings import DetokenizeRequest, EmbeddingRequest, TextRoutes, TokenizeRequest
+from ftray.serve.http.context import RequestContext, Watched, Watcher
+from ftray.serve.http.embeddings import DetokenizeRequest, EmbeddingRequest, EmbeddingRoutes, TokenizeRequest
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.http.playground import Overview
 from ftray.serve.openai.schemas import AdapterRequest, ChatRequest, CompletionRequest, error_body
@@ -32,16 +32,16 @@ PAGE_HEADERS = {
 ANSWERING = (CHAT, COMPLETIONS, EMBEDDINGS)  # what metrics and traces count
 
 
-def exchange_of(request: Request) -> Exchange:
-    return request.state.exchange
+def context_of(request: Request) -> RequestContext:
+    return request.state.context
 
 
-Asked = Annotated[Exchange, Depends(exchange_of)]
+Asked = Annotated[RequestContext, Depends(context_of)]
 
 
 def make_api(
     ingress: Ingress,
-    texts: TextRoutes,
+    routes: EmbeddingRoutes,
     overview: Overview,
     limits: LimitsConfig,
     *,
@@ -62,19 +62,19 @@ def make_api(
 
     @api.post(EMBEDDINGS)
     async def embeddings(request: EmbeddingRequest, asked: Asked) -> Any:
-        return await texts.embed(request, asked)
+        return await routes.embed(request, asked)
 
     @api.post("/tokenize")
     async def tokenize(request: TokenizeRequest, asked: Asked) -> Any:
-        return await texts.tokenize(request, asked)
+        return await routes.tokenize(request, asked)
 
     @api.get("/tokenizer_info")
     async def tokenizer_info(asked: Asked) -> Any:
-        return await texts.tokenizer_info(asked)
+        return await routes.tokenizer_info(asked)
 
     @api.post("/detokenize")
     async def detokenize(request: DetokenizeRequest, asked: Asked) -> Any:
-        return await texts.detokenize(request, asked)
+        return await routes.detokenize(request, asked)
 
     @api.get("/v1/models")
     async def models(asked: Asked) -> Any:

@@ -40,8 +40,8 @@ class BodyLimits:
             await self._app(scope, replayed(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if told.isdigit() and int(told) > self.max_bytes:
+        reported = dict(scope["headers"]).get(b"content-length", b"0")
+        if reported.isdigit() and int(reported) > self.max_bytes:
             raise TooLarge
         body = bytearray()
         more = True

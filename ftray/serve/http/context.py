@@ -20,7 +20,7 @@ log = logging.getLogger("ftray.serve")
 
 
 @dataclass
-class Exchange:
+class RequestContext:
     method: str
     path: str
     headers: Headers
@@ -41,7 +41,7 @@ class Exchange:
         return self.answer.model.id if self.answer is not None else None
 
 
-Watcher = Callable[[Exchange], None]
+Watcher = Callable[[RequestContext], None]
 
 
 _detached: set["asyncio.Task[None]"] = set()  # an event loop alone would forget them
@@ -68,8 +68,8 @@ class Watched:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        exchange = Exchange(scope["method"], scope["path"], headers)
-        scope.setdefault("state", {})["exchange"] = exchange
+        context = RequestContext(scope["method"], scope["path"], headers)
+        scope.setdefault("state", {})["context"] = context
 
         begun = False
 
@@ -77,10 +77,10 @@ class Watched:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                exchange.status = message["status"]
+                context.status = message["status"]
                 message["headers"] = [
                     *message.get("headers", []),
-                    (b"x-ftray-request-id", exchange.request_id.encode()),
+                    (b"x-ftray-request-id", context.request_id.encode()),
                 ]
             await send(message)
 
@@ -89,20 +89,20 @@ class Watched:
         except Exception:
             if begun:
                 raise
-            log.exception("request %s failed", exchange.request_id)
-            await refuse(note, 500, f"the endpoint failed; its log has request {exchange.request_id}")
+            log.exception("request %s failed", context.request_id)
+            await refuse(note, 500, f"the endpoint failed; its log has request {context.request_id}")
         finally:
             # A task of its own: where the client has left, this one is being cancelled, at every await anew.
-            await asyncio.shield(detached(self._end(exchange)))
+            await asyncio.shield(detached(self._end(context)))
 
-    async def _end(self, exchange: Exchange) -> None:
-        exchange.seconds = time.perf_counter() - exchange.began
+    async def _end(self, context: RequestContext) -> None:
+        context.seconds = time.perf_counter() - context.began
         try:
-            if exchange.on_end is not None:
-                await exchange.on_end()
+            if context.on_end is not None:
+                await context.on_end()
         finally:
             for watch in self._watchers:
                 try:
-                    watch(exchange)
+                    watch(context)
                 except Exception:  # a full disk under the log, say: no reason to refuse an answer
                     log.exception("a watcher failed")

@@ -10,20 +10,20 @@ from fastapi import HTTPException
 from pydantic import Field
 
 from ftray.serve.http.answer import Answer
-from ftray.serve.http.context import Exchange, detached
+from ftray.serve.http.context import RequestContext, detached
 from ftray.serve.http.ingress import DEADLINE_PASSED, deadline_of, is_fault, resolved
-from ftray.serve.openai.schemas import MAX_PROMPTS, Body, Texts, as_list
+from ftray.serve.openai.schemas import MAX_PROMPTS, Body, Inputs, as_list
 from ftray.serve.openai.tools import Tool, as_given
 from ftray.serve.protocol import EmbedJob, Event, QuickJob, TokenizeJob, TokenizerInfoJob
 from ftray.serve.routing.model_names import ModelNames
-from ftray.serve.tenants.auth import Gate
+from ftray.serve.tenants.auth import Authenticator
 
 
 class EmbeddingRequest(Body):
     """OpenAI's."""
 
     model: str
-    input: Texts
+    input: Inputs
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1)  # the first so many, normalised again (Matryoshka)
     user: str | None = None
@@ -51,30 +51,32 @@ class AskedReplica(Protocol):
         ...
 
 
-class TextRoutes:
-    def __init__(self, names: ModelNames, replica: AskedReplica, gate: Gate, *, timeout_s: float | None = None):
+class EmbeddingRoutes:
+    def __init__(
+        self, names: ModelNames, replica: AskedReplica, auth: Authenticator, *, timeout_s: float | None = None
+    ):
         self._names = names
         self._replica = replica
-        self._gate = gate
+        self._auth = auth
         self._timeout_s = timeout_s
 
-    async def embed(self, request: EmbeddingRequest, exchange: Exchange) -> dict[str, Any]:
-        exchange.asked_model = request.model
+    async def embed(self, request: EmbeddingRequest, context: RequestContext) -> dict[str, Any]:
+        context.asked_model = request.model
         texts = checked(as_list(request.input))
-        caller = await self._gate.admit(exchange, user=request.user)
+        caller = await self._auth.admit(context, user=request.user)
         model = await resolved(self._names, request.model, key=caller.key, may_use=caller.tenant.may_use)
-        answer = exchange.answer = Answer(caller, model, exchange.request_id, exchange.began)
+        answer = context.answer = Answer(caller, model, context.request_id, context.began)
         job = EmbedJob(texts, model.adapter, request.dimensions, caller.tenant.name, request.user or "")
-        found = await self._embedded(answer, job, deadline_of(exchange.headers, self._timeout_s))
+        found = await self._embedded(answer, job, deadline_of(context.headers, self._timeout_s))
         answer.prompt_tokens, answer.is_whole = found["prompt_tokens"], True
-        await asyncio.shield(detached(self._gate.record(answer.usage())))  # also when the client has gone
+        await asyncio.shield(detached(self._auth.record(answer.usage())))  # also when the client has gone
         model = answer.model
-        told = base64_of if request.encoding_format == "base64" else list[float]
+        encoded = base64_of if request.encoding_format == "base64" else list[float]
         return {
             "object": "list",
             "model": model.id,
             "data": [
-                {"object": "embedding", "index": index, "embedding": told(vector)}
+                {"object": "embedding", "index": index, "embedding": encoded(vector)}
                 for index, vector in enumerate(found["vectors"])
             ],
             "usage": {"prompt_tokens": answer.prompt_tokens, "total_tokens": answer.prompt_tokens},
@@ -97,10 +99,10 @@ class TextRoutes:
                 return self._of(found)
             answer.model = tried.fallback
 
-    async def tokenize(self, request: TokenizeRequest, exchange: Exchange) -> dict[str, Any]:
+    async def tokenize(self, request: TokenizeRequest, context: RequestContext) -> dict[str, Any]:
         if (request.prompt is None) == (request.messages is None):
             raise HTTPException(400, "prompt or messages: give one of them")
-        await self._gate.admit(exchange, user=None)
+        await self._auth.admit(context, user=None)
         job = TokenizeJob(
             request.prompt,
             request.messages,
@@ -110,15 +112,15 @@ class TextRoutes:
         )
         found = self._of(await self._replica.ask(job))
         ids = found["tokens"]
-        told = {"count": len(ids), "max_model_len": found["context_tokens"], "tokens": ids}
-        return told | {"token_strs": found["strings"]}
+        encoded = {"count": len(ids), "max_model_len": found["context_tokens"], "tokens": ids}
+        return encoded | {"token_strs": found["strings"]}
 
-    async def tokenizer_info(self, exchange: Exchange) -> dict[str, Any]:
-        await self._gate.tenant(exchange)
+    async def tokenizer_info(self, context: RequestContext) -> dict[str, Any]:
+        await self._auth.tenant(context)
         return self._of(await self._replica.ask(TokenizerInfoJob()))
 
-    async def detokenize(self, request: DetokenizeRequest, exchange: Exchange) -> dict[str, Any]:
-        await self._gate.admit(exchange, user=None)
+    async def detokenize(self, request: DetokenizeRequest, context: RequestContext) -> dict[str, Any]:
+        await self._auth.admit(context, user=None)
         return {"prompt": self._of(await self._replica.ask(TokenizeJob(ids=request.tokens)))["text"]}
 
     def _of(self, found: Event) -> Event:

@@ -13,13 +13,13 @@ from fastapi.responses import StreamingResponse
 
 from ftray.errors import FtrayError, NotFoundError
 from ftray.serve.http.answer import Answer
-from ftray.serve.http.context import Exchange, detached
-from ftray.serve.openai.responses import ChatShape, CompletionShape, Shape, server_event
+from ftray.serve.http.context import RequestContext, detached
+from ftray.serve.openai.responses import ChatResponses, CompletionResponses, Responses, server_event
 from ftray.serve.openai.schemas import ApiRequest, ChatRequest, CompletionRequest, error_body
 from ftray.serve.openai.tools import as_given
 from ftray.serve.protocol import Event, GenerateJob
 from ftray.serve.routing.model_names import MayUse, ModelNames, ServedModel, everything
-from ftray.serve.tenants.auth import Gate, Headers
+from ftray.serve.tenants.auth import Authenticator, Headers
 
 MAX_TRIES = 3
 DEADLINE_PASSED = "the request's deadline has passed"
@@ -42,26 +42,26 @@ class Backend(Protocol):
 
 
 class Ingress:
-    def __init__(self, names: ModelNames, backend: Backend, gate: Gate, *, timeout_s: float | None = None):
+    def __init__(self, names: ModelNames, backend: Backend, auth: Authenticator, *, timeout_s: float | None = None):
         self.names = names
         self.backend = backend
-        self.gate = gate
+        self.auth = auth
         self.timeout_s = timeout_s
 
-    async def chat(self, request: ChatRequest, exchange: Exchange) -> Any:
+    async def chat(self, request: ChatRequest, context: RequestContext) -> Any:
         tools = request.usable_tools
-        shape = ChatShape([tool.function.name for tool in tools])
-        return await self._answer(request, [request.messages], shape, exchange, tools=as_given(tools))
+        responses = ChatResponses([tool.function.name for tool in tools])
+        return await self._answer(request, [request.messages], responses, context, tools=as_given(tools))
 
-    async def completion(self, request: CompletionRequest, exchange: Exchange) -> Any:
-        return await self._answer(request, request.prompts, CompletionShape(), exchange)
+    async def completion(self, request: CompletionRequest, context: RequestContext) -> Any:
+        return await self._answer(request, request.prompts, CompletionResponses(), context)
 
-    async def models(self, exchange: Exchange) -> dict:
-        tenant = await self.gate.tenant(exchange)
+    async def models(self, context: RequestContext) -> dict:
+        tenant = await self.auth.tenant(context)
         return await asyncio.to_thread(self.names.listing, tenant.may_use)
 
-    async def warm(self, adapter: str, exchange: Exchange) -> dict:
-        await self.gate.require_admin(exchange)
+    async def warm(self, adapter: str, context: RequestContext) -> dict:
+        await self.auth.require_admin(context)
         model = await resolved(self.names, adapter)
         if model.adapter is None:
             raise HTTPException(400, f"{adapter}: the base is always loaded")
@@ -70,27 +70,27 @@ class Ingress:
         except FtrayError as error:
             raise HTTPException(400, str(error)) from None
 
-    async def in_use(self, adapter: str, exchange: Exchange) -> dict:
-        await self.gate.require_admin(exchange)
+    async def in_use(self, adapter: str, context: RequestContext) -> dict:
+        await self.auth.require_admin(context)
         return {"model": adapter, "requests": await self.backend.in_use(adapter)}
 
     async def _answer(
         self,
         request: ApiRequest,
         prompts: list[Any],
-        shape: Shape,
-        exchange: Exchange,
+        responses: Responses,
+        context: RequestContext,
         *,
         tools: tuple[dict[str, Any], ...] = (),
     ) -> Any:
-        exchange.asked_model, exchange.is_stream = request.model, bool(request.stream)
-        deadline = deadline_of(exchange.headers, self.timeout_s)
-        caller = await self.gate.admit(exchange, user=request.user)
+        context.asked_model, context.is_stream = request.model, bool(request.stream)
+        deadline = deadline_of(context.headers, self.timeout_s)
+        caller = await self.auth.admit(context, user=request.user)
         tenant = caller.tenant
         model = await resolved(self.names, request.model, key=caller.key, may_use=tenant.may_use)
         job = GenerateJob(
             prompts,
-            is_chat=isinstance(shape, ChatShape),
+            is_chat=isinstance(responses, ChatResponses),
             sampling=request.sampling(),
             adapter=model.adapter,
             tenant=tenant.name,
@@ -100,20 +100,20 @@ class Ingress:
             echo=request.wants_echo,
             every_s=0.0 if request.stream else UNSEEN_EVERY_S,
         )
-        answer = exchange.answer = Answer(caller, model, exchange.request_id, exchange.began)
-        exchange.on_end = lambda: self._settle(answer)
+        answer = context.answer = Answer(caller, model, context.request_id, context.began)
+        context.on_end = lambda: self._settle(answer)
         if request.stream:
             events, first = await self._begin(answer, job, deadline)
-            exchange.on_end = lambda: self._end_stream(events, answer)
+            context.on_end = lambda: self._end_stream(events, answer)
             self._raise_if_error(first, answer)
             answer.start(first)
-            chunks = self._chunks(events, answer, shape, deadline, include_usage=request.include_usage)
+            chunks = self._chunks(events, answer, responses, deadline, include_usage=request.include_usage)
             return StreamingResponse(chunks, media_type="text/event-stream")
         choices = await self._whole(answer, job, deadline)
         await self._settle(answer)
-        return head(answer, shape) | {
-            "object": shape.whole,
-            "choices": [shape.choice(index, one) for index, one in enumerate(choices)],
+        return head(answer, responses) | {
+            "object": responses.whole,
+            "choices": [responses.choice(index, one) for index, one in enumerate(choices)],
             "usage": answer.usage_body,
         }
 
@@ -159,12 +159,12 @@ class Ingress:
         self,
         events: AsyncIterator[Event],
         answer: Answer,
-        shape: Shape,
+        responses: Responses,
         deadline: float | None,
         *,
         include_usage: bool,
     ) -> AsyncIterator[str]:
-        common = head(answer, shape) | {"object": shape.chunk}
+        common = head(answer, responses) | {"object": responses.chunk}
         no_usage = {"usage": None} if include_usage else {}
         opened: set[int] = set()
         async for event in until(events, deadline):
@@ -174,7 +174,7 @@ class Ingress:
                 return
             answer.take(event)
             index = event["index"]
-            delta = shape.delta(index, event, first=index not in opened)
+            delta = responses.delta(index, event, first=index not in opened)
             if delta is not None:
                 yield server_event(common | {"choices": [delta]} | no_usage)
                 opened.add(index)
@@ -192,13 +192,13 @@ class Ingress:
     async def _settle(self, answer: Answer) -> None:
         """Tells the ledger and the canary's watch, once, and to the end: the request's own task may be cancelled."""
         if answer.settling is None and (answer.prompt_tokens or answer.is_fault):
-            answer.settling = detached(self._tell(answer))
+            answer.settling = detached(self._emit(answer))
         if answer.settling is not None:
             await asyncio.shield(answer.settling)
 
-    async def _tell(self, answer: Answer) -> None:
+    async def _emit(self, answer: Answer) -> None:
         if answer.prompt_tokens:
-            await self.gate.record(answer.usage())
+            await self.auth.record(answer.usage())
         # A client that leaves or is in a hurry says nothing against the version that answered it.
         if answer.model.canary is not None and (answer.is_whole or answer.is_fault):
             failed = not answer.is_whole
@@ -246,8 +246,8 @@ def is_fault(event: Event) -> bool:
     return "error" in event and (event["status"] in (500, 502) or "adapter_failed" in event)
 
 
-def head(answer: Answer, shape: Shape) -> dict:
-    return {"id": f"{shape.prefix}-{answer.request_id}", "created": int(time.time()), "model": answer.model.id}
+def head(answer: Answer, responses: Responses) -> dict:
+    return {"id": f"{responses.prefix}-{answer.request_id}", "created": int(time.time()), "model": answer.model.id}
 
 
 def empty_choice() -> Event:

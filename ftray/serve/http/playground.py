@@ -13,11 +13,11 @@ from typing import Any, Protocol
 from ftray.errors import FtrayError
 from ftray.registry.card import model_card
 from ftray.registry.journal import Journal
-from ftray.serve.http.context import Exchange
+from ftray.serve.http.context import RequestContext
 from ftray.serve.http.ingress import registry_errors
 from ftray.serve.routing.model_names import ModelNames
 from ftray.serve.tenants.accounts import Tenant
-from ftray.serve.tenants.auth import Gate
+from ftray.serve.tenants.auth import Authenticator
 
 TRAFFIC_S = 60.0
 LOOK_EVERY_S = 1.0  # however many pages are open
@@ -45,12 +45,12 @@ class RecentTraffic:
     def __init__(self) -> None:
         self._answered: deque[Answered] = deque()
 
-    def __call__(self, exchange: Exchange) -> None:
-        answer = exchange.answer
+    def __call__(self, context: RequestContext) -> None:
+        answer = context.answer
         if answer is not None and answer.prompt_tokens:
             now = time.monotonic()
-            told = Answered(now, exchange.tenant, answer.model.id, answer.completion_tokens, answer.first_token_s)
-            self._answered.append(told)
+            reported = Answered(now, context.tenant, answer.model.id, answer.completion_tokens, answer.first_token_s)
+            self._answered.append(reported)
             self._forget(now)
 
     def by_model(self, tenant: Tenant, *, sees_all: bool) -> list[dict[str, Any]]:
@@ -78,18 +78,18 @@ def summed(model: str, answers: list[Answered]) -> dict[str, Any]:
 
 
 class Overview:
-    def __init__(self, names: ModelNames, replicas: Replicas, gate: Gate, traffic: RecentTraffic):
+    def __init__(self, names: ModelNames, replicas: Replicas, auth: Authenticator, traffic: RecentTraffic):
         self._names = names
         self._replicas = replicas
-        self._gate = gate
+        self._auth = auth
         self._traffic = traffic
         self._looking = asyncio.Lock()
         self._looked_at = float("-inf")
         self._seen: list[dict[str, Any]] = []
 
-    async def status(self, exchange: Exchange, *, names: Iterable[str]) -> dict[str, Any]:
+    async def status(self, context: RequestContext, *, names: Iterable[str]) -> dict[str, Any]:
         """`names`: models whose version now is told, besides the aliases that moved last."""
-        tenant = await self._gate.tenant(exchange)
+        tenant = await self._auth.tenant(context)
         registry = self._names.registry
         journal = await asyncio.to_thread(registry.refresh)
         return {
@@ -98,11 +98,11 @@ class Overview:
             "versions": await asyncio.to_thread(lambda: {name: self._version(name, tenant) for name in names}),
             "aliases": dict(aliases_of(journal, tenant)),
             "replicas": [shown(replica, tenant) for replica in await self._look()],
-            "traffic": self._traffic.by_model(tenant, sees_all=self._gate.is_open or tenant.is_admin),
+            "traffic": self._traffic.by_model(tenant, sees_all=self._auth.is_open or tenant.is_admin),
         }
 
-    async def card(self, name: str, exchange: Exchange) -> dict[str, str]:
-        tenant = await self._gate.tenant(exchange)
+    async def card(self, name: str, context: RequestContext) -> dict[str, str]:
+        tenant = await self._auth.tenant(context)
         with registry_errors():
             return await asyncio.to_thread(self._card, name, tenant)
 
@@ -132,13 +132,13 @@ class Overview:
 
 def aliases_of(journal: Journal, tenant: Tenant) -> Iterator[tuple[str, dict[str, Any]]]:
     """NAME@ALIAS with its version and canary, those that moved last first."""
-    told: set[tuple[str, str]] = set()
+    reported: set[tuple[str, str]] = set()
     num_shown = 0
     for entry in reversed(journal.entries):
         key = entry.get("name", ""), entry.get("alias", "")
-        if entry["type"] not in ("alias", "canary") or key in told or key not in journal.aliases:
+        if entry["type"] not in ("alias", "canary") or key in reported or key not in journal.aliases:
             continue
-        told.add(key)
+        reported.add(key)
         name, alias = key
         if not tenant.may_use(name):
             continue

@@ -8,7 +8,7 @@ from ftray.serve.openai.tools import Call, CallFinder, Part
 from ftray.serve.protocol import Event
 
 
-class ChatShape:
+class ChatResponses:
     """How a chat answer is laid out, whole and in chunks."""
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -51,17 +51,22 @@ class ChatShape:
         return parts
 
     def _around(self, index: int, answer: Event, body: dict) -> dict:
-        told = [
+        reported = [
             token_body(entry) | {"top_logprobs": [token_body(top) for top in entry["top"]]}
             for entry in answer["logprobs"]
         ]
         reason = answer["finish_reason"]
         if reason == "stop" and self._num_calls[index]:
             reason = "tool_calls"
-        return {"index": index, **body, "logprobs": {"content": told} if told else None, "finish_reason": reason}
+        return {
+            "index": index,
+            **body,
+            "logprobs": {"content": reported} if reported else None,
+            "finish_reason": reason,
+        }
 
 
-class CompletionShape:
+class CompletionResponses:
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
     def __init__(self):
@@ -69,11 +74,11 @@ class CompletionShape:
 
     def choice(self, index: int, answer: Event) -> dict:
         prompt = answer.get("prompt", {"text": "", "logprobs": []})
-        told = prompt["logprobs"] + answer["logprobs"]
+        reported = prompt["logprobs"] + answer["logprobs"]
         return {
             "index": index,
             "text": prompt["text"] + answer["text"],
-            "logprobs": self._logprobs(index, told) if told else None,
+            "logprobs": self._logprobs(index, reported) if reported else None,
             "finish_reason": answer["finish_reason"],
         }
 
@@ -81,17 +86,17 @@ class CompletionShape:
         shown = answer["text"] or answer["finish_reason"] or answer["logprobs"] or "prompt" in answer or first
         return self.choice(index, answer) if shown else None
 
-    def _logprobs(self, index: int, told: list[Event]) -> dict:
+    def _logprobs(self, index: int, reported: list[Event]) -> dict:
         offsets = []
-        for entry in told:
+        for entry in reported:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(entry["token"])
         return {
-            "tokens": [entry["token"] for entry in told],
-            "token_logprobs": [entry["logprob"] for entry in told],
+            "tokens": [entry["token"] for entry in reported],
+            "token_logprobs": [entry["logprob"] for entry in reported],
             "top_logprobs": [
                 None if entry["logprob"] is None else {top["token"]: top["logprob"] for top in entry["top"]}
-                for entry in told
+                for entry in reported
             ],
             "text_offset": offsets,
         }
@@ -107,7 +112,7 @@ def token_body(entry: Event) -> dict:
     }
 
 
-Shape = ChatShape | CompletionShape
+Responses = ChatResponses | CompletionResponses
 
 
 def server_event(body: dict) -> str:

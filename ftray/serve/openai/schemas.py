@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ftray.infer.protocol import Sampling, Structure
+from ftray.infer.protocol import SamplingParams, StructuredOutput
 from ftray.serve.openai.tools import Choice, NamedTool, Tool, forced
 
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as OpenAI's
@@ -67,7 +67,7 @@ class ApiRequest(Body):
     def num_logprobs(self) -> int | None:
         raise NotImplementedError
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         given = {
             "temperature": self.temperature,
@@ -81,7 +81,7 @@ class ApiRequest(Body):
             "n": self.n,
             "ignore_eos": self.ignore_eos,
         }
-        return Sampling(
+        return SamplingParams(
             seed=self.seed,
             max_tokens=self.max_new_tokens,
             stop=tuple(text for text in stop if text),
@@ -134,10 +134,10 @@ class ChatRequest(ApiRequest):
         return [] if self.tool_choice == "none" else list(self.tools or [])
 
     @property
-    def must_call(self) -> Structure | None:
+    def must_call(self) -> StructuredOutput | None:
         return forced(self.usable_tools, self.tool_choice or "auto")
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         sampling = super().sampling()
         return replace(sampling, structure=self.must_call) if self.must_call is not None else sampling
 
@@ -182,26 +182,26 @@ class ResponseFormat(BaseModel):
         return self
 
     @property
-    def structure(self) -> Structure | None:
+    def structure(self) -> StructuredOutput | None:
         if self.type == "text":
             return None
         if self.regex is not None:
-            return Structure("regex", self.regex)
+            return StructuredOutput("regex", self.regex)
         schema = {"type": "object"} if self.json_schema is None else self.json_schema.body
-        return Structure("json_schema", json.dumps(schema))
+        return StructuredOutput("json_schema", json.dumps(schema))
 
 
 # One text or several, each as a string or as token ids.
-Texts = Annotated[str | list[int] | list[str] | list[list[int]], Field(union_mode="left_to_right")]
+Inputs = Annotated[str | list[int] | list[str] | list[list[int]], Field(union_mode="left_to_right")]
 
 
-def as_list(texts: Texts) -> list[Any]:
+def as_list(texts: Inputs) -> list[Any]:
     one = isinstance(texts, str) or (texts and isinstance(texts[0], int))
     return [texts] if one else list(texts)
 
 
 class CompletionRequest(ApiRequest):
-    prompt: Texts
+    prompt: Inputs
     max_tokens: int | None = Field(default=None, ge=1)
     echo: bool | None = None
     best_of: Literal[1] | None = None
@@ -224,7 +224,7 @@ class CompletionRequest(ApiRequest):
     def max_new_tokens(self) -> int:
         return self.max_tokens or DEFAULT_COMPLETION_TOKENS
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         return replace(super().sampling(), prompt_logprobs=self.logprobs if self.echo else None)
 
     @property

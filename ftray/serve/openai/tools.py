@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ftray.infer.protocol import Structure
+from ftray.infer.protocol import StructuredOutput
 from ftray.infer.text import overlap
 from ftray.model.tool_prompt import CLOSING, OPENING
 
@@ -59,7 +59,7 @@ def as_given(tools: Sequence[Tool]) -> tuple[dict[str, Any], ...]:
     return tuple(tool.model_dump(exclude_none=True) for tool in tools)
 
 
-def forced(tools: Sequence[Tool], choice: Choice) -> Structure | None:
+def forced(tools: Sequence[Tool], choice: Choice) -> StructuredOutput | None:
     """What the answer must be if it must be a call."""
     if choice in ("none", "auto"):
         return None
@@ -74,7 +74,7 @@ def forced(tools: Sequence[Tool], choice: Choice) -> Structure | None:
         for tool in tools
         if tool.function.name in names
     ]
-    return Structure("json_schema", json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls}))
+    return StructuredOutput("json_schema", json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls}))
 
 
 @dataclass(frozen=True)

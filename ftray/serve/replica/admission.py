@@ -2,17 +2,17 @@
 
 from collections import Counter
 
-# One party (a tenant; where callers are unknown, an adapter) leaves every fourth place to the others, however much is
+# One owner (a tenant; where callers are unknown, an adapter) leaves every fourth place to the others, however much is
 # asked for.
 LEFT_TO_OTHERS = 4
 
 
-class Places:
+class Admission:
     def __init__(self, total: int):
         self.total = total
-        self._taken: Counter[str] = Counter()  # by party
+        self._taken: Counter[str] = Counter()  # by owner
 
-    def refusal(self, party: str, count: int) -> tuple[int, str] | None:
+    def refusal(self, owner: str, count: int) -> tuple[int, str] | None:
         """HTTP status and message, where there is no room for so many more."""
         most = self.total - self.total // LEFT_TO_OTHERS
         if count > most:
@@ -22,14 +22,14 @@ class Places:
             )
         if self._taken.total() + count > self.total:
             return 429, "too many requests wait for this endpoint; try again"
-        if self._taken[party] + count > most:
-            return 429, f"too many requests of {party or 'the base'} wait for this endpoint; try again"
+        if self._taken[owner] + count > most:
+            return 429, f"too many requests of {owner or 'the base'} wait for this endpoint; try again"
         return None
 
-    def take(self, party: str, count: int) -> None:
-        self._taken[party] += count
+    def take(self, owner: str, count: int) -> None:
+        self._taken[owner] += count
 
-    def give_back(self, party: str, count: int) -> None:
-        self._taken[party] -= count
-        if not self._taken[party]:
-            del self._taken[party]
+    def give_back(self, owner: str, count: int) -> None:
+        self._taken[owner] -= count
+        if not self._taken[owner]:
+            del self._taken[owner]

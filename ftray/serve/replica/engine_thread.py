@@ -23,7 +23,7 @@ class EngineRunner:
     def __init__(self, engine: Engine, *, failed: Callable[[BaseException], None] = lambda error: None):
         """`failed` is called in the engine's thread when a step has raised and its callers are told."""
         self.engine = engine
-        self._tell_failed = failed
+        self._report_failed = failed
         self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue]] = {}
@@ -77,7 +77,7 @@ class EngineRunner:
                 with contextlib.suppress(RuntimeError):  # its event loop has ended too
                     self._deliver(request_id, self.failure or FtrayError("it was closed"))
             if self.failure is not None:
-                self._tell_failed(self.failure)
+                self._report_failed(self.failure)
 
     def _work(self) -> None:
         while not self._closing:

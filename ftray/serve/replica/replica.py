@@ -16,16 +16,16 @@ from ftray.config import ServeConfig
 from ftray.errors import AdapterError, FtrayError, StoreError, UserError
 from ftray.infer.checks import check_token_ids
 from ftray.infer.engines import make_engine
-from ftray.infer.protocol import PreparedAdapter, Request, Structure, TokenEvent, TokenLogprobs
+from ftray.infer.protocol import PreparedAdapter, Request, StructuredOutput, TokenEvent, TokenLogprobs
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
 from ftray.serve.openai.messages import renderable
-from ftray.serve.protocol import EmbedJob, Event, GenerateJob, QuickJob, TokenizeJob, TokenizerInfoJob, party, together
-from ftray.serve.replica.admission import Places
+from ftray.serve.protocol import EmbedJob, Event, GenerateJob, QuickJob, TokenizeJob, TokenizerInfoJob, owner, together
+from ftray.serve.replica.admission import Admission
 from ftray.serve.replica.engine_thread import EngineRunner, merged
-from ftray.serve.replica.fair_semaphore import Turns
+from ftray.serve.replica.fair_semaphore import FairSemaphore
 from ftray.serve.replica.prefetch import Prefetcher
 from ftray.serve.replica.residency import AdapterResidency
 from ftray.serve.replica.versions import hosted_directory
@@ -33,7 +33,7 @@ from ftray.serve.telemetry.metrics import UNMETERED, AdapterMetrics, EngineMetri
 
 log = logging.getLogger("ftray.serve")
 
-ANY_TEXT = Structure("regex", ".*")
+ANY_TEXT = StructuredOutput("regex", ".*")
 
 
 class EngineReplica:
@@ -53,9 +53,9 @@ class EngineReplica:
         self.engine = engine
         self.renderer = ChatRenderer(engine.tokenizer)
         self.runner = EngineRunner(engine, failed=engine_failed)
-        self._compiling = Turns(1)  # one schema at a time: the decoder needs the cores
-        self._embedding = Turns(1)  # one group of texts at a time: others decode in between
-        self._places = Places(config.engine.max_sequences + config.engine.max_waiting)
+        self._compiling = FairSemaphore(1)  # one schema at a time: the decoder needs the cores
+        self._embedding = FairSemaphore(1)  # one group of texts at a time: others decode in between
+        self._admission = Admission(config.engine.max_sequences + config.engine.max_waiting)
         self.registry = Registry(config.adapters.registry, tolerant=True)
         self.residency = AdapterResidency(
             self._prepare,
@@ -70,7 +70,7 @@ class EngineReplica:
         """The configured adapters, and from now on those that aliases move to. And the table that the first structured
         answer needs: making it stops every thread for some tenths of a second."""
         with contextlib.suppress(UserError):  # a tokenizer that cannot guide answers
-            await asyncio.to_thread(self.engine.prepare_structure, ANY_TEXT)
+            await asyncio.to_thread(self.engine.prepare_structured_output, ANY_TEXT)
         for reference in self.config.adapters.preload:
             try:
                 exact = await asyncio.to_thread(self.registry.resolve, reference)
@@ -84,10 +84,10 @@ class EngineReplica:
     async def generate(self, job: GenerateJob) -> AsyncGenerator[Event]:
         """First {"prompt_tokens", "adapter_s", "queue_s"}, then tokens of the answers (`_token_event`); or one
         {"error"}."""
-        if (refusal := self._places.refusal(party(job), job.num_answers)) is not None:
+        if (refusal := self._admission.refusal(owner(job), job.num_answers)) is not None:
             yield {"error": refusal[1], "status": refusal[0]}
             return
-        self._places.take(party(job), job.num_answers)
+        self._admission.take(owner(job), job.num_answers)
         try:
             prompts = await self._read(job)
             asked = time.perf_counter()
@@ -100,13 +100,13 @@ class EngineReplica:
         except FtrayError as error:
             yield error_event(error)
         finally:
-            self._places.give_back(party(job), job.num_answers)
+            self._admission.give_back(owner(job), job.num_answers)
 
     async def _read(self, job: GenerateJob) -> list[list[int]]:
         """In threads: a text of megabytes or a large schema takes seconds, and others wait for their tokens."""
         if job.sampling.structure is not None:
-            async with self._compiling.one(party(job)):
-                await asyncio.to_thread(self.engine.prepare_structure, job.sampling.structure, len(job.prompts))
+            async with self._compiling.one(owner(job)):
+                await asyncio.to_thread(self.engine.prepare_structured_output, job.sampling.structure, len(job.prompts))
         return await asyncio.to_thread(lambda: [self._prompt_ids(prompt, job) for prompt in job.prompts])
 
     async def answer(self, job: QuickJob) -> Event:
@@ -123,13 +123,13 @@ class EngineReplica:
             return error_event(error)
 
     async def _embed(self, job: EmbedJob) -> Event:
-        if (refusal := self._places.refusal(party(job), len(job.texts))) is not None:
+        if (refusal := self._admission.refusal(owner(job), len(job.texts))) is not None:
             return {"error": refusal[1], "status": refusal[0]}
-        self._places.take(party(job), len(job.texts))
+        self._admission.take(owner(job), len(job.texts))
         try:
             return await self._vectors(job)
         finally:
-            self._places.give_back(party(job), len(job.texts))
+            self._admission.give_back(owner(job), len(job.texts))
 
     async def _vectors(self, job: EmbedJob) -> Event:
         texts = await asyncio.to_thread(lambda: [self._text_ids(text, key="input") for text in job.texts])
@@ -140,7 +140,7 @@ class EngineReplica:
         vectors: list[list[float]] = []
         async with self._pinned(job):
             for group in groups_within(texts, self.config.engine.max_prefill_tokens):
-                async with self._embedding.one(party(job)):
+                async with self._embedding.one(owner(job)):
                     found_nE = await self.runner.call(partial(self.engine.embed, group, job.adapter))
                 size = found_nE.shape[1]
                 if job.dimensions is not None and job.dimensions > size:
@@ -226,20 +226,20 @@ class EngineReplica:
             Request(uuid.uuid4().hex, ids, job.sampling, job.adapter, job.tenant, job.user, job.priority)
             for ids in prompts
         ]
-        told = False
+        reported = False
         async with contextlib.aclosing(merged([self.runner.generate(request) for request in requests])) as events:
             async for number, event in events:
-                if not told:  # only now: a request that the engine refuses has no beginning
+                if not reported:  # only now: a request that the engine refuses has no beginning
                     num_tokens = sum(map(len, prompts))
                     yield {"prompt_tokens": num_tokens, "adapter_s": adapter_s, "queue_s": event.queued_s}
-                    told = True
+                    reported = True
                 if event.finish_reason == "error":
                     yield {"error": "the engine could not finish this answer; try again", "status": 500}
                     return
-                told_event = self._token_event(event, number * job.sampling.n + event.index)
+                first_event = self._token_event(event, number * job.sampling.n + event.index)
                 if job.echo and event.num_completion_tokens == 1 and event.token_id >= 0:
-                    told_event["prompt"] = self._prompt_told(prompts[number], event.prompt_logprobs)
-                yield told_event
+                    first_event["prompt"] = self._prompt_event(prompts[number], event.prompt_logprobs)
+                yield first_event
 
     def _token_event(self, event: TokenEvent, index: int) -> Event:
         return {
@@ -249,27 +249,27 @@ class EngineReplica:
             "text": event.text,
             "finish_reason": event.finish_reason,
             "cached_tokens": event.num_cached_prompt_tokens,
-            "logprobs": [] if event.logprobs is None else [self._told(event.token_id, event.logprobs)],
+            "logprobs": [] if event.logprobs is None else [self._logprob_event(event.token_id, event.logprobs)],
         }
 
-    def _told(self, token_id: int, logprobs: TokenLogprobs) -> Event:
+    def _logprob_event(self, token_id: int, logprobs: TokenLogprobs) -> Event:
         def entry(token: int, logprob: float) -> Event:
             return {"token": self.engine.tokenizer.decode([token]), "logprob": logprob}
 
         return entry(token_id, logprobs.chosen) | {"top": [entry(*pair) for pair in logprobs.top]}
 
-    def _prompt_told(self, ids: list[int], logprobs: Sequence[TokenLogprobs] | None) -> Event:
+    def _prompt_event(self, ids: list[int], logprobs: Sequence[TokenLogprobs] | None) -> Event:
         """Its text, and its tokens if they are asked for; of the first nothing more is known."""
-        told: list[Event] = []
+        reported: list[Event] = []
         if logprobs is not None:
             first = {"token": self.engine.tokenizer.decode(ids[:1]), "logprob": None, "top": []}
-            told = [first, *(self._told(token, of) for token, of in zip(ids[1:], logprobs, strict=True))]
-        return {"text": self.engine.tokenizer.decode(ids), "logprobs": told}
+            reported = [first, *(self._logprob_event(token, of) for token, of in zip(ids[1:], logprobs, strict=True))]
+        return {"text": self.engine.tokenizer.decode(ids), "logprobs": reported}
 
     def _pinned(self, job: GenerateJob | EmbedJob) -> contextlib.AbstractAsyncContextManager[None]:
         if job.adapter is None:
             return contextlib.nullcontext()
-        return self.residency.pinned(job.adapter, party=job.tenant or job.user)
+        return self.residency.pinned(job.adapter, owner=job.tenant or job.user)
 
     async def _prepare(self, key: str) -> PreparedAdapter:
         """In a thread: decoding goes on while an adapter is fetched, read and checked."""

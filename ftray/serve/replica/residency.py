@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from ftray.errors import AdapterError, FtrayError
 from ftray.infer.protocol import PreparedAdapter
-from ftray.serve.replica.fair_semaphore import Turn, Turns
+from ftray.serve.replica.fair_semaphore import FairSemaphore, Permit
 from ftray.serve.replica.popularity import Traffic
 
-# Adapters read and checked at the same time, beside the budget; parties take turns.
+# Adapters read and checked at the same time, beside the budget; owners take turns.
 MAX_LOADS = 2
 # An adapter is brought in unasked after so many requests in the last minute or two, and in the place of another only if
 # it is asked for so many times as often.
@@ -24,10 +24,10 @@ HOTTER = 2.0
 # A load waits so long for one adapter of which no request is in flight.
 PATIENCE_S = 5.0
 
-PREFETCH = "(prefetch)"  # loads that no request waits for take turns like a party's
+PREFETCH = "(prefetch)"  # loads that no request waits for take turns like a owner's
 
-Happening = Literal["hit", "miss", "loaded", "failed", "evicted"]
-Signal = Callable[[Happening, str, float], None]  # the adapter, and how many seconds a load took
+ResidencyEvent = Literal["hit", "miss", "loaded", "failed", "evicted"]
+Signal = Callable[[ResidencyEvent, str, float], None]  # the adapter, and how many seconds a load took
 Prepare = Callable[[str], Coroutine[None, None, PreparedAdapter]]
 Load = Callable[[Any], Coroutine[None, None, None]]
 Unload = Callable[[str], Coroutine[None, None, None]]
@@ -41,7 +41,7 @@ class NoRoomError(FtrayError):
 class Resident:
     loading: asyncio.Task[None]
     num_bytes: int = 0
-    users: Counter[str] = field(default_factory=Counter)  # requests that have it, by party
+    users: Counter[str] = field(default_factory=Counter)  # requests that have it, by owner
 
     @property
     def pins(self) -> int:
@@ -66,7 +66,7 @@ class AdapterResidency:
         self._patience_s = patience_s
         self._signal = signal
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
-        self._turns = Turns(MAX_LOADS)
+        self._semaphore = FairSemaphore(MAX_LOADS)
         self._may_place = asyncio.Lock()  # first come, first served
         self._unpinned = asyncio.Event()
         self._leaving: str | None = None  # it goes once the requests that have it have ended: nobody new gets it
@@ -75,36 +75,36 @@ class AdapterResidency:
         self.traffic = Traffic()
 
     @contextlib.asynccontextmanager
-    async def pinned(self, key: str, *, party: str = "") -> AsyncIterator[None]:
+    async def pinned(self, key: str, *, owner: str = "") -> AsyncIterator[None]:
         """For a request: loads the adapter if it is not here; while the context is open it stays."""
         self.traffic.note(key)
         self._signal("hit" if self.is_resident(key) else "miss", key, 0.0)
-        async with self._held(key, party):
+        async with self._held(key, owner):
             yield
 
     @contextlib.asynccontextmanager
-    async def _held(self, key: str, party: str) -> AsyncIterator[None]:
+    async def _held(self, key: str, owner: str) -> AsyncIterator[None]:
         while key == self._leaving:
             await self._has_left.wait()
         resident = self._residents.get(key)
         if resident is None:
-            turn = self._turns.ask(party, key)
+            turn = self._semaphore.ask(owner, key)
             resident = Resident(asyncio.ensure_future(self._bring(key, turn)))
             self._residents[key] = resident
             resident.loading.add_done_callback(lambda task: self._forget_if_failed(key, task))
-        elif self._turns.is_waiting(key):
-            self._turns.ask(party, key)
+        elif self._semaphore.is_waiting(key):
+            self._semaphore.ask(owner, key)
         self._residents.move_to_end(key)
-        resident.users[party] += 1
+        resident.users[owner] += 1
         try:
             # shielded: one caller that gives up must not cancel the load that others wait for
             await asyncio.shield(resident.loading)
             yield
         finally:
-            resident.users -= Counter([party])
+            resident.users -= Counter([owner])
             if resident.pins == 0:
                 self._unpinned.set()
-                if self._residents.get(key) is resident and self._turns.is_waiting(key):
+                if self._residents.get(key) is resident and self._semaphore.is_waiting(key):
                     self._abandon(key)
 
     async def prefetch(self, key: str) -> None:
@@ -139,9 +139,9 @@ class AdapterResidency:
     def resident_bytes(self) -> int:
         return sum(resident.num_bytes for resident in self._residents.values())
 
-    async def _bring(self, key: str, turn: Turn) -> None:
+    async def _bring(self, key: str, turn: Permit) -> None:
         began = time.perf_counter()
-        async with self._turns.taken(turn):
+        async with self._semaphore.taken(turn):
             adapter = await self._prepare(key)
             if adapter.num_bytes > self.budget_bytes:
                 raise AdapterError(
@@ -157,7 +157,7 @@ class AdapterResidency:
 
     def _abandon(self, key: str) -> None:
         """Everybody who wanted it has left before its load's turn came."""
-        self._turns.withdraw(key)
+        self._semaphore.withdraw(key)
         self._residents.pop(key).loading.cancel()
 
     def _forget_if_failed(self, key: str, loading: asyncio.Task[None]) -> None:
@@ -208,13 +208,13 @@ class AdapterResidency:
         self._has_left.set()
 
     def _least_wanted(self) -> str:
-        """Of those in use one of the party whose adapters take most memory, the one with the fewest requests."""
+        """Of those in use one of the owner whose adapters take most memory, the one with the fewest requests."""
         num_bytes: Counter[str] = Counter()
         for resident in self._residents.values():
             num_bytes.update(dict.fromkeys(resident.users, resident.num_bytes))
 
         def order(key: str) -> tuple[int, int]:
             users = self._residents[key].users
-            return -min((num_bytes[party] for party in users), default=0), users.total()
+            return -min((num_bytes[owner] for owner in users), default=0), users.total()
 
         return min((k for k, resident in self._residents.items() if resident.num_bytes), key=order)

@@ -7,7 +7,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-from ftray.serve.http.context import Exchange
+from ftray.serve.http.context import RequestContext
 
 MAX_BYTES, MAX_FILES = 64 * 2**20, 5
 MAX_NAME = 200  # of a path or model that was asked for: a caller chooses it
@@ -21,28 +21,28 @@ class AccessLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=MAX_FILES, encoding="utf-8")
 
-    def __call__(self, exchange: Exchange) -> None:
-        if exchange.path in UNLOGGED:
+    def __call__(self, context: RequestContext) -> None:
+        if context.path in UNLOGGED:
             return
-        line = json.dumps(record_of(exchange))
+        line = json.dumps(record_of(context))
         self._handler.emit(logging.makeLogRecord({"msg": line}))
 
 
-def record_of(exchange: Exchange) -> dict[str, Any]:
-    told: dict[str, Any] = {
-        "at": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(exchange.at)) + f".{exchange.at % 1 * 1000:03.0f}Z",
-        "request_id": exchange.request_id,
-        "method": exchange.method,
-        "path": exchange.path[:MAX_NAME],
-        "status": exchange.status,
-        "ms": milliseconds(exchange.seconds),
-        "tenant": exchange.tenant or None,
-        "asked_model": exchange.asked_model[:MAX_NAME] if exchange.asked_model is not None else None,
-        "stream": exchange.is_stream or None,
+def record_of(context: RequestContext) -> dict[str, Any]:
+    reported: dict[str, Any] = {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(context.at)) + f".{context.at % 1 * 1000:03.0f}Z",
+        "request_id": context.request_id,
+        "method": context.method,
+        "path": context.path[:MAX_NAME],
+        "status": context.status,
+        "ms": milliseconds(context.seconds),
+        "tenant": context.tenant or None,
+        "asked_model": context.asked_model[:MAX_NAME] if context.asked_model is not None else None,
+        "stream": context.is_stream or None,
     }
-    answer = exchange.answer
+    answer = context.answer
     if answer is not None:
-        told |= {
+        reported |= {
             "model": answer.model.id,
             "canary": answer.model.is_canary or None,
             "outcome": answer.outcome if answer.prompt_tokens else None,
@@ -56,7 +56,7 @@ def record_of(exchange: Exchange) -> dict[str, Any]:
             "first_token_ms": milliseconds(answer.first_token_s),
             "token_ms": milliseconds(answer.token_s),
         }
-    return {key: value for key, value in told.items() if value is not None}
+    return {key: value for key, value in reported.items() if value is not None}
 
 
 def milliseconds(seconds: float | None) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from ftray.infer.protocol import EngineStats
-from ftray.serve.replica.residency import AdapterResidency, Happening
+from ftray.serve.replica.residency import AdapterResidency, ResidencyEvent
 
 # Every label value is a time series in Prometheus, and histograms are a dozen: names beyond so many are told as OTHER.
 MAX_LABELS = 1000
@@ -125,11 +125,11 @@ class AdapterMetrics:
         self._meter = meter
         self._adapters = Names()
 
-    def note(self, happening: Happening, key: str, seconds: float) -> None:
+    def note(self, event: ResidencyEvent, key: str, seconds: float) -> None:
         adapter = self._adapters(key)
-        match happening:
+        match event:
             case "hit" | "miss":
-                self._meter.add(LOOKUPS, adapter=adapter, result=happening)
+                self._meter.add(LOOKUPS, adapter=adapter, result=event)
             case "loaded":
                 self._meter.add(LOADS, adapter=adapter, result="ok")
                 self._meter.observe(LOAD_SECONDS, seconds)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ftray.serve.http.context import Exchange
+from ftray.serve.http.context import RequestContext
 from ftray.serve.telemetry.metrics import (
     ADAPTER_WAIT,
     CACHED_TOKENS,
@@ -28,14 +28,14 @@ class RequestMetrics:
         self._paths = frozenset(paths)
         self._models, self._tenants = Names(), Names()
 
-    def __call__(self, exchange: Exchange) -> None:
-        if exchange.path not in self._paths:
+    def __call__(self, context: RequestContext) -> None:
+        if context.path not in self._paths:
             return
         # Of a refused request only a name that is served would be a label; whether it is, is not known here.
-        model = self._models(exchange.model) if exchange.model is not None else ""
-        asked = {"model": model, "tenant": self._tenants(exchange.tenant)}
-        self._meter.add(REQUESTS, **asked, status=str(exchange.status))
-        answer = exchange.answer
+        model = self._models(context.model) if context.model is not None else ""
+        asked = {"model": model, "tenant": self._tenants(context.tenant)}
+        self._meter.add(REQUESTS, **asked, status=str(context.status))
+        answer = context.answer
         if answer is None or not answer.prompt_tokens:
             return
         if not answer.is_whole:
@@ -48,7 +48,7 @@ class RequestMetrics:
             if count:
                 self._meter.add(metric, count, **asked)
         self._meter.observe(ADAPTER_WAIT, answer.adapter_s, **asked)
-        self._meter.observe(LATENCY, exchange.seconds, **asked)
+        self._meter.observe(LATENCY, context.seconds, **asked)
         if answer.queue_s is not None:
             self._meter.observe(QUEUE, answer.queue_s, **asked)
         if answer.first_token_s is not None:

@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from ftray.serve.http.context import Exchange
+from ftray.serve.http.context import RequestContext
 
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/embeddings": "embeddings"}
 
@@ -24,26 +24,26 @@ class Traces:
         self._tracer = self._provider.get_tracer("ftray.serve")
         self._paths = frozenset(paths)
 
-    def __call__(self, exchange: Exchange) -> None:
-        if exchange.path not in self._paths:
+    def __call__(self, context: RequestContext) -> None:
+        if context.path not in self._paths:
             return
-        given = exchange.headers.get("traceparent")
+        given = context.headers.get("traceparent")
         parent = TraceContextTextMapPropagator().extract({"traceparent": given}) if given else None
         span = self._tracer.start_span(
-            f"{exchange.method} {exchange.path}",
+            f"{context.method} {context.path}",
             context=parent,
             kind=trace.SpanKind.SERVER,
-            start_time=nanoseconds(exchange.at),
-            attributes=attributes_of(exchange),
+            start_time=nanoseconds(context.at),
+            attributes=attributes_of(context),
         )
-        answer = exchange.answer
-        if exchange.status >= 500 or (answer is not None and answer.error is not None):
+        answer = context.answer
+        if context.status >= 500 or (answer is not None and answer.error is not None):
             span.set_status(trace.StatusCode.ERROR)
         if answer is not None and answer.first_token_s is not None:
-            queued = exchange.at + answer.adapter_s
+            queued = context.at + answer.adapter_s
             span.add_event("adapter in memory", timestamp=nanoseconds(queued))
-            span.add_event("first token", timestamp=nanoseconds(exchange.at + answer.first_token_s))
-        span.end(nanoseconds(exchange.at + exchange.seconds))
+            span.add_event("first token", timestamp=nanoseconds(context.at + answer.first_token_s))
+        span.end(nanoseconds(context.at + context.seconds))
 
     def close(self) -> None:
         self._provider.shutdown()
@@ -56,17 +56,17 @@ def otlp_traces(endpoint: str, *, paths: tuple[str, ...]) -> Traces:
     return Traces(BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")), paths=paths)
 
 
-def attributes_of(exchange: Exchange) -> dict[str, Any]:
-    told: dict[str, Any] = {
-        "gen_ai.operation.name": OPERATIONS.get(exchange.path, "text_completion"),
-        "gen_ai.request.model": exchange.asked_model,
-        "http.response.status_code": exchange.status,
-        "ftray.request_id": exchange.request_id,
-        "ftray.tenant": exchange.tenant or None,
+def attributes_of(context: RequestContext) -> dict[str, Any]:
+    reported: dict[str, Any] = {
+        "gen_ai.operation.name": OPERATIONS.get(context.path, "text_completion"),
+        "gen_ai.request.model": context.asked_model,
+        "http.response.status_code": context.status,
+        "ftray.request_id": context.request_id,
+        "ftray.tenant": context.tenant or None,
     }
-    answer = exchange.answer
+    answer = context.answer
     if answer is not None:
-        told |= {
+        reported |= {
             "gen_ai.response.model": answer.model.id,
             "gen_ai.usage.input_tokens": answer.prompt_tokens,
             "gen_ai.usage.output_tokens": answer.completion_tokens,
@@ -75,7 +75,7 @@ def attributes_of(exchange: Exchange) -> dict[str, Any]:
             "ftray.adapter_seconds": answer.adapter_s,
             "ftray.queue_seconds": answer.queue_s,
         }
-    return {key: value for key, value in told.items() if value is not None}
+    return {key: value for key, value in reported.items() if value is not None}
 
 
 def nanoseconds(seconds: float) -> int:

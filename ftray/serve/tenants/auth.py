@@ -33,7 +33,7 @@ class Ledger(Protocol):
     async def record(self, usage: Usage) -> None: ...
 
 
-class Gate:
+class Authenticator:
     def __init__(self, ledger: Ledger | None):
         """Without a ledger the endpoint is open, and nothing is counted."""
         self.ledger = ledger
@@ -42,14 +42,14 @@ class Gate:
     def is_open(self) -> bool:
         return self.ledger is None
 
-    async def admit(self, exchange: "Asking", *, user: str | None) -> Caller:
+    async def admit(self, context: "Asking", *, user: str | None) -> Caller:
         """Raises 401 or 429. `user`: as the request names it."""
-        headers = exchange.headers
+        headers = context.headers
         tenant = ANYBODY
         if self.ledger is not None:
             with ledger_errors():
                 admitted = await self.ledger.admit(bearer(headers))
-            exchange.tenant = admitted.tenant if isinstance(admitted, Refusal) else admitted.name
+            context.tenant = admitted.tenant if isinstance(admitted, Refusal) else admitted.name
             if isinstance(admitted, Refusal):
                 if admitted.status == 429 and admitted.retry_after_s is None:
                     raise BudgetSpent(admitted.status, admitted.message)
@@ -60,20 +60,20 @@ class Gate:
         own = f"{tenant.name}/{session}" if session else tenant.name or None
         return Caller(tenant, own)
 
-    async def tenant(self, exchange: "Asking") -> Tenant:
+    async def tenant(self, context: "Asking") -> Tenant:
         """For what costs nothing: listing, looking. Raises 401."""
         if self.ledger is None:
             return ANYBODY
         with ledger_errors():
-            tenant = await self.ledger.identify(bearer(exchange.headers))
+            tenant = await self.ledger.identify(bearer(context.headers))
         if tenant is None:
             raise HTTPException(401, WANTS_KEY)
-        exchange.tenant = tenant.name
+        context.tenant = tenant.name
         return tenant
 
-    async def require_admin(self, exchange: "Asking") -> None:
+    async def require_admin(self, context: "Asking") -> None:
         """Raises 401 or 403. An open endpoint trusts whoever reaches it."""
-        tenant = await self.tenant(exchange)
+        tenant = await self.tenant(context)
         if self.ledger is not None and not tenant.is_admin:
             raise HTTPException(403, f"{tenant.name}: only an admin's key may do this (`ftray tenants create --admin`)")
 

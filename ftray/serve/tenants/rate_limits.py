@@ -44,7 +44,7 @@ class Bucket:
         self._at = now
 
 
-class Gatekeeper:
+class RateLimiter:
     def __init__(self, accounts: Accounts, *, clock: Callable[[], float] = time.monotonic):
         self._accounts = accounts
         self._clock = clock

@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 from ftray.cluster.fit_thread import last_line
 from ftray.cluster.worker_env import passed_secrets, worker_environment
 from ftray.config import RunConfig
-from ftray.evaluate.scores import Score, ScoreJob, score_products
+from ftray.evaluate.scores import Score, ScoreJob, score_artifacts
 from ftray.model.base import BaseModel
 from ftray.sweep.compare.comparison import BASE, Alone, compared_trials, note_measured, read_measured
 from ftray.sweep.study import Study
@@ -25,32 +25,32 @@ ALONE = "alone"
 STEPS_ALONE = 6
 WARM_UP_STEPS = 2
 NEVER = 10**9  # steps
-QUIET = Watcher(say=lambda text: None, on_metrics=lambda records: None, on_start=lambda first, count: None)
+QUIET = Watcher(log=lambda text: None, on_metrics=lambda records: None, on_start=lambda first, count: None)
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def measure_methods(study: Study, directory: Path, base: BaseModel, *, say: Say) -> None:
+def measure_methods(study: Study, directory: Path, base: BaseModel, *, log: Log) -> None:
     """What is not in the sweep's comparison yet, of each method's best trial."""
     trials = compared_trials(study)
     for job in score_jobs(study, directory, base, [run for trial in trials for run in trial.runs]):
-        say(f"scoring {', '.join(job.adapters)}")
+        log(f"scoring {', '.join(job.adapters)}")
         try:
             note_measured(directory, "scores", score_in_task(job))
         except RayError as error:  # not noted: the same command tries again
-            say(f"not scored: {', '.join(job.adapters)}: {last_line(error)}")
+            log(f"not scored: {', '.join(job.adapters)}: {last_line(error)}")
     for trial in trials:
         if trial.name not in read_measured(directory)["alone"]:
-            say(f"{STEPS_ALONE} steps of {trial.name} alone")
-            alone = measure_alone(study.config_of(trial.runs[0]), f"{study.place}/{ALONE}")
+            log(f"{STEPS_ALONE} steps of {trial.name} alone")
+            alone = measure_alone(study.config_of(trial.runs[0]), f"{study.uri}/{ALONE}")
             note_measured(directory, "alone", {trial.name: alone})
-    forget_run(f"{study.place}/{ALONE}", TOKENS)
+    forget_run(f"{study.uri}/{ALONE}", TOKENS)
 
 
 def score_in_task(job: ScoreJob) -> dict[str, Score]:
     """With the resources of one of the run's workers. Raises Ray's errors."""
     environment = {"env_vars": worker_environment(job.run.workers.gpus_each)}
-    scoring = ray.remote(score_products).options(**job.needs, runtime_env=environment)
+    scoring = ray.remote(score_artifacts).options(**job.needs, runtime_env=environment)
     return ray.get(scoring.remote(job, passed_secrets()))
 
 
@@ -69,11 +69,11 @@ def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepR
     for run in runs:
         if run.name in done:
             continue
-        config, product = with_absolute_data(study.config_of(run)), study.product_of(run)
+        config, artifact = with_absolute_data(study.config_of(run)), study.artifact_of(run)
         if config.adapter is not None:
-            adapters[run.name] = product
+            adapters[run.name] = artifact
         else:
-            jobs.append(ScoreJob(product, {run.name: None}, config, general))
+            jobs.append(ScoreJob(artifact, {run.name: None}, config, general))
     return [ScoreJob(base_name, adapters, shared, general), *jobs] if adapters else jobs
 
 

@@ -1,4 +1,4 @@
-"""Fused trials from the driver's side: a desk that knows the study, and process groups that take runs from it."""
+"""Fused trials from the driver's side: a coordinator, which knows the study, and process groups that take its runs."""
 
 import contextlib
 import shutil
@@ -12,8 +12,7 @@ from typing import Any
 import ray
 from ray._private.state import available_resources_per_node  # no public one
 from ray.exceptions import RayError
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
-from ray.train import RunConfig as RayRunConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -33,9 +32,9 @@ from ftray.sweep.trials import Outcome, Report
 from ftray.train.hooks.watchdog import HangReader
 from ftray.train.on_ray.controller_notes import unkept_notes
 from ftray.train.on_ray.trainer import bundle_of, set_poll_interval
-from ftray.train.runs.store import StoredHangs, is_stored, new_part
+from ftray.train.runs.store import StoredHangs, is_stored, new_attempt
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 POLL_S = 0.2
 TRAIN_DIRECTORY = "ray-train"
 SHARING = "sharing.json"
@@ -50,7 +49,7 @@ class Taken:
     waits: bool  # there will be more when others have come so far
 
 
-class Desk:
+class TrialCoordinator:
     """The study, in an actor on the driver's node: it alone writes the journal."""
 
     def __init__(self, config: SweepConfig, space: Space, directory: Path):
@@ -92,7 +91,7 @@ class Desk:
         for name in self._taken.get(group, ()):
             self._handed_out[name] = 0
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self._lines.append(line)
 
     def keep_sharing(self, is_faster: bool) -> None:
@@ -129,25 +128,25 @@ def run_fused(
     job: dict[str, Any],
     *,
     slots_of_groups: Sequence[int],
-    say: Say,
+    log: Log,
     on_news: LivePage,
 ) -> None:
     """`job`: what of a `FusedJob` the caller knows. Until the study has no more."""
     here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
-    desk: Any = ray.remote(num_cpus=0, max_restarts=0)(Desk)
-    desk = desk.options(scheduling_strategy=here).remote(study.config, study.space, directory)
+    coordinator: Any = ray.remote(num_cpus=0, max_restarts=0)(TrialCoordinator)
+    coordinator = coordinator.options(scheduling_strategy=here).remote(study.config, study.space, directory)
     shutil.rmtree(directory / TRAIN_DIRECTORY, ignore_errors=True)
     kept = read_json(directory / SHARING)["shares_rows"] if (directory / SHARING).is_file() else None
-    part = new_part()
+    attempt = new_attempt()
     jobs = [
         FusedJob(
-            part=part,
+            attempt=attempt,
             metric=study.config.search.metric,
             directory=directory / TRAIN_DIRECTORY / f"group-{group}",
-            url=f"{study.place}/{TRAIN_DIRECTORY}/group-{group}" if is_stored(study.place) else None,
+            url=f"{study.uri}/{TRAIN_DIRECTORY}/group-{group}" if is_stored(study.uri) else None,
             group=group,
             slots=slots,
-            desk=desk,
+            coordinator=coordinator,
             shares_rows=kept,
             **job,
         )
@@ -162,26 +161,28 @@ def run_fused(
     while any(thread.is_alive() for thread in threads):
         time.sleep(POLL_S)
         try:
-            lines, num_ended = ray.get(desk.news.remote())
+            lines, num_ended = ray.get(coordinator.news.remote())
         except RayError as error:
-            raise FtrayError(f"the sweep's desk died ({type(error).__name__}); the same command goes on") from None
+            raise FtrayError(
+                f"the sweep's coordinator died ({type(error).__name__}); the same command goes on"
+            ) from None
         for line in lines:
-            say(line)
+            log(line)
         for stored in stored_hangs:
             stored.sync()
         for own, hang, thread in zip(jobs, hangs, threads, strict=True):
             if (found := hang.poll(world_size=own.base_run.workers.max_count)) is not None:
-                say(f"{own.directory.name}: {found}; its workers start again")
+                log(f"{own.directory.name}: {found}; its workers start again")
             if thread.failure is not None and own.group not in given_back:  # the others go on with what it had
                 given_back.add(own.group)
-                ray.get(desk.start_over.remote(own.group))
+                ray.get(coordinator.start_over.remote(own.group))
         if lines or num_ended != known:
             on_news(has_ended=num_ended != known)
             known = num_ended
-    for line in ray.get(desk.news.remote())[0]:
-        say(line)
+    for line in ray.get(coordinator.news.remote())[0]:
+        log(line)
     with contextlib.suppress(RayError):
-        ray.kill(desk)
+        ray.kill(coordinator)
     failures = [thread.failure for thread in threads if thread.failure is not None]
     if failures and not Study(study.config, study.space, directory, is_driver=False).is_over:
         raise FtrayError(f"the fused group failed: {last_line(failures[0])}") from failures[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
 from ftray.data.plan import MicroBatch, divide
-from ftray.model.fused_lora import FusedLora, Stretch
+from ftray.model.fused_lora import FusedLora, Span
 from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedCausalLM
 from ftray.objectives import LogProbs, Loss, Objective
@@ -98,13 +98,13 @@ class FusedGroup:
         sums = {member.name: torch.zeros(0, dtype=torch.float64) for member in members}
         names: dict[str, list[str]] = {}
         for together in self._rows(work, dataset):
-            losses, stretches = self._losses(together, dataset)
+            losses, spans = self._losses(together, dataset)
             shares = [loss.sum / counts[member.name] for (member, _), loss in zip(together, losses, strict=True)]
-            with self._fused.apply(stretches):  # activation checkpointing computes layers again
+            with self._fused.apply(spans):  # activation checkpointing computes layers again
                 torch.stack(shares).sum().backward()
             for (member, _), loss in zip(together, losses, strict=True):
-                told = torch.stack([loss.sum.detach(), *loss.metrics.values()]).double().cpu()
-                sums[member.name] = told if not len(sums[member.name]) else sums[member.name] + told
+                reported = torch.stack([loss.sum.detach(), *loss.metrics.values()]).double().cpu()
+                sums[member.name] = reported if not len(sums[member.name]) else sums[member.name] + reported
                 names[member.name] = list(loss.metrics)
         self._reduce_gradients(members)
         totals = self._reduce_sums(sums)
@@ -169,20 +169,20 @@ class FusedGroup:
         if row:
             yield row
 
-    def _losses(self, together: Sequence[Work], dataset: TokenizedDataset) -> tuple[list[Loss], list[Stretch]]:
+    def _losses(self, together: Sequence[Work], dataset: TokenizedDataset) -> tuple[list[Loss], list[Span]]:
         """One forward for all; each member's loss from its own part, and whose the row's tokens are."""
         parts = [pack(dataset, micro_batch).to(self._hardware.device) for _, micro_batch in together]
         row = pack(dataset, [index for _, micro_batch in together for index in micro_batch]).to(self._hardware.device)
-        stretches = [(member.name, len(part.ids_T)) for (member, _), part in zip(together, parts, strict=True)]
+        spans = [(member.name, len(part.ids_T)) for (member, _), part in zip(together, parts, strict=True)]
         sizes = [len(part.rows_N) for part in parts]
-        with self._fused.apply(stretches):
+        with self._fused.apply(spans):
             policy = self._model(row).split(sizes)
         reference: Sequence[Tensor | None] = [None] * len(parts)
         if self._objective.needs_reference:
             with torch.no_grad():
-                reference = self._model(row).split(sizes)  # no stretches: the base alone
+                reference = self._model(row).split(sizes)  # no spans: the base alone
         given = zip(policy, reference, parts, strict=True)
-        return [self._objective.loss(LogProbs(own, base), part) for own, base, part in given], stretches
+        return [self._objective.loss(LogProbs(own, base), part) for own, base, part in given], spans
 
     def _reduce_gradients(self, members: Sequence[Member]) -> None:
         """One all-reduce: adapters are small, and many small ones would wait for each other's latency."""

@@ -18,9 +18,9 @@ class FusedJob:
     metric: str
     directory: Path  # of the group, on the storage that all nodes share; else the driver's own
     url: str | None  # of the group, where the sweep lies in an object store
-    part: str  # of the sweep: each driver's has a word of its own
+    attempt: str  # of the sweep: each driver's has a word of its own
     group: int  # its number, where several share a sweep
     slots: int  # members at a time, where memory holds them
     adapters: tuple[AdapterConfig, ...]  # what members may have
     shares_rows: bool | None  # None: to be measured
-    desk: Any  # handle of a `coordinator.Desk`
+    coordinator: Any  # handle of a `coordinator.TrialCoordinator`

@@ -18,7 +18,7 @@ SHARE_BEFORE = 0.5  # of the free memory, before a step has shown what activatio
 SHARE_AFTER = 0.9
 
 
-class MemberRoom:
+class MemoryBudget:
     def __init__(
         self, model: Any, adapters: Sequence[AdapterConfig], hardware: Hardware, *, world_size: int, ranks_per_node: int
     ):

@@ -1,4 +1,4 @@
-"""Rank 0's side of a fused group: what the desk is told, and what the members' run directories hold."""
+"""Rank 0's side of a fused group: what the coordinator is told, and what the members' run directories hold."""
 
 import contextlib
 import shutil
@@ -28,7 +28,7 @@ from ftray.train.job import STOP_REQUEST
 from ftray.train.loop import StepRecord, peak_memory_gib
 from ftray.train.loss_guard import WINDOW_STEPS
 from ftray.train.runs.directory import check_same_data, open_run_directory
-from ftray.train.runs.finalize import PreparedData, finish, num_steps
+from ftray.train.runs.finalize import PreparedData, finalize, num_steps
 from ftray.train.runs.store import drop_checkpoints, is_stored
 
 
@@ -42,8 +42,8 @@ class Assignment:
     until_step: int | None
 
 
-class Clerk:
-    """Rank 0's paperwork: the desk, and the members' run directories."""
+class GroupReporter:
+    """Rank 0's paperwork: the coordinator, and the members' run directories."""
 
     def __init__(self, job: FusedJob, base: Any, data: PreparedData, *, flops: Any, rate: float):
         self._job = job
@@ -57,17 +57,17 @@ class Clerk:
         self._asked: set[str] = set()  # names of members that are to stop
         self._due: list[tuple[str, Report]] = []  # reports of this step, judged together
         self._began: dict[str, float] = {}
-        self._told_sharing = job.shares_rows is not None  # an earlier part of the sweep has told it
+        self._reported_sharing = job.shares_rows is not None  # an earlier part of the sweep has told it
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish")
         self._finishing: list[Future[None]] = []
-        ray.get(job.desk.start_over.remote(job.group))  # what its workers before these had begun
+        ray.get(job.coordinator.start_over.remote(job.group))  # what its workers before these had begun
 
     def take(self, count: int) -> tuple[list[Assignment], bool]:
-        """What the desk has, and whether it will have more. A run that has come to its end already, which was not
-        noted, is told and not taken up."""
+        """What the coordinator has, and whether it will have more. A run that has come to its end already, which was
+        not noted, is reported and not taken up."""
         if count <= 0:
             return [], True
-        taken: Any = ray.get(self._job.desk.take.remote(self._job.group, count))
+        taken: Any = ray.get(self._job.coordinator.take.remote(self._job.group, count))
         configs = [RunConfig.model_validate_json(text) for text in taken.runs]
         with self._pardoned():
             found = [self._assignment(c, taken.until_step, is_new=c.name in taken.new) for c in configs]
@@ -79,7 +79,7 @@ class Clerk:
         try:
             yield
         except (OSError, StoreError, UnwritableError):
-            ray.get(self._job.desk.pardon.remote(self._job.group))
+            ray.get(self._job.coordinator.pardon.remote(self._job.group))
             raise
 
     def _assignment(self, config: RunConfig, until_step: int | None, *, is_new: bool) -> Assignment | None:
@@ -97,71 +97,73 @@ class Clerk:
         start = read_state(checkpoint).step if checkpoint is not None else 0
         has_come = until_step is not None and until_step <= start < num_steps(config, self._data.train)
         if directory.finished is not None or has_come:
-            reporter = Reporter(config, metric=self._job.metric, tell=lambda report: self._tell(config.name, report))
+            reporter = Reporter(
+                config, metric=self._job.metric, on_report=lambda report: self._emit(config.name, report)
+            )
             reporter.begin(directory.finished["steps"] if directory.finished is not None else 0)
-            reporter.tell_all()
+            reporter.report_all()
             outcome = "finished" if directory.finished is not None else "stopped"
             if directory.finished is not None:
                 drop_checkpoints(config.runs_dir, config.name)
-            ray.get(self._job.desk.end.remote(config.name, outcome, None))
+            ray.get(self._job.coordinator.end.remote(config.name, outcome, None))
             return None
         (directory.path / STOP_REQUEST).unlink(missing_ok=True)
         losses = [r["loss"] for r in read_metrics(directory.path) if "loss" in r and r["step"] <= start]
         if stored is not None:
             self._stored[config.name] = stored
-        place = directory.place_of(checkpoint) if checkpoint is not None else None
-        return Assignment(config, place, tuple(losses[-WINDOW_STEPS:]), until_step)
+        uri = directory.uri_of(checkpoint) if checkpoint is not None else None
+        return Assignment(config, uri, tuple(losses[-WINDOW_STEPS:]), until_step)
 
     def refuse(self, name: str, message: str) -> None:
-        ray.get(self._job.desk.end.remote(name, "failed", message))
+        ray.get(self._job.coordinator.end.remote(name, "failed", message))
 
     def begin(self, member: Member) -> None:
         if member.name in self._stored:
             self._stored[member.name].begin()
         member.recorder = Recorder(member.config, member.directory, resume_step=member.step)
-        tell = lambda report: self._due.append((member.name, report))  # noqa: E731
-        reporter = Reporter(member.config, metric=self._job.metric, tell=tell)
+        on_report = lambda report: self._due.append((member.name, report))  # noqa: E731
+        reporter = Reporter(member.config, metric=self._job.metric, on_report=on_report)
         reporter.begin(member.num_steps)
         self._reporters[member.name] = reporter
         self._began[member.name] = time.time()
-        reporter.tell_all()
+        reporter.report_all()
 
-    def say(self, line: str) -> None:
-        ray.get(self._job.desk.say.remote(line))
+    def log(self, line: str) -> None:
+        ray.get(self._job.coordinator.log.remote(line))
 
     def compare(self, sharing: RowSharing) -> None:
         """Tells, once it is known, whether sharing rows is faster."""
-        if self._told_sharing or sharing.is_faster is None:
+        if self._reported_sharing or sharing.is_faster is None:
             return
-        self._told_sharing = True
+        self._reported_sharing = True
         shared, single = (max(sharing.rates[way]) for way in (True, False))
         way = "share rows" if sharing.is_faster else "have rows of their own"
-        self.say(f"trials {way}: {shared:.0f} tokens/s shared, {single:.0f} each by itself")
-        ray.get(self._job.desk.keep_sharing.remote(sharing.is_faster))
+        self.log(f"trials {way}: {shared:.0f} tokens/s shared, {single:.0f} each by itself")
+        ray.get(self._job.coordinator.keep_sharing.remote(sharing.is_faster))
 
-    def record(self, member: Member, told: MemberStep) -> None:
+    def record(self, member: Member, reported: MemberStep) -> None:
         examples = member.plan.examples(member.step - 1, end=member.end_position)
         lengths = self._data.train.sequence_lengths.reshape(len(self._data.train), -1)[examples]
         flops = self._flops.step(
-            num_tokens=told.num_tokens,
-            num_trained=told.num_trained_tokens,
+            num_tokens=reported.num_tokens,
+            num_trained=reported.num_trained_tokens,
             sum_squared_lengths=int((lengths**2).sum()),
             trains_base=False,
             reference=member.config.objective.type == "dpo",
         )
         record = StepRecord(
             step=member.step,
-            loss=told.loss,
-            learning_rate=told.learning_rate,
-            grad_norm=told.grad_norm,
-            num_tokens=told.num_tokens,
-            num_trained_tokens=told.num_trained_tokens,
-            tokens_per_s=told.num_tokens / told.seconds,
-            seconds=told.seconds,
+            loss=reported.loss,
+            learning_rate=reported.learning_rate,
+            grad_norm=reported.grad_norm,
+            num_tokens=reported.num_tokens,
+            num_trained_tokens=reported.num_trained_tokens,
+            tokens_per_s=reported.num_tokens / reported.seconds,
+            seconds=reported.seconds,
             time=time.time(),
-            mfu=flops / told.seconds / self._rate,
+            mfu=flops / reported.seconds / self._rate,
             memory_gib=peak_memory_gib(),
-            metrics=told.metrics,
+            metrics=reported.metrics,
         )
         self._append(member, record.as_dict())
 
@@ -172,8 +174,8 @@ class Clerk:
         """By the study, or by the user."""
         while self._due:  # one that resumed may have several
             together = dict(reversed(self._due))  # of each its first
-            self._due = [told for told in self._due if together[told[0]] is not told[1]]
-            self._asked.update(ray.get(self._job.desk.report.remote(together)))
+            self._due = [reported for reported in self._due if together[reported[0]] is not reported[1]]
+            self._asked.update(ray.get(self._job.coordinator.report.remote(together)))
         return [m.name for m in members if m.name in self._asked or (m.directory / STOP_REQUEST).is_file()]
 
     def save(self, member: Member, *, must: bool) -> None:
@@ -225,23 +227,23 @@ class Clerk:
         if stored is not None:
             stored.close()
         if outcome == "finished":
-            checkpoint = newest_whole_checkpoint(member.directory) or (stored.take_product() if stored else None)
-            seconds, place = time.time() - self._began[member.name], stored.url if stored is not None else None
-            finish(member.config, member.directory, checkpoint, self._base, self._data, seconds=seconds, place=place)
+            checkpoint = newest_whole_checkpoint(member.directory) or (stored.fetch_artifact() if stored else None)
+            seconds, uri = time.time() - self._began[member.name], stored.url if stored is not None else None
+            finalize(member.config, member.directory, checkpoint, self._base, self._data, seconds=seconds, uri=uri)
             if stored is not None:
-                stored.store_product()
+                stored.store_artifact()
             drop_checkpoints(member.config.runs_dir, member.name)
         if stored is not None:
             shutil.rmtree(member.directory)  # the store has all of it
-        ray.get(self._job.desk.end.remote(member.name, outcome, message))
+        ray.get(self._job.coordinator.end.remote(member.name, outcome, message))
 
     def _append(self, member: Member, record: dict[str, Any]) -> None:
         assert member.recorder is not None
         member.recorder.record(record)
-        self._reporters[member.name].tell_news([record])
+        self._reporters[member.name].report_news([record])
 
-    def _tell(self, name: str, report: Report) -> None:
-        self._asked.update(ray.get(self._job.desk.report.remote({name: report})))
+    def _emit(self, name: str, report: Report) -> None:
+        self._asked.update(ray.get(self._job.coordinator.report.remote({name: report})))
 
 
 def note_failed_save(directory: Path, step: int, error: Exception) -> None:

@@ -7,7 +7,7 @@ from ftray.config import RunConfig
 from ftray.sweep.store import forget_leftover
 from ftray.train.checkpoints.checkpoint import CHECKPOINTS
 from ftray.train.runs.directory import RunDirectory, open_run_directory
-from ftray.train.runs.finalize import product_of
+from ftray.train.runs.finalize import artifact_of
 from ftray.train.runs.store import StoredRun, WorkerNotes
 
 
@@ -42,17 +42,17 @@ class StoredMember:
         self._notes.push_at_once()  # those of the steps before come first
         self._run.checkpoints.complete(directory, step, keep=self._config.checkpoint.keep)
 
-    def take_product(self) -> Path | None:
+    def fetch_artifact(self) -> Path | None:
         """Of the newest checkpoint that the store has, as `finish` wants it."""
         checkpoint = self._run.newest_checkpoint()
         if checkpoint is not None:
-            self._run.checkpoints.take_product(checkpoint, whole=False)
+            self._run.checkpoints.fetch_artifact(checkpoint, whole=False)
         return checkpoint
 
     def close(self) -> None:
         """What was noted is in the store afterwards."""
         self._notes.close()
 
-    def store_product(self) -> None:
+    def store_artifact(self) -> None:
         """After `finish` has made it."""
-        self._run.store_product(self._run.directory / product_of(self._config))
+        self._run.store_artifact(self._run.directory / artifact_of(self._config))

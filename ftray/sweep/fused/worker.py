@@ -1,5 +1,5 @@
-"""What every worker of a fused group runs. Rank 0 speaks with the desk, which knows the study, and writes the members'
-run directories; the others follow what it says."""
+"""What every worker of a fused group runs. Rank 0 speaks with the coordinator, which knows the study, and writes the
+members' run directories; the others follow what it says."""
 
 import time
 from pathlib import Path
@@ -23,11 +23,11 @@ from ftray.objectives import OBJECTIVES
 from ftray.sweep.fused.group import FusedGroup, RowSharing
 from ftray.sweep.fused.job import FusedJob
 from ftray.sweep.fused.member import Member, make_member
-from ftray.sweep.fused.memory import MemberRoom
-from ftray.sweep.fused.reporter import Assignment, Clerk
+from ftray.sweep.fused.memory import MemoryBudget
+from ftray.sweep.fused.reporter import Assignment, GroupReporter
 from ftray.train.hooks.watchdog import Watchdog
 from ftray.train.runs.finalize import PreparedData
-from ftray.train.runs.store import at_hand, directory_of_rank
+from ftray.train.runs.store import directory_of_rank, local_copy
 
 WAIT_S = 0.2
 
@@ -42,42 +42,42 @@ def fused_worker(job: FusedJob) -> None:
     base = prepare_base(job.base_name)
     model = prepare_layers(load_weights(base, hardware, attention=register_packed_attention()), job.base_run.memory)
     ranks_per_node = ray.train.get_context().get_local_world_size()
-    room = MemberRoom(model, job.adapters, hardware, world_size=dist.get_world_size(), ranks_per_node=ranks_per_node)
+    room = MemoryBudget(model, job.adapters, hardware, world_size=dist.get_world_size(), ranks_per_node=ranks_per_node)
     fused = FusedLora(model)
     objective = OBJECTIVES[job.base_run.objective.type](**job.base_run.objective.model_dump(exclude={"type"}))
     budget = job.base_run.batch.tokens_per_micro_batch
     sharing = RowSharing(job.shares_rows)
     group = FusedGroup(PackedCausalLM(model), fused, objective, hardware, token_budget=budget, sharing=sharing)
-    train_data = open_dataset(at_hand(job.train_data))
-    eval_data = open_dataset(at_hand(job.eval_data)) if job.eval_data is not None else None
+    train_data = open_dataset(local_copy(job.train_data))
+    eval_data = open_dataset(local_copy(job.eval_data)) if job.eval_data is not None else None
     data = PreparedData(train_data, eval_data, job.data_digest)
     flops, rate = count_flops(model), measure_gemm_rate(hardware) * dist.get_world_size()
-    clerk = Clerk(job, base, data, flops=flops, rate=rate) if rank == 0 else None
+    reporter = GroupReporter(job, base, data, flops=flops, rate=rate) if rank == 0 else None
     members: list[Member] = []
     until: dict[str, int | None] = {}  # by member: where it waits for the others of its population
     has_trained = False
-    if clerk is not None:
-        clerk.say(room.describe(slots=job.slots))
-    directory = directory_of_rank(job.url, rank, part=job.part) if job.url is not None else job.directory
+    if reporter is not None:
+        reporter.log(room.describe(slots=job.slots))
+    directory = directory_of_rank(job.url, rank, attempt=job.attempt) if job.url is not None else job.directory
     watchdog = Watchdog(directory, rank=rank, timeout_s=job.base_run.guard.hang_timeout_s)
     while True:
         watchdog.beat()
         count = min(job.slots - len(members), room.left(len(members), has_trained=has_trained))
-        begun, waits = agreed(clerk.take(count) if clerk is not None else None)
+        begun, waits = agreed(reporter.take(count) if reporter is not None else None)
         for assignment in begun:
-            checkpoint = at_hand(assignment.checkpoint) if assignment.checkpoint is not None else None
+            checkpoint = local_copy(assignment.checkpoint) if assignment.checkpoint is not None else None
             try:
                 members.append(join(assignment, checkpoint, fused, train_data))
                 until[members[-1].name] = assignment.until_step
             except FtrayError as error:  # the same on every rank: the member's own fault
-                if clerk is not None:
-                    clerk.refuse(assignment.config.name, str(error))
+                if reporter is not None:
+                    reporter.refuse(assignment.config.name, str(error))
             else:
-                if clerk is not None:
-                    clerk.begin(members[-1])
+                if reporter is not None:
+                    reporter.begin(members[-1])
             watchdog.beat()
-        if clerk is not None:
-            clerk.raise_failures()
+        if reporter is not None:
+            reporter.raise_failures()
         if not members and waits:
             time.sleep(WAIT_S)
             continue
@@ -86,36 +86,36 @@ def fused_worker(job: FusedJob) -> None:
         has_trained = True
         over: dict[str, tuple[str, str | None]] = {}
         running = [member for member in members if not member.is_done]
-        for name, told in (group.step(running, train_data) if running else {}).items():
-            if isinstance(told, str):
-                over[name] = "diverged", f"{told}; lower optimizer.learning_rate"
-            elif clerk is not None:
-                clerk.record(named(members, name), told)
+        for name, reported in (group.step(running, train_data) if running else {}).items():
+            if isinstance(reported, str):
+                over[name] = "diverged", f"{reported}; lower optimizer.learning_rate"
+            elif reporter is not None:
+                reporter.record(named(members, name), reported)
         running = [member for member in running if member.name not in over]
-        if clerk is not None:
-            clerk.compare(sharing)
+        if reporter is not None:
+            reporter.compare(sharing)
         due = [member for member in running if member.is_evaluated]
         losses = group.evaluate(due, eval_data, on_row=watchdog.beat) if due and eval_data is not None else {}
         for name, loss in losses.items():
-            if clerk is not None:
-                clerk.evaluated(named(members, name), loss)
-        stopping = agreed(clerk.stopping(running) if clerk is not None else None)
+            if reporter is not None:
+                reporter.evaluated(named(members, name), loss)
+        stopping = agreed(reporter.stopping(running) if reporter is not None else None)
         stopping += [member.name for member in running if member.step == until[member.name]]
         over |= {name: ("stopped", None) for name in stopping if not named(members, name).is_done}
         for member in [member for member in members if member.name in over or member.is_done]:
             over.setdefault(member.name, ("finished", None))
-        if clerk is not None:
+        if reporter is not None:
             for member in running:
                 if member.is_saved or member.name in over:
                     watchdog.beat()
-                    clerk.save(member, must=member.is_done or member.step == until[member.name])
+                    reporter.save(member, must=member.is_done or member.step == until[member.name])
             for name, (outcome, message) in over.items():
-                clerk.end(named(members, name), outcome, message)
+                reporter.end(named(members, name), outcome, message)
         for name in over:
             fused.remove(name)
         members = [member for member in members if member.name not in over]
-    if clerk is not None:
-        clerk.close()
+    if reporter is not None:
+        reporter.close()
     watchdog.close()
 
 

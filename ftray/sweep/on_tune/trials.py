@@ -41,7 +41,7 @@ QUIET_TUNE = {
 }
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TrialSettings:
     is_new: bool  # the study has heard nothing of it
 
 
-def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, on_news: LivePage) -> None:
+def run_trials(study: Study, directory: Path, *, max_concurrent: int, log: Log, on_news: LivePage) -> None:
     """Until the study has no more."""
     os.environ.update(QUIET_TUNE)
     search = StudySearch(study)
@@ -66,7 +66,7 @@ def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, 
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(directory / TUNE_DIRECTORY),
             failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
-            callbacks=[TellStudy(study, search, say, on_news)],
+            callbacks=[StudyCallback(study, search, log, on_news)],
             verbose=0,
         ),
     )
@@ -77,7 +77,7 @@ def run_trials(study: Study, directory: Path, *, max_concurrent: int, say: Say, 
         raise UserError(
             f"{search.refusal}\n  the same command goes on; if that trial can never run, end it first: "
             f"ftray sweep stop-trial {study.config.name} {search.refused_trial} "
-            f"--runs-dir {study.place.rpartition('/')[0]}"
+            f"--runs-dir {study.uri.rpartition('/')[0]}"
         )
     if thread.failure is not None:
         raise FtrayError(f"Ray Tune failed: {last_line(thread.failure)}") from thread.failure
@@ -112,11 +112,11 @@ class StudySearch(Searcher):
         raise NotImplementedError("a sweep goes on from its own journal")
 
 
-class TellStudy(tune.Callback):
-    def __init__(self, study: Study, search: StudySearch, say: Say, on_news: LivePage):
+class StudyCallback(tune.Callback):
+    def __init__(self, study: Study, search: StudySearch, log: Log, on_news: LivePage):
         self._study = study
         self._search = search
-        self._say = say
+        self._log = log
         self._on_news = on_news
         self._ended: set[str] = set()
 
@@ -129,10 +129,10 @@ class TellStudy(tune.Callback):
             is_news = self._study.is_news(name, report)
             reason = self._study.report(name, report)
             if is_news:
-                self._say(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
+                self._log(f"{name}  step {report.step}  {self._study.config.search.metric} {report.value:.4f}")
                 self._on_news(has_ended=False)
             if reason is not None:
-                self._say(f"{name}  {reason}")
+                self._log(f"{name}  {reason}")
             if reason is not None and report.step != self._study.until_step:  # there it stops by itself
                 with contextlib.suppress(StoreError):  # it is asked again at its next report
                     self._study.ask_to_end(name)
@@ -150,7 +150,7 @@ class TellStudy(tune.Callback):
             self._search.refusal = f"{name}: {message}"
             self._search.refused_trial = trial_name(self._study.run(name).trial)
             return
-        self._say(describe_end(self._study, self._study.end(name, outcome, message)))
+        self._log(describe_end(self._study, self._study.end(name, outcome, message)))
         self._on_news(has_ended=True)
 
 
@@ -164,7 +164,7 @@ def run_trial(settings: dict[str, Any], secrets: dict[str, str]) -> None:
     outcome, message = run_to_end(
         config,
         metric=trial.metric,
-        tell=lambda report: tune.report(vars(report)),
+        on_report=lambda report: tune.report(vars(report)),
         until_step=trial.until_step,
         is_new=trial.is_new,
     )

@@ -74,10 +74,10 @@ class MedianStopping:
         self._curves: dict[str, list[tuple[int, float]]] = {}
 
     def goes_on(self, arrival: Arrival, *, beside: Sequence[Arrival] = ()) -> bool:
-        for told in (arrival, *beside):
-            curve = self._curves.setdefault(told.trial, [])
-            if not curve or curve[-1][0] < told.step:
-                curve.append((told.step, told.value))
+        for reported in (arrival, *beside):
+            curve = self._curves.setdefault(reported.trial, [])
+            if not curve or curve[-1][0] < reported.step:
+                curve.append((reported.step, reported.value))
         step, curve = arrival.step, self._curves[arrival.trial]
         others = [c for name, c in self._curves.items() if name != arrival.trial and c[-1][0] >= step]
         if step < self._grace or len(others) < self.MIN_TRIALS:

@@ -117,7 +117,7 @@ class Checkpoints(Protocol):
         """Newest first, whole or not."""
         ...
 
-    def open(self, place: str, *, share: tuple[int, int]) -> Path:
+    def open(self, uri: str, *, share: tuple[int, int]) -> Path:
         """One of them on this machine. Raises `DamagedError` where its manifest does not prove it; the `share`-th of so
         many ranks may look at its part only."""
         ...
@@ -132,9 +132,9 @@ class DirectoryCheckpoints:
     def list(self) -> list[str]:
         return [str(path) for path in list_checkpoints(self._run_directory)]
 
-    def open(self, place: str, *, share: tuple[int, int]) -> Path:
-        verify_directory(Path(place), share=share)
-        return Path(place)
+    def open(self, uri: str, *, share: tuple[int, int]) -> Path:
+        verify_directory(Path(uri), share=share)
+        return Path(uri)
 
 
 def list_checkpoints(run_directory: Path) -> list[Path]:
@@ -153,15 +153,15 @@ def is_whole(checkpoint: Path) -> bool:
 def first_whole(places: list[str], *, opened: Callable[[str], Path]) -> Path | None:
     """The first whose manifest proves it. Only damaged ones are passed over: what could not be read for another reason
     (a store that does not answer, a full disk) may be the newest, and the training would begin again before it."""
-    for place in places:
+    for uri in places:
         with contextlib.suppress(DamagedError):
-            return opened(place)
+            return opened(uri)
     return None
 
 
 def newest_whole_checkpoint(run_directory: Path) -> Path | None:
     checkpoints = DirectoryCheckpoints(run_directory)
-    return first_whole(checkpoints.list(), opened=lambda place: checkpoints.open(place, share=(0, 1)))
+    return first_whole(checkpoints.list(), opened=lambda uri: checkpoints.open(uri, share=(0, 1)))
 
 
 def data_digest(dataset: TokenizedDataset) -> str:

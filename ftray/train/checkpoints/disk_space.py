@@ -16,8 +16,8 @@ def check_disk(config: RunConfig, base: BaseModel, run_directory: Path) -> None:
     """Room for the checkpoints that are kept, the one being written, and the result; raises `UserError`."""
     state = checkpoint_bytes(config, base)
     there = sum(1 for _ in (run_directory / "checkpoints").glob("step-*"))
-    product = sum(path.stat().st_size for path in weight_files(base.directory)) if config.adapter is None else state
-    need = state * max(1, config.checkpoint.keep + 1 - there) + product
+    artifact = sum(path.stat().st_size for path in weight_files(base.directory)) if config.adapter is None else state
+    need = state * max(1, config.checkpoint.keep + 1 - there) + artifact
     free = shutil.disk_usage(run_directory).free
     if free < need:
         raise UserError(

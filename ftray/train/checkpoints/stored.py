@@ -34,12 +34,12 @@ class StoredCheckpoints:
 
     def forget_damaged(self) -> None:
         """Those that are newer than the newest whole one, which this machine then has."""
-        for place in self.list():
+        for uri in self.list():
             try:
-                self.open(place, share=(0, 1))
+                self.open(uri, share=(0, 1))
                 return
             except DamagedError:
-                self._store.delete(f"{place.rpartition('/')[2]}/{MANIFEST}")
+                self._store.delete(f"{uri.rpartition('/')[2]}/{MANIFEST}")
 
     def drop(self) -> None:
         """All of them."""
@@ -50,9 +50,9 @@ class StoredCheckpoints:
         """Their URLs, newest first."""
         return [f"{self._url}/step-{step}" for step in steps_of(found.key for found in self._store.entries())]
 
-    def open(self, place: str, *, share: tuple[int, int]) -> Path:
+    def open(self, uri: str, *, share: tuple[int, int]) -> Path:
         """This machine's copy, which one process fetches. Raises `FtrayError` where the manifest does not prove it."""
-        return local_copies(cache_directory()).fetch(place)
+        return local_copies(cache_directory()).fetch(uri)
 
     def newest(self, directory: Path) -> Path | None:
         """What the driver needs to know of the newest whole one, as far as names and sizes tell: its manifest and
@@ -66,7 +66,7 @@ class StoredCheckpoints:
                 return self._take(directory / CHECKPOINTS / name, [MANIFEST, TRAINER_STATE])
         return None
 
-    def take_product(self, checkpoint: Path, *, whole: bool) -> None:
+    def fetch_artifact(self, checkpoint: Path, *, whole: bool) -> None:
         """Fetches to where `newest` lies what the run's result is made of: the adapter, or the `whole` state."""
         files = Manifest.model_validate_json((checkpoint / MANIFEST).read_bytes()).files
         self._take(checkpoint, [entry.path for entry in files if whole or entry.path.startswith(f"{ADAPTER}/")])

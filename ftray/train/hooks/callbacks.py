@@ -46,7 +46,7 @@ class WorkerCallbacks:
         self._engine = engine
         self._record = record
         self._rank = rank
-        self._untold: list[dict[str, Any]] = []  # events
+        self._unreported: list[dict[str, Any]] = []  # events
         self._watchdog = Watchdog(job.run_directory, rank=rank, timeout_s=job.config.guard.hang_timeout_s)
         self._watchdog.beat()
         self._saver = Saver(
@@ -85,7 +85,7 @@ class WorkerCallbacks:
         self._watchdog.beat()
         self._profiler.step()
         self._record(record.as_dict())
-        self._tell()
+        self._emit()
         self._saver.poll()
 
     def on_evaluated(self, step: int, loss: float) -> None:
@@ -107,19 +107,19 @@ class WorkerCallbacks:
         self._profiler.close()
         self._saver.finish(last=True)
         self._saver.close()
-        self._tell()
+        self._emit()
         self._watchdog.close()
 
     def _on_failed_save(self, step: int, message: str) -> None:
         if self._rank == 0:
-            self._untold.append({"kind": SAVE_FAILED, "step": step, "message": message})
+            self._unreported.append({"kind": SAVE_FAILED, "step": step, "message": message})
 
-    def _tell(self) -> None:
+    def _emit(self) -> None:
         """Writes the events that wait; on a full disk they wait on."""
         with contextlib.suppress(OSError):
-            while self._untold:
-                record_event(self._job.run_directory, **self._untold[0])
-                self._untold.pop(0)
+            while self._unreported:
+                record_event(self._job.run_directory, **self._unreported[0])
+                self._unreported.pop(0)
 
 
 def skipped_steps(run_directory: Path) -> frozenset[int]:

@@ -21,7 +21,7 @@ class Recorder:
             run_name=config.name,
             settings=config.model_dump(mode="json"),
             directory=directory,
-            say=print,
+            log=print,
         )
         self._gauges = Gauges(config.name)
         self._tensorboard = TensorBoard(directory, enabled=config.tracking.tensorboard, resume_step=resume_step)

@@ -25,7 +25,7 @@ from ftray.train.on_ray.controller_notes import unkept_notes
 from ftray.train.on_ray.entry import run_in_worker
 from ftray.train.runs.directory import RunDirectory
 from ftray.train.runs.finalize import PreparedData, num_steps, ray_logs
-from ftray.train.runs.store import new_part, store_tokens
+from ftray.train.runs.store import new_attempt, store_tokens
 
 POLL_S = 0.2
 RETRY_S = 10.0
@@ -43,7 +43,7 @@ WORKERS_ASKED_PER_S = 128
 class Watcher:
     """How a run is shown; the CLI draws, tests collect."""
 
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     on_metrics: Callable[[list[dict[str, Any]]], None]
     on_start: Callable[[int, int], None]  # (first step, number of steps)
 
@@ -79,7 +79,7 @@ def train_on_ray(
         profile_steps=profile_steps,
         until_step=until_step,
         run_url=stored.url if stored is not None else None,
-        part=new_part(),
+        attempt=new_attempt(),
     )
     start = read_state(directory.resume_from).step if directory.resume_from is not None else 0
     watcher.on_start(start, num_steps(config, data.train))
@@ -91,15 +91,14 @@ def train_on_ray(
         if tries_left == 0 or not isinstance(failure, ControllerError):
             message = f"training failed: {last_line(failure)}; the workers' logs are in {ray_logs()}"
             raise FtrayError(message) from failure
-        watcher.say(f"Ray Train stopped ({last_line(failure)}); tries again in {RETRY_S:.0f} s")
+        watcher.log(f"Ray Train stopped ({last_line(failure)}); tries again in {RETRY_S:.0f} s")
         time.sleep(RETRY_S)
         with contextlib.suppress(OSError):
             record_driver_event(directory.path, "controller_failed", message=last_line(failure))
 
 
 def make_trainer(job: TrainJob) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers, guard = job.config.workers, job.config.guard
@@ -173,15 +172,15 @@ def fit_and_follow(trainer: Any, directory: RunDirectory, watcher: Watcher) -> B
         directory.sync(at_once=not thread.is_alive())
         if (run_directory / HARDWARE).is_file() and (found := read_json(run_directory / HARDWARE)) != workers:
             workers = found
-            watcher.say(f"{found['world_size']} workers run on {found['hardware']}")
+            watcher.log(f"{found['world_size']} workers run on {found['hardware']}")
         watcher.on_metrics(follower.poll())
         if read_worker_error(run_directory) is not None:
             thread.join(ERROR_GRACE_S)  # other workers may wait for the one that has given up
             break
         if workers is not None and (hang := hangs.poll(world_size=workers["world_size"])):
             record_driver_event(run_directory, "hang", message=hang)
-            watcher.say(f"{hang}; the workers start again from the last checkpoint")
+            watcher.log(f"{hang}; the workers start again from the last checkpoint")
     watcher.on_metrics(follower.poll())
-    if (told := read_worker_error(run_directory)) is not None:
-        raise told
+    if (reported := read_worker_error(run_directory)) is not None:
+        raise reported
     return thread.failure

@@ -13,7 +13,7 @@ from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.plan import plan_steps
 from ftray.errors import DamagedError, FtrayError, UserError
-from ftray.model.adapter import adapter_at_hand
+from ftray.model.adapter import local_adapter
 from ftray.model.base import BaseModel, prepare_base
 from ftray.model.hardware import Hardware, check_stage, choose_hardware, make_deterministic
 from ftray.model.lora import inject_lora, load_weights_from
@@ -85,7 +85,7 @@ def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
             f"base_model: {job.base_name} is another model on this node than the driver had (its files were changed); "
             "put the old ones back, or start over with --fresh"
         )
-    init_from = adapter_at_hand(job.init_from) if job.init_from is not None else None
+    init_from = local_adapter(job.init_from) if job.init_from is not None else None
     if job.init_from is not None and init_from is None:
         raise UserError(
             f"adapter.init_from: {job.init_from} is not to be seen on this node; give a shared path or a URL"

@@ -51,7 +51,7 @@ class RunDirectory:
         if self.stored is not None:
             self.stored.sync(at_once=at_once)
 
-    def place_of(self, path: Path) -> str:
+    def uri_of(self, path: Path) -> str:
         """As a user finds it."""
         return str(path) if self.stored is None else f"{self.stored.url}/{path.relative_to(self.path).as_posix()}"
 

@@ -41,11 +41,11 @@ def ray_logs() -> str:
 
 def describe_interruption(config: RunConfig, directory: RunDirectory) -> str:
     checkpoint = directory.newest_checkpoint()
-    saved = f"the checkpoint {directory.place_of(checkpoint)} stands" if checkpoint else "no checkpoint was written yet"
+    saved = f"the checkpoint {directory.uri_of(checkpoint)} stands" if checkpoint else "no checkpoint was written yet"
     return f"{config.name}: stopped; {saved}"
 
 
-def finish_run(
+def finalize_run(
     config: RunConfig,
     directory: RunDirectory,
     checkpoint: Path | None,
@@ -57,20 +57,20 @@ def finish_run(
     """As `finish`, wherever the run lies."""
     stored, path = directory.stored, directory.path
     if stored is None:
-        return finish(config, path, checkpoint, base, data, seconds=seconds)
+        return finalize(config, path, checkpoint, base, data, seconds=seconds)
     if checkpoint is not None:
-        stored.checkpoints.take_product(checkpoint, whole=config.adapter is None)
-    result = finish(config, path, checkpoint, base, data, seconds=seconds, place=stored.url)
+        stored.checkpoints.fetch_artifact(checkpoint, whole=config.adapter is None)
+    result = finalize(config, path, checkpoint, base, data, seconds=seconds, uri=stored.url)
     stored.sync(at_once=True)  # where another driver has taken over, it ends here
-    stored.store_product(path / product_of(config))
+    stored.store_artifact(path / artifact_of(config))
     return result
 
 
-def product_of(config: RunConfig) -> str:
+def artifact_of(config: RunConfig) -> str:
     return ADAPTER if config.adapter is not None else "model"
 
 
-def finish(
+def finalize(
     config: RunConfig,
     path: Path,
     checkpoint: Path | None,
@@ -78,7 +78,7 @@ def finish(
     data: PreparedData,
     *,
     seconds: float,
-    place: str | None = None,
+    uri: str | None = None,
 ) -> dict[str, Any]:
     """Puts the last checkpoint's adapter (or model) at the top of the run directory and writes result.json last.
 
@@ -86,16 +86,16 @@ def finish(
     """
     if checkpoint is None:
         raise FtrayError(f"{path}: the run ended without a checkpoint; the workers' logs are in {ray_logs()}")
-    product = product_of(config)
-    staging = path / SCRATCH / product
+    artifact = artifact_of(config)
+    staging = path / SCRATCH / artifact
     shutil.rmtree(staging, ignore_errors=True)
     if config.adapter is not None:
         shutil.copytree(checkpoint / ADAPTER, staging)
     else:
         export_model(checkpoint, staging, base, metadata={"run": config.name, "step": read_state(checkpoint).step})
     verify_directory(staging)
-    shutil.rmtree(path / product, ignore_errors=True)
-    os.replace(staging, path / product)
+    shutil.rmtree(path / artifact, ignore_errors=True)
+    os.replace(staging, path / artifact)
     shutil.rmtree(path / SCRATCH)
     run = read_run(path)
     result = {
@@ -110,7 +110,7 @@ def finish(
         "data": {"train": data.train.counts()} | ({"eval": data.eval.counts()} if data.eval is not None else {}),
         "base_model": base.name,
         "base_fingerprint": base.fingerprint,
-        "output": f"{place or path}/{product}",
+        "output": f"{uri or path}/{artifact}",
         "events": run.events,
     }
     write_json(path / RESULT, result)

@@ -51,7 +51,7 @@ def local_root(runs_dir: str) -> Path:
     return cache_directory() / "runs" / hashlib.sha256(runs_dir.rstrip("/").encode()).hexdigest()[:16]
 
 
-def place_of(runs_dir: str, name: str) -> str:
+def run_uri(runs_dir: str, name: str) -> str:
     """Path or URL of a run, as users and workers find it."""
     return f"{runs_dir.rstrip('/')}/{name}"
 
@@ -79,7 +79,7 @@ class StoredRun:
     (sweep/fused/stored_member.py) the sweep has the lease."""
 
     def __init__(self, runs_dir: str, name: str):
-        self.url = place_of(runs_dir, name)
+        self.url = run_uri(runs_dir, name)
         self.checkpoints = StoredCheckpoints(self.url)
         self.directory = local_directory(runs_dir, name)
         self._mirror = Mirror(self.url, self.directory)
@@ -130,9 +130,9 @@ class StoredRun:
     def newest_checkpoint(self) -> Path | None:
         return self.checkpoints.newest(self.directory)
 
-    def store_product(self, product: Path) -> None:
+    def store_artifact(self, artifact: Path) -> None:
         """The adapter or model, then the report, and last the result."""
-        self._mirror.store.write_files(product, product.relative_to(self.directory).as_posix())
+        self._mirror.store.write_files(artifact, artifact.relative_to(self.directory).as_posix())
         self._mirror.push(["report.html", *FROM_DRIVER], at_once=True)
         self._mirror.push([RESULT], at_once=True)
 
@@ -157,7 +157,7 @@ class StoredHangs:
 
 def store_tokens(runs_dir: str, directory: Path) -> str:
     """Returns their URL. Runs on the same data have them in common."""
-    url = f"{place_of(runs_dir, TOKENS)}/{directory.name}"
+    url = f"{run_uri(runs_dir, TOKENS)}/{directory.name}"
     store = ObjectStore(url)
     there = {found.key: found.size for found in store.entries()}
     for path in sorted(path for path in directory.iterdir() if path.is_file()):
@@ -184,14 +184,14 @@ def look_at_runs(runs_dir: str) -> Path:
 def drop_checkpoints(runs_dir: str, name: str) -> None:
     """Of a run that has its result."""
     if is_stored(runs_dir):
-        StoredCheckpoints(place_of(runs_dir, name)).drop()
+        StoredCheckpoints(run_uri(runs_dir, name)).drop()
     shutil.rmtree(local_directory(runs_dir, name) / CHECKPOINTS, ignore_errors=True)
 
 
 def forget_run(runs_dir: str, name: str) -> None:
     """All of it, wherever it lies."""
     if is_stored(runs_dir):
-        store = ObjectStore(place_of(runs_dir, name))
+        store = ObjectStore(run_uri(runs_dir, name))
         for found in store.entries():
             store.delete(found.key)
     shutil.rmtree(local_directory(runs_dir, name), ignore_errors=True)
@@ -200,7 +200,7 @@ def forget_run(runs_dir: str, name: str) -> None:
 def ask_to_stop(runs_dir: str, name: str) -> None:
     """Its workers save and end at their next step."""
     if is_stored(runs_dir):
-        ObjectStore(place_of(runs_dir, name)).write(STOP_REQUEST, b"asked\n")
+        ObjectStore(run_uri(runs_dir, name)).write(STOP_REQUEST, b"asked\n")
     else:
         request_stop(Path(runs_dir) / name)
 
@@ -220,8 +220,8 @@ class WorkerNotes:
         if self._rank == 0:
             fetch_notes(self._mirror)
             self.follow()
-        evaluation = at_hand(job.eval_data) if job.eval_data is not None else None
-        return replace(job, train_data=at_hand(job.train_data), eval_data=evaluation)
+        evaluation = local_copy(job.eval_data) if job.eval_data is not None else None
+        return replace(job, train_data=local_copy(job.train_data), eval_data=evaluation)
 
     def follow(self) -> None:
         self._syncing.start()
@@ -249,27 +249,27 @@ class WorkerNotes:
             self._mirror.push([key for key in notes if key not in FROM_DRIVER], at_once=at_once)
 
 
-def at_hand(place: Path | str) -> Path:
+def local_copy(place: Path | str) -> Path:
     """A directory of a shared disk; of a URL, this machine's copy, which one process fetches."""
     return local_copies(cache_directory()).fetch(str(place)) if is_stored(str(place)) else Path(place)
 
 
-def new_part() -> str:
+def new_attempt() -> str:
     return uuid.uuid4().hex
 
 
-def directory_of_rank(run_url: str, rank: int, *, part: str) -> Path:
+def directory_of_rank(run_url: str, rank: int, *, attempt: str) -> Path:
     """A new one on this machine. If the rank before it stood still, in this part of the run, what it wrote goes to the
     store: it ended where it stood, and could send nothing itself."""
     runs_dir, _, name = run_url.rpartition("/")
     directory = local_directory(runs_dir, WORKERS) / name / f"rank-{rank}"
-    path, of_part = hang_file(directory, rank), directory / ".part"
-    if of_part.is_file() and of_part.read_text() == part and path.is_file() and path.stat().st_size:
+    path, of_attempt = hang_file(directory, rank), directory / ".attempt"
+    if of_attempt.is_file() and of_attempt.read_text() == attempt and path.is_file() and path.stat().st_size:
         with contextlib.suppress(FtrayError):  # the store does not answer
             ObjectStore(run_url).write(f"{HANGS}/{path.name}", path.read_bytes())
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    of_part.write_text(part)
+    of_attempt.write_text(attempt)
     return directory
 
 
@@ -280,7 +280,7 @@ def on_this_machine(job: TrainJob, *, rank: int) -> Iterator[tuple[TrainJob, Wor
     if job.run_url is None:
         yield job, None
         return
-    directory = directory_of_rank(job.run_url, rank, part=job.part)
+    directory = directory_of_rank(job.run_url, rank, attempt=job.attempt)
     notes = WorkerNotes(job.run_url, directory, rank=rank)
     try:
         yield replace(job, run_directory=directory), notes

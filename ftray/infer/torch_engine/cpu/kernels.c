@@ -126,7 +126,7 @@ INLINE void silu_times(float *restrict gate, const float *restrict up, i64 n) {
 /* heads: [T, H + 2K, D], queries, keys, values. Turns queries and keys by their positions' angles, in place, and copies
  * keys and values to place slots[t] of the cache [places, 2, K, D], if there is one. cosine, sine: [T, D], the sine's
  * first half negated. */
-void rotate_and_keep(float *heads, const float *cosine, const float *sine, i64 T, i64 H, i64 K, i64 D, float *cache,
+void rotate_and_write_kv(float *heads, const float *cosine, const float *sine, i64 T, i64 H, i64 K, i64 D, float *cache,
                      const i64 *slots) {
 #pragma omp parallel for schedule(static)
     for (i64 t = 0; t < T; t++) {

@@ -64,12 +64,12 @@ class SlotsStruct(ctypes.Structure):
 
 
 class AdaptersStruct(ctypes.Structure):
-    """The adapters of one slab in a multiplication, and whose tokens are whose: stretches (slot, first row, rows)."""
+    """The adapters of one slab in a multiplication, and whose tokens are whose: spans (slot, first row, rows)."""
 
     _fields_ = [
         ("slots", ctypes.c_void_p),  # a `SlotsStruct`
-        ("stretches", ctypes.c_void_p),
-        ("num_stretches", ctypes.c_int64),
+        ("spans", ctypes.c_void_p),
+        ("num_spans", ctypes.c_int64),
         ("reduced", ctypes.c_void_p),  # room for A x: a float for each token and row of A
     ]
 
@@ -179,7 +179,7 @@ class CpuKernels:
             return found
 
         self._rms_norm = function("rms_norm", *[pointer] * 3, count, count, real)
-        self._rotate_and_keep = function("rotate_and_keep", *[pointer] * 3, *[count] * 4, pointer, pointer)
+        self._rotate_and_write_kv = function("rotate_and_write_kv", *[pointer] * 3, *[count] * 4, pointer, pointer)
         self._attend = function("attend_to_pages", *[pointer] * 5, *[count] * 7, real)
         self._attend_to_prompts = function("attend_to_prompts", *[pointer] * 5, *[count] * 7, real)
         self._linear = function(
@@ -192,14 +192,14 @@ class CpuKernels:
         self._rms_norm(x_TE.data_ptr(), norm.weight.data_ptr(), out.data_ptr(), rows, width, norm.epsilon)
         return out
 
-    def rotate_and_keep_(
+    def rotate_and_write_kv_(
         self, heads: Tensor, cosine_TD: Tensor, sine_TD: Tensor, num_kv_heads: int, *, layer: Tensor | None, slots: Any
     ) -> None:
         """Rotary positions for the queries and keys of `heads` [T, H + 2K, D], in place; `sine_TD` has its first half
         negated. Keys and values go to places `slots` [T] of the cache's `layer`, if there is one."""
         tokens, num_heads, width = heads.shape
         kept = (0, 0) if layer is None else (layer.data_ptr(), slots.data_ptr())
-        self._rotate_and_keep(
+        self._rotate_and_write_kv(
             *(heads.data_ptr(), cosine_TD.data_ptr(), sine_TD.data_ptr(), tokens),
             *(num_heads - 2 * num_kv_heads, num_kv_heads, width, *kept),
         )

@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 from ftray.infer.torch_engine.cpu.frozen_linear import JOINED, FrozenLinear, GatedKernel, Projection, sibling_groups
 from ftray.infer.torch_engine.cpu.huge_pages import HugePages
 from ftray.infer.torch_engine.cpu.kernels import Layers, RmsNorm, in_blocks, kernels_for
-from ftray.infer.torch_engine.lora.batch import StepRuns, Stretch
+from ftray.infer.torch_engine.lora.batch import Span, StepRuns
 from ftray.infer.torch_engine.lora.slots import AdapterSlots, Factors, HostAdapter, Segment
 from ftray.model.adapter import Adapter, check_shapes
 
@@ -100,27 +100,27 @@ class LoraBank:
     def apply(self, tokens: Sequence[tuple[str | None, int]]) -> Iterator[None]:
         """While it is open, the model's layers add adapters: `tokens` is [(adapter or None, number of tokens)]. Every
         adapter must hold a slot (`acquire`)."""
-        stretches: list[Stretch] = []
+        spans: list[Span] = []
         start = 0
         for key, count in tokens:
             if key is not None:
                 place = self.slots.place(key)
-                last = stretches[-1] if stretches else None
+                last = spans[-1] if spans else None
                 if last is not None and last[0] is place and last[1] + last[2] == start:
-                    stretches[-1] = place, last[1], last[2] + count
+                    spans[-1] = place, last[1], last[2] + count
                 else:
-                    stretches.append((place, start, count))
+                    spans.append((place, start, count))
             start += count
-        if stretches != self._last_runs.stretches:  # mostly they are the last step's
-            self._last_runs = self._runs_of(stretches)
+        if spans != self._last_runs.spans:  # mostly they are the last step's
+            self._last_runs = self._runs_of(spans)
         self.runs = self._last_runs
         try:
             yield
         finally:
             self.runs = self._no_runs
 
-    def _runs_of(self, stretches: Sequence[Stretch]) -> StepRuns:
-        return StepRuns(stretches, self._device, with_kernels=self.kernels is not None)
+    def _runs_of(self, spans: Sequence[Span]) -> StepRuns:
+        return StepRuns(spans, self._device, with_kernels=self.kernels is not None)
 
     def _factors(self, group: "LinearGroup", found: dict[int, tuple[Tensor, Tensor]]) -> Factors:
         def own(tensor: Tensor) -> Tensor:

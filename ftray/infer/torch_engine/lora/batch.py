@@ -1,7 +1,7 @@
 """Which tokens of a step use which slots.
 
 The kernels of `cpu/kernels.py` take all of a slab's while they multiply. Elsewhere, in as few multiplications as there
-can be: neighbouring slots with few tokens each are one batched matmul; a longer stretch of one adapter, a prompt, is a
+can be: neighbouring slots with few tokens each are one batched matmul; a longer span of one adapter, a prompt, is a
 run of its own.
 
 Shapes: T tokens, G adapters with n tokens each, R summed ranks of a group's layers.
@@ -20,17 +20,17 @@ from ftray.infer.torch_engine.lora.slots import Factors, Place, Slab
 # Up to so many tokens an adapter's factors cost more to read than to multiply by: padding to them is free.
 FEW_TOKENS = 8
 
-Stretch = tuple[Place, int, int]  # an adapter's place, its first row, its number of rows
+Span = tuple[Place, int, int]  # an adapter's place, its first row, its number of rows
 
 
 class StepRuns:
     """What the layers of a step add for the adapters of its tokens: with CPU kernels all of it while they multiply,
     elsewhere in multiplications apart (`matmuls`)."""
 
-    def __init__(self, stretches: Sequence[Stretch], device: torch.device, *, with_kernels: bool):
-        self.stretches = stretches
-        self.matmuls = [] if with_kernels else matmul_runs(stretches, device)
-        self._slabs = slab_runs(stretches) if with_kernels else []
+    def __init__(self, spans: Sequence[Span], device: torch.device, *, with_kernels: bool):
+        self.spans = spans
+        self.matmuls = [] if with_kernels else matmul_runs(spans, device)
+        self._slabs = slab_runs(spans) if with_kernels else []
         self._arrays: dict[str, AdaptersArray | None] = {}
 
     def adapters(self, group: str) -> AdaptersArray | None:
@@ -41,39 +41,39 @@ class StepRuns:
         return self._arrays[group]
 
 
-def slab_runs(stretches: Sequence[Stretch]) -> "list[SlabRun]":
-    slabs: dict[int, list[Stretch]] = {}
-    for stretch in stretches:
-        slabs.setdefault(stretch[0].slab.number, []).append(stretch)
+def slab_runs(spans: Sequence[Span]) -> "list[SlabRun]":
+    slabs: dict[int, list[Span]] = {}
+    for span in spans:
+        slabs.setdefault(span[0].slab.number, []).append(span)
     return [SlabRun(own) for own in slabs.values()]
 
 
-def matmul_runs(stretches: Sequence[Stretch], device: torch.device) -> "list[MatmulRun]":
-    groups: list[list[Stretch]] = []
-    for stretch in sorted(stretches, key=lambda s: (s[0].order, s[1])):
-        if groups and can_join(groups[-1], stretch):
-            groups[-1].append(stretch)
+def matmul_runs(spans: Sequence[Span], device: torch.device) -> "list[MatmulRun]":
+    groups: list[list[Span]] = []
+    for span in sorted(spans, key=lambda s: (s[0].order, s[1])):
+        if groups and can_join(groups[-1], span):
+            groups[-1].append(span)
         else:
-            groups.append([stretch])
+            groups.append([span])
     return [make_run(group, device) for group in groups]
 
 
-def can_join(group: Sequence[Stretch], stretch: Stretch) -> bool:
+def can_join(group: Sequence[Span], span: Span) -> bool:
     last = group[-1][0]
-    if last.slab is not stretch[0].slab or last.slot + 1 != stretch[0].slot:
+    if last.slab is not span[0].slab or last.slot + 1 != span[0].slot:
         return False
-    return all(count <= FEW_TOKENS for _, _, count in [*group, stretch])
+    return all(count <= FEW_TOKENS for _, _, count in [*group, span])
 
 
 class SlabRun:
-    """All stretches of one slab."""
+    """All spans of one slab."""
 
-    def __init__(self, stretches: Sequence[Stretch]):
-        self._slab = stretches[0][0].slab
-        num_tokens = sum(count for _, _, count in stretches)
+    def __init__(self, spans: Sequence[Span]):
+        self._slab = spans[0][0].slab
+        num_tokens = sum(count for _, _, count in spans)
         self._reduced = floats(num_tokens * max(factors.a.shape[1] for factors in self._slab.factors.values()))
-        self._stretches_G3 = torch.tensor([(place.slot, start, count) for place, start, count in stretches])
-        self._shared = (self._stretches_G3.data_ptr(), len(stretches), self._reduced.data_ptr())
+        self._spans_G3 = torch.tensor([(place.slot, start, count) for place, start, count in spans])
+        self._shared = (self._spans_G3.data_ptr(), len(spans), self._reduced.data_ptr())
 
     def adapters(self, group: str) -> AdaptersStruct | None:
         """None: these adapters leave the group as it is. Valid while the run lives."""
@@ -133,7 +133,7 @@ class MatmulRun:
         return self._views[group]
 
 
-def make_run(group: Sequence[Stretch], device: torch.device) -> MatmulRun:
+def make_run(group: Sequence[Span], device: torch.device) -> MatmulRun:
     most = max(count for _, _, count in group)
     rows: list[int] = []
     real: list[int] = []
