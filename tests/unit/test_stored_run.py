@@ -276,7 +276,7 @@ def test_a_rank_that_stood_still_is_named_by_the_one_after_it(url, monkeypatch):
             path.parent.mkdir()
             path.write_text(stack)
 
-    def start_again(part: str) -> str | None:
+    def start_again(attempt: str) -> str | None:
         for rank in range(2):
             directory_of_rank(run.url, rank, attempt=attempt)
         run.sync(at_once=True)
