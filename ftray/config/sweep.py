@@ -52,6 +52,16 @@ class BudgetConfig(Strict):
     def is_set(self) -> bool:
         return any(limit is not None for limit in (self.steps, self.tokens, self.hours))
 
+    def spent(self, *, steps: int, tokens: int, hours: float) -> str | None:
+        """Which limit is used up; None: none."""
+        if self.steps is not None and steps >= self.steps:
+            return f"the budget of {self.steps:,} steps is spent"
+        if self.tokens is not None and tokens >= self.tokens:
+            return f"the budget of {self.tokens:,} tokens is spent"
+        if self.hours is not None and hours >= self.hours:
+            return f"the budget of {self.hours:g} hours is spent"
+        return None
+
 
 class SearchConfig(Strict):
     algorithm: Literal["grid", "random", "tpe"] = "tpe"

@@ -19,7 +19,7 @@ from ftray.errors import ConfigError
 from ftray.storage import read_json, write_bytes, write_json
 from ftray.sweep.journal import Journal
 from ftray.sweep.search.algorithms import make_search
-from ftray.sweep.search.population import RATE, choose_moves, has_saved, take_over
+from ftray.sweep.search.population import RATE, Move, choose_moves, has_saved, take_over
 from ftray.sweep.search.schedulers import Arrival, make_scheduler
 from ftray.sweep.state import SweepState
 from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trial_name, trials_directory
@@ -214,30 +214,32 @@ class Study(SweepState):
 
     def _turn_generation(self) -> None:
         """When all wait: some take over from others, and all go on."""
-        step, open_runs = self.until_step, [run for run in self.runs if run.outcome is None]
-        for run in [run for run in open_runs if run.waits and self._user_stops(run)]:
+        for run in [run for run in self.runs if run.outcome is None and run.waits and self._user_stops(run)]:
             self._note_end(run.name, "stopped", None)
-            open_runs.remove(run)
-        if step is None or not open_runs or not all(run.waits for run in open_runs):
+        step, open_runs = self.until_step, [run for run in self.runs if run.outcome is None]
+        is_whole = self._next_point() is None
+        if step is None or not open_runs or not is_whole or not all(run.waits for run in open_runs):
             return
-        if self._next_point() is not None:  # the population is not whole
-            return
-        values = {run.name: value for run in open_runs if (value := run.value_at(step)) is not None}
-        points = {run.name: self.point_of(run) for run in open_runs}
+        done = {moved.run for moved in self.moves if moved.step == step}  # of a generation that was cut off
+        for move in self._choose_moves(open_runs, step):
+            if move.run not in done:
+                self._take_over(move, step)
+        self._note({"event": "generation", "step": step})
+
+    def _choose_moves(self, runs: list[SweepRun], step: int) -> list[Move]:
+        values = {run.name: self._sign * value for run in runs if (value := run.value_at(step)) is not None}
+        points = {run.name: self.point_of(run) for run in runs}
         rates = self.space.domains[RATE]
         assert isinstance(rates, Range)
-        signed = {name: self._sign * value for name, value in values.items()}
-        seed = f"{self.config.search.seed}/{self.generation}"
-        runs_dir = trials_directory(self._directory)
-        saved = [run.name for run in open_runs if has_saved(runs_dir / run.name, step=step)]
-        done = {moved.run for moved in self.moves if moved.step == step}  # of a turn that was cut off
-        for move in choose_moves(signed, points, rates, saved=saved, seed=seed):
-            if move.run in done:
-                continue
-            moved = replace(self.run(move.run), point=move.point)
-            take_over(runs_dir / move.run, runs_dir / move.source, self.config_of(moved), step=step)
-            self._note({"event": "move", "run": move.run, "source": move.source, "step": step, "point": move.point})
-        self._note({"event": "generation", "step": step})
+        directory = trials_directory(self._directory)
+        saved = [run.name for run in runs if has_saved(directory / run.name, step=step)]
+        return choose_moves(values, points, rates, saved=saved, seed=f"{self.config.search.seed}/{self.generation}")
+
+    def _take_over(self, move: Move, step: int) -> None:
+        moved = replace(self.run(move.run), point=move.point)
+        directory = trials_directory(self._directory)
+        take_over(directory / move.run, directory / move.source, self.config_of(moved), step=step)
+        self._note({"event": "move", "run": move.run, "source": move.source, "step": step, "point": move.point})
 
     def _user_stops(self, run: SweepRun) -> bool:
         path = trials_directory(self._directory) / run.name / STOP_REQUEST
@@ -266,13 +268,7 @@ class Study(SweepState):
     def spent(self) -> str | None:
         """Which budget is used up."""
         budget = self.config.search.budget
-        if budget.steps is not None and self.steps >= budget.steps:
-            return f"the budget of {budget.steps:,} steps is spent"
-        if budget.tokens is not None and self.tokens >= budget.tokens:
-            return f"the budget of {budget.tokens:,} tokens is spent"
-        if budget.hours is not None and self.seconds >= budget.hours * 3600:
-            return f"the budget of {budget.hours:g} hours is spent"
-        return None
+        return budget.spent(steps=self.steps, tokens=self.tokens, hours=self.seconds / 3600)
 
     @property
     def num_planned(self) -> int | None:
@@ -314,11 +310,8 @@ class Study(SweepState):
         on or end: one that lost a seed could not be the best, and seed by seed every trial might lose one."""
         values: dict[tuple[str, int], list[float]] = {}
         for reported in reports:
-            values.setdefault((trial_name(self.run(reported["run"]).trial), reported["step"]), []).append(
-                reported["value"]
-            )
-        news = {at: reported for at, reported in values.items() if at[1] > self._judged.get(at[0], 0)}
+            at = (trial_name(self.run(reported["run"]).trial), reported["step"])
+            values.setdefault(at, []).append(reported["value"])
+        news = {at: found for at, found in values.items() if at[1] > self._judged.get(at[0], 0)}
         self._judged.update(sorted(news, key=lambda at: at[1]))
-        return [
-            Arrival(trial, step, self._sign * statistics.fmean(reported)) for (trial, step), reported in news.items()
-        ]
+        return [Arrival(trial, step, self._sign * statistics.fmean(found)) for (trial, step), found in news.items()]

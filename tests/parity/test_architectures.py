@@ -8,7 +8,8 @@ from tiny import INITIALIZER_RANGE, SIZES, make_tokenizer, write_peft_adapter
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request
-from ftray.infer.torch_engine.engine import TorchEngine, attention, decoder
+from ftray.infer.torch_engine import attention, decoder
+from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
 

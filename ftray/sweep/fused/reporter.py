@@ -1,6 +1,7 @@
 """Rank 0's side of a fused group: what the coordinator is told, and what the members' run directories hold."""
 
 import contextlib
+import functools
 import shutil
 import time
 from collections.abc import Iterator
@@ -97,9 +98,8 @@ class GroupReporter:
         start = read_state(checkpoint).step if checkpoint is not None else 0
         has_come = until_step is not None and until_step <= start < num_steps(config, self._data.train)
         if directory.finished is not None or has_come:
-            reporter = Reporter(
-                config, metric=self._job.metric, on_report=lambda report: self._emit(config.name, report)
-            )
+            emit = functools.partial(self._emit, config.name)
+            reporter = Reporter(config, metric=self._job.metric, on_report=emit)
             reporter.begin(directory.finished["steps"] if directory.finished is not None else 0)
             reporter.report_all()
             outcome = "finished" if directory.finished is not None else "stopped"
@@ -121,8 +121,8 @@ class GroupReporter:
         if member.name in self._stored:
             self._stored[member.name].begin()
         member.recorder = Recorder(member.config, member.directory, resume_step=member.step)
-        on_report = lambda report: self._due.append((member.name, report))  # noqa: E731
-        reporter = Reporter(member.config, metric=self._job.metric, on_report=on_report)
+        put_off = functools.partial(self._put_off, member.name)
+        reporter = Reporter(member.config, metric=self._job.metric, on_report=put_off)
         reporter.begin(member.num_steps)
         self._reporters[member.name] = reporter
         self._began[member.name] = time.time()
@@ -242,8 +242,40 @@ class GroupReporter:
         member.recorder.record(record)
         self._reporters[member.name].report_news([record])
 
+    def _put_off(self, name: str, report: Report) -> None:
+        """Until the end of the step, when the reports of all members are judged together."""
+        self._due.append((name, report))
+
     def _emit(self, name: str, report: Report) -> None:
         self._asked.update(ray.get(self._job.coordinator.report.remote({name: report})))
+
+
+class SilentReporter:
+    """Of every rank but 0: it takes what rank 0 takes, and keeps nothing."""
+
+    def take(self, count: int) -> Any: ...
+
+    def refuse(self, name: str, message: str) -> None: ...
+
+    def begin(self, member: Member) -> None: ...
+
+    def log(self, line: str) -> None: ...
+
+    def compare(self, sharing: RowSharing) -> None: ...
+
+    def record(self, member: Member, reported: MemberStep) -> None: ...
+
+    def evaluated(self, member: Member, loss: float) -> None: ...
+
+    def stopping(self, members: list[Member]) -> Any: ...
+
+    def save(self, member: Member, *, must: bool) -> None: ...
+
+    def end(self, member: Member, outcome: str, message: str | None) -> None: ...
+
+    def raise_failures(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def note_failed_save(directory: Path, step: int, error: Exception) -> None:

@@ -24,16 +24,17 @@ from ftray.sweep.fused.group import FusedGroup, RowSharing
 from ftray.sweep.fused.job import FusedJob
 from ftray.sweep.fused.member import Member, make_member
 from ftray.sweep.fused.memory import MemoryBudget
-from ftray.sweep.fused.reporter import Assignment, GroupReporter
+from ftray.sweep.fused.reporter import Assignment, GroupReporter, SilentReporter
 from ftray.train.hooks.watchdog import Watchdog
 from ftray.train.runs.finalize import PreparedData
 from ftray.train.runs.store import directory_of_rank, local_copy
 
 WAIT_S = 0.2
+Outcomes = dict[str, tuple[str, str | None]]  # by member that is over: finished, stopped or diverged, and why
 
 
 def fused_worker(job: FusedJob) -> None:
-    rank = ray.train.get_context().get_world_rank()
+    rank, world_size = ray.train.get_context().get_world_rank(), dist.get_world_size()
     use_gpu = job.base_run.workers.gpus_each > 0
     if use_gpu:
         torch.cuda.set_device(ray.train.torch.get_device())
@@ -42,7 +43,7 @@ def fused_worker(job: FusedJob) -> None:
     base = prepare_base(job.base_name)
     model = prepare_layers(load_weights(base, hardware, attention=register_packed_attention()), job.base_run.memory)
     ranks_per_node = ray.train.get_context().get_local_world_size()
-    room = MemoryBudget(model, job.adapters, hardware, world_size=dist.get_world_size(), ranks_per_node=ranks_per_node)
+    memory = MemoryBudget(model, job.adapters, hardware, world_size=world_size, ranks_per_node=ranks_per_node)
     fused = FusedLora(model)
     objective = OBJECTIVES[job.base_run.objective.type](**job.base_run.objective.model_dump(exclude={"type"}))
     budget = job.base_run.batch.tokens_per_micro_batch
@@ -51,72 +52,109 @@ def fused_worker(job: FusedJob) -> None:
     train_data = open_dataset(local_copy(job.train_data))
     eval_data = open_dataset(local_copy(job.eval_data)) if job.eval_data is not None else None
     data = PreparedData(train_data, eval_data, job.data_digest)
-    flops, rate = count_flops(model), measure_gemm_rate(hardware) * dist.get_world_size()
-    reporter = GroupReporter(job, base, data, flops=flops, rate=rate) if rank == 0 else None
-    members: list[Member] = []
-    until: dict[str, int | None] = {}  # by member: where it waits for the others of its population
-    has_trained = False
-    if reporter is not None:
-        reporter.log(room.describe(slots=job.slots))
+    flops, rate = count_flops(model), measure_gemm_rate(hardware) * world_size
+    reporter = GroupReporter(job, base, data, flops=flops, rate=rate) if rank == 0 else SilentReporter()
+    reporter.log(memory.describe(slots=job.slots))
     directory = directory_of_rank(job.url, rank, attempt=job.attempt) if job.url is not None else job.directory
     watchdog = Watchdog(directory, rank=rank, timeout_s=job.base_run.guard.hang_timeout_s)
-    while True:
-        watchdog.beat()
-        count = min(job.slots - len(members), room.left(len(members), has_trained=has_trained))
-        begun, waits = agreed(reporter.take(count) if reporter is not None else None)
+    GroupTraining(job, group, fused, data, memory, reporter, watchdog).run()
+    reporter.close()
+    watchdog.close()
+
+
+class GroupTraining:
+    """Members come and go; between, all of them step together. The same on every rank: what is decided, rank 0 says."""
+
+    def __init__(
+        self,
+        job: FusedJob,
+        group: FusedGroup,
+        fused: FusedLora,
+        data: PreparedData,
+        memory: MemoryBudget,
+        reporter: GroupReporter | SilentReporter,
+        watchdog: Watchdog,
+    ):
+        self._job = job
+        self._group = group
+        self._fused = fused
+        self._data = data
+        self._memory = memory
+        self._reporter = reporter
+        self._watchdog = watchdog
+        self._members: list[Member] = []
+        self._until: dict[str, int | None] = {}  # by member: where it waits for the others of its population
+        self._has_trained = False
+
+    def run(self) -> None:
+        while True:
+            self._watchdog.beat()
+            more_to_come = self._admit()
+            self._reporter.raise_failures()
+            if self._members:
+                self._settle(self._step())
+            elif more_to_come:
+                time.sleep(WAIT_S)
+            else:
+                return
+
+    def _admit(self) -> bool:
+        """Takes up as many runs as slots and memory are left for; whether there will be more later."""
+        num_members = len(self._members)
+        left = self._memory.left(num_members, has_trained=self._has_trained)
+        begun, waits = agreed(self._reporter.take(min(self._job.slots - num_members, left)))
         for assignment in begun:
             checkpoint = local_copy(assignment.checkpoint) if assignment.checkpoint is not None else None
             try:
-                members.append(join(assignment, checkpoint, fused, train_data))
-                until[members[-1].name] = assignment.until_step
+                member = join(assignment, checkpoint, self._fused, self._data.train)
             except FtrayError as error:  # the same on every rank: the member's own fault
-                if reporter is not None:
-                    reporter.refuse(assignment.config.name, str(error))
+                self._reporter.refuse(assignment.config.name, str(error))
             else:
-                if reporter is not None:
-                    reporter.begin(members[-1])
-            watchdog.beat()
-        if reporter is not None:
-            reporter.raise_failures()
-        if not members and waits:
-            time.sleep(WAIT_S)
-            continue
-        if not members:
-            break
-        has_trained = True
-        over: dict[str, tuple[str, str | None]] = {}
-        running = [member for member in members if not member.is_done]
-        for name, reported in (group.step(running, train_data) if running else {}).items():
-            if isinstance(reported, str):
-                over[name] = "diverged", f"{reported}; lower optimizer.learning_rate"
-            elif reporter is not None:
-                reporter.record(named(members, name), reported)
+                self._members.append(member)
+                self._until[member.name] = assignment.until_step
+                self._reporter.begin(member)
+            self._watchdog.beat()
+        return waits
+
+    def _step(self) -> Outcomes:
+        """One update of each, and the evaluations that are due; who is over by it."""
+        self._has_trained = True
+        over: Outcomes = {}
+        running = [member for member in self._members if not member.is_done]
+        for name, outcome in (self._group.step(running, self._data.train) if running else {}).items():
+            if isinstance(outcome, str):
+                over[name] = "diverged", f"{outcome}; lower optimizer.learning_rate"
+            else:
+                self._reporter.record(named(running, name), outcome)
         running = [member for member in running if member.name not in over]
-        if reporter is not None:
-            reporter.compare(sharing)
+        self._reporter.compare(self._group.sharing)
         due = [member for member in running if member.is_evaluated]
-        losses = group.evaluate(due, eval_data, on_row=watchdog.beat) if due and eval_data is not None else {}
-        for name, loss in losses.items():
-            if reporter is not None:
-                reporter.evaluated(named(members, name), loss)
-        stopping = agreed(reporter.stopping(running) if reporter is not None else None)
-        stopping += [member.name for member in running if member.step == until[member.name]]
-        over |= {name: ("stopped", None) for name in stopping if not named(members, name).is_done}
-        for member in [member for member in members if member.name in over or member.is_done]:
-            over.setdefault(member.name, ("finished", None))
-        if reporter is not None:
-            for member in running:
-                if member.is_saved or member.name in over:
-                    watchdog.beat()
-                    reporter.save(member, must=member.is_done or member.step == until[member.name])
-            for name, (outcome, message) in over.items():
-                reporter.end(named(members, name), outcome, message)
-        for name in over:
-            fused.remove(name)
-        members = [member for member in members if member.name not in over]
-    if reporter is not None:
-        reporter.close()
-    watchdog.close()
+        if due and self._data.eval is not None:
+            losses = self._group.evaluate(due, self._data.eval, on_row=self._watchdog.beat)
+            for name, loss in losses.items():
+                self._reporter.evaluated(named(due, name), loss)
+        stopping = {*agreed(self._reporter.stopping(running))}
+        stopping |= {member.name for member in running if self._has_come(member)}
+        over |= {member.name: ("stopped", None) for member in running if member.name in stopping and not member.is_done}
+        over |= {m.name: ("finished", None) for m in self._members if m.is_done and m.name not in over}
+        self._save(running, over)
+        return over
+
+    def _save(self, running: list[Member], over: Outcomes) -> None:
+        for member in running:
+            if member.is_saved or member.name in over:
+                self._watchdog.beat()
+                self._reporter.save(member, must=member.is_done or self._has_come(member))
+
+    def _settle(self, over: Outcomes) -> None:
+        """Who is over leaves, and makes room."""
+        for name, (outcome, message) in over.items():
+            self._reporter.end(named(self._members, name), outcome, message)
+            self._fused.remove(name)
+        self._members = [member for member in self._members if member.name not in over]
+
+    def _has_come(self, member: Member) -> bool:
+        return member.step == self._until[member.name]
 
 
 def join(assignment: Assignment, checkpoint: Path | None, fused: FusedLora, dataset: TokenizedDataset) -> Member:
