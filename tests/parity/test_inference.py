@@ -190,7 +190,7 @@ def test_solo_answers_are_transformers_generate(engine, tiny_base, adapters, ren
 
 def test_a_cache_that_forgets_is_found(tiny_base, adapters, renderer, monkeypatch):
     """The twin of the two above: reading the wrong cache slots changes answers."""
-    from ftray.infer.torch_engine.engine import engine as torch_engine
+    from ftray.infer.torch_engine import engine as torch_engine
 
     broken = make_engine(tiny_base, adapters)
     wanted = requests(renderer, 8)

@@ -57,7 +57,7 @@ def test_prompts_in_pieces_equal_whole_prompts(tiny_base, adapters):
 
 def test_a_piece_that_sees_too_little_is_found(tiny_base, adapters, monkeypatch):
     """The twin: the pieces after the first forget what came before."""
-    from ftray.infer.torch_engine.engine import engine as torch_engine
+    from ftray.infer.torch_engine import engine as torch_engine
 
     real = torch_engine.prompt_context
 
