@@ -8,6 +8,7 @@ import typer
 from ftray.cli.arguments import ConfigFile, Overrides
 from ftray.config import RunConfig, load_config
 from ftray.errors import UserError
+from ftray.objectives import objective_of
 
 MAX_LISTED = 20
 
@@ -26,7 +27,7 @@ def evaluate(
 ) -> None:
     """Exact match and loss on the held-out rows (data.eval) of a run's config."""
     run: RunConfig = load_config(config, overrides or (), kind="run")
-    if run.objective.type != "sft":
+    if objective_of(run.objective).shape != "conversation":
         raise UserError(
             f"objective.type: {run.objective.type}; `ftray eval` asks questions and compares answers, which needs the "
             "conversations of objective sft in data.eval (objective={type: sft} data.eval=FILE)"

@@ -120,7 +120,10 @@ def find_work(run: RunConfig, examples: int | None, example_tokens: int | None):
     steps = run.max_steps
     if run.epochs is not None and examples is not None:
         steps = -(-run.epochs * examples // run.batch.examples_per_step)
-    return Work(run.batch.examples_per_step, float(example_tokens), share, run.sequences_per_example), steps, source
+    from ftray.objectives import objective_of
+
+    sequences = objective_of(run.objective).sequences_per_example
+    return Work(run.batch.examples_per_step, float(example_tokens), share, sequences), steps, source
 
 
 def show_table(rows, best, hours, price: float | None) -> None:

@@ -104,8 +104,8 @@ def stop(name: str, runs_dir: RunsDir = "runs") -> None:
 
 def checked(name: str) -> str:
     """Of a run in `runs_dir`; nothing leads out of it. Raises `UserError`."""
-    from ftray.config.schema import check_name
     from ftray.errors import UserError
+    from ftray.schema import check_name
 
     try:
         return check_name(name)

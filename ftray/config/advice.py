@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from ftray.config.run import RunConfig
+from ftray.objectives import objective_of
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj")
 LORA_BATCH = 32  # examples a step
@@ -24,12 +25,12 @@ def advice(run: RunConfig) -> Iterator[str]:
             "adapter.targets: attention alone trains worse than all linear layers at the same number of parameters "
             "(Schulman et al. 2025, LoRA Without Regret; Biderman et al. 2024, arXiv 2405.09673)"
         )
-    if run.batch.examples_per_step > LORA_BATCH and run.objective.type == "sft":
+    if run.batch.examples_per_step > LORA_BATCH and objective_of(run.objective).shape == "conversation":
         yield (
             f"batch.examples_per_step: {run.batch.examples_per_step}; large batches cost LoRA more than full "
             f"fine-tuning, {LORA_BATCH} and fewer are safe (Schulman et al. 2025, LoRA Without Regret)"
         )
-    if rate < LORA_RATE and run.objective.type != "dpo":
+    if rate < LORA_RATE and not objective_of(run.objective).needs_reference:
         yield (
             f"optimizer.learning_rate: {rate:g} is a rate for full fine-tuning; LoRA wants about 10 times more "
             "(Schulman et al. 2025, LoRA Without Regret)"

@@ -18,6 +18,7 @@ from ftray.config.run import RunConfig
 from ftray.config.serve import ServeConfig
 from ftray.config.sweep import SweepConfig
 from ftray.errors import ConfigError
+from ftray.objectives.plugin import PLUGIN
 
 KINDS: dict[str, type[BaseModel]] = {
     "run": RunConfig,
@@ -53,7 +54,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source:
     try:
         config = model.model_validate(tree)
     except ValidationError as error:
-        problems += [describe_problem(model, item) for item in error.errors()]
+        problems += [line for item in error.errors() for line in describe_problem(model, item).splitlines()]
     if problems or config is None:
         raise ConfigError(source, problems)
     return config
@@ -104,7 +105,7 @@ def describe_problem(model: type[BaseModel], item: Any) -> str:
     if item["type"] == "missing":
         return f"{key}: required, but not given"
     if item["type"] == "union_tag_not_found":
-        return f"{key}: {item['ctx']['discriminator'].strip(chr(39))} is required, but not given"
+        return f"{key}: type is required, but not given"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and isinstance(value, dict):
         return f"{key}: {message}" if location else message
@@ -156,9 +157,9 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def tag_of(model: type[BaseModel]) -> str | None:
-    """What `type` says in this arm of a union."""
+    """What `type` says in this arm of a union; of a user's own objective, which may say anything, the arm's name."""
     field = model.model_fields.get("type")
-    return typing.get_args(field.annotation)[0] if field is not None else None
+    return next(iter(typing.get_args(field.annotation)), PLUGIN) if field is not None else None
 
 
 def to_yaml(config: BaseModel | dict[str, Any]) -> str:

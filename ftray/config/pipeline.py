@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ftray.config.expression import Expression
-from ftray.config.schema import Name, Strict, Text
+from ftray.schema import Name, Strict, Text
 
 MODELS = ("base", "tuned")
 MEASURES = {

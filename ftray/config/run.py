@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
-from ftray.config.schema import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
+from ftray.objectives import ObjectiveConfig, SftConfig, objective_of
+from ftray.schema import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
 
 
 class ColumnsConfig(Strict):
@@ -43,28 +44,6 @@ class DataConfig(Strict):
     max_example_tokens: int = Field(default=2048, ge=2)
     overlong: Literal["error", "truncate", "drop", "split"] = "error"  # split: documents (objective domain) only
     shuffle: bool = True
-
-
-class SftConfig(Strict):
-    """Conversations: the assistant's tokens are trained."""
-
-    type: Literal["sft"] = "sft"
-
-
-class DomainConfig(Strict):
-    """Documents: every token is trained."""
-
-    type: Literal["domain"]
-
-
-class DpoConfig(Strict):
-    """Preference pairs (Rafailov et al. 2023). With LoRA the reference is the base with the adapter off."""
-
-    type: Literal["dpo"]
-    beta: PositiveFloat = 0.1
-
-
-ObjectiveConfig = Annotated[SftConfig | DomainConfig | DpoConfig, Field(discriminator="type")]
 
 
 class AdapterConfig(Strict):
@@ -218,48 +197,104 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def agree(self):
-        if (self.epochs is None) == (self.max_steps is None):
-            raise ValueError("give either `epochs` or `max_steps`")
-        if self.data.overlong == "split" and self.objective.type != "domain":
-            raise ValueError(f"data.overlong: split is for documents (objective domain), not {self.objective.type}")
-        if self.optimizer.type == "adamw_8bit" and "offload_optimizer" in self.zero.settings:
-            raise ValueError("optimizer.type: adamw_8bit does not go with offload_optimizer in zero.settings")
-        if self.adapter is None and self.optimizer.lora_plus_ratio != 1:
-            raise ValueError("optimizer.lora_plus_ratio needs an adapter")
-        if self.adapter is not None and self.zero.stage == 3:
-            for key, value in (("initialization", "pissa"), ("variant", "dora"), ("quantize_base", "nf4")):
-                if getattr(self.adapter, key) == value:
-                    raise ValueError(f"adapter.{key}: {value} needs whole base weights on every GPU; use zero.stage 2")
-            if self.adapter.init_from is not None and self.adapter.modules_to_save:
-                raise ValueError("adapter.init_from: with modules_to_save it needs zero.stage 2 or lower")
-        if self.adapter is not None and self.adapter.init_from is not None and self.objective.type == "dpo":
-            raise ValueError(
-                "adapter.init_from: with objective dpo the reference is the base with the adapter off, which is not "
-                "where this run would start; train a full model first, or start a new adapter"
-            )
-        if self.longest_example > self.batch.tokens_per_micro_batch:
-            pair = self.sequences_per_example == 2
-            what = "twice data.max_example_tokens (a pair)" if pair else "data.max_example_tokens"
-            raise ValueError(
-                f"{what} is {self.longest_example} and must be at most batch.tokens_per_micro_batch "
-                f"({self.batch.tokens_per_micro_batch}): an example is never split"
-            )
-        if self.evaluation.samples and self.data.eval is None:
-            raise ValueError("evaluation.samples: there is no data.eval whose prompts could be answered")
-        if self.memory.liger_kernels and self.workers.gpus_each == 0:
-            raise ValueError("memory.liger_kernels: they run on GPUs only; set workers.gpus_each: 1, or leave them off")
-        ranks = self.memory.sequence_parallel
-        if ranks > 1 and (isinstance(self.workers.count, list) or self.workers.count % ranks):
-            raise ValueError(
-                f"memory.sequence_parallel: {ranks} must divide workers.count ({self.workers.count}), a fixed number"
-            )
+        if problems := [problem for rule in RULES if (problem := rule(self)) is not None]:
+            raise Disagreement(problems)
         return self
-
-    @property
-    def sequences_per_example(self) -> int:
-        return 2 if self.objective.type == "dpo" else 1
 
     @property
     def longest_example(self) -> int:
         """Tokens that an example may have, over all its sequences: what a micro-batch must hold."""
-        return self.data.max_example_tokens * self.sequences_per_example
+        return self.data.max_example_tokens * objective_of(self.objective).sequences_per_example
+
+
+class Disagreement(ValueError):
+    """Sections that do not go together, each problem in a line of its own."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+# What one section of a run says about another: each returns the problem, or None.
+
+
+def one_length(run: RunConfig) -> str | None:
+    return "give either `epochs` or `max_steps`" if (run.epochs is None) == (run.max_steps is None) else None
+
+
+def split_is_for_documents(run: RunConfig) -> str | None:
+    if run.data.overlong == "split" and objective_of(run.objective).shape != "document":
+        return f"data.overlong: split is for documents (objective domain), not {run.objective.type}"
+    return None
+
+
+def optimizer_fits(run: RunConfig) -> str | None:
+    if run.optimizer.type == "adamw_8bit" and "offload_optimizer" in run.zero.settings:
+        return "optimizer.type: adamw_8bit does not go with offload_optimizer in zero.settings"
+    if run.adapter is None and run.optimizer.lora_plus_ratio != 1:
+        return "optimizer.lora_plus_ratio needs an adapter"
+    return None
+
+
+def adapter_fits_zero_3(run: RunConfig) -> str | None:
+    if run.adapter is None or run.zero.stage != 3:
+        return None
+    for key, value in (("initialization", "pissa"), ("variant", "dora"), ("quantize_base", "nf4")):
+        if getattr(run.adapter, key) == value:
+            return f"adapter.{key}: {value} needs whole base weights on every GPU; use zero.stage 2"
+    if run.adapter.init_from is not None and run.adapter.modules_to_save:
+        return "adapter.init_from: with modules_to_save it needs zero.stage 2 or lower"
+    return None
+
+
+def reference_is_the_start(run: RunConfig) -> str | None:
+    starts_elsewhere = run.adapter is not None and run.adapter.init_from is not None
+    if starts_elsewhere and objective_of(run.objective).needs_reference:
+        return (
+            f"adapter.init_from: with objective {run.objective.type} the reference is the base with the adapter off, "
+            "which is not where this run would start; train a full model first, or start a new adapter"
+        )
+    return None
+
+
+def an_example_fits(run: RunConfig) -> str | None:
+    if run.longest_example <= run.batch.tokens_per_micro_batch:
+        return None
+    pair = objective_of(run.objective).sequences_per_example == 2
+    what = "twice data.max_example_tokens (a pair)" if pair else "data.max_example_tokens"
+    return (
+        f"{what} is {run.longest_example} and must be at most batch.tokens_per_micro_batch "
+        f"({run.batch.tokens_per_micro_batch}): an example is never split"
+    )
+
+
+def samples_have_prompts(run: RunConfig) -> str | None:
+    if run.evaluation.samples and run.data.eval is None:
+        return "evaluation.samples: there is no data.eval whose prompts could be answered"
+    return None
+
+
+def liger_needs_gpus(run: RunConfig) -> str | None:
+    if run.memory.liger_kernels and run.workers.gpus_each == 0:
+        return "memory.liger_kernels: they run on GPUs only; set workers.gpus_each: 1, or leave them off"
+    return None
+
+
+def workers_share_rows(run: RunConfig) -> str | None:
+    ranks, count = run.memory.sequence_parallel, run.workers.count
+    if ranks > 1 and (isinstance(count, list) or count % ranks):
+        return f"memory.sequence_parallel: {ranks} must divide workers.count ({count}), a fixed number"
+    return None
+
+
+RULES = (
+    one_length,
+    split_is_for_documents,
+    optimizer_fits,
+    adapter_fits_zero_3,
+    reference_is_the_start,
+    an_example_fits,
+    samples_have_prompts,
+    liger_needs_gpus,
+    workers_share_rows,
+)

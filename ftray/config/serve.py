@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ftray.config.schema import ByteSize, NonNegativeFloat, PositiveFloat, PositiveInt, Strict, Text
+from ftray.schema import ByteSize, NonNegativeFloat, PositiveFloat, PositiveInt, Strict, Text
 
 
 class EngineConfig(Strict):

@@ -17,9 +17,9 @@ from ftray.config.domains import Choice, Domain, Range, expression_order
 from ftray.config.expression import Expression
 from ftray.config.load import KINDS, describe_problem, load_config, read_yaml
 from ftray.config.run import RunConfig
-from ftray.config.schema import Strict
 from ftray.config.sweep import NOT_SWEPT, SearchConfig, SweepConfig, is_variable
 from ftray.errors import ConfigError
+from ftray.schema import Strict
 
 SAMPLED_POINTS = 200  # of a space that is not a grid: so many are checked against the run's schema before the start
 SHOWN_PROBLEMS = 20

@@ -6,7 +6,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from ftray.config.domains import Choice, Range, as_yaml, expression_order, parse_domain
 from ftray.config.expression import Expression
-from ftray.config.schema import Name, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
+from ftray.schema import Name, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
 
 SpaceValue = Annotated[Any, PlainValidator(parse_domain), PlainSerializer(as_yaml)]
 # A trial is told apart by these, or the sweep itself sets them.

@@ -1,7 +1,7 @@
-"""From a raw row to the token sequences of its examples, by the objective.
+"""From a raw row to the token sequences of its examples, by the shape that the objective wants.
 
-An example is what a step counts: one sequence for `sft` and `domain`, a chosen and a rejected one for `dpo`. A row
-gives one example, or, for a document that is split, several.
+An example is what a step counts: one sequence of a conversation or document, the chosen and the rejected one of a pair.
+A row gives one example, or, for a document that is split, several.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ import numpy as np
 from ftray.config.run import DataConfig
 from ftray.data.rows import pair_reader, row_reader, text_reader
 from ftray.model.chat import ChatRenderer, Rendered
+from ftray.objectives import Shape
 
 Example = list[Rendered]
 RowEncoder = Callable[[dict[str, Any]], list[Example]]
@@ -58,8 +59,8 @@ def all_trained(ids: np.ndarray) -> Rendered:
     return Rendered(ids, np.ones(len(ids), bool))
 
 
-ENCODERS: dict[str, Callable[..., RowEncoder]] = {
-    "sft": chat_encoder,
-    "domain": document_encoder,
-    "dpo": pair_encoder,
+ENCODERS: dict[Shape, Callable[..., RowEncoder]] = {
+    "conversation": chat_encoder,
+    "document": document_encoder,
+    "pair": pair_encoder,
 }

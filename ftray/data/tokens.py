@@ -26,6 +26,7 @@ from ftray.data.encode import ENCODERS, RowEncoder
 from ftray.data.sources import load_rows, source_digest
 from ftray.errors import DataError, FtrayError
 from ftray.model.chat import ChatRenderer, Rendered
+from ftray.objectives import Shape
 from ftray.storage import verify_directory
 
 MAX_LISTED = 5
@@ -55,7 +56,7 @@ class Source:
     location: str
     data: DataConfig
     tokenizer: Any
-    objective: str
+    shape: Shape
 
     def __str__(self) -> str:
         return f"{self.key}: {self.location}"
@@ -64,7 +65,7 @@ class Source:
         return load_rows(self.key, self.location, revision=self.data.revision)
 
     def encoder(self, rows: Any) -> RowEncoder:
-        return ENCODERS[self.objective](self.data, rows.column_names, ChatRenderer(self.tokenizer), key=str(self))
+        return ENCODERS[self.shape](self.data, rows.column_names, ChatRenderer(self.tokenizer), key=str(self))
 
     def digest(self, rows: Any) -> str:
         """Of all that the tokens depend on."""
@@ -74,7 +75,7 @@ class Source:
             "format": FORMAT,
             "source": source_digest(self.location, rows),
             "data": self.data.model_dump(mode="json", include={"columns", "max_example_tokens", "overlong"}),
-            "objective": self.objective,
+            "shape": self.shape,
             "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
             "template": tokenizer.chat_template,
             "special": [tokenizer.eos_token, tokenizer.bos_token],
@@ -88,7 +89,7 @@ def tokenize_source(
     data: DataConfig,
     renderer: ChatRenderer,
     *,
-    objective: str = "sft",
+    shape: Shape = "conversation",
     kept_in: Path | None = None,
     processes: int | None = None,
     cancelled: threading.Event | None = None,
@@ -98,7 +99,7 @@ def tokenize_source(
     Raises one `DataError` that lists the rows that cannot be used; `CancelledError` soon after `cancelled` is set.
     """
     cancelled = cancelled or threading.Event()
-    source = Source(key, location, data, renderer.tokenizer, objective)
+    source = Source(key, location, data, renderer.tokenizer, shape)
     rows = source.rows()
     if kept_in is None:
         with tempfile.TemporaryDirectory(prefix="ftray-tokens-") as scratch:

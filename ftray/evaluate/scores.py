@@ -9,6 +9,7 @@ from ftray.data.dataset import TokenizedDataset
 from ftray.data.tokens import tokenize_source
 from ftray.errors import FtrayError, StoreError
 from ftray.model.chat import ChatRenderer
+from ftray.objectives import objective_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Score:
 def tokenize_text(renderer: ChatRenderer, general_text: str, *, max_example_tokens: int) -> TokenizedDataset:
     """In pieces, every token of them scored. Raises `UserError`."""
     data = DataConfig(train=general_text, max_example_tokens=max_example_tokens, overlong="split")
-    return tokenize_source("compare.general_text", general_text, data, renderer, objective="domain")
+    return tokenize_source("compare.general_text", general_text, data, renderer, shape="document")
 
 
 def score_artifacts(job: ScoreJob, secrets: dict[str, str]) -> dict[str, Score]:
@@ -52,7 +53,7 @@ def score_artifacts(job: ScoreJob, secrets: dict[str, str]) -> dict[str, Score]:
     from ftray.model.hardware import choose_hardware
 
     data, tokens = job.run.data, job.run.data.max_example_tokens
-    asks = job.run.objective.type == "sft" and data.eval is not None
+    asks = objective_of(job.run.objective).shape == "conversation" and data.eval is not None
     questions = load_questions(data) if asks else []
     hardware = choose_hardware(use_gpu=job.run.workers.gpus_each > 0)
     engine = make_local_engine(prepare_base(job.base_model), hardware, context_tokens=2 * tokens)
@@ -60,7 +61,8 @@ def score_artifacts(job: ScoreJob, secrets: dict[str, str]) -> dict[str, Score]:
     if job.general_text is not None:
         text = tokenize_text(renderer, job.general_text, max_example_tokens=tokens)
     if job.held_out and data.eval is not None:
-        held_out = tokenize_source("data.eval", data.eval, data, renderer, objective=job.run.objective.type)
+        shape = objective_of(job.run.objective).shape
+        held_out = tokenize_source("data.eval", data.eval, data, renderer, shape=shape)
     scores = {}
     for name, uri in job.adapters.items():
         key = name if uri is not None else None

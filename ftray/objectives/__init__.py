@@ -1,12 +1,55 @@
-"""(log-probabilities, row) -> Loss(sum, count). Pure tensor maths: no ray, no deepspeed, no ranks."""
+"""(log-probabilities, row) -> Loss(sum, count). Pure tensor maths: no ray, no deepspeed, no ranks.
 
-from collections.abc import Callable
+An objective is a module with a config section and an `Objective`; a line in OBJECTIVES makes it ours. A user's own is
+`objective: {type: "module:NAME"}`, where NAME is an `Objective` (docs/how-to/own_objective.md).
+"""
 
-from ftray.objectives.dpo import make_dpo
-from ftray.objectives.loss import LogProbs, Loss, Objective
-from ftray.objectives.sft import make_sft, sft_loss
+from typing import Annotated
 
-# By `objective.type`; each takes the other keys of the config's section.
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"sft": make_sft, "domain": make_sft, "dpo": make_dpo}
+from pydantic import Discriminator, Tag
 
-__all__ = ["OBJECTIVES", "LogProbs", "Loss", "Objective", "make_dpo", "make_sft", "sft_loss"]
+from ftray.objectives.dpo import DPO, DpoConfig
+from ftray.objectives.plugin import PLUGIN, PluginConfig, tag_of
+from ftray.objectives.protocol import LogProbs, Loss, LossFunction, Objective, Shape
+from ftray.objectives.sft import DOMAIN, SFT, DomainConfig, SftConfig, sft_loss
+from ftray.plugins import load_plugin
+from ftray.schema import Strict
+
+# By `objective.type`.
+OBJECTIVES: dict[str, Objective] = {"sft": SFT, "domain": DOMAIN, "dpo": DPO}
+
+ObjectiveConfig = Annotated[
+    Annotated[SftConfig, Tag("sft")]
+    | Annotated[DomainConfig, Tag("domain")]
+    | Annotated[DpoConfig, Tag("dpo")]
+    | Annotated[PluginConfig, Tag(PLUGIN)],
+    Discriminator(tag_of),
+]
+
+
+def objective_of(section: Strict) -> Objective:
+    """Of the section `objective` of a run."""
+    if isinstance(section, PluginConfig):
+        return load_plugin(section.type, Objective, key="objective.type")
+    return OBJECTIVES[getattr(section, "type")]  # noqa: B009  each section has one
+
+
+def make_loss(section: Strict) -> LossFunction:
+    if isinstance(section, PluginConfig):
+        return objective_of(section).loss(section.own_section())
+    return objective_of(section).loss(section)
+
+
+__all__ = [
+    "OBJECTIVES",
+    "LogProbs",
+    "Loss",
+    "LossFunction",
+    "Objective",
+    "ObjectiveConfig",
+    "SftConfig",
+    "Shape",
+    "make_loss",
+    "objective_of",
+    "sft_loss",
+]

@@ -1,7 +1,22 @@
 """Maximum likelihood of the trained tokens: the answers' in supervised fine-tuning (Ouyang et al. 2022, arXiv
 2203.02155), all of a document's in domain adaptation (Gururangan et al. 2020, arXiv 2004.10964)."""
 
-from ftray.objectives.loss import LogProbs, Loss, Objective, Row
+from typing import Literal
+
+from ftray.objectives.protocol import LogProbs, Loss, LossFunction, Objective, Row
+from ftray.schema import Strict
+
+
+class SftConfig(Strict):
+    """Conversations: the assistant's tokens are trained."""
+
+    type: Literal["sft"] = "sft"
+
+
+class DomainConfig(Strict):
+    """Documents: every token is trained."""
+
+    type: Literal["domain"]
 
 
 def sft_loss(log_probs: LogProbs, row: Row) -> Loss:
@@ -9,5 +24,9 @@ def sft_loss(log_probs: LogProbs, row: Row) -> Loss:
     return Loss(sum=-(log_probs.policy_N * row.weights_N).sum(), count=row.weights_N.sum())
 
 
-def make_sft() -> Objective:
-    return Objective(sft_loss)
+def make_loss(config: Strict) -> LossFunction:
+    return sft_loss
+
+
+SFT = Objective(SftConfig, make_loss, shape="conversation")
+DOMAIN = Objective(DomainConfig, make_loss, shape="document")

@@ -8,6 +8,7 @@ from ftray.config import PipelineConfig, RunConfig, Space, SweepConfig, load_con
 from ftray.config.space import load_any
 from ftray.data.sources import check_source
 from ftray.errors import UserError
+from ftray.objectives import objective_of
 from ftray.registry import Registry
 from ftray.registry.reference import check_alias
 from ftray.sweep.store import refuse_population_in_store
@@ -41,7 +42,7 @@ def check_pipeline(config: PipelineConfig) -> RunConfig:
     if config.general_text is not None:
         check_source("general_text", config.general_text)
     points, last = points_of(stages[-1]), runs[-1]
-    asks = all(run.objective.type == "sft" and run.data.eval is not None for run in points)
+    asks = all(objective_of(run.objective).shape == "conversation" and run.data.eval is not None for run in points)
     if not asks and any(".accuracy" in text for text in config.require):
         raise UserError(f"require: accuracy needs questions: {config.train[-1]} has no data.eval with objective sft")
     if not all(map(has_loss, points)) and any(".loss" in text for text in config.require):
@@ -76,7 +77,7 @@ def check_follows(config: PipelineConfig, path: str, stage: RunConfig | Sweep, e
 
 
 def has_loss(run: RunConfig) -> bool:
-    return run.data.eval is not None and run.objective.type in ("sft", "domain")
+    return run.data.eval is not None and objective_of(run.objective).unit == "token"
 
 
 def load_stage(config: PipelineConfig, path: str, more: dict[str, Any] | None = None) -> RunConfig | Sweep:

@@ -6,6 +6,7 @@ import torch
 
 from ftray.config import RunConfig
 from ftray.model.packed import LOGIT_ROWS
+from ftray.objectives import objective_of
 from ftray.plan.gpus import Gpu
 from ftray.plan.model_size import ModelSize, frozen_bytes
 from ftray.train.engine.zero import bucket_elements
@@ -56,7 +57,8 @@ def plan_memory(config: RunConfig, size: ModelSize, gpu: Gpu, *, workers: int) -
     if stage == 3:
         live = min(size.total, max(LIVE_ELEMENTS, 2 * size.layer))
         buffers += bucket + live * width
-    reference = config.objective.type == "dpo" and config.adapter is None  # a frozen copy, which is not offloaded
+    # A frozen copy, which is not offloaded.
+    reference = objective_of(config.objective).needs_reference and config.adapter is None
     host = 0.0
     if offload:
         host, optimizer = optimizer + size.trained * 4 / sharded, 0.0  # gradients go there too

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from ftray.config import RunConfig
+from ftray.objectives import objective_of
 from ftray.plan.gpus import Gpu
 from ftray.plan.memory import Memory, plan_memory
 from ftray.plan.model_size import ModelSize
@@ -76,7 +77,8 @@ def step_seconds(
         "num_trained": int(work.tokens * work.trained_share),
         "sum_squared_lengths": int(work.tokens * work.tokens_per_example / work.sequences_per_example),
     }
-    flops = size.flops.step(**counts, trains_base=config.adapter is None, reference=config.objective.type == "dpo")
+    reference = objective_of(config.objective).needs_reference
+    flops = size.flops.step(**counts, trains_base=config.adapter is None, reference=reference)
     if config.memory.activation_checkpointing:
         flops += size.flops.forward(**counts)
     compute = flops / (workers * gpu.tflops * 1e12 * mfu)

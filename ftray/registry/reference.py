@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from ftray.config.schema import NAME_PATTERN, NAME_RULE
 from ftray.errors import UserError
+from ftray.schema import NAME_PATTERN, NAME_RULE
 
 DEFAULT_ALIAS = "prod"
 TAG_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,63}")

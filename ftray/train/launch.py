@@ -22,6 +22,7 @@ from ftray.data.tokens import tokenize_source
 from ftray.errors import InterruptedRunError, TerminatedRunError
 from ftray.model.base import BaseModel, check_base_name, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
+from ftray.objectives import objective_of
 from ftray.tracking.events import record_driver_event
 from ftray.tracking.runs import RESULT
 from ftray.train.checkpoints.checkpoint import data_digest, read_state
@@ -149,10 +150,8 @@ def prepare_data(
     renderer = ChatRenderer(load_tokenizer(base))
 
     def tokens(key: str, source: str) -> TokenizedDataset:
-        objective = config.objective.type
-        return tokenize_source(
-            key, source, config.data, renderer, objective=objective, kept_in=kept_in, cancelled=cancelled
-        )
+        shape = objective_of(config.objective).shape
+        return tokenize_source(key, source, config.data, renderer, shape=shape, kept_in=kept_in, cancelled=cancelled)
 
     train = tokens("data.train", config.data.train)
     evaluation = tokens("data.eval", config.data.eval) if config.data.eval is not None else None

@@ -12,6 +12,7 @@ from ftray.data.tokens import tokenize_source
 from ftray.model.base import BaseModel, load_tokenizer
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
+from ftray.objectives import objective_of
 from ftray.train.engine.schedule import make_schedule
 from ftray.train.loop import Schedule, StepRecord, train
 from ftray.train.loss_guard import LossGuard
@@ -46,7 +47,9 @@ def train_bare(config: RunConfig, base: BaseModel, *, num_threads: int | None = 
     hardware = choose_hardware(use_gpu=config.workers.gpus_each > 0)
     dist.init_process_group(hardware.backend, rank=0, world_size=1)
     renderer = ChatRenderer(load_tokenizer(base))
-    dataset = tokenize_source("data.train", config.data.train, config.data, renderer, objective=config.objective.type)
+    dataset = tokenize_source(
+        "data.train", config.data.train, config.data, renderer, shape=objective_of(config.objective).shape
+    )
     engine = make_engine(config, base, hardware)
     plan = plan_steps(config, dataset.lengths)
     num_steps = plan.num_steps(epochs=config.epochs, max_steps=config.max_steps)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def run_group(
     from ftray.model.hardware import choose_hardware
     from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
     from ftray.model.weights import load_weights
-    from ftray.objectives import OBJECTIVES, LogProbs
+    from ftray.objectives import LogProbs, make_loss, objective_of
     from ftray.sweep.fused.group import FusedGroup, MemberStep
     from ftray.sweep.fused.member import make_member, save
     from ftray.train.checkpoints.checkpoint import newest_whole_checkpoint
@@ -64,14 +63,12 @@ def run_group(
         configs[record.name] = config.model_copy(update={"name": record.name, "runs_dir": str(out / "runs")})
     base = prepare_base(base_directory)
     first = next(iter(configs.values()))
-    data, kind = first.data, first.objective.type
-    dataset = tokenize_source("data.train", data.train, data, ChatRenderer(load_tokenizer(base)), objective=kind)
-    objective = OBJECTIVES[kind](**first.objective.model_dump(exclude={"type"}))
+    data, objective = first.data, objective_of(first.objective)
+    renderer = ChatRenderer(load_tokenizer(base))
+    dataset = tokenize_source("data.train", data.train, data, renderer, shape=objective.shape)
+    loss = whole = make_loss(first.objective)
     if policy_as_reference:
-        real = objective.loss
-        objective = replace(
-            objective, loss=lambda logs, row: real(LogProbs(logs.policy_N, logs.policy_N.detach()), row)
-        )
+        loss = lambda logs, row: whole(LogProbs(logs.policy_N, logs.policy_N.detach()), row)  # noqa: E731
     model = load_weights(base, choose_hardware(), attention=register_packed_attention())
     prepare_layers(model, MemoryConfig(activation_checkpointing=checkpointed))
     fused = FusedLora(model)
@@ -84,7 +81,7 @@ def run_group(
         )
         for name, config in configs.items()
     ]
-    group = FusedGroup(PackedCausalLM(model), fused, objective, choose_hardware(), token_budget=token_budget)
+    group = FusedGroup(PackedCausalLM(model), fused, objective, loss, choose_hardware(), token_budget=token_budget)
     found = {
         member.name: {
             "losses": [],

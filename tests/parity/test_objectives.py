@@ -15,7 +15,8 @@ from ftray.model.hardware import choose_hardware
 from ftray.model.lora import inject_lora, without_adapter
 from ftray.model.packed import PackedCausalLM, register_packed_attention
 from ftray.model.weights import load_weights
-from ftray.objectives import OBJECTIVES, LogProbs
+from ftray.objectives import OBJECTIVES, LogProbs, make_loss
+from ftray.objectives.dpo import DpoConfig
 
 # TRL closes an assistant turn without the line break that our tiny template has, which is never generated.
 TEMPLATE = (
@@ -52,7 +53,9 @@ def set_lora(model: nn.Module, *, prefix: str = "") -> None:
 
 def our_loss_and_gradients(tiny_base, renderer, path, kind, *, adapter, break_it=None, **settings):
     """(loss, metrics, {parameter: gradient})"""
-    dataset = tokenize_source("data.train", str(path), DataConfig(train=str(path)), renderer, objective=kind)
+    dataset = tokenize_source(
+        "data.train", str(path), DataConfig(train=str(path)), renderer, shape=OBJECTIVES[kind].shape
+    )
     model = load_weights(tiny_base, choose_hardware(), attention=register_packed_attention())
     reference = PackedCausalLM(load_weights(tiny_base, choose_hardware(), attention=register_packed_attention()))
     if adapter:
@@ -61,7 +64,7 @@ def our_loss_and_gradients(tiny_base, renderer, path, kind, *, adapter, break_it
     else:
         shift(model)
     packed = PackedCausalLM(model)
-    objective = OBJECTIVES[kind](**settings)
+    loss_of = make_loss(OBJECTIVES[kind].config(type=kind, **settings))
     row = pack(dataset, list(range(len(dataset))))
     with torch.no_grad():
         if adapter:
@@ -71,7 +74,7 @@ def our_loss_and_gradients(tiny_base, renderer, path, kind, *, adapter, break_it
             reference_N = reference(row)
     if break_it == "reference":
         reference_N = torch.zeros_like(reference_N)
-    loss = objective.loss(LogProbs(packed(row), reference_N), row)
+    loss = loss_of(LogProbs(packed(row), reference_N), row)
     count = loss.count.item()
     (loss.sum / count).backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -146,13 +149,13 @@ def test_dpo_loss_and_gradient_are_trls(tiny_base, renderer, tmp_path, adapter):
 def test_a_new_adapter_starts_at_log_2(tiny_base, renderer, tmp_path):
     """B is zero, so policy and reference agree: -log sigmoid(0)."""
     path = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
-    dataset = tokenize_source("data.train", str(path), DataConfig(train=str(path)), renderer, objective="dpo")
+    dataset = tokenize_source("data.train", str(path), DataConfig(train=str(path)), renderer, shape="pair")
     model = load_weights(tiny_base, choose_hardware(), attention=register_packed_attention())
     inject_lora(model, LORA, seed=0)
     packed, row = PackedCausalLM(model), pack(dataset, [0, 1, 2])
     with torch.no_grad(), without_adapter(model):
         reference_N = packed(row)
-    loss = OBJECTIVES["dpo"](beta=0.1).loss(LogProbs(packed(row), reference_N), row)
+    loss = make_loss(DpoConfig(type="dpo", beta=0.1))(LogProbs(packed(row), reference_N), row)
     assert loss.sum.item() / loss.count.item() == pytest.approx(math.log(2), rel=1e-6)
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n), "the adapter is on again"
 
@@ -161,7 +164,7 @@ def test_a_dummy_pair_adds_nothing(tiny_base):
     model = PackedCausalLM(load_weights(tiny_base, choose_hardware(), attention=register_packed_attention()))
     row = dummy_row(2)
     log_probs = model(row)
-    loss = OBJECTIVES["dpo"](beta=0.1).loss(LogProbs(log_probs, log_probs.detach()), row)
+    loss = make_loss(DpoConfig(type="dpo", beta=0.1))(LogProbs(log_probs, log_probs.detach()), row)
     assert (loss.sum.item(), loss.count.item()) == (0.0, 0.0)
     assert all(value.item() == 0 for value in loss.metrics.values())
 
@@ -206,7 +209,7 @@ def test_a_split_document_loses_no_target(renderer, tmp_path):
 
     def tokens(**settings):
         data = DataConfig(train=str(path), **settings)
-        return tokenize_source("data.train", str(path), data, renderer, objective="domain")
+        return tokenize_source("data.train", str(path), data, renderer, shape="document")
 
     whole, split = tokens(), tokens(max_example_tokens=8, overlong="split")
     assert len(split) > len(whole)
@@ -221,7 +224,7 @@ def test_the_shared_preference_rows_are_read(renderer):
     if not path.is_file():
         pytest.skip("the shared data are not on this machine")
     data = DataConfig(train=str(path), max_example_tokens=100_000)
-    dataset = tokenize_source("data.train", str(path), data, renderer, objective="dpo")
+    dataset = tokenize_source("data.train", str(path), data, renderer, shape="pair")
     row = json.loads(path.read_text())[0]
     chosen, rejected = dataset.sequences(0)
     assert renderer.tokenizer.decode(chosen[0][chosen[1]]) == row["chosen"]["value"] + "<|im_end|>"

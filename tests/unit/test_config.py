@@ -65,7 +65,7 @@ def test_every_problem_is_in_one_report():
         ("objective.typ=dpo", "objective: type is required, but not given"),
         (
             "objective.type=dop",
-            "objective.type: 'dop' is refused: Input should be 'sft', 'domain', 'dpo'; did you mean 'dpo'?",
+            "objective.type: 'dop' is refused: Input should be 'sft', 'domain', 'dpo', 'module:NAME'; did you mean",
         ),
         ("objective={type: dpo, betta: 0.1}", "objective.betta: unknown key; did you mean 'beta'?"),
         ("objective={type: dpo, beta: -1}", "objective.beta: -1 is refused: Input should be greater than 0"),

@@ -8,38 +8,33 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "ftray"
 
+TORCH = {"torch", "transformers"}
+# What every room may import: errors, value types, configs and files.
+GROUND = {"errors", "schema", "plugins", "objectives", "config", "storage"}
+MODELS = GROUND | {"model", "registry", "tracking", "data", "infer", "cluster", "evaluate"}
 # room: (rooms of ftray it may import, packages it must not import). From the ground up.
 TABLE = {
-    "errors": (set(), {"torch", "ray", "deepspeed", "transformers", "pydantic"}),
-    "config": ({"errors"}, {"torch", "ray", "deepspeed", "transformers"}),
-    "storage": ({"errors"}, {"torch", "ray", "deepspeed", "transformers"}),
-    "objectives": ({"errors"}, {"ray", "deepspeed", "transformers", "torch.distributed"}),
-    "model": ({"errors", "config", "storage"}, {"ray", "deepspeed"}),
-    "registry": ({"errors", "config", "storage"}, {"torch", "ray", "deepspeed", "transformers"}),
-    "tracking": ({"errors", "config", "storage"}, {"torch", "ray", "deepspeed", "transformers"}),
-    "data": ({"errors", "config", "storage", "model"}, {"ray", "deepspeed"}),
-    "infer": ({"errors", "config", "storage", "model"}, {"ray", "deepspeed", "vllm"}),
-    "cluster": ({"errors", "config", "storage", "model", "tracking"}, {"torch", "deepspeed", "transformers"}),
-    "evaluate": ({"errors", "config", "storage", "data", "model", "infer", "tracking"}, {"ray", "deepspeed"}),
-    "submit": ({"errors"}, {"torch", "deepspeed", "transformers"}),
-    "train": (
-        {"errors", "config", "storage", "objectives", "model", "tracking", "data", "infer", "cluster", "evaluate"},
-        {"deepspeed", "ray"},
-    ),
-    "plan": ({"errors", "config", "storage", "model", "train"}, {"ray", "deepspeed"}),
-    "artifacts": ({"errors", "config", "storage", "model", "registry", "train"}, {"ray", "deepspeed"}),
-    "doctor": ({"errors", "storage", "model", "tracking", "infer", "cluster", "submit"}, {"deepspeed"}),
-    "serve": ({"errors", "config", "storage", "model", "infer", "registry", "tracking"}, {"deepspeed", "ray"}),
-    "sweep": (
-        {"errors", "config", "storage", "objectives", "model", "tracking", "data", "infer", "cluster", "evaluate"}
-        | {"train", "registry"},
-        {"deepspeed", "ray"},
-    ),
-    "pipeline": (
-        {"errors", "config", "storage", "model", "registry", "tracking", "data", "cluster", "evaluate", "train"}
-        | {"artifacts", "sweep"},
-        {"deepspeed"},
-    ),
+    "errors": (set(), {"pydantic", "ray", "deepspeed", *TORCH}),
+    "schema": ({"errors"}, {"ray", "deepspeed", *TORCH}),
+    "plugins": ({"errors"}, {"ray", "deepspeed", *TORCH}),
+    "objectives": ({"errors", "schema", "plugins"}, {"ray", "deepspeed", "transformers", "torch.distributed"}),
+    "config": ({"errors", "schema", "plugins", "objectives"}, {"ray", "deepspeed", *TORCH}),
+    "storage": ({"errors"}, {"ray", "deepspeed", *TORCH}),
+    "model": (GROUND, {"ray", "deepspeed"}),
+    "registry": (GROUND, {"ray", "deepspeed", *TORCH}),
+    "tracking": (GROUND, {"ray", "deepspeed", *TORCH}),
+    "data": (GROUND | {"model"}, {"ray", "deepspeed"}),
+    "infer": (GROUND | {"model"}, {"ray", "deepspeed", "vllm"}),
+    "cluster": (GROUND | {"model", "tracking"}, {"deepspeed", *TORCH}),
+    "evaluate": (GROUND | {"model", "data", "infer", "tracking"}, {"ray", "deepspeed"}),
+    "submit": ({"errors"}, {"deepspeed", *TORCH}),
+    "train": (MODELS, {"ray", "deepspeed"}),
+    "plan": (GROUND | {"model", "train"}, {"ray", "deepspeed"}),
+    "artifacts": (GROUND | {"model", "registry", "train"}, {"ray", "deepspeed"}),
+    "doctor": (GROUND | {"model", "tracking", "infer", "cluster", "submit"}, {"deepspeed"}),
+    "serve": (GROUND | {"model", "infer", "registry", "tracking"}, {"ray", "deepspeed"}),
+    "sweep": (MODELS | {"train"}, {"ray", "deepspeed"}),
+    "pipeline": (MODELS | {"train", "artifacts", "sweep"}, {"deepspeed"}),
 }
 TOP = {"cli", "quickstart", "__main__", "__init__"}  # may import everything
 # Where a package that a room must not import is at home.

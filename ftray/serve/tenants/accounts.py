@@ -18,8 +18,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.event import listen
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from ftray.config.schema import NAME_PATTERN, NAME_RULE
 from ftray.errors import ConflictError, FtrayError, NotFoundError, UserError
+from ftray.schema import NAME_PATTERN, NAME_RULE
 
 KEY_PREFIX = "ftray-"
 

@@ -19,7 +19,7 @@ from ftray.data.plan import MicroBatch, divide
 from ftray.model.fused_lora import FusedLora, Span
 from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedCausalLM
-from ftray.objectives import LogProbs, Loss, Objective
+from ftray.objectives import LogProbs, Loss, LossFunction, Objective
 from ftray.sweep.fused.member import Member
 
 Work = tuple[Member, MicroBatch]
@@ -69,6 +69,7 @@ class FusedGroup:
         model: PackedCausalLM,
         fused: FusedLora,
         objective: Objective,
+        loss: LossFunction,
         hardware: Hardware,
         *,
         token_budget: int,  # of one forward: several members' micro-batches go together up to it
@@ -77,6 +78,7 @@ class FusedGroup:
         self._model = model
         self._fused = fused
         self._objective = objective
+        self._loss = loss
         self._hardware = hardware
         self._token_budget = token_budget
         self.sharing = sharing or RowSharing(is_faster=True)
@@ -182,7 +184,7 @@ class FusedGroup:
             with torch.no_grad():
                 reference = self._model(row).split(sizes)  # no spans: the base alone
         given = zip(policy, reference, parts, strict=True)
-        return [self._objective.loss(LogProbs(own, base), part) for own, base, part in given], spans
+        return [self._loss(LogProbs(own, base), part) for own, base, part in given], spans
 
     def _reduce_gradients(self, members: Sequence[Member]) -> None:
         """One all-reduce: adapters are small, and many small ones would wait for each other's latency."""

@@ -14,6 +14,7 @@ import ray
 
 from ftray.config import RunConfig
 from ftray.errors import FtrayError, StoreError, UnwritableError
+from ftray.objectives import objective_of
 from ftray.sweep.fused.group import MemberStep, RowSharing
 from ftray.sweep.fused.job import FusedJob
 from ftray.sweep.fused.member import Member, save
@@ -149,7 +150,7 @@ class GroupReporter:
             num_trained=reported.num_trained_tokens,
             sum_squared_lengths=int((lengths**2).sum()),
             trains_base=False,
-            reference=member.config.objective.type == "dpo",
+            reference=objective_of(member.config.objective).needs_reference,
         )
         record = StepRecord(
             step=member.step,

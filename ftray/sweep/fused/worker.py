@@ -19,7 +19,7 @@ from ftray.model.fused_lora import FusedLora
 from ftray.model.hardware import choose_hardware, make_deterministic
 from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
 from ftray.model.weights import load_weights
-from ftray.objectives import OBJECTIVES
+from ftray.objectives import make_loss, objective_of
 from ftray.sweep.fused.group import FusedGroup, RowSharing
 from ftray.sweep.fused.job import FusedJob
 from ftray.sweep.fused.member import Member, make_member
@@ -45,10 +45,10 @@ def fused_worker(job: FusedJob) -> None:
     ranks_per_node = ray.train.get_context().get_local_world_size()
     memory = MemoryBudget(model, job.adapters, hardware, world_size=world_size, ranks_per_node=ranks_per_node)
     fused = FusedLora(model)
-    objective = OBJECTIVES[job.base_run.objective.type](**job.base_run.objective.model_dump(exclude={"type"}))
+    objective, loss = objective_of(job.base_run.objective), make_loss(job.base_run.objective)
     budget = job.base_run.batch.tokens_per_micro_batch
     sharing = RowSharing(job.shares_rows)
-    group = FusedGroup(PackedCausalLM(model), fused, objective, hardware, token_budget=budget, sharing=sharing)
+    group = FusedGroup(PackedCausalLM(model), fused, objective, loss, hardware, token_budget=budget, sharing=sharing)
     train_data = open_dataset(local_copy(job.train_data))
     eval_data = open_dataset(local_copy(job.eval_data)) if job.eval_data is not None else None
     data = PreparedData(train_data, eval_data, job.data_digest)

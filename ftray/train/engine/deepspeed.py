@@ -16,7 +16,7 @@ from ftray.model.flops import count_flops, measure_gemm_rate
 from ftray.model.hardware import Hardware
 from ftray.model.lora import without_adapter
 from ftray.model.packed import PackedCausalLM, PackedRow
-from ftray.objectives import LogProbs, Loss, Objective
+from ftray.objectives import LogProbs, Loss, LossFunction, Objective
 from ftray.train.engine.adamw_8bit import AdamW8bit
 from ftray.train.engine.optimizer import make_optimizer
 from ftray.train.engine.state import Shard, ShardedState
@@ -45,6 +45,7 @@ class TrainEngine:
         self,
         model: PackedCausalLM,
         objective: Objective,
+        loss: LossFunction,
         hardware: Hardware,
         config: RunConfig,
         *,
@@ -55,6 +56,7 @@ class TrainEngine:
         self._sharding = sharding
         self.model = model
         self.objective = objective
+        self.loss = loss
         self.hardware = hardware
         self.stage = config.zero.stage
         self._zero_settings = config.zero.settings
@@ -195,7 +197,7 @@ class TrainEngine:
     def _loss(self, row: PackedRow) -> Loss:
         row = row.to(self.hardware.device)
         reference_N = self._reference(row) if self.objective.needs_reference else None
-        return self.objective.loss(LogProbs(self._engine(row), reference_N), row)
+        return self.loss(LogProbs(self._engine(row), reference_N), row)
 
     @torch.no_grad()
     def _reference(self, row: PackedRow) -> Tensor:

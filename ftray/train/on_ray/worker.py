@@ -27,7 +27,7 @@ from ftray.model.packed import (
 )
 from ftray.model.sequence_parallel import make_sequence_ranks
 from ftray.model.weights import load_weights
-from ftray.objectives import OBJECTIVES
+from ftray.objectives import make_loss, objective_of
 from ftray.storage import remove_unlisted, write_json
 from ftray.storage.manifest import MANIFEST
 from ftray.tracking.events import record_event
@@ -248,7 +248,7 @@ def make_engine(
         initial_adapter = inject_lora(model, config.adapter, seed=config.seed)
         if init_from is not None:
             load_weights_from(init_from, model, config.adapter, label=str(config.adapter.init_from))
-    objective = OBJECTIVES[config.objective.type](**config.objective.model_dump(exclude={"type"}))
+    objective = objective_of(config.objective)
     num_heads = model.config.get_text_config().num_attention_heads
     ranks = make_sequence_ranks(config.memory.sequence_parallel, num_heads=num_heads)
     chunks = logit_chunks(config.batch.tokens_per_micro_batch, ranks) if config.zero.stage == 3 else None
@@ -259,6 +259,7 @@ def make_engine(
     return TrainEngine(
         PackedCausalLM(prepare_layers(model, config.memory), num_logit_chunks=chunks, ranks=ranks),
         objective,
+        make_loss(config.objective),
         hardware,
         config,
         sharding=sharding,

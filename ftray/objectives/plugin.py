@@ -1,0 +1,40 @@
+"""A user's own objective: `objective: {type: "module:NAME", ...}`; its own section reads the other keys."""
+
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from ftray.errors import UserError
+from ftray.objectives.protocol import Objective
+from ftray.plugins import FORM, is_plugin, load_plugin
+from ftray.schema import Strict
+
+PLUGIN = "module:NAME"
+
+
+class PluginConfig(Strict):
+    """An `Objective` of one's own, by module and name."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    type: Annotated[str, Field(pattern=f"^{FORM.pattern}$")]
+
+    @model_validator(mode="after")
+    def reads_its_keys(self):
+        try:
+            self.own_section()
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        return self
+
+    def own_section(self) -> Strict:
+        objective = load_plugin(self.type, Objective, key="objective.type")
+        return objective.config.model_validate({"type": self.type, **(self.model_extra or {})})
+
+
+def tag_of(section: Any) -> Any:
+    """Which arm reads a section: the plugin's, or the one that its `type` names."""
+    kind = section.get("type") if isinstance(section, dict) else getattr(section, "type", None)
+    return PLUGIN if isinstance(kind, str) and is_plugin(kind) else kind

@@ -1,0 +1,39 @@
+"""A user's own code, named in a config as `module:NAME` and looked for where the command runs as well: an objective, a
+task, a data format, a callback."""
+
+import importlib
+import os
+import re
+import sys
+from typing import Any, TypeVar
+
+from ftray.errors import UserError
+
+T = TypeVar("T")
+FORM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_plugin(reference: str) -> bool:
+    return FORM.fullmatch(reference) is not None
+
+
+def load_plugin(reference: str, kind: type[T], *, key: str) -> T:
+    """Raises `UserError` that names the key where there is no such module or name, or where it is no `kind`."""
+    module_name, _, name = reference.partition(":")
+    found = getattr(import_module(module_name, reference, key=key), name, None)
+    if found is None:
+        raise UserError(f"{key}: {reference}: the module {module_name} has no {name}")
+    if not isinstance(found, kind):
+        raise UserError(f"{key}: {reference}: is of type {type(found).__name__}, and must be of type {kind.__name__}")
+    return found
+
+
+def import_module(module_name: str, reference: str, *, key: str) -> Any:
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # Ray hands it to the workers, as it does all of the driver's path
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{key}: {reference}: no module named {error.name!r}; it is looked for in {here} and where packages are"
+        ) from None

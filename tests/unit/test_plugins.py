@@ -1,0 +1,91 @@
+"""A user's own code by `module:NAME`: one file, found where the command runs."""
+
+import sys
+
+import pytest
+import torch
+
+from ftray.config import parse_config
+from ftray.errors import ConfigError, UserError
+from ftray.objectives import LogProbs, make_loss, objective_of
+from ftray.plugins import load_plugin
+
+TOY = '''
+"""Likelihood of the answers, so many times."""
+
+from typing import Literal
+
+from ftray.objectives import Loss, Objective, sft_loss
+from ftray.schema import PositiveFloat, Strict
+
+
+class Times(Strict):
+    type: str
+    factor: PositiveFloat = 2.0
+
+
+def make_loss(config):
+    def loss(log_probs, row):
+        whole = sft_loss(log_probs, row)
+        return Loss(sum=whole.sum * config.factor, count=whole.count)
+
+    return loss
+
+
+TIMES = Objective(Times, make_loss, shape="conversation")
+NUMBER = 3
+'''
+RUN = "kind: run\nname: r\nbase_model: base\nmax_steps: 1\ndata: {train: t.jsonl}\n"
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    (tmp_path / "toy_objective.py").write_text(TOY)
+    (tmp_path / "broken_objective.py").write_text("import no_such_package_at_all\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in ("toy_objective", "broken_objective"):
+        sys.modules.pop(name, None)
+
+
+def parse(objective: str):
+    return parse_config(RUN, [f"objective={objective}"], kind="run", source="test")
+
+
+class TwoTargets:
+    weights_N = torch.ones(2)
+    sequences_N = torch.zeros(2, dtype=torch.long)
+    num_sequences = 1
+
+
+def test_an_objective_of_ones_own_is_one_file(toy):
+    config = parse("{type: 'toy_objective:TIMES', factor: 3}")
+    assert objective_of(config.objective).shape == "conversation"
+    loss = make_loss(config.objective)(LogProbs(torch.tensor([-1.0, -2.0])), TwoTargets())
+    assert (loss.sum.item(), loss.count.item()) == (9.0, 2.0)
+    again = type(config).model_validate_json(config.model_dump_json())  # as workers and resumed runs read it
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("objective", "problem"),
+    [
+        ("{type: 'toy_objective:TIMES', factor: -1}", "objective: factor: Input should be greater than 0"),
+        ("{type: 'toy_objective:TIMES', facto: 1}", "objective: facto: Extra inputs are not permitted"),
+        ("{type: 'toy_objective:MISSING'}", "the module toy_objective has no MISSING"),
+        ("{type: 'toy_objective:NUMBER'}", "is of type int, and must be of type Objective"),
+        ("{type: 'no_such_module:X'}", "no module named 'no_such_module'"),
+        ("{type: 'broken_objective:X'}", "no module named 'no_such_package_at_all'"),
+    ],
+)
+def test_mistakes_are_one_line_each(toy, objective, problem):
+    with pytest.raises(ConfigError) as caught:
+        parse(objective)
+    assert len(caught.value.problems) == 1
+    assert problem in caught.value.problems[0]
+
+
+def test_a_plugin_that_is_found_nowhere_says_where_it_was_looked_for(toy, tmp_path):
+    with pytest.raises(UserError, match=f"it is looked for in {tmp_path}"):
+        load_plugin("nowhere:X", object, key="task")
