@@ -14,9 +14,10 @@ from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
 from ftray.objectives import objective_of
 from ftray.train.engine.schedule import make_schedule
-from ftray.train.loop import Schedule, StepRecord, train
+from ftray.train.loop import Schedule, Training, train
 from ftray.train.loss_guard import LossGuard
 from ftray.train.on_ray.worker import make_engine
+from ftray.train.step_record import StepRecord
 
 
 class Recorder:
@@ -54,17 +55,14 @@ def train_bare(config: RunConfig, base: BaseModel, *, num_threads: int | None = 
     plan = plan_steps(config, dataset.lengths)
     num_steps = plan.num_steps(epochs=config.epochs, max_steps=config.max_steps)
     recorder = Recorder()
-    train(
-        engine,
-        dataset,
-        plan,
-        make_schedule(config.optimizer, num_steps=num_steps),
-        Schedule(0, num_steps, None, evaluate_every=10**9, save_every=10**9),
-        LossGuard(config.guard),
-        recorder,
-        rank=0,
-        seed=config.seed,
-        evaluate=None,
+    schedule = Schedule(
+        0,
+        num_steps,
+        None,
+        evaluate_every=10**9,
+        save_every=10**9,
+        learning_rate=make_schedule(config.optimizer, num_steps=num_steps),
     )
+    train(engine, Training(dataset, plan, schedule), LossGuard(config.guard), recorder)
     dist.destroy_process_group()
     return recorder.steps

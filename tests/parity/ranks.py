@@ -142,7 +142,7 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     from ftray.train.checkpoints.checkpoint import read_state, restore
     from ftray.train.checkpoints.saver import Saver
     from ftray.train.engine.schedule import make_schedule
-    from ftray.train.loop import Schedule, evaluation_rows, train
+    from ftray.train.loop import Schedule, Training, evaluation_rows, train
     from ftray.train.loss_guard import LossGuard
     from ftray.train.on_ray.worker import make_engine
 
@@ -180,18 +180,17 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
         on_failure=failed,
     )
     seen.save = saver.begin
-    train(
-        engine,
-        dataset,
-        plan_steps(config, dataset.lengths),
-        make_schedule(config.optimizer, num_steps=record.steps),
-        Schedule(start_step, record.stop_after or record.steps, None, evaluate_every=2, save_every=record.steps),
-        LossGuard(config.guard),
-        seen,
-        rank=rank,
-        seed=config.seed,
-        evaluate=lambda: engine.evaluate(rows()),
+    schedule = Schedule(
+        start_step,
+        record.stop_after or record.steps,
+        None,
+        evaluate_every=2,
+        save_every=record.steps,
+        learning_rate=make_schedule(config.optimizer, num_steps=record.steps),
     )
+    plan = plan_steps(config, dataset.lengths)
+    training = Training(dataset, plan, schedule, evaluate=lambda: engine.evaluate(rows()))
+    train(engine, training, LossGuard(config.guard), seen)
     saver.finish(last=True)
     saver.close()
     weights = {name: value.clone() for name, value in engine.weights()}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fake_engine import FakeEngine
 from tiny import SHARED_DATA, chat_rows, lora_value, write_jsonl
 
 from ftray.config.run import DataConfig
@@ -196,16 +197,14 @@ def test_sampled_answers_are_transformers_greedy_generation(model, dataset, tiny
 
     from ftray.train.hooks.samples import sample_answers, take_prompts
 
-    class OneRank:
-        share, num_shares = 0, 1
-        all_ranks = staticmethod(bool)
-        gather = staticmethod(lambda value: [value])
-        next_tokens = staticmethod(lambda row: model(row, predict=True).tolist())
+    class Predicting(FakeEngine):
+        def next_tokens(self, row):
+            return model(row, predict=True).tolist()
 
     prompts = take_prompts(dataset, 4)
     stop = 2  # <|im_end|>
     with torch.no_grad():
-        answers = sample_answers(OneRank(), prompts, max_tokens=8, stop_ids=frozenset([stop]))  # pyright: ignore
+        answers = sample_answers(Predicting(), prompts, max_tokens=8, stop_ids=frozenset([stop]))
     plain = AutoModelForCausalLM.from_pretrained(tiny_base.directory)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt.ids])

@@ -17,7 +17,6 @@ from ftray.sweep.search.population import RATE, Moved, choose_moves, take_over
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Report, trials_directory
 from ftray.tracking.events import read_events
-from ftray.train.loop import Schedule, train as train_steps
 
 SPACE = "{optimizer.learning_rate: {log_uniform: [1.0e-4, 1.0e-1]}}"
 SEARCH = "{algorithm: random, trials: 8, scheduler: pbt}"
@@ -260,23 +259,6 @@ def test_a_clone_that_the_others_could_not_take_over_is_refused(load, tmp_path):
     with pytest.raises(ConfigError, match="each other's weights"):
         study.clone("t000", {"optimizer.type": "adamw_8bit"})
     assert study.clone("t000", {"optimizer.max_grad_norm": 0.5})["optimizer.max_grad_norm"] == 0.5
-
-
-def test_workers_that_start_again_where_they_were_to_stop_do_no_more():
-    class Asked:
-        def should_stop(self, step: int) -> bool:
-            return step == 10
-
-    def loop(start: int) -> int:
-        schedule = Schedule(
-            start_step=start, num_steps=40, end_position=None, evaluate_every=10, save_every=10, skipped=frozenset()
-        )
-        given = {"rank": 0, "seed": 0, "evaluate": None}
-        return train_steps(None, None, None, None, schedule, None, Asked(), **given)
-
-    assert loop(10) == 10
-    with pytest.raises(AttributeError):  # it would train
-        loop(11)
 
 
 def test_what_a_population_cannot_have_is_said_before_it_starts(load):

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from fake_engine import FakeEngine
 
 from ftray.config import parse_config
 from ftray.errors import FtrayError
@@ -12,30 +13,6 @@ from ftray.train.checkpoints import saver as saver_module
 from ftray.train.checkpoints.saver import Saver
 from ftray.train.engine.state import MASTER, Shard, ShardedState, write_shard
 from ftray.train.loss_guard import LossGuard, name_rows, suspects
-
-
-class OneRank:
-    """An engine of one parameter and one rank."""
-
-    world_size = 1
-    initial_adapter = None
-    value = 0.0
-
-    class model:
-        class model:
-            class config:
-                @staticmethod
-                def get_text_config():
-                    return None
-
-    def shard(self) -> Shard:
-        return Shard({"master.w": torch.full((4,), self.value)}, {"w": 0}, {"w": [2, 2]})
-
-    def gather(self, value):
-        return [value]
-
-    def all_ranks(self, condition):
-        return condition
 
 
 @pytest.fixture
@@ -50,9 +27,9 @@ def make(tmp_path):
         directory.rename(tmp_path / f"step-{step}")
         published.append(step)
 
-    engine = OneRank()
+    engine = FakeEngine()
     saver = Saver(
-        engine,  # pyright: ignore
+        engine,
         config,
         None,  # pyright: ignore
         data_digest="d",

@@ -14,7 +14,6 @@ import ray
 
 from ftray.config import RunConfig
 from ftray.errors import FtrayError, StoreError, UnwritableError
-from ftray.objectives import objective_of
 from ftray.sweep.fused.group import MemberStep, RowSharing
 from ftray.sweep.fused.job import FusedJob
 from ftray.sweep.fused.member import Member, save
@@ -27,11 +26,11 @@ from ftray.train.checkpoints.checkpoint import newest_whole_checkpoint, read_sta
 from ftray.train.hooks.callbacks import SAVE_FAILED
 from ftray.train.hooks.recorder import Recorder
 from ftray.train.job import STOP_REQUEST
-from ftray.train.loop import StepRecord, peak_memory_gib
 from ftray.train.loss_guard import WINDOW_STEPS
 from ftray.train.runs.directory import check_same_data, open_run_directory
 from ftray.train.runs.finalize import PreparedData, finalize, num_steps
 from ftray.train.runs.store import drop_checkpoints, is_stored
+from ftray.train.step_record import FlopsMeter, record_step
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,11 @@ class Assignment:
 class GroupReporter:
     """Rank 0's paperwork: the coordinator, and the members' run directories."""
 
-    def __init__(self, job: FusedJob, base: Any, data: PreparedData, *, flops: Any, rate: float):
+    def __init__(self, job: FusedJob, base: Any, data: PreparedData, *, meter: FlopsMeter):
         self._job = job
         self._base = base
         self._data = data
-        self._flops = flops
-        self._rate = rate
+        self._meter = meter
         self._reporters: dict[str, Reporter] = {}
         self._stored: dict[str, StoredMember] = {}
         self._uploads: dict[str, Future[None]] = {}
@@ -143,28 +141,16 @@ class GroupReporter:
         ray.get(self._job.coordinator.keep_sharing.remote(sharing.is_faster))
 
     def record(self, member: Member, reported: MemberStep) -> None:
-        examples = member.plan.examples(member.step - 1, end=member.end_position)
-        lengths = self._data.train.sequence_lengths.reshape(len(self._data.train), -1)[examples]
-        flops = self._flops.step(
-            num_tokens=reported.num_tokens,
-            num_trained=reported.num_trained_tokens,
-            sum_squared_lengths=int((lengths**2).sum()),
-            trains_base=False,
-            reference=objective_of(member.config.objective).needs_reference,
-        )
-        record = StepRecord(
+        record = record_step(
+            self._data.train,
+            member.plan.examples(member.step - 1, end=member.end_position),
+            self._meter,
             step=member.step,
             loss=reported.loss,
+            metrics=reported.metrics,
             learning_rate=reported.learning_rate,
             grad_norm=reported.grad_norm,
-            num_tokens=reported.num_tokens,
-            num_trained_tokens=reported.num_trained_tokens,
-            tokens_per_s=reported.num_tokens / reported.seconds,
             seconds=reported.seconds,
-            time=time.time(),
-            mfu=flops / reported.seconds / self._rate,
-            memory_gib=peak_memory_gib(),
-            metrics=reported.metrics,
         )
         self._append(member, record.as_dict())
 

@@ -28,6 +28,7 @@ from ftray.sweep.fused.reporter import Assignment, GroupReporter, SilentReporter
 from ftray.train.hooks.watchdog import Watchdog
 from ftray.train.runs.finalize import PreparedData
 from ftray.train.runs.store import directory_of_rank, local_copy
+from ftray.train.step_record import FlopsMeter
 
 WAIT_S = 0.2
 Outcomes = dict[str, tuple[str, str | None]]  # by member that is over: finished, stopped or diverged, and why
@@ -52,8 +53,9 @@ def fused_worker(job: FusedJob) -> None:
     train_data = open_dataset(local_copy(job.train_data))
     eval_data = open_dataset(local_copy(job.eval_data)) if job.eval_data is not None else None
     data = PreparedData(train_data, eval_data, job.data_digest)
-    flops, rate = count_flops(model), measure_gemm_rate(hardware) * world_size
-    reporter = GroupReporter(job, base, data, flops=flops, rate=rate) if rank == 0 else SilentReporter()
+    gemm_rate = measure_gemm_rate(hardware) * world_size
+    meter = FlopsMeter(count_flops(model), gemm_rate, trains_base=False, reference=objective.needs_reference)
+    reporter = GroupReporter(job, base, data, meter=meter) if rank == 0 else SilentReporter()
     reporter.log(memory.describe(slots=job.slots))
     directory = directory_of_rank(job.url, rank, attempt=job.attempt) if job.url is not None else job.directory
     watchdog = Watchdog(directory, rank=rank, timeout_s=job.base_run.guard.hang_timeout_s)

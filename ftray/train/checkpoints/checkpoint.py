@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,10 +23,8 @@ from ftray.errors import DamagedError
 from ftray.model.base import BaseModel
 from ftray.model.lora import write_adapter
 from ftray.storage import FileEntry, list_files, read_json, verify_directory, write_json, write_manifest
+from ftray.train.engine.protocol import TrainingEngine
 from ftray.train.engine.state import Shard, ShardedState, write_shard
-
-if TYPE_CHECKING:  # importing it loads deepspeed
-    from ftray.train.engine.deepspeed import TrainEngine
 
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
@@ -53,12 +51,10 @@ class Snapshot:
     ties_embeddings: bool
 
 
-def take_snapshot(engine: "TrainEngine", config: RunConfig, state: TrainerState, *, rank: int) -> Snapshot:
+def take_snapshot(engine: TrainingEngine, config: RunConfig, state: TrainerState, *, rank: int) -> Snapshot:
     """All ranks call it: the adapter, which is small, is gathered; the rest is each rank's own."""
     adapter = collect(engine.weights(), keep=rank == 0) if config.adapter is not None else None
-    model = engine.model.model
-    ties = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    return Snapshot(state, engine.shard(), adapter, engine.initial_adapter, ties)
+    return Snapshot(state, engine.shard(), adapter, engine.initial_adapter, engine.ties_embeddings)
 
 
 def collect(tensors: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor] | None:
@@ -102,7 +98,7 @@ def metadata_of(config: RunConfig, state: TrainerState) -> dict[str, Any]:
     return {"run": config.name, "step": state.step}
 
 
-def restore(directory: Path, engine: "TrainEngine") -> None:
+def restore(directory: Path, engine: TrainingEngine) -> None:
     engine.restore(ShardedState(directory), step=read_state(directory).step)
 
 

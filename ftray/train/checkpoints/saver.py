@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ftray.config import RunConfig
 from ftray.errors import FtrayError
@@ -22,9 +21,7 @@ from ftray.train.checkpoints.checkpoint import (
     take_snapshot,
     write_snapshot,
 )
-
-if TYPE_CHECKING:  # importing it loads deepspeed
-    from ftray.train.engine.deepspeed import TrainEngine
+from ftray.train.engine.protocol import TrainingEngine, all_ranks
 
 # (this rank's directory, step): makes its files part of checkpoints/step-N. Called on all ranks together; raises
 # `FtrayError` on all of them or on none.
@@ -38,7 +35,7 @@ OnFailure = Callable[[int, str], None]
 class Saver:
     def __init__(
         self,
-        engine: "TrainEngine",
+        engine: TrainingEngine,
         config: RunConfig,
         base: BaseModel,
         *,
@@ -70,7 +67,7 @@ class Saver:
 
     def poll(self) -> None:
         """At the end of a step: completes the save if every rank has written its files."""
-        if self._pending is not None and self._engine.all_ranks(self._pending[1].done()):
+        if self._pending is not None and all_ranks(self._engine, self._pending[1].done()):
             self.finish(last=False)
 
     def finish(self, *, last: bool) -> None:

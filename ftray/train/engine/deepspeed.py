@@ -1,8 +1,7 @@
-"""The DeepSpeed engine behind five verbs. The loop above it knows steps and rows, not ranks and stages."""
+"""The engine over DeepSpeed. The loop above it knows steps and rows, not ranks and stages."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -19,6 +18,7 @@ from ftray.model.packed import PackedCausalLM, PackedRow
 from ftray.objectives import LogProbs, Loss, LossFunction, Objective
 from ftray.train.engine.adamw_8bit import AdamW8bit
 from ftray.train.engine.optimizer import make_optimizer
+from ftray.train.engine.protocol import StepLoss
 from ftray.train.engine.state import Shard, ShardedState
 from ftray.train.engine.zero import (
     freeze,
@@ -30,17 +30,12 @@ from ftray.train.engine.zero import (
     skip_unused_builds,
     zero_settings,
 )
+from ftray.train.step_record import FlopsMeter
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """Means over the step, on every rank the same."""
+class DeepSpeedEngine:
+    """`TrainingEngine` over DeepSpeed ZeRO."""
 
-    loss: float
-    metrics: dict[str, float]
-
-
-class TrainEngine:
     def __init__(
         self,
         model: PackedCausalLM,
@@ -75,10 +70,18 @@ class TrainEngine:
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self._reference_model = freeze(reference, settings, stage=self.stage) if reference is not None else None
-        self.flops = count_flops(model.model)
-        self.trains_base = config.adapter is None
+        self.ties_embeddings = bool(getattr(model.model.config.get_text_config(), "tie_word_embeddings", False))
         dist.barrier()  # all at once, as they will train: on one machine they share its cores
-        self.gemm_rate = self.sum_over_ranks(measure_gemm_rate(hardware))  # FLOPs a second of all workers
+        self.meter = FlopsMeter(
+            count_flops(model.model),
+            self.sum_over_ranks(measure_gemm_rate(hardware)),
+            trains_base=config.adapter is None,
+            reference=objective.needs_reference,
+        )
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
 
     @property
     def world_size(self) -> int:
@@ -86,7 +89,6 @@ class TrainEngine:
 
     @property
     def num_shares(self) -> int:
-        """A step's examples are divided into that many; the ranks that share every row have one share."""
         return self.world_size // self.sequence_parallel
 
     @property
@@ -94,7 +96,6 @@ class TrainEngine:
         return dist.get_rank() // self.sequence_parallel
 
     def forward_backward(self, rows: Iterable[PackedRow], *, denominator: int) -> StepLoss:
-        """Accumulates the gradient of (sum of losses over all shares) / denominator; returns that loss."""
         self._engine.train()
         denominator *= self.sequence_parallel  # each rank of a share counts its loss
         sums: list[Tensor] = []  # (sum, count, metrics) each: read once at the end, so that a GPU is not waited for
@@ -113,7 +114,6 @@ class TrainEngine:
         return StepLoss(loss, dict(zip(names, metrics, strict=True)))
 
     def optim_step(self, *, lr: float) -> float:
-        """One AdamW update; returns the norm of the whole gradient before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["rate_factor"]
         self._engine.step()
@@ -124,7 +124,6 @@ class TrainEngine:
 
     @torch.no_grad()
     def evaluate(self, rows: Iterable[PackedRow]) -> float:
-        """Mean loss per trained token over all ranks."""
         self._engine.eval()
         total = count = 0.0
         for row in rows:
@@ -135,7 +134,6 @@ class TrainEngine:
 
     @torch.no_grad()
     def next_tokens(self, row: PackedRow) -> list[int]:
-        """The likeliest token after each of the row's rows. All ranks call it."""
         self._engine.eval()
         return self._engine(row.to(self.hardware.device), predict=True).tolist()
 
@@ -145,12 +143,10 @@ class TrainEngine:
         return tensor.item()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every trained parameter, whole and in float32, one at a time. All ranks must go through it."""
         for name, parameter in self.trainable.items():
             yield name, full_parameter(parameter)
 
     def shard(self) -> Shard:
-        """This rank's share of weights and moments, copied to the CPU. No communication."""
         optimizer = self._engine.basic_optimizer
         compressed = isinstance(optimizer, AdamW8bit)
         shard = Shard({}, {}, {}, optimizer.blocks() if compressed else {}, self._layout if compressed else "")
@@ -174,17 +170,12 @@ class TrainEngine:
         return f"{where}, {self._zero_settings}, {sizes}"
 
     def restore(self, saved: ShardedState, *, step: int) -> None:
-        """Master weights and moments as the shards of any world size and stage hold them."""
         restore_state(self._engine, self.trainable, saved, step=step)
         if isinstance(self._engine.basic_optimizer, AdamW8bit):
             self._engine.basic_optimizer.quantize_moments(saved.blocks(self._layout))
             link_moments(self._engine)
 
-    def all_ranks(self, condition: bool) -> bool:
-        return self.sum_over_ranks(float(condition)) == self.world_size
-
     def gather(self, value: Any) -> list[Any]:
-        """A small object of every rank, in order of rank, on every rank."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values

@@ -3,20 +3,18 @@
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftray.errors import DivergedError, FtrayError
 from ftray.model.base import BaseModel
 from ftray.tracking.events import read_events, record_event
 from ftray.train.checkpoints.saver import Publish, Saver, Upload
+from ftray.train.engine.protocol import TrainingEngine
 from ftray.train.hooks.profiler import StepProfiler
 from ftray.train.hooks.watchdog import Watchdog
 from ftray.train.job import SCRATCH, STOP_REQUEST, TrainJob
-from ftray.train.loop import StepRecord
 from ftray.train.loss_guard import GoBack, name_rows
-
-if TYPE_CHECKING:  # importing it loads deepspeed
-    from ftray.train.engine.deepspeed import TrainEngine
+from ftray.train.step_record import StepRecord
 
 Record = Callable[[dict[str, Any]], None]
 SKIPPED, SAVE_FAILED = "step_skipped", "save_failed"  # in events.jsonl
@@ -28,7 +26,7 @@ class WorkerCallbacks:
     def __init__(
         self,
         job: TrainJob,
-        engine: "TrainEngine",
+        engine: TrainingEngine,
         base: BaseModel,
         *,
         rank: int,

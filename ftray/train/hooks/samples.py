@@ -5,7 +5,6 @@ adapter and sharding is served by the same few lines. The prompts are few and th
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,10 +13,8 @@ from ftray.data.pack import continuation_row
 from ftray.model.base import BaseModel, context_limit, load_tokenizer
 from ftray.model.chat import ChatRenderer
 from ftray.tracking.samples import write_samples
+from ftray.train.engine.protocol import TrainingEngine, all_ranks
 from ftray.train.job import TrainJob
-
-if TYPE_CHECKING:  # importing it loads deepspeed
-    from ftray.train.engine.deepspeed import TrainEngine
 
 DOCUMENT_PROMPT = 16  # tokens, where all of an example is trained
 
@@ -39,7 +36,7 @@ def take_prompts(dataset: TokenizedDataset, count: int, *, max_tokens: int = 1 <
 
 
 def sample_answers(
-    engine: "TrainEngine", prompts: list[Prompt], *, max_tokens: int, stop_ids: frozenset[int]
+    engine: TrainingEngine, prompts: list[Prompt], *, max_tokens: int, stop_ids: frozenset[int]
 ) -> list[list[int]]:
     """Token ids of each answer, without the one that ended it.
 
@@ -49,7 +46,7 @@ def sample_answers(
     sequences = [list(prompts[i].ids) for i in own]
     finished = [False] * len(own)
     for _ in range(max_tokens):
-        if engine.all_ranks(all(finished)):
+        if all_ranks(engine, all(finished)):
             break
         row = continuation_row(sequences) if sequences else continuation_row([[0]])
         for place, token in enumerate(engine.next_tokens(row)[: len(sequences)]):
@@ -65,7 +62,7 @@ class Sampler:
     """Answers a few evaluation prompts and appends them to samples.jsonl."""
 
     def __init__(
-        self, job: TrainJob, engine: "TrainEngine", base: BaseModel, dataset: TokenizedDataset | None, *, rank: int
+        self, job: TrainJob, engine: TrainingEngine, base: BaseModel, dataset: TokenizedDataset | None, *, rank: int
     ):
         evaluation = job.config.evaluation
         self._engine = engine

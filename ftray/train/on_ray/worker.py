@@ -41,14 +41,14 @@ from ftray.train.checkpoints.checkpoint import (
     restore,
 )
 from ftray.train.checkpoints.stored import StoredCheckpoints
-from ftray.train.engine.deepspeed import TrainEngine
+from ftray.train.engine.deepspeed import DeepSpeedEngine
 from ftray.train.engine.schedule import make_schedule
 from ftray.train.engine.zero import shard_while_loading
 from ftray.train.hooks.callbacks import Record, WorkerCallbacks, skipped_steps
 from ftray.train.hooks.recorder import Recorder
 from ftray.train.hooks.samples import Sampler
 from ftray.train.job import HARDWARE, TrainJob, write_worker_error
-from ftray.train.loop import Schedule, evaluation_rows, train
+from ftray.train.loop import Schedule, Training, evaluation_rows, train
 from ftray.train.loss_guard import WINDOW_STEPS, LossGuard
 from ftray.train.on_ray.communication import describe_bandwidth, measure_all_reduce
 from ftray.train.runs.store import WorkerNotes, on_this_machine
@@ -110,6 +110,7 @@ def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
         end_position=None if config.epochs is None else config.epochs * len(dataset),
         evaluate_every=config.evaluation.every,
         save_every=config.checkpoint.every,
+        learning_rate=make_schedule(config.optimizer, num_steps=num_steps),
         skipped=engine.gather(skipped_steps(job.run_directory))[0],
     )
     evaluate = None
@@ -135,22 +136,11 @@ def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
                 else publish_in_store(engine, stored, notes, directory, step, keep=config.checkpoint.keep)
             ),
         )
-        train(
-            engine,
-            dataset,
-            plan,
-            make_schedule(config.optimizer, num_steps=num_steps),
-            schedule,
-            guard,
-            callbacks,
-            rank=rank,
-            seed=config.seed,
-            evaluate=evaluate,
-        )
+        train(engine, Training(dataset, plan, schedule, evaluate), guard, callbacks)
         callbacks.close()
 
 
-def worth_compiling(config: RunConfig, engine: TrainEngine, dataset: TokenizedDataset, *, num_steps: int) -> bool:
+def worth_compiling(config: RunConfig, engine: DeepSpeedEngine, dataset: TokenizedDataset, *, num_steps: int) -> bool:
     """`memory.compile: auto`. It depends on the run and the number of workers alone, so that a resumed run computes as
     its first part did. At ZeRO-3 each layer's hooks would cut what is compiled.
     """
@@ -158,17 +148,17 @@ def worth_compiling(config: RunConfig, engine: TrainEngine, dataset: TokenizedDa
         return False
     mean = len(dataset.ids) / len(dataset)
     tokens = int(mean * config.batch.examples_per_step * num_steps)
-    flops = engine.flops.step(
+    flops = engine.meter.model.step(
         num_tokens=tokens,
         num_trained=int(tokens * dataset.trained_lengths.sum() / len(dataset.ids)),
         sum_squared_lengths=int(tokens * mean),
-        trains_base=engine.trains_base,
-        reference=engine.objective.needs_reference,
+        trains_base=engine.meter.trains_base,
+        reference=engine.meter.reference,
     )
     return flops / engine.world_size > COMPILE_AFTER_S * NOMINAL_RATE[engine.hardware.device.type]
 
 
-def resume(engine: TrainEngine, checkpoints: Checkpoints, *, rank: int) -> int:
+def resume(engine: DeepSpeedEngine, checkpoints: Checkpoints, *, rank: int) -> int:
     """Puts the newest whole checkpoint back, if there is one; returns the steps done. The ranks share the checking."""
 
     def open_on_all_ranks(place: str) -> Path:
@@ -214,7 +204,7 @@ def publish(job: TrainJob, directory: Path, step: int, *, rank: int) -> None:
 
 
 def publish_in_store(
-    engine: TrainEngine,
+    engine: DeepSpeedEngine,
     stored: StoredCheckpoints,
     notes: WorkerNotes | None,
     directory: Path,
@@ -237,7 +227,7 @@ def publish_in_store(
 
 def make_engine(
     config: RunConfig, base: BaseModel, hardware: Hardware, *, init_from: Path | None = None
-) -> TrainEngine:
+) -> DeepSpeedEngine:
     check_stage(config.zero.stage, hardware.dtype)
     sharding = shard_while_loading(config.zero, hardware)
     attention = register_packed_attention()
@@ -256,7 +246,7 @@ def make_engine(
     if objective.needs_reference and config.adapter is None:
         frozen = load_weights(base, hardware, attention=attention)
         reference = PackedCausalLM(frozen, num_logit_chunks=chunks, ranks=ranks)
-    return TrainEngine(
+    return DeepSpeedEngine(
         PackedCausalLM(prepare_layers(model, config.memory), num_logit_chunks=chunks, ranks=ranks),
         objective,
         make_loss(config.objective),
