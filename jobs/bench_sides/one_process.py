@@ -13,10 +13,10 @@ from ftray.model.base import BaseModel, load_tokenizer
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
 from ftray.objectives import objective_of
+from ftray.train.engine.build import make_engine
 from ftray.train.engine.schedule import make_schedule
 from ftray.train.loop import Schedule, Training, train
 from ftray.train.loss_guard import LossGuard
-from ftray.train.on_ray.worker import make_engine
 from ftray.train.step_record import StepRecord
 
 

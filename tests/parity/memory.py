@@ -57,7 +57,7 @@ def run_rank(rank: int, world_size: int, port: int, settings: dict[str, Any], ba
 
     from ftray.model.base import prepare_base
     from ftray.model.hardware import choose_hardware, make_deterministic
-    from ftray.train.on_ray.worker import make_engine
+    from ftray.train.engine.build import make_engine
 
     make_deterministic(num_threads=2 // world_size)
 

@@ -141,10 +141,10 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     from ftray.objectives import objective_of
     from ftray.train.checkpoints.checkpoint import read_state, restore
     from ftray.train.checkpoints.saver import Saver
+    from ftray.train.engine.build import make_engine
     from ftray.train.engine.schedule import make_schedule
     from ftray.train.loop import Schedule, Training, evaluation_rows, train
     from ftray.train.loss_guard import LossGuard
-    from ftray.train.on_ray.worker import make_engine
 
     config = config_of(record, base_directory=base_directory, train_file=train_file)
     base = prepare_base(base_directory)

@@ -13,7 +13,7 @@ from ftray.registry import Registry
 from ftray.serve.protocol import GenerateJob
 from ftray.serve.replica.replica import EngineReplica
 
-SLOW = {"an adapter": "prepare_adapter", "a schema": "prepare_structure"}
+SLOW = {"an adapter": "prepare_adapter", "a schema": "prepare_structured_output"}
 JOBS = {
     "an adapter": GenerateJob([[5, 9, 33]], False, SamplingParams(temperature=0, max_tokens=8), "support@1"),
     "a schema": GenerateJob(
@@ -94,7 +94,7 @@ def test_a_schema_is_compiled_once_and_never_in_the_engines_thread(replica, monk
     assert len(threads) == 2
     assert "ftray-engine" not in threads
     assert not grammars._prepared
-    monkeypatch.setattr(replica.engine, "prepare_structure", lambda structure, num_requests: None)  # the twin
+    monkeypatch.setattr(replica.engine, "prepare_structured_output", lambda structure, num_requests: None)  # the twin
     asyncio.run(events_of(replica, JOBS["a schema"]))
     assert threads[2] == "ftray-engine"
 

@@ -14,20 +14,12 @@ from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.plan import plan_steps
 from ftray.errors import DamagedError, FtrayError, UserError
 from ftray.model.adapter import local_adapter
-from ftray.model.base import BaseModel, prepare_base
-from ftray.model.hardware import Hardware, check_stage, choose_hardware, make_deterministic
-from ftray.model.lora import inject_lora, load_weights_from
+from ftray.model.base import prepare_base
+from ftray.model.hardware import choose_hardware, make_deterministic
 from ftray.model.packed import (
-    PackedCausalLM,
     can_compile,
     compile_layers,
-    logit_chunks,
-    prepare_layers,
-    register_packed_attention,
 )
-from ftray.model.sequence_parallel import make_sequence_ranks
-from ftray.model.weights import load_weights
-from ftray.objectives import make_loss, objective_of
 from ftray.storage import remove_unlisted, write_json
 from ftray.storage.manifest import MANIFEST
 from ftray.tracking.events import record_event
@@ -41,9 +33,9 @@ from ftray.train.checkpoints.checkpoint import (
     restore,
 )
 from ftray.train.checkpoints.stored import StoredCheckpoints
+from ftray.train.engine.build import make_engine
 from ftray.train.engine.deepspeed import DeepSpeedEngine
 from ftray.train.engine.schedule import make_schedule
-from ftray.train.engine.zero import shard_while_loading
 from ftray.train.hooks.callbacks import Record, WorkerCallbacks, skipped_steps
 from ftray.train.hooks.recorder import Recorder
 from ftray.train.hooks.samples import Sampler
@@ -223,39 +215,6 @@ def publish_in_store(
             problem = str(error)
     if problem := engine.gather(problem)[0]:
         raise FtrayError(f"the checkpoint of step {step} could not be completed: {problem}")
-
-
-def make_engine(
-    config: RunConfig, base: BaseModel, hardware: Hardware, *, init_from: Path | None = None
-) -> DeepSpeedEngine:
-    check_stage(config.zero.stage, hardware.dtype)
-    sharding = shard_while_loading(config.zero, hardware)
-    attention = register_packed_attention()
-    quantize = config.adapter.quantize_base if config.adapter is not None else None
-    model = load_weights(base, hardware, attention=attention, quantize=quantize)
-    initial_adapter = None
-    if config.adapter is not None:
-        initial_adapter = inject_lora(model, config.adapter, seed=config.seed)
-        if init_from is not None:
-            load_weights_from(init_from, model, config.adapter, label=str(config.adapter.init_from))
-    objective = objective_of(config.objective)
-    num_heads = model.config.get_text_config().num_attention_heads
-    ranks = make_sequence_ranks(config.memory.sequence_parallel, num_heads=num_heads)
-    chunks = logit_chunks(config.batch.tokens_per_micro_batch, ranks) if config.zero.stage == 3 else None
-    reference = None
-    if objective.needs_reference and config.adapter is None:
-        frozen = load_weights(base, hardware, attention=attention)
-        reference = PackedCausalLM(frozen, num_logit_chunks=chunks, ranks=ranks)
-    return DeepSpeedEngine(
-        PackedCausalLM(prepare_layers(model, config.memory), num_logit_chunks=chunks, ranks=ranks),
-        objective,
-        make_loss(config.objective),
-        hardware,
-        config,
-        sharding=sharding,
-        reference=reference,
-        initial_adapter=initial_adapter,
-    )
 
 
 @contextlib.contextmanager
