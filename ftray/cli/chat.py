@@ -46,25 +46,12 @@ def read_line() -> str | None:
 
 
 def in_process(model: str, registry: str, temperature: float, max_tokens: int):
-    from ftray.cli.local import load_engine
-    from ftray.infer.protocol import Request, SamplingParams
-    from ftray.model.base import EMBEDDED, is_hub_id
-    from ftray.model.chat import ChatRenderer
-    from ftray.registry import Registry
+    from ftray.api.model import load
 
-    if model in EMBEDDED or is_hub_id(model) or model.endswith(".gguf"):
-        engine, key = load_engine(model, None, registry)
-    else:
-        base_model = Registry(registry).get(model).metadata["base_model"]
-        engine, key = load_engine(base_model, model, registry)
-    renderer = ChatRenderer(engine.tokenizer)
+    loaded = load(model, registry=registry)
 
     def ask(messages: list[dict]) -> Iterator[str]:
-        sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
-        engine.add(Request("chat", renderer.prompt_ids(messages), sampling, key))
-        while engine.has_work:
-            for event in engine.step():
-                yield event.text
+        return loaded.stream(messages, temperature=temperature, max_tokens=max_tokens)
 
     return ask
 

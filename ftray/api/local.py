@@ -1,0 +1,62 @@
+"""An engine in this process, with one adapter of a registry or directory."""
+
+from pathlib import Path
+from typing import Any
+
+from ftray.errors import UserError
+from ftray.infer.engines import load_adapter, make_local_engine
+from ftray.infer.torch_engine.engine import TorchEngine
+from ftray.model.adapter import check_base, local_adapter
+from ftray.model.base import EMBEDDED, BaseModel, is_hub_id, prepare_base
+from ftray.model.hardware import choose_hardware
+from ftray.registry import Registry
+from ftray.storage import read_json, read_manifest
+from ftray.storage.manifest import MANIFEST
+
+
+def load_engine(
+    base_model: str, adapter: str | None, registry: str, *, context_tokens: int = 2048
+) -> tuple[TorchEngine, str | None]:
+    """The engine and the key of its adapter (None without one). The adapter is checked before the base is loaded."""
+    base = prepare_base(base_model, log=print)
+    found = resolve_adapter(adapter, registry, base) if adapter is not None else None
+    engine = make_local_engine(base, choose_hardware(), context_tokens=context_tokens)
+    if found is None:
+        return engine, None
+    key, directory = found
+    load_adapter(engine, key, directory)
+    return engine, key
+
+
+def resolve_adapter(adapter: str, registry: str, base: BaseModel) -> tuple[str, Path]:
+    """(key, directory) of NAME@VERSION, NAME@ALIAS or a PEFT directory. Raises `UserError` for one of another base."""
+    directory = local_adapter(adapter)
+    key, metadata = adapter, metadata_of(directory) if directory is not None else {}
+    if directory is None:
+        store = Registry(registry)
+        version = store.get(adapter)
+        key, directory, metadata = str(version), store.directory(version), version.metadata
+    check_base(key, metadata, base)
+    return key, directory
+
+
+def base_of(model: str, registry: str, *, base_model: str | None = None) -> tuple[str, str | None]:
+    """(base, adapter) of what a user names: a base by itself, or an adapter over its base."""
+    is_file = model.endswith(".gguf") or (Path(model) / "config.json").is_file()
+    if model in EMBEDDED or is_file:
+        return model, None
+    directory = local_adapter(model)
+    if directory is None and is_hub_id(model):
+        return model, None
+    if directory is None:
+        return base_model or Registry(registry).get(model).metadata["base_model"], model
+    known = base_model or metadata_of(directory).get("base_model")
+    if known is None and (directory / "adapter_config.json").is_file():
+        known = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+    if known is None:
+        raise UserError(f"{model}: does not say which base it is for; give base_model")
+    return known, model
+
+
+def metadata_of(directory: Path) -> dict[str, Any]:
+    return read_manifest(directory).metadata if (directory / MANIFEST).is_file() else {}

@@ -1,0 +1,69 @@
+"""`ftray.load`: a model in this process, with adapters swapped under it."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ftray.api.local import base_of, load_engine, resolve_adapter
+from ftray.infer.engines import load_adapter
+from ftray.infer.protocol import Request, SamplingParams
+from ftray.model.chat import ChatRenderer
+
+if TYPE_CHECKING:
+    from ftray.infer.torch_engine.engine import TorchEngine
+
+Messages = str | list[dict[str, Any]]  # a text is one user turn
+
+
+class Model:
+    """A base in memory; any of its adapters answers when it is named, and is loaded then."""
+
+    def __init__(self, engine: "TorchEngine", adapter: str | None, *, registry: str):
+        self.engine = engine
+        self.adapter = adapter  # that answers where a call names none; None: the base
+        self._registry = registry
+        self._renderer = ChatRenderer(engine.tokenizer)
+        self._num_requests = 0
+
+    def use(self, adapter: str | None) -> "Model":
+        """From now on this one answers: NAME@VERSION, NAME@ALIAS, a PEFT directory; None: the base."""
+        self.adapter = self._loaded(adapter)
+        return self
+
+    def chat(self, messages: Messages, *, adapter: str | None = None, **sampling: Any) -> str:
+        """The answer. `sampling`: keys of `SamplingParams`, such as temperature=0 and max_tokens=64."""
+        return "".join(self.stream(messages, adapter=adapter, **sampling))
+
+    def stream(self, messages: Messages, *, adapter: str | None = None, **sampling: Any) -> Iterator[str]:
+        """The answer in pieces, as they come."""
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        key = self.adapter if adapter is None else self._loaded(adapter)
+        self._num_requests += 1
+        request = Request(
+            f"chat-{self._num_requests}", self._renderer.prompt_ids(turns), SamplingParams(**sampling), key
+        )
+        self.engine.add(request)
+        try:
+            while self.engine.has_work:
+                yield from (event.text for event in self.engine.step() if event.request_id == request.id)
+        finally:
+            self.engine.cancel(request.id)  # whoever stops reading leaves nothing behind
+
+    def close(self) -> None:
+        """Frees its memory."""
+        self.engine.close()
+
+    def _loaded(self, adapter: str | None) -> str | None:
+        if adapter is None:
+            return None
+        key, directory = resolve_adapter(adapter, self._registry, self.engine.base)
+        if key not in self.engine.stats().adapters:
+            load_adapter(self.engine, key, directory)
+        return key
+
+
+def load(model: str, *, registry: str = "registry", base_model: str | None = None, context_tokens: int = 2048) -> Model:
+    """A base model, or an adapter over its base (NAME@VERSION, NAME@ALIAS, a PEFT directory). `base_model`: of an
+    adapter that does not say which it was trained for."""
+    base, adapter = base_of(model, registry, base_model=base_model)
+    engine, key = load_engine(base, adapter, registry, context_tokens=context_tokens)
+    return Model(engine, key, registry=registry)

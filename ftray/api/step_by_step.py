@@ -1,0 +1,86 @@
+"""`ftray.open_training`: the training engine's verbs, for a loop of one's own in this process."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ftray.api.config import read_config
+from ftray.config import RunConfig
+from ftray.data.dataset import TokenizedDataset
+from ftray.data.pack import pack
+from ftray.data.plan import StepPlan, plan_steps
+from ftray.data.tokens import tokenize_source
+from ftray.model.base import load_tokenizer, prepare_base
+from ftray.model.chat import ChatRenderer
+from ftray.model.hardware import choose_hardware
+from ftray.model.packed import PackedRow
+from ftray.objectives import objective_of
+from ftray.train.engine.build import make_engine
+from ftray.train.engine.deepspeed import DeepSpeedEngine
+from ftray.train.engine.schedule import make_schedule
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """What a run goes through, without Ray, saves and callbacks."""
+
+    config: RunConfig
+    engine: DeepSpeedEngine
+    dataset: TokenizedDataset
+    plan: StepPlan
+    num_steps: int
+    learning_rate: Callable[[int], float]  # of a step; 0 for the first
+
+    def examples(self, step: int) -> list[int]:
+        """Of the step, over all ranks."""
+        end = None if self.config.epochs is None else self.config.epochs * len(self.dataset)
+        return self.plan.examples(step, end=end)
+
+    def rows(self, examples: list[int]) -> Iterator[PackedRow]:
+        """This rank's share of them, packed into micro-batches."""
+        shares = self.plan.divide(examples, self.engine.num_shares)
+        return (pack(self.dataset, micro_batch) for micro_batch in shares[self.engine.share])
+
+    def denominator(self, examples: list[int]) -> int:
+        """What the step's loss is a mean over: trained tokens, or examples."""
+        return self.dataset.num_trained_tokens(examples) if self.engine.objective.unit == "token" else len(examples)
+
+
+@contextlib.contextmanager
+def open_training(config: RunConfig | dict[str, Any] | str | Path, *overrides: str) -> Iterator[LocalTraining]:
+    """The engine of a run's config in this process: one rank, or the one that torchrun's environment names."""
+    run: RunConfig = read_config(config, overrides, kind="run")
+    base = prepare_base(run.base_model)
+    renderer, shape = ChatRenderer(load_tokenizer(base)), objective_of(run.objective).shape
+    dataset = tokenize_source("data.train", run.data.train, run.data, renderer, shape=shape)
+    hardware = choose_hardware(use_gpu=run.workers.gpus_each > 0)
+    with process_group(hardware.backend):
+        engine = make_engine(run, base, hardware)
+        plan = plan_steps(run, dataset.lengths)
+        num_steps = plan.num_steps(epochs=run.epochs, max_steps=run.max_steps)
+        yield LocalTraining(run, engine, dataset, plan, num_steps, make_schedule(run.optimizer, num_steps=num_steps))
+        engine.close()
+
+
+@contextlib.contextmanager
+def process_group(backend: str) -> Iterator[None]:
+    """The caller's, torchrun's, or one of a single rank."""
+    if dist.is_initialized():
+        yield
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group(backend)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
