@@ -107,10 +107,11 @@ def train(
     run = run.model_copy(update={"data": run.data.model_copy(update=files)})
 
     from ftray.artifacts.resolve import resolve_start
-    from ftray.train.launch import check_before_anything, launch
+    from ftray.train.launch import launch
     from ftray.train.on_ray.trainer import Watcher
+    from ftray.train.prepare import prepare
 
-    check_before_anything(run)
+    prepare(run, fresh=fresh)
     run, init_from = resolve_start(run, fresh=fresh)
 
     def on_metrics(records: list[dict[str, Any]]) -> None:

@@ -55,7 +55,7 @@ class LocalTraining:
 @contextlib.contextmanager
 def open_training(config: RunConfig | dict[str, Any] | str | Path, *overrides: str) -> Iterator[LocalTraining]:
     """The engine of a run's config in this process: one rank, or the one that torchrun's environment names."""
-    run: RunConfig = read_config(config, overrides, kind="run")
+    run = config if isinstance(config, RunConfig) and not overrides else read_config(config, overrides, kind="run")
     base = prepare_base(run.base_model)
     renderer, shape = ChatRenderer(load_tokenizer(base)), objective_of(run.objective).shape
     dataset = tokenize_source("data.train", run.data.train, run.data, renderer, shape=shape)

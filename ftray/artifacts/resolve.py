@@ -10,7 +10,7 @@ from ftray.registry import Registry
 from ftray.registry.reference import parse_reference
 from ftray.storage import ObjectStore, verify_directory
 from ftray.storage.manifest import MANIFEST
-from ftray.train.runs.store import run_uri
+from ftray.train.runs.uri import run_uri
 
 
 def resolve_start(run: RunConfig, *, fresh: bool = False) -> tuple[RunConfig, Path | str | None]:

@@ -24,12 +24,17 @@ def train(
 ) -> None:
     """Fine-tune a model. The same command again goes on from the last checkpoint."""
     run: RunConfig = load_config(config, overrides or (), kind="run")
+    from ftray.train.prepare import check_before_anything, prepare
+
+    if dry_run:
+        check_before_anything(run)
+    else:
+        prepare(run, fresh=fresh)
     from ftray.artifacts.resolve import resolve_start
     from ftray.cli.progress import TrainProgress
     from ftray.config.advice import advise
-    from ftray.train.launch import check_before_anything, launch
+    from ftray.train.launch import launch
 
-    check_before_anything(run)
     run, init_from = resolve_start(run, fresh=fresh)
     for advice in advise(run):
         print(f"note: {advice}")

@@ -10,10 +10,11 @@ import ray
 from ray.job_config import JobConfig
 from ray.util import get_node_ip_address
 
+from ftray.cluster.address import ADDRESS, no_cluster
 from ftray.config import RunConfig
-from ftray.errors import InterruptedRunError, UserError
+from ftray.errors import InterruptedRunError
 
-ADDRESS, PORT = "RAY_ADDRESS", "RAY_GCS_SERVER_PORT"
+PORT = "RAY_GCS_SERVER_PORT"
 
 
 def start_ray(*, join: bool = True, run: str | None = None) -> bool:
@@ -30,7 +31,7 @@ def start_ray(*, join: bool = True, run: str | None = None) -> bool:
         with contextlib.nullcontext() if address else own_address():
             ray.init(address=address or "local", job_config=described, logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError as error:
-        raise UserError(f"{ADDRESS}: {address}: no Ray cluster answers there ({error}); unset or fix it") from None
+        raise no_cluster(address, error) from None
     return address is not None
 
 

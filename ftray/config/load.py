@@ -43,6 +43,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source:
     if not isinstance(tree, dict):
         raise ConfigError(source, ["the file must be a mapping of keys to values"])
     problems = [problem for item in overrides if (problem := apply_override(tree, item))]
+    keep_the_given_length(tree, overrides)
     found = tree.get("kind")
     if found != kind:
         known = found if found in KINDS else None
@@ -54,7 +55,8 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source:
     try:
         config = model.model_validate(tree)
     except ValidationError as error:
-        problems += [line for item in error.errors() for line in describe_problem(model, item).splitlines()]
+        found_problems = [line for item in error.errors() for line in describe_problem(model, item).splitlines()]
+        problems += [line + blamed_override(line, overrides) for line in found_problems]
     if problems or config is None:
         raise ConfigError(source, problems)
     return config
@@ -91,6 +93,29 @@ def apply_override(tree: dict, item: str) -> str | None:
             return f"override {item!r}: {key} is a value, not a section"
     node[last] = value
     return None
+
+
+# One of them says how long a run is.
+LENGTHS = ("epochs", "max_steps")
+
+
+def keep_the_given_length(tree: dict, overrides: Sequence[str]) -> None:
+    """`max_steps=5` on the command line stands for the file's `epochs`, and the other way round."""
+    given = [key for key in LENGTHS if any(item.startswith(f"{key}=") for item in overrides)]
+    if len(given) == 1 and tree.get(given[0]) is not None:
+        for key in LENGTHS:
+            if key != given[0]:
+                tree.pop(key, None)
+
+
+def blamed_override(problem: str, overrides: Sequence[str]) -> str:
+    """The override that a problem's key was given with, if it was."""
+    key = problem.partition(":")[0]
+    for item in reversed(overrides):
+        path = item.partition("=")[0]
+        if f"{key}.".startswith(f"{path}.") and path:
+            return f" (override {item})"
+    return ""
 
 
 def describe_problem(model: type[BaseModel], item: Any) -> str:

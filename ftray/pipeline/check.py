@@ -12,10 +12,10 @@ from ftray.objectives import objective_of
 from ftray.registry import Registry
 from ftray.registry.reference import check_alias
 from ftray.sweep.store import refuse_population_in_store
-from ftray.train.launch import check_before_anything
-from ftray.train.runs.directory import refuse_vanishing_directory
+from ftray.train.prepare import check_before_anything
+from ftray.train.runs.claim import refuse_vanishing_directory
 from ftray.train.runs.finalize import artifact_of
-from ftray.train.runs.store import run_uri
+from ftray.train.runs.uri import run_uri
 
 # Of an adapter: what goes on from another one has the same.
 SHAPE = ("variant", "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "modules_to_save")

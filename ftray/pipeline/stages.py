@@ -18,7 +18,7 @@ from ftray.storage import ObjectStore
 from ftray.sweep.launch import run_sweep
 from ftray.train.launch import launch
 from ftray.train.on_ray.trainer import Watcher
-from ftray.train.runs.store import run_uri
+from ftray.train.runs.uri import run_uri
 
 
 @dataclass(frozen=True)

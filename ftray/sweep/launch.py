@@ -31,11 +31,14 @@ from ftray.sweep.trials import SWEEP, trials_directory
 from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import differences
 from ftray.train.checkpoints.checkpoint import data_digest
-from ftray.train.launch import TOKENS, check_before_anything, prepare_data
+from ftray.train.launch import TOKENS, prepare_data
 from ftray.train.on_ray.trainer import name_for_workers
-from ftray.train.runs.directory import refuse_unwritable, refuse_vanishing_directory, set_aside
+from ftray.train.prepare import check_before_anything
+from ftray.train.runs.claim import refuse_unwritable, refuse_vanishing_directory
+from ftray.train.runs.directory import set_aside
 from ftray.train.runs.finalize import PreparedData, num_steps
-from ftray.train.runs.store import is_stored, local_directory, store_tokens
+from ftray.train.runs.store import store_tokens
+from ftray.train.runs.uri import is_stored, local_directory
 
 DATA = "data.json"
 FUSED_SLOTS = 8

@@ -23,7 +23,8 @@ from ftray.storage.mirror import Mirror
 from ftray.sweep.study import JOURNAL, REQUESTS
 from ftray.sweep.trials import SWEEP
 from ftray.train.runs.directory import only_driver
-from ftray.train.runs.store import fetch_notes, forget_run, is_stored, lease_of, local_directory, run_uri
+from ftray.train.runs.store import fetch_notes, forget_run, lease_of
+from ftray.train.runs.uri import is_stored, local_directory, run_uri
 
 SYNC_S = 3.0
 

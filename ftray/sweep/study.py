@@ -25,7 +25,8 @@ from ftray.sweep.state import SweepState
 from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trial_name, trials_directory
 from ftray.train.job import STOP_REQUEST
 from ftray.train.runs.finalize import artifact_of
-from ftray.train.runs.store import ask_to_stop, is_stored, run_uri
+from ftray.train.runs.store import ask_to_stop
+from ftray.train.runs.uri import is_stored, run_uri
 
 JOURNAL = "trials.jsonl"
 REQUESTS = "requests"  # of the user while the sweep runs: trials, and runs that are not to begin

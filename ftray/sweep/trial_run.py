@@ -14,7 +14,8 @@ from ftray.tracking.metrics import read_metrics
 from ftray.train.job import WORKER_ERROR
 from ftray.train.launch import launch
 from ftray.train.on_ray.trainer import Watcher
-from ftray.train.runs.store import drop_checkpoints, is_stored, local_directory
+from ftray.train.runs.store import drop_checkpoints
+from ftray.train.runs.uri import is_stored, local_directory
 
 REFUSED = "refused"  # by the machine: a disk without room, a store that does not answer. Another time it may run
 OnReport = Callable[[Report], None]

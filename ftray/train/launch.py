@@ -17,10 +17,9 @@ from ftray.cluster.signals import on_sigterm
 from ftray.cluster.weight_broadcast import broadcast_base
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
-from ftray.data.sources import check_source
 from ftray.data.tokens import tokenize_source
 from ftray.errors import InterruptedRunError, TerminatedRunError
-from ftray.model.base import BaseModel, check_base_name, check_length, load_tokenizer, prepare_base
+from ftray.model.base import BaseModel, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.objectives import objective_of
 from ftray.tracking.events import record_driver_event
@@ -29,22 +28,9 @@ from ftray.train.checkpoints.checkpoint import data_digest, read_state
 from ftray.train.checkpoints.disk_space import check_disk
 from ftray.train.job import STOP_REQUEST, TOKENS, request_stop
 from ftray.train.on_ray.trainer import Watcher, train_on_ray
-from ftray.train.runs.directory import (
-    RunDirectory,
-    check_same_data,
-    only_driver,
-    open_run_directory,
-    refuse_vanishing_directory,
-)
+from ftray.train.prepare import prepare
+from ftray.train.runs.directory import RunDirectory, check_same_data, only_driver, open_run_directory
 from ftray.train.runs.finalize import PreparedData, describe_interruption, finalize_run, is_complete
-
-
-def check_before_anything(config: RunConfig) -> None:
-    """What is wrong with the input as far as a file listing can tell, in well under a second."""
-    check_base_name(config.base_model)
-    check_source("data.train", config.data.train)
-    if config.data.eval is not None:
-        check_source("data.eval", config.data.eval)
 
 
 def launch(
@@ -62,8 +48,7 @@ def launch(
     `until_step`: it saves there and raises `InterruptedRunError`; the same call with a later one goes on.
     """
     began = time.time()
-    check_before_anything(config)
-    refuse_vanishing_directory(config)
+    prepare(config, fresh=fresh)
     with only_driver(config) as stored:
         directory = open_run_directory(config, fresh=fresh, stored=stored)
         parts = {"init_from": init_from, "profile_steps": profile_steps, "until_step": until_step}

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from one_process import train_bare
-from shared import ALPACA, ALPHA, BASE, BATCH, LEARNING_RATE, MAX_TOKENS, RANK, STEPS, peak_gib, write_alpaca_rows
+from shared import ALPACA, ALPHA, BATCH, LEARNING_RATE, MAX_TOKENS, RANK, STEPS, peak_gib, write_alpaca_rows
 
 from ftray.config import parse_config
 
@@ -23,7 +23,7 @@ adapter: {{rank: {RANK}, alpha: {ALPHA}}}
 optimizer: {{learning_rate: {LEARNING_RATE}, schedule: constant}}
 batch: {{examples_per_step: {BATCH}, tokens_per_micro_batch: {MAX_TOKENS}}}
 """
-    steps = train_bare(parse_config(text, overrides, kind="run", source=str(ALPACA)), BASE)
+    steps = train_bare(parse_config(text, overrides, kind="run", source=str(ALPACA)))
     timed = steps[1:]
     result = {
         "tokens_per_s": round(sum(s.num_tokens for s in timed) / sum(s.seconds for s in timed), 1),

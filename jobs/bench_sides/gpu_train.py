@@ -11,7 +11,6 @@ from one_process import train_bare
 from random_model import write_random_model
 
 from ftray.config import parse_config
-from ftray.model.base import prepare_base
 
 
 def main(size: str, steps: int, examples: int, tokens: int, overrides: list[str]) -> None:
@@ -32,7 +31,7 @@ batch: {{examples_per_step: {examples}, tokens_per_micro_batch: {max(longest, mi
 workers: {{gpus_each: {int(torch.cuda.is_available())}}}
 """
         config = parse_config(text, overrides, kind="run", source="gpu_check")
-        done = train_bare(config, prepare_base(str(base)))
+        done = train_bare(config)
     timed = done[len(done) // 3 :]  # the first steps warm up
     figures = {
         "first_loss": round(done[0].loss, 4),

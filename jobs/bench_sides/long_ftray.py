@@ -2,8 +2,7 @@
 
 from long_example import TOKENS, describe, write_config
 from one_process import train_bare
-from shared import BASE
 
 if __name__ == "__main__":
-    steps = train_bare(write_config(), BASE)
+    steps = train_bare(write_config())
     describe(steps[-1].seconds, steps[-1].loss, TOKENS)

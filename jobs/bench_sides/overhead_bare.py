@@ -5,9 +5,8 @@ from pathlib import Path
 
 import through_ray
 from one_process import train_bare
-from shared import BASE
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="ftray-bench-") as scratch:
-        steps = train_bare(through_ray.write_config(Path(scratch), ()), BASE, num_threads=1)
+        steps = train_bare(through_ray.write_config(Path(scratch), ()), num_threads=1)
     through_ray.report([step.as_dict() for step in steps])

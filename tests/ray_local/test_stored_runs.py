@@ -14,7 +14,8 @@ from ftray.storage import ObjectStore, read_json, verify_directory
 from ftray.tracking.metrics import read_metrics
 from ftray.train.launch import launch
 from ftray.train.runs import store as stored_run
-from ftray.train.runs.store import local_root, look_at_runs
+from ftray.train.runs.store import look_at_runs
+from ftray.train.runs.uri import local_root
 
 
 @pytest.fixture

@@ -257,7 +257,7 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_where(run, config, monk
     def explode(*_):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("ftray.train.launch.check_base_name", explode)
+    monkeypatch.setattr("ftray.train.prepare.check_base_name", explode)
     code, _, err = run("train", config)
     assert (code, "RuntimeError: boom (run again with --debug" in err) == (1, True)
     with pytest.raises(RuntimeError):

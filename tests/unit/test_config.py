@@ -47,7 +47,7 @@ def test_every_problem_is_in_one_report():
     ("override", "message"),
     [
         ("name=Bad Name", "a name is lower-case"),
-        ("max_steps=3", "give either `epochs` or `max_steps`"),
+        ("epochs=null", "give either `epochs` or `max_steps`"),
         ("data.max_example_tokens=9999", "must be at most batch.tokens_per_micro_batch"),
         ("data.max_example_tokens=4096 objective.type=dpo", "twice data.max_example_tokens (a pair) is 8192"),
         ("memory.sequence_parallel=2", "memory.sequence_parallel: 2 must divide workers.count (1), a fixed number"),
@@ -164,3 +164,25 @@ def test_settings_known_to_hurt_are_told(overrides, advice):
     reported = advise(config)
     assert len(reported) == len(advice)
     assert all(text.startswith(start) for text, start in zip(reported, advice, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "length"),
+    [(["max_steps=5"], (None, 5)), (["epochs=3"], (3, None)), (["max_steps=5", "max_steps=null"], (2, None))],
+)
+def test_a_length_on_the_command_line_stands_for_the_files(overrides, length):
+    text = "kind: run\nname: r\nbase_model: b\nepochs: 2\ndata: {train: t}\n"
+    config = parse_config(text, overrides, kind="run", source="test")
+    assert (config.epochs, config.max_steps) == length
+
+
+def test_a_problem_names_the_override_that_it_came_from():
+    text = "kind: run\nname: r\nbase_model: b\nepochs: 2\ndata: {train: t, overlong: eror}\n"
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, ["adapter.rank=0", "optimizer={learning_rate: -1}"], kind="run", source="test")
+    ends = {problem.partition(":")[0]: problem.partition("(override ")[2] for problem in caught.value.problems}
+    assert ends == {
+        "data.overlong": "",
+        "adapter.rank": "adapter.rank=0)",
+        "optimizer.learning_rate": "optimizer={learning_rate: -1})",
+    }

@@ -14,7 +14,8 @@ from ftray.tracking.report import AnswerTable, write_report
 from ftray.tracking.wandb import choose_mode
 from ftray.train.checkpoints.checkpoint import newest_whole_checkpoint
 from ftray.train.engine.schedule import make_schedule
-from ftray.train.runs.directory import only_driver, open_run_directory, refuse_vanishing_directory
+from ftray.train.runs.claim import refuse_vanishing_directory
+from ftray.train.runs.directory import only_driver, open_run_directory
 
 
 def make_config(tmp_path, *overrides):

@@ -24,7 +24,8 @@ from ftray.train.checkpoints.checkpoint import first_whole
 from ftray.train.checkpoints.stored import StoredCheckpoints
 from ftray.train.hooks.watchdog import HangReader, hang_file
 from ftray.train.job import TrainJob
-from ftray.train.runs.store import StoredRun, WorkerNotes, directory_of_rank, local_directory, local_root, store_tokens
+from ftray.train.runs.store import StoredRun, WorkerNotes, directory_of_rank, store_tokens
+from ftray.train.runs.uri import local_directory, local_root
 
 
 @pytest.fixture(scope="module")

@@ -781,7 +781,7 @@ def test_a_missing_file_of_any_point_is_told_before_the_first_trial(load, tmp_pa
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).write_text("{}\n")
     (tmp_path / "base").mkdir()
-    monkeypatch.setattr("ftray.train.launch.check_base_name", lambda name: None)
+    monkeypatch.setattr("ftray.train.prepare.check_base_name", lambda name: None)
     space = " {data.train: [train.jsonl, trian.jsonl], optimizer.learning_rate: [1.0e-3]}"
     check_inputs(*load("{algorithm: grid}"))
     with pytest.raises(DataError, match=r"trian\.jsonl: no such file; did you mean train\.jsonl"):

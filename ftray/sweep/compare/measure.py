@@ -19,7 +19,8 @@ from ftray.tracking.metrics import read_metrics
 from ftray.train.job import TOKENS
 from ftray.train.launch import launch
 from ftray.train.on_ray.trainer import Watcher, name_for_workers
-from ftray.train.runs.store import forget_run, local_directory
+from ftray.train.runs.store import forget_run
+from ftray.train.runs.uri import local_directory
 
 ALONE = "alone"
 STEPS_ALONE = 6

@@ -32,7 +32,8 @@ from ftray.sweep.trials import Outcome, Report
 from ftray.train.hooks.watchdog import HangReader
 from ftray.train.on_ray.controller_notes import unkept_notes
 from ftray.train.on_ray.trainer import bundle_of, set_poll_interval
-from ftray.train.runs.store import StoredHangs, is_stored, new_attempt
+from ftray.train.runs.store import StoredHangs, new_attempt
+from ftray.train.runs.uri import is_stored
 
 Log = Callable[[str], None]
 POLL_S = 0.2

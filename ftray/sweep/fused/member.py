@@ -27,7 +27,7 @@ from ftray.train.engine.optimizer import make_optimizer
 from ftray.train.engine.schedule import make_schedule
 from ftray.train.engine.state import MASTER, MOMENTS, Shard, ShardedState
 from ftray.train.loss_guard import LossGuard
-from ftray.train.runs.store import local_directory
+from ftray.train.runs.uri import local_directory
 
 if TYPE_CHECKING:
     from ftray.train.hooks.recorder import Recorder  # it imports ray

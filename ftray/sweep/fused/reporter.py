@@ -29,7 +29,8 @@ from ftray.train.job import STOP_REQUEST
 from ftray.train.loss_guard import WINDOW_STEPS
 from ftray.train.runs.directory import check_same_data, open_run_directory
 from ftray.train.runs.finalize import PreparedData, finalize, num_steps
-from ftray.train.runs.store import drop_checkpoints, is_stored
+from ftray.train.runs.store import drop_checkpoints
+from ftray.train.runs.uri import is_stored
 from ftray.train.step_record import FlopsMeter, record_step
 
 

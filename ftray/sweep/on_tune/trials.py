@@ -25,7 +25,7 @@ from ftray.sweep.report.text import describe_end
 from ftray.sweep.study import Study
 from ftray.sweep.trial_run import REFUSED
 from ftray.sweep.trials import Report, trial_name
-from ftray.train.runs.store import is_stored, local_directory
+from ftray.train.runs.uri import is_stored, local_directory
 
 # A driver of a trial only waits: it takes no CPU, and it runs where the sweep's own driver keeps its files.
 TRIAL_BUNDLE = {"node:__internal_head__": 0.0001}

@@ -10,7 +10,6 @@ The driver and every rank work in a directory of their own machine, and what oth
 
 import atexit
 import contextlib
-import hashlib
 import shutil
 import tempfile
 import threading
@@ -33,6 +32,7 @@ from ftray.train.checkpoints.checkpoint import CHECKPOINTS
 from ftray.train.checkpoints.stored import StoredCheckpoints
 from ftray.train.hooks.watchdog import HANGS, hang_file
 from ftray.train.job import HARDWARE, SCRATCH, STOP_REQUEST, TOKENS, WORKER_ERROR, TrainJob, request_stop
+from ftray.train.runs.uri import is_stored, local_directory, run_uri
 
 SYNC_S = 3.0
 LEASE = "driver.lease"
@@ -40,25 +40,6 @@ WORKERS = ".workers"
 FROM_DRIVER = ("config.json", "environment.json", DRIVER_EVENTS, STOP_REQUEST)
 FROM_WORKERS = (METRICS, EVENTS, SAMPLES, HARDWARE, WORKER_ERROR)
 OF_THIS_MACHINE = (SCRATCH, HANGS, CHECKPOINTS)  # not among a rank's notes
-
-
-def is_stored(runs_dir: str) -> bool:
-    return "://" in runs_dir
-
-
-def local_root(runs_dir: str) -> Path:
-    """What this machine has of a `runs_dir` in a store."""
-    return cache_directory() / "runs" / hashlib.sha256(runs_dir.rstrip("/").encode()).hexdigest()[:16]
-
-
-def run_uri(runs_dir: str, name: str) -> str:
-    """Path or URL of a run, as users and workers find it."""
-    return f"{runs_dir.rstrip('/')}/{name}"
-
-
-def local_directory(runs_dir: str, name: str) -> Path:
-    """Of a run; of one in a store, what this machine has of it."""
-    return local_root(runs_dir) / name if is_stored(runs_dir) else Path(runs_dir) / name
 
 
 @contextlib.contextmanager

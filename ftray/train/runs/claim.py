@@ -1,0 +1,113 @@
+"""What can be refused of a run's directory before torch is imported: where it is, and whose config it holds."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ftray.config import RunConfig
+from ftray.errors import UnwritableError, UserError
+from ftray.storage import read_json
+from ftray.tracking.runs import differences
+from ftray.train.runs.uri import is_stored, local_directory
+
+LOCKS = ".locks"
+# What may change between the parts of one run: where and how it runs, not what it computes.
+MAY_CHANGE = (
+    "workers",
+    "zero",
+    "checkpoint",
+    "evaluation",
+    "tracking",
+    "registry",
+    "guard",
+    "memory",
+    "batch.tokens_per_micro_batch",
+)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Makes the directory, or says that it cannot."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UnwritableError(
+            f"runs_dir: {path} cannot be written: {error.strerror}; choose another with runs_dir=PATH"
+        ) from None
+
+
+def refuse_vanishing_directory(config: RunConfig) -> None:
+    """`ray job submit --working-dir` unpacks into a session directory that goes away with the job."""
+    in_store = is_stored(config.runs_dir)
+    if "working_dir_files" in Path.cwd().parts and not in_store and not Path(config.runs_dir).is_absolute():
+        raise UserError(
+            f"runs_dir: {config.runs_dir!r} lies in the job's temporary working directory and would be lost; "
+            "give a shared absolute path (runs_dir=/path/on/all/nodes) or a store (runs_dir=s3://bucket/runs)"
+        )
+
+
+def may_change(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+
+
+def config_changes(earlier: dict[str, Any], config: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs from the config that a run began with: (what makes it another run, what may change)."""
+    changed = [(key, f"{key}: was {a}, is {b}") for key, a, b in differences(earlier, config)]
+    return [text for key, text in changed if not may_change(key)], [text for key, text in changed if may_change(key)]
+
+
+def refuse_changes(where: object, changes: list[str], *, can_start_over: bool) -> None:
+    if changes:
+        raise UserError(
+            f"{where} holds a run of this name with another config:\n"
+            + "\n".join(f"  - {line}" for line in changes)
+            + "\n  choose another name (name=...)"
+            + (", or set that run aside with --fresh" if can_start_over else "")
+        )
+
+
+def refuse_another_config(config: RunConfig) -> None:
+    """As far as this machine's disk tells, and an alias in `adapter.init_from` aside, which is not resolved yet."""
+    path = local_directory(config.runs_dir, config.name).absolute()
+    if is_stored(config.runs_dir) or not (path / "config.json").is_file():
+        return
+    changes, _ = config_changes(read_json(path / "config.json"), config.model_dump(mode="json"))
+    start = "adapter.init_from:"
+    refuse_changes(path, [line for line in changes if not line.startswith(start)], can_start_over=True)
+
+
+def lock_of(config: RunConfig) -> Path:
+    return Path(config.runs_dir).absolute() / LOCKS / config.name
+
+
+def refuse_running(config: RunConfig, *, stop_with: str | None = None) -> None:
+    """The quick look; the driver itself holds the lock as long as it works."""
+    if not is_stored(config.runs_dir) and lock_of(config).exists():
+        with holding(config, stop_with=stop_with):
+            pass
+
+
+@contextlib.contextmanager
+def holding(config: RunConfig, *, stop_with: str | None = None) -> Iterator[None]:
+    """The lock of a run's name on this disk; it ends with the process. `stop_with`: what ends the other driver."""
+    path = lock_of(config)
+    refuse_unwritable(path.parent)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except PermissionError:
+        raise UserError(f"{path}: another user's; choose another name (name=...) or runs_dir") from None
+    except Timeout:
+        raise UserError(
+            f"{config.name} is running already, by another process; "
+            f"stop it with {stop_with or f'`ftray runs stop {config.name}`'}, or choose another name (name=...)"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
