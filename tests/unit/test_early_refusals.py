@@ -1,4 +1,4 @@
-"""What needs no torch is refused before torch is imported: names, files, the run's directory and config, the cluster."""
+"""What needs no torch is refused before torch is imported: names, files, a run's directory and config, the cluster."""
 
 import json
 import os
