@@ -11,7 +11,7 @@ VLLM := .venv-vllm
 CLIENTS := .venv-clients
 
 .PHONY: help install lint test test-one-half test-other-half test-cluster test-jobs test-submit test-slurm \
-	test-jobs-on-hosts test-hosts test-vllm test-clients gpu-dry-run soak audit quickstart clean
+	test-jobs-on-hosts test-hosts test-vllm test-clients gpu-dry-run docs soak audit quickstart clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-vllm    the vLLM engine on a CPU, in an environment of its own (about 4 minutes)"
 	@echo "make test-clients LangChain, lm-evaluation-harness and vLLM's benchmark against an endpoint (about 2 minutes)"
 	@echo "make gpu-dry-run  what jobs/gpu_check.py would run on a GPU, at tiny sizes on this CPU (about 3 minutes)"
+	@echo "make docs         the pages of docs/ as a site in build/site, links checked"
 	@echo "make soak         an endpoint under load for ten minutes, while replicas die and adapters are swapped"
 	@echo "make audit        what PyPI's database of advisories says of every pinned package (needs the network)"
 	@echo "make install      make $(VENV) and install the project with the pins of cluster/constraints.txt"
@@ -94,6 +95,12 @@ $(CLIENTS)/.installed: tests/clients/environment.txt
 gpu-dry-run: install
 	$(BIN)/python jobs/gpu_check.py --dry-run --minutes 10
 
+# The pages as a site, in an environment of its own; a link that leads nowhere fails it.
+docs: install
+	$(BIN)/python docs/generate.py
+	@test -x .venv-docs/bin/zensical || { $(PYTHON) -m venv .venv-docs && .venv-docs/bin/pip install --quiet --disable-pip-version-check 'zensical>=0.0.73,<0.1'; }
+	.venv-docs/bin/zensical build --strict --config-file .mkdocs.yml
+
 # Ten minutes of load and faults; the result is kept in docs/benchmarks/soak.json.
 soak: install
 	$(BIN)/python tests/soak/soak.py
@@ -107,4 +114,4 @@ quickstart: install
 	$(BIN)/ftray quickstart
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(CLIENTS) .venv-audit
+	rm -rf $(VENV) $(VLLM) $(CLIENTS) .venv-audit .venv-docs

@@ -20,7 +20,7 @@ WHAT = {"run": "`ftray train`", "sweep": "`ftray sweep`", "serve": "`ftray serve
 def config_page() -> str:
     parts = [
         "# Config keys\n",
-        "Made from the schemas by `python docs/generate.py`. Every key can be given as `key.path=value` after the file.\n",
+        "Made from the schemas by `python docs/generate.py`. Each can be given as `key.path=value` after the file.\n",
     ]
     for kind in KINDS:
         schema = json_schema(kind)

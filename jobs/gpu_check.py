@@ -61,7 +61,7 @@ RECORDS = [
     test("test_training_in_bfloat16_follows_float32", "ZeRO-2 and 3 over NCCL train alike", 50),
     test("test_mixed_adapters_generate", "the torch engine's mixed adapters have PEFT's log-probabilities", 30),
     train("train-lora-1.7b", "a LoRA's tokens/s, MFU and memory at 1.7B parameters", size="1.7b", seconds=75),
-    train("train-lora-z2", "the losses of docs/gpu.md: LoRA, ZeRO-2", "zero.stage=2"),
+    train("train-lora-z2", "the losses of docs/benchmarks/gpu.md: LoRA, ZeRO-2", "zero.stage=2"),
     train("train-full-z2", "full fine-tuning, ZeRO-2", "adapter=null", "zero.stage=2"),
     decode("torch", "1", "16", "64", seconds=70),
     test("test_mixed_adapters_generate_with_vllm", "vLLM's mixed adapters have PEFT's log-probabilities", 90, "vllm"),

@@ -1,4 +1,4 @@
-"""Random bases with Qwen3's layers and a tokenizer of bytes, in the sizes that docs/gpu.md has figures for."""
+"""Random bases with Qwen3's layers and a tokenizer of bytes, in the sizes of docs/benchmarks/gpu.md."""
 
 from pathlib import Path
 

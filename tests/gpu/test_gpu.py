@@ -1,4 +1,4 @@
-"""The parity records on a GPU in bfloat16: looser, for 8 bits of mantissa. Skipped without one (docs/gpu.md)."""
+"""The parity records on a GPU in bfloat16: looser, for 8 bits of mantissa (docs/benchmarks/gpu.md)."""
 
 import pytest
 import torch

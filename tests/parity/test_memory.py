@@ -1,4 +1,4 @@
-"""`ftray plan` against measured peaks of the same settings (all of them: tests/parity/memory.py; docs/plan.md)."""
+"""`ftray plan` against measured peaks of the same settings (docs/explanation/plan.md; all: memory.py)."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""The rooms of docs/architecture.md, walked with ast: no import upward, no circle, heavy packages at home."""
+"""The rooms of docs/explanation/architecture.md, walked with ast: no import upward, no circle, packages at home."""
 
 import ast
 from collections.abc import Iterator

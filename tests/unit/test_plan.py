@@ -1,4 +1,4 @@
-"""`ftray plan` on the shipped configs, and against figures that others published (docs/plan.md)."""
+"""`ftray plan` on the shipped configs, and against figures that others published (docs/explanation/plan.md)."""
 
 import itertools
 import json
