@@ -32,22 +32,6 @@ def browser():
 
 
 @pytest.fixture
-def page(browser):
-    """A page that must not complain, nor load anything from elsewhere."""
-    page = browser.new_page()
-    page.set_default_timeout(10_000)
-    complaints: list[str] = []
-    hosts: set[str] = set()
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
-    yield page
-    page.close()
-    assert [text for text in complaints if "401" not in text and "404" not in text] == []
-    assert len(hosts) == 1
-
-
-@pytest.fixture
 def serve():
     """Starts an HTTP server for an ingress; returns its URL."""
     servers: list[tuple[uvicorn.Server, threading.Thread]] = []
@@ -69,6 +53,23 @@ def serve():
     for server, thread in servers:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture
+def page(browser, serve):
+    """A page that must not complain, nor load anything from elsewhere. It is closed before its server, which it asks
+    once a second."""
+    page = browser.new_page()
+    page.set_default_timeout(10_000)
+    complaints: list[str] = []
+    hosts: set[str] = set()
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+    yield page
+    page.close()
+    assert [text for text in complaints if "401" not in text and "404" not in text] == []
+    assert len(hosts) == 1
 
 
 def choose(page, number: int, model: str) -> None:
