@@ -7,9 +7,11 @@ from fastapi.testclient import TestClient
 
 from ftray.config.serve import LimitsConfig
 from ftray.serve.http.api import make_api
-from ftray.serve.http.embeddings import EmbeddingRoutes
+from ftray.serve.http.embeddings import Embeddings
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.http.playground import Overview, RecentTraffic
+from ftray.serve.http.routes import ROUTES
+from ftray.serve.http.services import Services
 from ftray.serve.protocol import GenerateJob
 from ftray.serve.tenants.rate_limits import RateLimiter
 
@@ -72,7 +74,7 @@ class EchoBackend:
 
 
 class LocalLedger:
-    """The gatekeeper in this process."""
+    """The rate limiter in this process."""
 
     def __init__(self, keeper: RateLimiter):
         self.keeper = keeper
@@ -87,11 +89,12 @@ class LocalLedger:
         self.keeper.record(usage)
 
 
-def make_client(ingress: Ingress, *, watchers=(), **limits) -> TestClient:
+def make_client(ingress: Ingress, *, watchers=(), routes=ROUTES, **limits) -> TestClient:
     traffic = RecentTraffic()
-    texts = EmbeddingRoutes(ingress.names, ingress.backend, ingress.auth)
+    texts = Embeddings(ingress.names, ingress.backend, ingress.auth)
     overview = Overview(ingress.names, ingress.backend, ingress.auth, traffic)
-    return TestClient(make_api(ingress, texts, overview, LimitsConfig(**limits), watchers=[traffic, *watchers]))
+    services = Services(ingress, texts, overview)
+    return TestClient(make_api(services, LimitsConfig(**limits), watchers=[traffic, *watchers], routes=routes))
 
 
 def ask(client, model, **more):

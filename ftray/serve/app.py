@@ -20,12 +20,14 @@ from ftray.config import ServeConfig
 from ftray.errors import FtrayError, UserError
 from ftray.model.base import check_base_name, prepare_base
 from ftray.registry import Registry
-from ftray.serve.http.api import ANSWERING, make_api
+from ftray.serve.http.api import make_api
 from ftray.serve.http.context import Watcher
-from ftray.serve.http.embeddings import EmbeddingRoutes
+from ftray.serve.http.embeddings import Embeddings
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.http.playground import Overview, RecentTraffic
 from ftray.serve.http.ports import check_port, reachable
+from ftray.serve.http.routes.paths import ANSWERING
+from ftray.serve.http.services import Services
 from ftray.serve.replica.process_memory import (
     ask_for_huge_pages,
     give_back_free_memory,
@@ -114,7 +116,7 @@ class IngressApp:
         backend = ReplicaBackend(replicas)
         auth = Authenticator(RemoteLedger(ledger) if ledger is not None else None)
         self._ingress = Ingress(names, backend, auth, timeout_s=config.limits.request_timeout_s)
-        self._embeddings = EmbeddingRoutes(names, backend, auth, timeout_s=config.limits.request_timeout_s)
+        self._embeddings = Embeddings(names, backend, auth, timeout_s=config.limits.request_timeout_s)
         self._traffic = RecentTraffic()
         self._overview = Overview(names, backend, auth, self._traffic)
         keep_out_of_collections()
@@ -125,7 +127,8 @@ class IngressApp:
 
     def __serve_build_asgi_app__(self) -> Any:
         watchers = [self._traffic, *watchers_of(self._config)]
-        return make_api(self._ingress, self._embeddings, self._overview, self._config.limits, watchers=watchers)
+        services = Services(self._ingress, self._embeddings, self._overview)
+        return make_api(services, self._config.limits, watchers=watchers)
 
 
 def ray_log_directory() -> Path:

@@ -15,7 +15,7 @@ from ftray.errors import UserError
 from ftray.infer.torch_engine.pooling import embedding_of
 from ftray.registry import Registry
 from ftray.serve.http.context import RequestContext
-from ftray.serve.http.embeddings import EmbeddingRequest, EmbeddingRoutes
+from ftray.serve.http.embeddings import EmbeddingRequest, Embeddings
 from ftray.serve.protocol import EmbedJob, TokenizeJob
 from ftray.serve.replica.replica import EngineReplica
 from ftray.serve.routing.model_names import ModelNames
@@ -98,7 +98,7 @@ def test_over_http_in_both_encodings(replica, base):
     class Replicas:
         ask = replica.answer
 
-    routes = EmbeddingRoutes(ModelNames("base", replica.registry), Replicas, Authenticator(None))
+    routes = Embeddings(ModelNames("base", replica.registry), Replicas, Authenticator(None))
 
     def ask(**more) -> dict:
         request = EmbeddingRequest(model="search@1", input=TEXTS, **more)

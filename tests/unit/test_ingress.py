@@ -338,3 +338,27 @@ def test_keys_are_nowhere_in_the_database(tmp_path):
     assert b"acme" in written
     assert key.encode() not in written
     assert key.removeprefix("ftray-")[:20].encode() not in written
+
+
+def test_a_route_is_a_function_of_the_services(names, backend):
+    """A toy one: a file of its own and an entry in the list of routes."""
+    from fastapi import APIRouter
+
+    from ftray.serve.http.routes import ROUTES
+    from ftray.serve.http.services import Context, Services
+
+    def count_routes(services: Services) -> APIRouter:
+        router = APIRouter()
+
+        @router.get("/count")
+        async def count(context: Context) -> dict:
+            await services.ingress.auth.tenant(context)
+            return {"models": len(services.ingress.names.names()), "path": context.path}
+
+        return router
+
+    ingress = Ingress(names, backend, Authenticator(None))
+    client = make_client(ingress, routes=[*ROUTES, count_routes])
+    assert client.get("/count").json() == {"models": len(ingress.names.names()), "path": "/count"}
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert make_client(ingress).get("/count").status_code == 404

@@ -15,8 +15,8 @@ from fake_endpoint import LocalLedger, ask, make_client
 from ftray.infer.protocol import EngineStats
 from ftray.registry import CanaryLimits
 from ftray.serve.http.answer import Answer
-from ftray.serve.http.api import ANSWERING
 from ftray.serve.http.ingress import Ingress
+from ftray.serve.http.routes.paths import ANSWERING
 from ftray.serve.routing.model_names import ModelNames, ServedModel
 from ftray.serve.telemetry import metrics
 from ftray.serve.telemetry.access_log import AccessLog

@@ -51,7 +51,7 @@ class AskedReplica(Protocol):
         ...
 
 
-class EmbeddingRoutes:
+class Embeddings:
     def __init__(
         self, names: ModelNames, replica: AskedReplica, auth: Authenticator, *, timeout_s: float | None = None
     ):
