@@ -6,17 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from ftray.errors import FtrayError, UserError
-from ftray.evaluate.task import Answer, Evaluation, Question
+from ftray.evaluate.task import Evaluation, judged
+from ftray.tasks import EXACT_MATCH, Question, Task
 
 CONCURRENCY = 16
 TIMEOUT_S = 300.0
 
 
-def evaluate_endpoint(url: str, questions: Sequence[Question], *, model: str, max_tokens: int) -> Evaluation:
+def evaluate_endpoint(
+    url: str, questions: Sequence[Question], *, model: str, max_tokens: int, task: Task = EXACT_MATCH
+) -> Evaluation:
     with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client, ThreadPoolExecutor(CONCURRENCY) as pool:
         texts = list(pool.map(lambda q: ask(client, q, model=model, max_tokens=max_tokens), questions))
-    answers = [Answer(q.text, q.expected, text) for q, text in zip(questions, texts, strict=True)]
-    return Evaluation(model, answers, loss=None)
+    answers = [judged(task, question, text) for question, text in zip(questions, texts, strict=True)]
+    return Evaluation(model, answers, loss=None, task=task)
 
 
 def ask(client: httpx.Client, question: Question, *, model: str, max_tokens: int) -> str:

@@ -7,24 +7,34 @@ from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
 from ftray.data.plan import first_fit
 from ftray.data.tokens import tokenize_source
-from ftray.evaluate.task import Answer, Evaluation, Question, answer_tokens
+from ftray.evaluate.task import Answer, Evaluation, answer_tokens, judged
 from ftray.infer.engines import generate
 from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.chat import ChatRenderer
+from ftray.tasks import EXACT_MATCH, Question, Task
 
 SCORE_TOKENS = 2048  # of one packed row
 
 
 def evaluate_offline(
-    engine: TorchEngine, questions: Sequence[Question], data: DataConfig, *, adapter: str | None, model: str
+    engine: TorchEngine,
+    questions: Sequence[Question],
+    data: DataConfig,
+    *,
+    adapter: str | None,
+    model: str,
+    task: Task = EXACT_MATCH,
 ) -> Evaluation:
     """`adapter`: the key it is loaded under in the engine, or None for the base model."""
-    answers = answer_questions(engine, questions, adapter=adapter)
-    return Evaluation(model, answers, held_out_loss(engine, data, ChatRenderer(engine.tokenizer), adapter=adapter))
+    answers = answer_questions(engine, questions, adapter=adapter, task=task)
+    loss = held_out_loss(engine, data, ChatRenderer(engine.tokenizer), adapter=adapter)
+    return Evaluation(model, answers, loss, task)
 
 
-def answer_questions(engine: TorchEngine, questions: Sequence[Question], *, adapter: str | None) -> list[Answer]:
+def answer_questions(
+    engine: TorchEngine, questions: Sequence[Question], *, adapter: str | None, task: Task = EXACT_MATCH
+) -> list[Answer]:
     renderer = ChatRenderer(engine.tokenizer)
     sampling = SamplingParams(temperature=0, max_tokens=answer_tokens(questions, renderer))
     requests = [
@@ -32,7 +42,7 @@ def answer_questions(engine: TorchEngine, questions: Sequence[Question], *, adap
         for i, question in enumerate(questions)
     ]
     texts = generate(engine, requests)
-    return [Answer(q.text, q.expected, texts[str(i)]) for i, q in enumerate(questions)]
+    return [judged(task, question, texts[str(i)]) for i, question in enumerate(questions)]
 
 
 def held_out_loss(engine: TorchEngine, data: DataConfig, renderer: ChatRenderer, *, adapter: str | None) -> float:

@@ -1,4 +1,4 @@
-"""Held-out questions and how answers to them are judged."""
+"""Held-out questions, and what their answers came to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,21 +8,10 @@ from ftray.data.rows import row_reader
 from ftray.data.sources import load_rows
 from ftray.errors import DataError
 from ftray.model.chat import ChatRenderer, Message
+from ftray.tasks import EXACT_MATCH, Question, Task
 
 # An answer longer than every expected one is wrong already; a few tokens more show how it goes on.
 SPARE_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class Question:
-    """A conversation up to its last assistant turn, and that turn."""
-
-    messages: list[Message]
-    expected: str
-
-    @property
-    def text(self) -> str:
-        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
 
 
 @dataclass(frozen=True)
@@ -30,10 +19,12 @@ class Answer:
     question: str
     expected: str
     answer: str
+    scores: dict[str, float]
 
     @property
     def correct(self) -> bool:
-        return self.answer.strip() == self.expected.strip()
+        """By every score."""
+        return all(value >= 1 for value in self.scores.values())
 
 
 @dataclass(frozen=True)
@@ -41,10 +32,18 @@ class Evaluation:
     model: str
     answers: list[Answer]
     loss: float | None  # per answer token; the endpoint does not give it
+    task: Task = EXACT_MATCH
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Means over the answers."""
+        names = self.answers[0].scores
+        return {name: sum(answer.scores[name] for answer in self.answers) / len(self.answers) for name in names}
 
     @property
     def accuracy(self) -> float:
-        return sum(answer.correct for answer in self.answers) / len(self.answers)
+        """The task's deciding score: exact match, where nothing else is asked for."""
+        return self.scores[self.task.score]
 
     @property
     def losing(self) -> list[Answer]:
@@ -54,10 +53,15 @@ class Evaluation:
         return {
             "model": self.model,
             "accuracy": self.accuracy,
+            "scores": self.scores,
             "loss": self.loss,
             "num_examples": len(self.answers),
             "losing": [vars(answer) for answer in self.losing],
         }
+
+
+def judged(task: Task, question: Question, answer: str) -> Answer:
+    return Answer(question.text, question.expected, answer, task.judge(question, answer))
 
 
 def load_questions(data: DataConfig) -> list[Question]:

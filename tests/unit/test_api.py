@@ -16,7 +16,7 @@ from ftray.errors import ConfigError, NotFoundError, UserError
 ROOT = Path(__file__).parents[2]
 SIGNATURES = {
     "train": "(config, *overrides, data=None, eval_data=None, callbacks=(), fresh=False, log=print)",
-    "evaluate": "(config, *overrides, adapter=None, registry=None, endpoint=None, eval_data=None)",
+    "evaluate": "(config, *overrides, adapter=None, registry=None, endpoint=None, eval_data=None, task='exact_match')",
     "sweep": "(config, *overrides, fresh=False, log=print)",
     "load": "(model, *, registry='registry', base_model=None, context_tokens=2048)",
     "serve": "(config, *overrides)",

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "ftray"
 TORCH = {"torch", "transformers"}
 # What every room may import: errors, value types, configs and files.
 GROUND = {"errors", "schema", "plugins", "objectives", "config", "storage"}
-MODELS = GROUND | {"model", "registry", "tracking", "data", "infer", "cluster", "evaluate"}
+MODELS = GROUND | {"tasks", "model", "registry", "tracking", "data", "infer", "cluster", "evaluate"}
 # room: (rooms of ftray it may import, packages it must not import). From the ground up.
 TABLE = {
     "errors": (set(), {"pydantic", "ray", "deepspeed", *TORCH}),
@@ -20,13 +20,14 @@ TABLE = {
     "objectives": ({"errors", "schema", "plugins"}, {"ray", "deepspeed", "transformers", "torch.distributed"}),
     "config": ({"errors", "schema", "plugins", "objectives"}, {"ray", "deepspeed", *TORCH}),
     "storage": ({"errors"}, {"ray", "deepspeed", *TORCH}),
+    "tasks": ({"errors", "plugins"}, {"ray", "deepspeed", *TORCH}),
     "model": (GROUND, {"ray", "deepspeed"}),
     "registry": (GROUND, {"ray", "deepspeed", *TORCH}),
     "tracking": (GROUND, {"ray", "deepspeed", *TORCH}),
     "data": (GROUND | {"model"}, {"ray", "deepspeed"}),
     "infer": (GROUND | {"model"}, {"ray", "deepspeed", "vllm"}),
     "cluster": (GROUND | {"model", "tracking"}, {"deepspeed", *TORCH}),
-    "evaluate": (GROUND | {"model", "data", "infer", "tracking"}, {"ray", "deepspeed"}),
+    "evaluate": (GROUND | {"tasks", "model", "data", "infer", "tracking"}, {"ray", "deepspeed"}),
     "submit": ({"errors"}, {"deepspeed", *TORCH}),
     "train": (MODELS, {"ray", "deepspeed"}),
     "plan": (GROUND | {"model", "train"}, {"ray", "deepspeed"}),

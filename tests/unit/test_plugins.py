@@ -7,8 +7,10 @@ import torch
 
 from ftray.config import parse_config
 from ftray.errors import ConfigError, UserError
+from ftray.evaluate.task import Evaluation, judged
 from ftray.objectives import LogProbs, make_loss, objective_of
 from ftray.plugins import load_plugin
+from ftray.tasks import Question, find_task
 
 TOY = '''
 """Likelihood of the answers, so many times."""
@@ -35,17 +37,30 @@ def make_loss(config):
 TIMES = Objective(Times, make_loss, shape="conversation")
 NUMBER = 3
 '''
+TOY_TASK = '''
+"""An answer is good that has the expected word in it, and short."""
+
+from ftray.tasks import Task
+
+
+def judge(question, answer):
+    return {"contains": float(question.expected in answer), "short": float(len(answer) < 10)}
+
+
+CONTAINS = Task(judge, score="contains")
+'''
 RUN = "kind: run\nname: r\nbase_model: base\nmax_steps: 1\ndata: {train: t.jsonl}\n"
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     (tmp_path / "toy_objective.py").write_text(TOY)
+    (tmp_path / "toy_task.py").write_text(TOY_TASK)
     (tmp_path / "broken_objective.py").write_text("import no_such_package_at_all\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for name in ("toy_objective", "broken_objective"):
+    for name in ("toy_objective", "toy_task", "broken_objective"):
         sys.modules.pop(name, None)
 
 
@@ -89,3 +104,18 @@ def test_mistakes_are_one_line_each(toy, objective, problem):
 def test_a_plugin_that_is_found_nowhere_says_where_it_was_looked_for(toy, tmp_path):
     with pytest.raises(UserError, match=f"it is looked for in {tmp_path}"):
         load_plugin("nowhere:X", object, key="task")
+
+
+def test_a_task_of_ones_own_is_one_file(toy):
+    question = Question([{"role": "user", "content": "why?"}], "because")
+    task = find_task("toy_task:CONTAINS")
+    answers = [judged(task, question, text) for text in ("because", "because of the rain", "no")]
+    evaluation = Evaluation("m", answers, loss=None, task=task)
+    assert evaluation.scores == {"contains": pytest.approx(2 / 3), "short": pytest.approx(2 / 3)}
+    assert evaluation.accuracy == evaluation.scores["contains"]
+    assert [answer.answer for answer in evaluation.losing] == ["because of the rain", "no"]
+
+
+def test_a_task_that_is_none_says_which_there_are():
+    with pytest.raises(UserError, match="'exact-match' is no task; did you mean 'exact_match'"):
+        find_task("exact-match")
