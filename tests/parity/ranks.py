@@ -175,7 +175,6 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
         base,
         data_digest="digest",
         scratch=checkpoints / "scratch",
-        rank=rank,
         publish=publish,
         on_failure=failed,
     )

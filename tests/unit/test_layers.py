@@ -1,6 +1,7 @@
 """The rooms of docs/explanation/architecture.md, walked with ast: no import upward, no circle, packages at home."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,3 +140,48 @@ def test_folders_files_and_jobs_stay_small():
     jobs = {p.name: n for p in (ROOT.parent / "jobs").glob("*.py") if (n := len(p.read_text().splitlines())) > 40}
     assert jobs.keys() <= {"bench.py", "gpu_check.py", "loss_compare.py"}  # tools for developers
     assert not list(ROOT.rglob("utils.py"))
+
+
+# Words that were this project's own where the field has one (CONTRIBUTING.md): no part of a name in ftray/.
+BANNED = {
+    *("gatekeeper", "exchange", "desk", "clerk", "stretch", "stretches", "company", "overdue", "mend", "happening"),
+    *("tell", "told", "untold", "party", "parties", "say"),
+}
+BANNED_WHOLE = {
+    "at_hand",
+    "place_of",
+    "Known",
+    "Turns",
+    "Places",
+    "Gate",
+    "Sampling",
+    "Structure",
+    "finish_run",
+    "spread_base",
+}
+
+
+def banned_names(source: str) -> set[str]:
+    tree, found = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return {name for name in found if name in BANNED_WHOLE or BANNED & set(words_of(name))}
+
+
+def words_of(name: str) -> list[str]:
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+
+
+def test_names_are_the_fields_own():
+    found = {
+        p.relative_to(ROOT).as_posix(): names for p in ROOT.rglob("*.py") if (names := banned_names(p.read_text()))
+    }
+    assert found == {}
+    assert banned_names("def tell_all(told): at_hand = 1") == {"tell_all", "told", "at_hand"}

@@ -34,7 +34,6 @@ def make(tmp_path):
         None,  # pyright: ignore
         data_digest="d",
         scratch=tmp_path / "scratch",
-        rank=0,
         publish=publish,
         on_failure=lambda step, message: failures.append(message),
     )

@@ -41,7 +41,6 @@ class Saver:
         *,
         data_digest: str,
         scratch: Path,
-        rank: int,
         publish: Publish,
         on_failure: OnFailure,
         upload: Upload | None = None,
@@ -50,8 +49,8 @@ class Saver:
         self._config = config
         self._base = base
         self._data_digest = data_digest
-        self._directory = scratch / f"rank-{rank}"
-        self._rank = rank
+        self._rank = engine.rank
+        self._directory = scratch / f"rank-{engine.rank}"
         self._publish = publish
         self._upload = upload
         self._on_failure = on_failure

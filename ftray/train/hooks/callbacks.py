@@ -29,7 +29,6 @@ class WorkerCallbacks:
         engine: TrainingEngine,
         base: BaseModel,
         *,
-        rank: int,
         record: Record,
         sample: Callable[[int], None],
         publish: Publish,
@@ -40,10 +39,10 @@ class WorkerCallbacks:
         self._job = job
         self._keep_notes = keep_notes
         self._sample = sample
+        self._rank = rank = engine.rank
         self._profiler = StepProfiler(job.run_directory, num_steps=job.profile_steps, rank=rank)
         self._engine = engine
         self._record = record
-        self._rank = rank
         self._unreported: list[dict[str, Any]] = []  # events
         self._watchdog = Watchdog(job.run_directory, rank=rank, timeout_s=job.config.guard.hang_timeout_s)
         self._watchdog.beat()
@@ -53,7 +52,6 @@ class WorkerCallbacks:
             base,
             data_digest=job.data_digest,
             scratch=job.run_directory / SCRATCH,
-            rank=rank,
             publish=publish,
             upload=upload,
             on_failure=self._on_failed_save,

@@ -1,6 +1,7 @@
 """What every Ray Train worker runs. Ray is here; the algorithm is in `loop.py`."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,8 @@ from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.plan import plan_steps
 from ftray.errors import DamagedError, FtrayError, UserError
 from ftray.model.adapter import local_adapter
-from ftray.model.base import prepare_base
-from ftray.model.hardware import choose_hardware, make_deterministic
+from ftray.model.base import BaseModel, prepare_base
+from ftray.model.hardware import Hardware, choose_hardware, make_deterministic
 from ftray.model.packed import (
     can_compile,
     compile_layers,
@@ -32,6 +33,7 @@ from ftray.train.checkpoints.checkpoint import (
     read_state,
     restore,
 )
+from ftray.train.checkpoints.saver import Publish
 from ftray.train.checkpoints.stored import StoredCheckpoints
 from ftray.train.engine.build import make_engine
 from ftray.train.engine.deepspeed import DeepSpeedEngine
@@ -63,26 +65,12 @@ def train_worker(job: TrainJob) -> None:
 def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
     """`notes`: of a run in an object store, which gets its checkpoints too."""
     config = job.config
-    use_gpu = config.workers.gpus_each > 0
-    if use_gpu:
-        torch.cuda.set_device(ray.train.torch.get_device())  # the one of this local rank
-    hardware = choose_hardware(use_gpu=use_gpu)
-    make_deterministic(num_threads=config.workers.cpus_each)
+    hardware = take_device(config)
     bandwidth = measure_all_reduce(hardware)
     if notes is not None:
         job = notes.begin(job)  # not before: a rank that fetches the data would keep the others waiting there
-    base = prepare_base(job.base_name)
-    if base.fingerprint != job.base_fingerprint:
-        raise UserError(
-            f"base_model: {job.base_name} is another model on this node than the driver had (its files were changed); "
-            "put the old ones back, or start over with --fresh"
-        )
-    init_from = local_adapter(job.init_from) if job.init_from is not None else None
-    if job.init_from is not None and init_from is None:
-        raise UserError(
-            f"adapter.init_from: {job.init_from} is not to be seen on this node; give a shared path or a URL"
-        )
-    engine = make_engine(config, base, hardware, init_from=init_from)
+    base = find_base(job)
+    engine = make_engine(config, base, hardware, init_from=find_start(job))
     stored = StoredCheckpoints(job.run_url) if job.run_url is not None else None
     start_step = resume(engine, stored or DirectoryCheckpoints(job.run_directory), rank=rank)
     if rank == 0:
@@ -92,10 +80,68 @@ def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
 
     dataset = open_dataset(Path(job.train_data))
     eval_dataset = open_dataset(Path(job.eval_data)) if job.eval_data is not None else None
+    training = make_training(job, engine, dataset, eval_dataset, start_step=start_step)
+    if worth_compiling(config, engine, dataset, num_steps=training.schedule.num_steps):
+        compile_layers(engine.model.model)
+    losses = [r["loss"] for r in read_metrics(job.run_directory) if "loss" in r and r["step"] <= start_step]
+    guard = LossGuard(config.guard, earlier_losses=engine.gather(losses[-WINDOW_STEPS:])[0])
+    with recorder(job, start_step=start_step, rank=rank) as record:
+        callbacks = WorkerCallbacks(
+            job,
+            engine,
+            base,
+            record=record,
+            sample=Sampler(job, engine, base, eval_dataset, rank=rank).sample,
+            upload=stored.upload if stored is not None else None,
+            keep_notes=notes.push_at_once if notes is not None else None,
+            publish=publisher(job, engine, stored, notes),
+        )
+        train(engine, training, guard, callbacks)
+        callbacks.close()
+
+
+def take_device(config: RunConfig) -> Hardware:
+    """This rank's, made deterministic."""
+    use_gpu = config.workers.gpus_each > 0
+    if use_gpu:
+        torch.cuda.set_device(ray.train.torch.get_device())  # the one of this local rank
+    make_deterministic(num_threads=config.workers.cpus_each)
+    return choose_hardware(use_gpu=use_gpu)
+
+
+def find_base(job: TrainJob) -> BaseModel:
+    base = prepare_base(job.base_name)
+    if base.fingerprint != job.base_fingerprint:
+        raise UserError(
+            f"base_model: {job.base_name} is another model on this node than the driver had (its files were changed); "
+            "put the old ones back, or start over with --fresh"
+        )
+    return base
+
+
+def find_start(job: TrainJob) -> Path | None:
+    """This machine's copy of the adapter that `adapter.init_from` names."""
+    if job.init_from is None:
+        return None
+    directory = local_adapter(job.init_from)
+    if directory is None:
+        raise UserError(
+            f"adapter.init_from: {job.init_from} is not to be seen on this node; give a shared path or a URL"
+        )
+    return directory
+
+
+def make_training(
+    job: TrainJob,
+    engine: DeepSpeedEngine,
+    dataset: TokenizedDataset,
+    eval_dataset: TokenizedDataset | None,
+    *,
+    start_step: int,
+) -> Training:
+    config = job.config
     plan = plan_steps(config, dataset.lengths)
     num_steps = plan.num_steps(epochs=config.epochs, max_steps=config.max_steps)
-    if worth_compiling(config, engine, dataset, num_steps=num_steps):
-        compile_layers(engine.model.model)
     schedule = Schedule(
         start_step=start_step,
         num_steps=num_steps,
@@ -105,31 +151,10 @@ def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
         learning_rate=make_schedule(config.optimizer, num_steps=num_steps),
         skipped=engine.gather(skipped_steps(job.run_directory))[0],
     )
-    evaluate = None
-    if eval_dataset is not None:
-        budget = config.batch.tokens_per_micro_batch
-        rows = evaluation_rows(eval_dataset, engine, token_budget=budget)
-        evaluate = lambda: engine.evaluate(rows())  # noqa: E731
-    losses = [r["loss"] for r in read_metrics(job.run_directory) if "loss" in r and r["step"] <= start_step]
-    guard = LossGuard(config.guard, earlier_losses=engine.gather(losses[-WINDOW_STEPS:])[0])
-    with recorder(job, start_step=start_step, rank=rank) as record:
-        callbacks = WorkerCallbacks(
-            job,
-            engine,
-            base,
-            rank=rank,
-            record=record,
-            sample=Sampler(job, engine, base, eval_dataset, rank=rank).sample,
-            upload=stored.upload if stored is not None else None,
-            keep_notes=notes.push_at_once if notes is not None else None,
-            publish=lambda directory, step: (
-                publish(job, directory, step, rank=rank)
-                if stored is None
-                else publish_in_store(engine, stored, notes, directory, step, keep=config.checkpoint.keep)
-            ),
-        )
-        train(engine, Training(dataset, plan, schedule, evaluate), guard, callbacks)
-        callbacks.close()
+    if eval_dataset is None:
+        return Training(dataset, plan, schedule)
+    rows = evaluation_rows(eval_dataset, engine, token_budget=config.batch.tokens_per_micro_batch)
+    return Training(dataset, plan, schedule, evaluate=lambda: engine.evaluate(rows()))
 
 
 def worth_compiling(config: RunConfig, engine: DeepSpeedEngine, dataset: TokenizedDataset, *, num_steps: int) -> bool:
@@ -171,6 +196,15 @@ def resume(engine: DeepSpeedEngine, checkpoints: Checkpoints, *, rank: int) -> i
         return 0
     restore(checkpoint, engine)
     return read_state(checkpoint).step
+
+
+def publisher(
+    job: TrainJob, engine: DeepSpeedEngine, stored: StoredCheckpoints | None, notes: WorkerNotes | None
+) -> Publish:
+    """What makes a rank's files part of a checkpoint, where the run lies."""
+    if stored is None:
+        return functools.partial(publish, job, rank=engine.rank)
+    return functools.partial(publish_in_store, engine, stored, notes, keep=job.config.checkpoint.keep)
 
 
 def publish(job: TrainJob, directory: Path, step: int, *, rank: int) -> None:
