@@ -11,9 +11,11 @@ BYTE_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "K
 
 
 class Strict(BaseModel):
-    """No unknown key, no coercion, no change after loading."""
+    """No unknown key, no coercion, no change after loading. The text under a field is its description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 def check_name(name: str) -> str:

@@ -1,12 +1,10 @@
 """JSON schemas of the config files, for editors: completion, and a mark under a wrong key while it is typed.
 
-A field's description is the comment that stands beside it in the source. What one field says about another no schema
+A field's description is the text under it in the source. What one field says about another no schema
 holds: `ftray` itself checks that before it starts.
 """
 
-import inspect
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from ftray.config.sweep import why_not_swept
 
 SCHEMAS = Path(__file__).parent / "schemas"  # as they are shipped: `python -m ftray.config.editor` writes them
 DIALECT = "http://json-schema.org/draft-07/schema#"  # what VS Code's YAML extension knows
-FIELD = re.compile(r"^    (?P<name>\w+): .*?  # (?P<text>.+)$", re.MULTILINE)
 # What a sweep may choose for a key (`domains.parse_domain`).
 PAIR = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
 DOMAIN = {
@@ -44,10 +41,8 @@ DOMAIN = {
 def json_schema(kind: str) -> dict[str, Any]:
     model = KINDS[kind]
     schema: dict[str, Any] = {"$schema": DIALECT, **model.model_json_schema()}
-    describe(schema, model)
-    models = models_of(model)
-    for name, nested in schema.get("$defs", {}).items():
-        describe(nested, models[name])
+    for described in (schema, *schema.get("$defs", {}).values()):
+        drop_titles(described)
     if kind == "sweep":
         schema["$defs"]["Domain"] = DOMAIN
         domain, run_keys = {"$ref": "#/$defs/Domain"}, dotted_keys(RunConfig)
@@ -63,21 +58,11 @@ def json_schema(kind: str) -> dict[str, Any]:
     return schema
 
 
-def describe(schema: dict[str, Any], model: type[BaseModel]) -> None:
-    comments = {match["name"]: match["text"] for match in FIELD.finditer(inspect.getsource(model))}
-    for name, field in schema.get("properties", {}).items():
+def drop_titles(schema: dict[str, Any]) -> None:
+    """They say the names once more."""
+    for field in schema.get("properties", {}).values():
         field.pop("title", None)
-        if name in comments:
-            field["description"] = comments[name]
     schema.pop("title", None)
-
-
-def models_of(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """By name: the model's sections, and theirs."""
-    found = {}
-    for nested in sections(model):
-        found |= {nested.__name__: nested, **models_of(nested)}
-    return found
 
 
 def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:

@@ -16,18 +16,25 @@ MEASURES = {
 
 
 class PublishConfig(Strict):
-    name: Name  # in the registry of the last run
-    alias: Name | None = None  # moved to the version, such as prod
+    name: Name
+    """In the registry of the last run."""
+    alias: Name | None = None
+    """Moved to the version, such as prod."""
 
 
 class PipelineConfig(Strict):
     kind: Literal["pipeline"]
     name: Name
-    train: list[Text] = Field(min_length=1)  # run or sweep files; each goes on from the result of the one before
-    overrides: dict[str, Any] = Field(default_factory=dict)  # of the keys of all these runs
-    general_text: Text | None = None  # rows of plain text: the loss on them tells what tuning has broken
-    require: list[Text] = Field(default_factory=list)  # conditions such as tuned.accuracy >= base.accuracy + 0.1
-    publish: PublishConfig | None = None  # where all conditions hold; null: nothing is published
+    train: list[Text] = Field(min_length=1)
+    """Run or sweep files; each goes on from the result of the one before."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Of the keys of all these runs."""
+    general_text: Text | None = None
+    """Rows of plain text: the loss on them tells what tuning has broken."""
+    require: list[Text] = Field(default_factory=list)
+    """Conditions such as tuned.accuracy >= base.accuracy + 0.1."""
+    publish: PublishConfig | None = None
+    """Where all conditions hold; null: nothing is published."""
 
     @model_validator(mode="after")
     def agree(self):

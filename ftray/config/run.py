@@ -12,11 +12,14 @@ class ColumnsConfig(Strict):
     """Which columns of a row hold what: a conversation, a document, or a preference pair."""
 
     messages: Text | None = None
-    prompt: Text | list[Text] | None = None  # several columns are joined by a blank line, empty ones left out
+    prompt: Text | list[Text] | None = None
+    """Several columns are joined by a blank line, empty ones left out."""
     completion: Text | None = None
     system: Text | None = None
-    text: Text | None = None  # objective domain
-    chosen: Text | None = None  # objective dpo, after `prompt` or `messages`
+    text: Text | None = None
+    """Objective domain."""
+    chosen: Text | None = None
+    """Objective dpo, after `prompt` or `messages`."""
     rejected: Text | None = None
 
     @model_validator(mode="after")
@@ -37,12 +40,16 @@ class ColumnsConfig(Strict):
 
 
 class DataConfig(Strict):
-    train: Text  # file (.jsonl .json .csv .parquet), `save_to_disk` directory, or hub id
+    train: Text
+    """File (.jsonl .json .csv .parquet), `save_to_disk` directory, or hub id."""
     eval: Text | None = None
-    revision: Text | None = None  # of a hub id
-    columns: ColumnsConfig | None = None  # None: `messages`, or `prompt` and `completion`, as the file has them
+    revision: Text | None = None
+    """Of a hub id."""
+    columns: ColumnsConfig | None = None
+    """None: `messages`, or `prompt` and `completion`, as the file has them."""
     max_example_tokens: int = Field(default=2048, ge=2)
-    overlong: Literal["error", "truncate", "drop", "split"] = "error"  # split: documents (objective domain) only
+    overlong: Literal["error", "truncate", "drop", "split"] = "error"
+    """split: documents (objective domain) only."""
     shuffle: bool = True
 
 
@@ -50,14 +57,20 @@ class AdapterConfig(Strict):
     variant: Literal["lora", "rslora", "dora"] = "lora"
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32
-    targets: Literal["all-linear"] | list[Text] = "all-linear"  # names or regular expressions of linear modules
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # step losses agree across worker counts only at 0
-    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)  # by regular expression of the module's name
+    targets: Literal["all-linear"] | list[Text] = "all-linear"
+    """Names or regular expressions of linear modules."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Step losses agree across worker counts only at 0."""
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    """By regular expression of the module's name."""
     alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
     initialization: Literal["default", "pissa"] = "default"
-    init_from: Text | None = None  # NAME@N, NAME@ALIAS or a PEFT directory: goes on from its weights
-    modules_to_save: list[Text] = Field(default_factory=list)  # trained whole beside LoRA, such as embed_tokens
-    quantize_base: Literal["nf4"] | None = None  # QLoRA (Dettmers et al. 2023): the frozen base in 4 bits
+    init_from: Text | None = None
+    """NAME@N, NAME@ALIAS or a PEFT directory: goes on from its weights."""
+    modules_to_save: list[Text] = Field(default_factory=list)
+    """Trained whole beside LoRA, such as embed_tokens."""
+    quantize_base: Literal["nf4"] | None = None
+    """QLoRA (Dettmers et al. 2023): the frozen base in 4 bits."""
 
     @model_validator(mode="after")
     def agree(self):
@@ -76,12 +89,15 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Strict):
-    type: Literal["adamw", "adamw_8bit"] = "adamw"  # 8bit: both moments in 8 bits, for full fine-tuning
+    type: Literal["adamw", "adamw_8bit"] = "adamw"
+    """8bit: both moments in 8 bits, for full fine-tuning."""
     learning_rate: PositiveFloat = 2e-4
-    lora_plus_ratio: float = Field(default=1.0, ge=1)  # rate of B over rate of A (LoRA+, Hayou et al. 2024)
+    lora_plus_ratio: float = Field(default=1.0, ge=1)
+    """Rate of B over rate of A (LoRA+, Hayou et al. 2024)."""
     schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
     warmup_steps: NonNegativeInt = 0
-    decay_fraction: float = Field(default=0.1, gt=0, le=1)  # of all steps: the decay of warmup_stable_decay
+    decay_fraction: float = Field(default=0.1, gt=0, le=1)
+    """Of all steps: the decay of warmup_stable_decay."""
     weight_decay: NonNegativeFloat = 0.0
     betas: list[Beta] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     epsilon: PositiveFloat = 1e-8
@@ -95,8 +111,10 @@ class BatchConfig(Strict):
 
 class ZeroConfig(Strict):
     stage: Literal[0, 1, 2, 3] = 2
-    offload: Literal["none", "cpu"] = "none"  # cpu: optimizer state, and at stage 3 weights, in host memory
-    settings: dict[str, Any] = Field(default_factory=dict)  # further keys of DeepSpeed's zero_optimization, as they are
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: optimizer state, and at stage 3 weights, in host memory."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Further keys of DeepSpeed's zero_optimization, as they are."""
 
     @model_validator(mode="after")
     def agree(self):
@@ -114,23 +132,30 @@ class ZeroConfig(Strict):
 
 
 class MemoryConfig(Strict):
-    activation_checkpointing: bool = False  # keeps one activation a layer and computes the rest again in the backward
-    # torch.compile of the decoder layers: faster once warm, after a minute of compiling. auto: in long runs, not at
-    # ZeRO-3
+    activation_checkpointing: bool = False
+    """Keeps one activation a layer and computes the rest again in the backward."""
     compile: bool | Literal["auto"] = "auto"
-    liger_kernels: bool = False  # fused Triton kernels for norms, rotary embedding and MLP; GPUs only
-    sequence_parallel: PositiveInt = 1  # workers that share each row of tokens (Ulysses): for long examples
+    """torch.compile of the decoder layers: faster once warm, after a minute of compiling. auto: in long runs, not at
+    ZeRO-3."""
+    liger_kernels: bool = False
+    """Fused Triton kernels for norms, rotary embedding and MLP; GPUs only."""
+    sequence_parallel: PositiveInt = 1
+    """Workers that share each row of tokens (Ulysses): for long examples."""
 
 
 class CheckpointConfig(Strict):
-    every: PositiveInt = 100  # steps; the last step is always saved
+    every: PositiveInt = 100
+    """steps; the last step is always saved."""
     keep: PositiveInt = 3
 
 
 class EvaluationConfig(Strict):
-    every: PositiveInt = 100  # steps; also after the last one, where data.eval is given
-    samples: NonNegativeInt = 0  # so many evaluation prompts are answered each time, into samples.jsonl and the report
-    sample_tokens: PositiveInt = 48  # of an answer at most; each costs a forward pass over the prompts
+    every: PositiveInt = 100
+    """steps; also after the last one, where data.eval is given."""
+    samples: NonNegativeInt = 0
+    """So many evaluation prompts are answered each time, into samples.jsonl and the report."""
+    sample_tokens: PositiveInt = 48
+    """Of an answer at most; each costs a forward pass over the prompts."""
 
 
 def check_count(value: Any) -> int | list[int]:
@@ -142,11 +167,12 @@ def check_count(value: Any) -> int | list[int]:
 
 
 class WorkersConfig(Strict):
-    # [min, max]: as many as the cluster has, fewer when hosts go, more when they come back
     count: Annotated[int | list[int], PlainValidator(check_count)] = 1
+    """[min, max]: as many as the cluster has, fewer when hosts go, more when they come back."""
     gpus_each: Literal[0, 1] = 0
     cpus_each: PositiveInt = 1
-    max_failures: NonNegativeInt = 3  # restarts of the worker group before the run is given up
+    max_failures: NonNegativeInt = 3
+    """Restarts of the worker group before the run is given up."""
 
     @property
     def min_count(self) -> int:
@@ -160,17 +186,23 @@ class WorkersConfig(Strict):
 class GuardConfig(Strict):
     """What happens when the loss of a step is not a number, or far above the recent ones, and when nothing happens."""
 
-    on_bad_loss: Literal["stop", "skip"] = "stop"  # skip: back to the last checkpoint, and past this step
-    spike_factor: float | None = Field(default=None, gt=1)  # times the median of 50 steps; null: only NaN and infinity
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    """skip: back to the last checkpoint, and past this step."""
+    spike_factor: float | None = Field(default=None, gt=1)
+    """Times the median of 50 steps; null: only NaN and infinity."""
     max_skips: PositiveInt = 3
-    hang_timeout_s: PositiveFloat = 1800  # without progress in a step, evaluation or save: the workers start again
+    hang_timeout_s: PositiveFloat = 1800
+    """Without progress in a step, evaluation or save: the workers start again."""
 
 
 class TrackingConfig(Strict):
-    wandb: Literal["off", "auto", "offline", "online"] = "off"  # auto: online with a key, else offline
+    wandb: Literal["off", "auto", "offline", "online"] = "off"
+    """auto: online with a key, else offline."""
     wandb_project: Text = "ftray"
-    wandb_group: Text | None = None  # a sweep gives its trials one: its name
-    tensorboard: bool = False  # event files in the run directory
+    wandb_group: Text | None = None
+    """A sweep gives its trials one: its name."""
+    tensorboard: bool = False
+    """Event files in the run directory."""
 
 
 class RunConfig(Strict):
@@ -182,7 +214,8 @@ class RunConfig(Strict):
     max_steps: PositiveInt | None = None
     data: DataConfig
     objective: ObjectiveConfig = SftConfig()
-    adapter: AdapterConfig | None = AdapterConfig()  # null: full fine-tuning
+    adapter: AdapterConfig | None = AdapterConfig()
+    """null: full fine-tuning."""
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
     zero: ZeroConfig = ZeroConfig()

@@ -9,12 +9,15 @@ from ftray.schema import ByteSize, NonNegativeFloat, PositiveFloat, PositiveInt,
 
 class EngineConfig(Strict):
     type: Literal["torch", "vllm"] = "torch"
-    tensor_parallel: PositiveInt = 1  # GPUs that share the base model (vllm)
+    tensor_parallel: PositiveInt = 1
+    """GPUs that share the base model (vllm)."""
     max_sequences: PositiveInt = 16
     context_tokens: PositiveInt = 2048
     kv_cache_tokens: PositiveInt = 16384
-    max_prefill_tokens: PositiveInt = 512  # prompt tokens that may join one forward pass beside the decoding ones
-    max_waiting: PositiveInt = 1024  # requests queued in a replica before new ones are told to come back (429)
+    max_prefill_tokens: PositiveInt = 512
+    """Prompt tokens that may join one forward pass beside the decoding ones."""
+    max_waiting: PositiveInt = 1024
+    """Requests queued in a replica before new ones are told to come back (429)."""
 
     @model_validator(mode="after")
     def one_sequence_fits(self):
@@ -29,11 +32,13 @@ class EngineConfig(Strict):
 class AdaptersConfig(Strict):
     registry: Text = "registry"
     preload: list[Text] = Field(default_factory=list)
-    host_budget: ByteSize = Field(default=2 * 2**30)  # adapters in memory
-    device_budget: ByteSize = Field(default=2**30)  # of them, adapters that take part in forward passes
+    host_budget: ByteSize = Field(default=2 * 2**30)
+    """Adapters in memory."""
+    device_budget: ByteSize = Field(default=2**30)
+    """Of them, adapters that take part in forward passes."""
     max_rank: PositiveInt = 256
-    # auto: their numbers as they are (vllm: the base's dtype). Rounded, they are half as large where it is float32.
     dtype: Literal["auto", "bfloat16"] = "auto"
+    """auto: their numbers as they are (vllm: the base's dtype). Rounded, they are half as large where it is float32."""
 
 
 class ReplicasConfig(Strict):
@@ -41,12 +46,14 @@ class ReplicasConfig(Strict):
     max: PositiveInt = 1
     gpus_each: NonNegativeFloat = 0
     cpus_each: NonNegativeFloat = 1
-    # One more when replicas have had more than engine.max_sequences requests each for so long, one less when fewer.
     upscale_delay_s: NonNegativeFloat = 10
+    """One more when replicas have had more than engine.max_sequences requests each for so long, one less when fewer."""
     downscale_delay_s: NonNegativeFloat = 300
-    drain_s: NonNegativeFloat = 30  # a replica that goes has so long to end what it has begun
-    # New replicas started beside the old ones when the endpoint is deployed again; 0: where there is no room for both.
+    drain_s: NonNegativeFloat = 30
+    """A replica that goes has so long to end what it has begun."""
     max_surge_percent: int = Field(default=100, ge=0, le=100)
+    """New replicas started beside the old ones when the endpoint is deployed again; 0: where there is no room for
+    both."""
 
     @model_validator(mode="after")
     def ordered(self):
@@ -56,24 +63,31 @@ class ReplicasConfig(Strict):
 
 
 class TenantsConfig(Strict):
-    database: Text | None = None  # a file or postgresql://...: requests need keys (`ftray tenants`); None: open to all
+    database: Text | None = None
+    """A file or postgresql://...: requests need keys (`ftray tenants`); None: open to all."""
 
 
 class LimitsConfig(Strict):
-    request_timeout_s: PositiveFloat | None = None  # an answer that takes longer ends with an error (504)
-    body_bytes: ByteSize = Field(default=4 * 2**20)  # a larger request is refused (413)
-    body_timeout_s: PositiveFloat = 30  # a client that sends its request more slowly is refused (408)
+    request_timeout_s: PositiveFloat | None = None
+    """An answer that takes longer ends with an error (504)."""
+    body_bytes: ByteSize = Field(default=4 * 2**20)
+    """A larger request is refused (413)."""
+    body_timeout_s: PositiveFloat = 30
+    """A client that sends its request more slowly is refused (408)."""
 
 
 class TelemetryConfig(Strict):
-    access_log: Text | None = None  # a directory for one JSON line per request; None: Ray's log directory of the node
-    otlp_endpoint: Text | None = None  # an OpenTelemetry collector (http://host:4318) that gets a span per request
+    access_log: Text | None = None
+    """A directory for one JSON line per request; None: Ray's log directory of the node."""
+    otlp_endpoint: Text | None = None
+    """An OpenTelemetry collector (http://host:4318) that gets a span per request."""
 
 
 class ServeConfig(Strict):
     kind: Literal["serve"]
     base_model: Text
-    served_name: Text | None = None  # what requests call the base; None: as base_model is written
+    served_name: Text | None = None
+    """What requests call the base; None: as base_model is written."""
     host: Text = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     engine: EngineConfig = EngineConfig()

@@ -65,18 +65,25 @@ class BudgetConfig(Strict):
 
 class SearchConfig(Strict):
     algorithm: Literal["grid", "random", "tpe"] = "tpe"
-    trials: PositiveInt | None = None  # points; each is run once for every seed. grid: null for all points
+    trials: PositiveInt | None = None
+    """points; each is run once for every seed. grid: null for all points."""
     metric: Literal["eval_loss", "loss"] = "eval_loss"
     mode: Literal["min", "max"] = "min"
     seed: NonNegativeInt = 0
     budget: BudgetConfig = BudgetConfig()
-    scheduler: Literal["none", "asha", "median", "pbt"] = "none"  # pbt: population-based training of the learning rate
-    grace_steps: PositiveInt | None = None  # no trial is stopped before; null: at the first evaluation
-    reduction_factor: int = Field(default=3, ge=2)  # asha: one in so many goes on at each rung
-    generation_steps: PositiveInt | None = None  # pbt: trials take over from each other so often; null: each evaluation
-    # LoRA trials side by side over one base, so many at a time. auto: 8, where the keys allow it; off: a process each
+    scheduler: Literal["none", "asha", "median", "pbt"] = "none"
+    """pbt: population-based training of the learning rate."""
+    grace_steps: PositiveInt | None = None
+    """No trial is stopped before; null: at the first evaluation."""
+    reduction_factor: int = Field(default=3, ge=2)
+    """asha: one in so many goes on at each rung."""
+    generation_steps: PositiveInt | None = None
+    """pbt: trials take over from each other so often; null: each evaluation."""
     fused: Literal["auto", "off"] | PositiveInt = "auto"
-    max_concurrent: PositiveInt | None = None  # trials at a time; null: as many as the cluster has workers for
+    """LoRA trials side by side over one base, so many at a time. auto: 8, where the keys allow it; off: a process
+    each."""
+    max_concurrent: PositiveInt | None = None
+    """Trials at a time; null: as many as the cluster has workers for."""
 
     @model_validator(mode="after")
     def agree(self):
@@ -118,17 +125,22 @@ def check_seeds(value: Any) -> tuple[int, ...]:
 class CompareConfig(Strict):
     """Which of a few ways is best, each at its own best point: LoRA or full fine-tuning, say."""
 
-    key: Text  # of the space; the first of its choices is what the others are compared with
-    general_text: Text | None = None  # rows of plain text: the loss on them tells what tuning has broken
+    key: Text
+    """Of the space; the first of its choices is what the others are compared with."""
+    general_text: Text | None = None
+    """Rows of plain text: the loss on them tells what tuning has broken."""
 
 
 class SweepConfig(Strict):
     kind: Literal["sweep"]
     name: Name
-    run: Text  # the run file that every trial starts from
-    overrides: dict[str, Any] = Field(default_factory=dict)  # of the run's keys, the same in all trials
+    run: Text
+    """The run file that every trial starts from."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Of the run's keys, the same in all trials."""
     space: dict[str, SpaceValue] = Field(min_length=1)
-    seeds: Annotated[Any, PlainValidator(check_seeds), PlainSerializer(list)] = ()  # not given: the run's own
+    seeds: Annotated[Any, PlainValidator(check_seeds), PlainSerializer(list)] = ()
+    """Not given: the run's own."""
     search: SearchConfig
     compare: CompareConfig | None = None
 
