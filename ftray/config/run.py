@@ -4,86 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
+from ftray.config.adapter import AdapterConfig
+from ftray.config.data import DataConfig
 from ftray.objectives import ObjectiveConfig, SftConfig, objective_of
 from ftray.schema import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
-
-
-class ColumnsConfig(Strict):
-    """Which columns of a row hold what: a conversation, a document, or a preference pair."""
-
-    messages: Text | None = None
-    prompt: Text | list[Text] | None = None
-    """Several columns are joined by a blank line, empty ones left out."""
-    completion: Text | None = None
-    system: Text | None = None
-    text: Text | None = None
-    """Objective domain."""
-    chosen: Text | None = None
-    """Objective dpo, after `prompt` or `messages`."""
-    rejected: Text | None = None
-
-    @model_validator(mode="after")
-    def one_shape(self):
-        if (self.chosen is None) != (self.rejected is None):
-            raise ValueError("`chosen` and `rejected` go together")
-        if self.text is not None and any(value is not None for key, value in self if key != "text"):
-            raise ValueError("`text` stands alone")
-        if self.messages is not None and (self.prompt is not None or self.system is not None):
-            raise ValueError("`prompt` and `system` do not go with `messages`, which hold their own turns")
-        if self.chosen is not None and self.completion is not None:
-            raise ValueError("`completion` does not go with `chosen` and `rejected`")
-        if self.chosen is None and (self.prompt is None) != (self.completion is None):
-            raise ValueError("`prompt` and `completion` go together")
-        if self.chosen is None and self.messages is None and self.prompt is None and self.text is None:
-            raise ValueError("name `messages`, `prompt` and `completion`, `text`, or `chosen` and `rejected`")
-        return self
-
-
-class DataConfig(Strict):
-    train: Text
-    """File (.jsonl .json .csv .parquet), `save_to_disk` directory, or hub id."""
-    eval: Text | None = None
-    revision: Text | None = None
-    """Of a hub id."""
-    columns: ColumnsConfig | None = None
-    """None: `messages`, or `prompt` and `completion`, as the file has them."""
-    max_example_tokens: int = Field(default=2048, ge=2)
-    overlong: Literal["error", "truncate", "drop", "split"] = "error"
-    """split: documents (objective domain) only."""
-    shuffle: bool = True
-
-
-class AdapterConfig(Strict):
-    variant: Literal["lora", "rslora", "dora"] = "lora"
-    rank: PositiveInt = 16
-    alpha: PositiveFloat = 32
-    targets: Literal["all-linear"] | list[Text] = "all-linear"
-    """Names or regular expressions of linear modules."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Step losses agree across worker counts only at 0."""
-    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
-    """By regular expression of the module's name."""
-    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
-    initialization: Literal["default", "pissa"] = "default"
-    init_from: Text | None = None
-    """NAME@N, NAME@ALIAS or a PEFT directory: goes on from its weights."""
-    modules_to_save: list[Text] = Field(default_factory=list)
-    """Trained whole beside LoRA, such as embed_tokens."""
-    quantize_base: Literal["nf4"] | None = None
-    """QLoRA (Dettmers et al. 2023): the frozen base in 4 bits."""
-
-    @model_validator(mode="after")
-    def agree(self):
-        if self.initialization == "pissa":
-            for key in ("quantize_base", "init_from"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"initialization pissa changes the base weights, so it does not go with {key}")
-            if self.variant == "dora":
-                raise ValueError("initialization pissa does not go with variant dora")
-            if self.modules_to_save:
-                raise ValueError("initialization pissa does not go with modules_to_save")
-        return self
-
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ftray.config.run import DataConfig
+from ftray.config.data import DataConfig
 from ftray.data.rows import pair_reader, row_reader, text_reader
 from ftray.model.chat import ChatRenderer, Rendered
 from ftray.objectives import Shape

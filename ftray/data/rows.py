@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftray.config.run import ColumnsConfig
+from ftray.config.data import ColumnsConfig
 from ftray.errors import DataError
 from ftray.model.chat import Message, check_messages
 

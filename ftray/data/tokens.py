@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from ftray.config.run import DataConfig
+from ftray.config.data import DataConfig
 from ftray.data.dataset import DatasetWriter, TokenizedDataset, open_dataset
 from ftray.data.encode import ENCODERS, RowEncoder
 from ftray.data.sources import load_rows, source_digest

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ftray.config.run import DataConfig
+from ftray.config.data import DataConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
 from ftray.data.plan import first_fit

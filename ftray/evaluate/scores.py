@@ -4,7 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftray.config.run import DataConfig, RunConfig
+from ftray.config.data import DataConfig
+from ftray.config.run import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.tokens import tokenize_source
 from ftray.errors import FtrayError, StoreError

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ftray.config.run import DataConfig
+from ftray.config.data import DataConfig
 from ftray.data.rows import row_reader
 from ftray.data.sources import load_rows
 from ftray.errors import DataError

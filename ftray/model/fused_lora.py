@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftray.config.run import AdapterConfig
+from ftray.config.adapter import AdapterConfig
 from ftray.errors import AdapterError
 from ftray.model.lora import inject_lora
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ftray.config.run import AdapterConfig
+from ftray.config.adapter import AdapterConfig
 from ftray.errors import AdapterError
 from ftray.model.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter_config
 from ftray.model.base import BaseModel

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftray.config.run import AdapterConfig
+from ftray.config.adapter import AdapterConfig
 from ftray.errors import UserError
 from ftray.model.base import EMBEDDED, check_attention_config, is_hub_id, prepare_base
 from ftray.model.flops import ModelFlops, count_flops

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shared import BASE
 
-from ftray.config.run import DataConfig
+from ftray.config.data import DataConfig
 from ftray.data.tokens import tokenize_source
 from ftray.model.base import load_tokenizer
 from ftray.model.chat import ChatRenderer

@@ -5,7 +5,7 @@ import torch
 from engine_contract import Reference, run
 from tiny import VLLM_SIZES, chat_rows, write_jsonl, write_peft_adapter, write_tiny_model
 
-from ftray.config.run import DataConfig
+from ftray.config.data import DataConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import chat_rows, write_jsonl
 
-from ftray.config.run import AdapterConfig, DataConfig
+from ftray.config.adapter import AdapterConfig
+from ftray.config.data import DataConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.errors import AdapterError

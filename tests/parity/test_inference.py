@@ -10,7 +10,8 @@ from engine_contract import NEAR_TIE, Reference, answers
 from safetensors.torch import load_file, save_file
 from tiny import chat_rows, write_jsonl
 
-from ftray.config.run import AdapterConfig, DataConfig
+from ftray.config.adapter import AdapterConfig
+from ftray.config.data import DataConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import write_tiny_model
 
-from ftray.config.run import AdapterConfig, MemoryConfig
+from ftray.config.adapter import AdapterConfig
+from ftray.config.run import MemoryConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
 from ftray.errors import AdapterError, UserError

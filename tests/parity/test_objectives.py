@@ -8,7 +8,8 @@ import torch
 from tiny import SHARED_DATA, lora_value, write_jsonl
 from torch import nn
 
-from ftray.config.run import AdapterConfig, DataConfig
+from ftray.config.adapter import AdapterConfig
+from ftray.config.data import DataConfig
 from ftray.data.pack import dummy_row, pack
 from ftray.data.tokens import tokenize_source
 from ftray.model.hardware import choose_hardware

@@ -5,7 +5,7 @@ import torch
 from fake_engine import FakeEngine
 from tiny import SHARED_DATA, chat_rows, lora_value, write_jsonl
 
-from ftray.config.run import DataConfig
+from ftray.config.data import DataConfig
 from ftray.data.pack import dummy_row, pack
 from ftray.data.tokens import tokenize_source
 from ftray.model.hardware import choose_hardware
@@ -144,7 +144,7 @@ def trl_loss(tiny_base, rows, tmp_path):
 
 @pytest.mark.parametrize("source", ["made", "alpaca"])
 def test_sft_loss_and_gradient_are_trls(tiny_base, renderer, tmp_path, source):
-    from ftray.config.run import AdapterConfig
+    from ftray.config.adapter import AdapterConfig
 
     rows = made_rows() if source == "made" else alpaca_rows()
     path = write_jsonl(tmp_path / "d.jsonl", rows)

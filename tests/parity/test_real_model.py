@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import Record, train_on_ranks
 
-from ftray.config.run import DataConfig
+from ftray.config.data import DataConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source

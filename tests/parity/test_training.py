@@ -225,7 +225,7 @@ def test_the_gradient_norm_clip_and_update_are_torchs(trained, tiny_base, train_
 def plain_torch_loop(base, train_file):
     from transformers import AutoModelForCausalLM
 
-    from ftray.config.run import DataConfig
+    from ftray.config.data import DataConfig
     from ftray.data.plan import StepPlan
     from ftray.data.tokens import tokenize_source
     from ftray.model.base import load_tokenizer

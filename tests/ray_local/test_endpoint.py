@@ -151,7 +151,7 @@ def test_a_new_version_is_served_without_a_restart(client, registry, adapters):
 
 
 def test_served_accuracy_equals_offline_accuracy(client, url, tiny_base, adapters, tmp_path):
-    from ftray.config.run import DataConfig
+    from ftray.config.data import DataConfig
     from ftray.config.serve import AdaptersConfig, EngineConfig
     from ftray.evaluate.endpoint import evaluate_endpoint
     from ftray.evaluate.offline import evaluate_offline

@@ -175,7 +175,7 @@ def loss_of_text(tmp_path: Path, general: Path) -> float:
     from transformers import AutoModelForCausalLM
 
     from ftray.config import load_config
-    from ftray.config.run import DataConfig
+    from ftray.config.data import DataConfig
     from ftray.data.tokens import tokenize_source
     from ftray.model.base import load_tokenizer, prepare_base
     from ftray.model.chat import ChatRenderer

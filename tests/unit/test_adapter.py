@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_peft_adapter, write_tiny_model
 
-from ftray.config.run import AdapterConfig
+from ftray.config.adapter import AdapterConfig
 from ftray.errors import AdapterError
 from ftray.infer.torch_engine.lora.bank import LoraBank
 from ftray.model.adapter import read_adapter

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny import chat_rows, write_jsonl
 
-from ftray.config.run import ColumnsConfig, DataConfig
+from ftray.config.data import ColumnsConfig, DataConfig
 from ftray.data.plan import StepPlan, divide
 from ftray.data.sources import load_rows
 from ftray.data.tokens import tokenize_source

@@ -10,9 +10,9 @@ from tiny import RUN_OF_SWEEPS
 
 from ftray.cli.main import main
 from ftray.config import load_config, load_sweep
+from ftray.config.adapter import AdapterConfig
 from ftray.config.domains import Choice, Range, as_yaml, parse_domain
 from ftray.config.expression import Expression
-from ftray.config.run import AdapterConfig
 from ftray.errors import ConfigError, DataError, NotFoundError
 from ftray.model.hardware import choose_hardware
 from ftray.storage import write_json

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import chat_rows, write_jsonl
 
-from ftray.config.run import DataConfig
+from ftray.config.data import DataConfig
 from ftray.data import tokens
 from ftray.data.tokens import tokenize_source
 from ftray.errors import DataError

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ftray.config import RunConfig, Space, SweepConfig
-from ftray.config.run import AdapterConfig
+from ftray.config.adapter import AdapterConfig
 from ftray.config.space import value_at
 
 # What members of a group share, and a space must therefore leave alone.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config import RunConfig
-from ftray.config.run import AdapterConfig
+from ftray.config.adapter import AdapterConfig
 
 
 @dataclass(frozen=True)

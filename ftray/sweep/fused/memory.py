@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import torch
 
-from ftray.config.run import AdapterConfig
+from ftray.config.adapter import AdapterConfig
 from ftray.errors import AdapterError
 from ftray.model.hardware import Hardware
 from ftray.model.lora import num_lora_parameters

@@ -1,0 +1,39 @@
+"""The section `adapter` of a run."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ftray.schema import PositiveFloat, PositiveInt, Strict, Text
+
+
+class AdapterConfig(Strict):
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32
+    targets: Literal["all-linear"] | list[Text] = "all-linear"
+    """Names or regular expressions of linear modules."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Step losses agree across worker counts only at 0."""
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    """By regular expression of the module's name."""
+    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+    initialization: Literal["default", "pissa"] = "default"
+    init_from: Text | None = None
+    """NAME@N, NAME@ALIAS or a PEFT directory: goes on from its weights."""
+    modules_to_save: list[Text] = Field(default_factory=list)
+    """Trained whole beside LoRA, such as embed_tokens."""
+    quantize_base: Literal["nf4"] | None = None
+    """QLoRA (Dettmers et al. 2023): the frozen base in 4 bits."""
+
+    @model_validator(mode="after")
+    def agree(self):
+        if self.initialization == "pissa":
+            for key in ("quantize_base", "init_from"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"initialization pissa changes the base weights, so it does not go with {key}")
+            if self.variant == "dora":
+                raise ValueError("initialization pissa does not go with variant dora")
+            if self.modules_to_save:
+                raise ValueError("initialization pissa does not go with modules_to_save")
+        return self
