@@ -5,12 +5,15 @@ import importlib
 import os
 import re
 import sys
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
 
 from ftray.errors import UserError
 
 T = TypeVar("T")
 FORM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+PluginName = Annotated[str, Field(pattern=f"^{FORM.pattern}$")]
 
 
 def is_plugin(reference: str) -> bool:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ftray.plugins import PluginName
 from ftray.schema import Strict, Text
 
 
@@ -46,7 +47,15 @@ class DataConfig(Strict):
     """Of a hub id."""
     columns: ColumnsConfig | None = None
     """None: `messages`, or `prompt` and `completion`, as the file has them."""
+    format: PluginName | None = None
+    """module:NAME of a `Format` of one's own, which reads a row; instead of `columns`."""
     max_example_tokens: int = Field(default=2048, ge=2)
     overlong: Literal["error", "truncate", "drop", "split"] = "error"
     """split: documents (objective domain) only."""
     shuffle: bool = True
+
+    @model_validator(mode="after")
+    def one_reader(self):
+        if self.format is not None and self.columns is not None:
+            raise ValueError("`columns` and `format` both say how a row is read; give one")
+        return self

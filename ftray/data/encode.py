@@ -4,13 +4,13 @@ An example is what a step counts: one sequence of a conversation or document, th
 A row gives one example, or, for a document that is split, several.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ftray.config.data import DataConfig
-from ftray.data.rows import pair_reader, row_reader, text_reader
+from ftray.data.formats import Read
 from ftray.model.chat import ChatRenderer, Rendered
 from ftray.objectives import Shape
 
@@ -18,15 +18,13 @@ Example = list[Rendered]
 RowEncoder = Callable[[dict[str, Any]], list[Example]]
 
 
-def chat_encoder(data: DataConfig, have: Sequence[str], renderer: ChatRenderer, *, key: str) -> RowEncoder:
+def chat_encoder(data: DataConfig, read: Read, renderer: ChatRenderer) -> RowEncoder:
     renderer.check_template()
-    read = row_reader(data.columns, have, key=key)
     return lambda row: [[renderer.training_ids(read(row))]]
 
 
-def pair_encoder(data: DataConfig, have: Sequence[str], renderer: ChatRenderer, *, key: str) -> RowEncoder:
+def pair_encoder(data: DataConfig, read: Read, renderer: ChatRenderer) -> RowEncoder:
     renderer.check_template()
-    read = pair_reader(data.columns, have, key=key)
 
     def encode(row: dict[str, Any]) -> list[Example]:
         pair = read(row)
@@ -36,9 +34,8 @@ def pair_encoder(data: DataConfig, have: Sequence[str], renderer: ChatRenderer, 
     return encode
 
 
-def document_encoder(data: DataConfig, have: Sequence[str], renderer: ChatRenderer, *, key: str) -> RowEncoder:
+def document_encoder(data: DataConfig, read: Read, renderer: ChatRenderer) -> RowEncoder:
     """The tokenizer's own special tokens, the text, and the end-of-text token: every token is trained."""
-    read = text_reader(data.columns, have, key=key)
     tokenizer = renderer.tokenizer
 
     def encode(row: dict[str, Any]) -> list[Example]:

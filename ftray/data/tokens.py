@@ -23,6 +23,7 @@ from filelock import FileLock
 from ftray.config.data import DataConfig
 from ftray.data.dataset import DatasetWriter, TokenizedDataset, open_dataset
 from ftray.data.encode import ENCODERS, RowEncoder
+from ftray.data.formats import format_digest, reader_of
 from ftray.data.sources import load_rows, source_digest
 from ftray.errors import DataError, FtrayError
 from ftray.model.chat import ChatRenderer, Rendered
@@ -65,7 +66,8 @@ class Source:
         return load_rows(self.key, self.location, revision=self.data.revision)
 
     def encoder(self, rows: Any) -> RowEncoder:
-        return ENCODERS[self.shape](self.data, rows.column_names, ChatRenderer(self.tokenizer), key=str(self))
+        read = reader_of(self.data, rows.column_names, shape=self.shape, key=str(self))
+        return ENCODERS[self.shape](self.data, read, ChatRenderer(self.tokenizer))
 
     def digest(self, rows: Any) -> str:
         """Of all that the tokens depend on."""
@@ -74,7 +76,8 @@ class Source:
         depends = {
             "format": FORMAT,
             "source": source_digest(self.location, rows),
-            "data": self.data.model_dump(mode="json", include={"columns", "max_example_tokens", "overlong"}),
+            "data": self.data.model_dump(mode="json", include={"columns", "format", "max_example_tokens", "overlong"}),
+            "own_format": format_digest(self.data),
             "shape": self.shape,
             "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
             "template": tokenizer.chat_template,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ftray.config.data import DataConfig
-from ftray.data.rows import row_reader
+from ftray.data.formats import reader_of
 from ftray.data.sources import load_rows
 from ftray.errors import DataError
 from ftray.model.chat import ChatRenderer, Message
@@ -68,7 +68,7 @@ def load_questions(data: DataConfig) -> list[Question]:
     if data.eval is None:
         raise DataError("data.eval: not given; an evaluation needs held-out rows")
     rows = load_rows("data.eval", data.eval, revision=data.revision)
-    read = row_reader(data.columns, rows.column_names, key=f"data.eval: {data.eval}")
+    read = reader_of(data, rows.column_names, shape="conversation", key=f"data.eval: {data.eval}")
     return [make_question(read(row), number) for number, row in enumerate(rows, start=1)]
 
 

@@ -1,7 +1,7 @@
 """(log-probabilities, row) -> Loss(sum, count). Pure tensor maths: no ray, no deepspeed, no ranks.
 
 An objective is a module with a config section and an `Objective`; a line in OBJECTIVES makes it ours. A user's own is
-`objective: {type: "module:NAME"}`, where NAME is an `Objective` (docs/how-to/own_objective.md).
+`objective: {type: "module:NAME"}`, where NAME is an `Objective` (docs/how-to/own_code.md).
 """
 
 from typing import Annotated

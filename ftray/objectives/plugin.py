@@ -1,12 +1,12 @@
 """A user's own objective: `objective: {type: "module:NAME", ...}`; its own section reads the other keys."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, ValidationError, model_validator
 
 from ftray.errors import UserError
 from ftray.objectives.protocol import Objective
-from ftray.plugins import FORM, is_plugin, load_plugin
+from ftray.plugins import PluginName, is_plugin, load_plugin
 from ftray.schema import Strict
 
 PLUGIN = "module:NAME"
@@ -16,7 +16,7 @@ class PluginConfig(Strict):
     """An `Objective` of one's own, by module and name."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-    type: Annotated[str, Field(pattern=f"^{FORM.pattern}$")]
+    type: PluginName
 
     @model_validator(mode="after")
     def reads_its_keys(self):

@@ -4,9 +4,12 @@ import sys
 
 import pytest
 import torch
+from tiny import write_jsonl
 
 from ftray.config import parse_config
-from ftray.errors import ConfigError, UserError
+from ftray.config.data import DataConfig
+from ftray.data.tokens import tokenize_source
+from ftray.errors import ConfigError, DataError, UserError
 from ftray.evaluate.task import Evaluation, judged
 from ftray.objectives import LogProbs, make_loss, objective_of
 from ftray.plugins import load_plugin
@@ -49,6 +52,22 @@ def judge(question, answer):
 
 CONTAINS = Task(judge, score="contains")
 '''
+TOY_FORMAT = '''
+"""Rows of a made-up quiz."""
+
+from ftray.data.formats import Format
+from ftray.errors import DataError
+
+
+def read(row):
+    if "a" not in row:
+        raise DataError("no answer")
+    return [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]
+
+
+QUIZ = Format("conversation", read)
+TEXTS = Format("document", lambda row: row["q"])
+'''
 RUN = "kind: run\nname: r\nbase_model: base\nmax_steps: 1\ndata: {train: t.jsonl}\n"
 
 
@@ -56,11 +75,12 @@ RUN = "kind: run\nname: r\nbase_model: base\nmax_steps: 1\ndata: {train: t.jsonl
 def toy(tmp_path, monkeypatch):
     (tmp_path / "toy_objective.py").write_text(TOY)
     (tmp_path / "toy_task.py").write_text(TOY_TASK)
+    (tmp_path / "toy_format.py").write_text(TOY_FORMAT)
     (tmp_path / "broken_objective.py").write_text("import no_such_package_at_all\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for name in ("toy_objective", "toy_task", "broken_objective"):
+    for name in ("toy_objective", "toy_task", "toy_format", "broken_objective"):
         sys.modules.pop(name, None)
 
 
@@ -119,3 +139,33 @@ def test_a_task_of_ones_own_is_one_file(toy):
 def test_a_task_that_is_none_says_which_there_are():
     with pytest.raises(UserError, match="'exact-match' is no task; did you mean 'exact_match'"):
         find_task("exact-match")
+
+
+def tokens(path, renderer, **data):
+    return tokenize_source("data.train", str(path), DataConfig(train=str(path), **data), renderer)
+
+
+def test_a_format_of_ones_own_is_one_file(toy, tmp_path, renderer):
+    own = write_jsonl(tmp_path / "own.jsonl", [{"q": f"question {i}", "a": f"answer {i}"} for i in range(40)])
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(40)]
+    usual = write_jsonl(tmp_path / "usual.jsonl", rows)
+    found, expected = tokens(own, renderer, format="toy_format:QUIZ"), tokens(usual, renderer)
+    assert found.ids.tolist() == expected.ids.tolist()
+    assert found.trained.tolist() == expected.trained.tolist()
+    with pytest.raises(UserError, match="reads a document, and the objective trains on a conversation"):
+        tokens(own, renderer, format="toy_format:TEXTS")
+    broken = write_jsonl(tmp_path / "broken.jsonl", [{"q": "a", "a": "b"}, {"q": "c"}])
+    with pytest.raises(DataError, match="row 2"):
+        tokens(broken, renderer, format="toy_format:QUIZ")
+    with pytest.raises(ConfigError, match="both say how a row is read"):
+        parse_config(RUN, ["data.format=a:B", "data.columns={text: t}"], kind="run", source="test")
+
+
+def test_tokens_are_made_anew_when_a_format_changes(toy, tmp_path, renderer):
+    from ftray.data.formats import format_digest
+
+    data = DataConfig(train="x", format="toy_format:QUIZ")
+    before = format_digest(data)
+    (tmp_path / "toy_format.py").write_text(TOY_FORMAT + "# changed\n")
+    assert format_digest(data) != before
+    assert format_digest(DataConfig(train="x")) is None

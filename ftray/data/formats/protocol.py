@@ -1,0 +1,29 @@
+"""What a format is: how a row of a source becomes a conversation, a document or a pair."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ftray.model.chat import Message
+from ftray.objectives import Shape
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one conversation, the preferred one first."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+Read = Callable[[dict[str, Any]], Any]  # a row to messages, a text or a `Pair`; raises `DataError` for that row
+
+
+@dataclass(frozen=True)
+class Format:
+    """A user's own: `data.format: "module:NAME"`. `read` gives list[Message] for the shape conversation, a str for
+    document, a `Pair` for pair."""
+
+    shape: Shape
+    read: Read
