@@ -10,13 +10,13 @@ VLLM := .venv-vllm
 # Clients of OpenAI's API, which want their own versions of much.
 CLIENTS := .venv-clients
 
-.PHONY: help install lint test test-one-half test-other-half test-cluster test-jobs test-submit test-slurm \
+.PHONY: help install lint test test-one-half test-other-half test-cluster test-stores test-jobs test-submit test-slurm \
 	test-jobs-on-hosts test-hosts test-vllm test-clients gpu-dry-run docs soak audit quickstart clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
 	@echo "make test         install, then lint and run the tests that need no GPU"
-	@echo "make test-cluster jobs, Slurm, TLS; many hosts as network namespaces that fail (root, about 20 minutes)"
+	@echo "make test-cluster stores, jobs, Slurm, TLS; many hosts as network namespaces that fail (root, about 25 minutes)"
 	@echo "make test-vllm    the vLLM engine on a CPU, in an environment of its own (about 4 minutes)"
 	@echo "make test-clients LangChain, lm-evaluation-harness and vLLM's benchmark against an endpoint (about 2 minutes)"
 	@echo "make gpu-dry-run  what jobs/gpu_check.py would run on a GPU, at tiny sizes on this CPU (about 3 minutes)"
@@ -40,19 +40,25 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Two halves side by side: much of what Ray's processes do is to start and to wait.
+# Two halves of about the same length side by side: much of what Ray's processes do is to start and to wait.
+MEASURING := tests/parity/test_memory.py tests/parity/test_real_model.py
+IGNORED := tests/ray_local/test_pipeline.py tests/ray_local/test_stored_runs.py
 test: lint
 	@echo "two runs of pytest side by side; each prints when it has ended (in about 15 minutes)"
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-one-half test-other-half
 
 test-one-half: install
-	$(BIN)/python -m pytest tests/ray_local --ignore=tests/ray_local/test_pipeline.py
+	$(BIN)/python -m pytest tests/ray_local $(MEASURING) $(IGNORED:%=--ignore=%)
 
 test-other-half: install
-	$(BIN)/python -m pytest tests/unit tests/parity tests/golden tests/ray_sweeps tests/ray_local/test_pipeline.py tests/gpu
+	$(BIN)/python -m pytest tests/unit tests/parity tests/golden tests/ray_sweeps tests/ray_local/test_pipeline.py tests/gpu $(MEASURING:%=--ignore=%)
 
 # Many hosts on this machine, as network namespaces: needs root and `ip`.
-test-cluster: test-jobs test-submit test-slurm test-jobs-on-hosts test-hosts
+test-cluster: test-stores test-jobs test-submit test-slurm test-jobs-on-hosts test-hosts
+
+# Runs and sweeps whose directories lie in an S3 server on this machine.
+test-stores: install
+	$(BIN)/python -m pytest tests/ray_local/test_stored_runs.py
 
 test-jobs: install
 	$(BIN)/python -m pytest tests/cluster/test_jobs.py

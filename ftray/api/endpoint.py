@@ -58,8 +58,8 @@ def serve(config: ServeConfig | dict[str, Any] | str | Path, *overrides: str) ->
     from ftray.serve.app import check_endpoint, start_endpoint, stop_endpoint
 
     check_engine(settings.engine)
-    check_endpoint(settings)
     owns_ray = not ray.is_initialized()
+    check_endpoint(settings, in_session=not owns_ray)
     if owns_ray:
         start_ray()
     try:

@@ -253,12 +253,12 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
     )
 
 
-def check_endpoint(config: ServeConfig) -> None:
-    """Everything that can be known before ray starts: base, preloaded adapters, port."""
+def check_endpoint(config: ServeConfig, *, in_session: bool = False) -> None:
+    """Everything that can be known before ray starts: base, preloaded adapters, port. `in_session`: it has started."""
     check_base_name(config.base_model)
     if config.adapters.preload:
         check_preloaded(config.adapters, Registry(config.adapters.registry), prepare_base(config.base_model))
-    check_port(config.host, config.port)
+    check_port(config.host, config.port, in_session=in_session)
 
 
 def start_endpoint(config: ServeConfig) -> str:

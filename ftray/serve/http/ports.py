@@ -9,9 +9,10 @@ import urllib.request
 from ftray.errors import UserError
 
 
-def check_port(host: str, port: int) -> None:
-    """An endpoint that runs there already is deployed anew."""
-    if "RAY_ADDRESS" in os.environ and is_ray_serve(host, port):
+def check_port(host: str, port: int, *, in_session: bool = False) -> None:
+    """Where Ray Serve listens already, in the cluster that is joined or (`in_session`) in the caller's own session, an
+    endpoint is deployed anew."""
+    if (in_session or "RAY_ADDRESS" in os.environ) and is_ray_serve(host, port):
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
