@@ -19,6 +19,7 @@ from ftray.registry.journal import Canary, Journal
 from ftray.registry.reference import Reference, parse_reference
 from ftray.storage import Manifest, ObjectStore, build_manifest, write_bytes
 from ftray.storage.cache import cache_directory
+from ftray.storage.job_directory import vanishes_with_the_job
 from ftray.storage.manifest import MANIFEST
 
 NEWS_S = 0.5
@@ -178,8 +179,7 @@ class RegistryReader:
 
 
 def refuse_vanishing_directory(location: str) -> None:
-    """`ray job submit --working-dir` unpacks into a session directory that goes away with the job."""
-    if "://" not in location and "working_dir_files" in Path.cwd().parts and not Path(location).is_absolute():
+    if vanishes_with_the_job(location):
         raise UserError(
             f"registry: {location!r} lies in the job's temporary working directory; "
             "give a shared absolute path (/path/on/all/nodes) or a URL"

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import UserError
 from ftray.model.base import BaseModel
 from ftray.model.hardware import Hardware
+from ftray.model.weight_files import weight_shapes
 
 # vLLM counts adapters in memory, not bytes; ftray's residency keeps the bytes, and this must not evict before it does.
 MAX_HOST_ADAPTERS = 10_000
@@ -58,14 +58,11 @@ def vllm_arguments(
 
 def linear_shapes(directory: Path) -> dict[str, tuple[int, int]]:
     """(in, out) of every 2-D weight in the base's files, by module name."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  not a mapping
-                shape = file.get_slice(name).get_shape()
-                if name.endswith(".weight") and len(shape) == 2:
-                    shapes[name.removesuffix(".weight")] = (shape[1], shape[0])
-    return shapes
+    return {
+        name.removesuffix(".weight"): (shape[1], shape[0])
+        for name, shape in weight_shapes(directory).items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
 
 
 def slot_rank(max_rank: int) -> int:

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from ftray.config import RunConfig
 from ftray.errors import UnwritableError, UserError
 from ftray.storage import read_json
+from ftray.storage.job_directory import vanishes_with_the_job
 from ftray.tracking.runs import differences
 from ftray.train.runs.uri import is_stored, local_directory
 
@@ -42,9 +43,7 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def refuse_vanishing_directory(config: RunConfig) -> None:
-    """`ray job submit --working-dir` unpacks into a session directory that goes away with the job."""
-    in_store = is_stored(config.runs_dir)
-    if "working_dir_files" in Path.cwd().parts and not in_store and not Path(config.runs_dir).is_absolute():
+    if vanishes_with_the_job(config.runs_dir):
         raise UserError(
             f"runs_dir: {config.runs_dir!r} lies in the job's temporary working directory and would be lost; "
             "give a shared absolute path (runs_dir=/path/on/all/nodes) or a store (runs_dir=s3://bucket/runs)"
