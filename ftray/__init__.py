@@ -76,6 +76,9 @@ def __dir__() -> list[str]:
 class CallablePackage(ModuleType):
     """`ftray.train`, `sweep`, `serve` and `evaluate` are rooms of the code; called, they are functions of the API."""
 
+    def __reduce__(self) -> Any:
+        return import_module, (self.__name__,)
+
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return offered(self.__name__.rpartition(".")[2])(*arguments, **options)
 
@@ -87,6 +90,10 @@ class CallablePackage(ModuleType):
 
 
 class Package(ModuleType):
+    def __reduce__(self) -> Any:
+        """By name, as cloudpickle takes plain modules: functions that Ray ships may name this one."""
+        return import_module, (self.__name__,)
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Importing a room sets it here, which would hide the function of its name."""
         if name in HOMES and isinstance(value, ModuleType):

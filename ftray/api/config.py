@@ -21,7 +21,8 @@ def read_config(config: Any, overrides: Sequence[str], *, kind: str) -> Any:
     if isinstance(config, str | Path):
         return load_config(config, overrides, kind=kind)
     tree = config if isinstance(config, dict) else config.model_dump(mode="json")
-    return parse_config(to_yaml({"kind": kind, **tree}), overrides, kind=kind, source="config")
+    tree = json.loads(json.dumps({"kind": kind, **tree}, default=plain))
+    return parse_config(to_yaml(tree), overrides, kind=kind, source="config")
 
 
 def rows_file(rows: Any, *, runs_dir: str, key: str) -> str:
@@ -35,12 +36,23 @@ def rows_file(rows: Any, *, runs_dir: str, key: str) -> str:
         )
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a DataFrame
         rows = rows.to_dict(orient="records")
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in checked(rows, key=key)).encode()
+    content = "".join(
+        json.dumps(row, ensure_ascii=False, default=plain) + "\n" for row in checked(rows, key=key)
+    ).encode()
     path = Path(runs_dir).absolute() / ROWS / f"{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content)
     return str(path)
+
+
+def plain(value: Any) -> Any:
+    """Paths, arrays and numbers of numpy as JSON has them."""
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise UserError(f"{value!r}: is of type {type(value).__name__}, which a config or JSONL file cannot hold")
 
 
 def checked(rows: Iterable[Any], *, key: str) -> Iterable[dict[str, Any]]:

@@ -55,17 +55,19 @@ def serve(config: ServeConfig | dict[str, Any] | str | Path, *overrides: str) ->
 
     from ftray.cluster.session import start_ray
     from ftray.infer.engines import check_engine
-    from ftray.serve.app import check_endpoint, start_endpoint, stop_endpoint
+    from ftray.serve.app import check_endpoint, is_deployed, start_endpoint, stop_endpoint
 
     check_engine(settings.engine)
     owns_ray = not ray.is_initialized()
     check_endpoint(settings, in_session=not owns_ray)
     if owns_ray:
         start_ray()
+    was_there = is_deployed()
     try:
         return Endpoint(settings, start_endpoint(settings), owns_ray=owns_ray)
     except BaseException:
-        stop_endpoint()
+        if not was_there:
+            stop_endpoint()
         if owns_ray:
             ray.shutdown()
         raise

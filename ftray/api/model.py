@@ -1,11 +1,13 @@
 """`ftray.load`: a model in this process, with adapters swapped under it."""
 
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ftray.api.local import base_of, load_engine, resolve_adapter
+from ftray.errors import UserError
 from ftray.infer.engines import load_adapter
-from ftray.infer.protocol import Request, SamplingParams
+from ftray.infer.protocol import Request, SamplingParams, TokenEvent
 from ftray.model.chat import ChatRenderer
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ class Model:
         self._registry = registry
         self._renderer = ChatRenderer(engine.tokenizer)
         self._num_requests = 0
+        self._events: dict[str, deque[TokenEvent]] = {}  # of streams that are being read
 
     def use(self, adapter: str | None) -> "Model":
         """From now on this one answers: NAME@VERSION, NAME@ALIAS, a PEFT directory; None: the base."""
@@ -41,12 +44,28 @@ class Model:
         request = Request(
             f"chat-{self._num_requests}", self._renderer.prompt_ids(turns), SamplingParams(**sampling), key
         )
+        if request.sampling.n != 1:
+            raise UserError("n: a chat has one answer; call it several times")
         self.engine.add(request)
+        mine = self._events[request.id] = deque()
         try:
-            while self.engine.has_work:
-                yield from (event.text for event in self.engine.step() if event.request_id == request.id)
+            while mine or self.engine.has_work:
+                if not mine:
+                    self._step()
+                while mine:
+                    event = mine.popleft()
+                    yield event.text
+                    if event.finish_reason is not None:
+                        return
         finally:
             self.engine.cancel(request.id)  # whoever stops reading leaves nothing behind
+            del self._events[request.id]
+
+    def _step(self) -> None:
+        """Several streams may be read in turn: each gets its own."""
+        for event in self.engine.step():
+            if event.request_id in self._events:
+                self._events[event.request_id].append(event)
 
     def close(self) -> None:
         """Frees its memory."""

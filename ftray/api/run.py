@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ftray.api.config import read_config, rows_file
+from ftray.api.interrupt import nothing_left
 from ftray.config import RunConfig
-from ftray.errors import NotFoundError, UserError
+from ftray.errors import InterruptedRunError, NotFoundError, UserError
 from ftray.storage import read_json
 
 Callback = Callable[[dict[str, Any]], None]  # gets each record of metrics.jsonl as it comes in
@@ -77,6 +78,11 @@ class Run:
 
     def resume(self, *, callbacks: Sequence[Callback] = (), log: Callable[[str], None] = print) -> "Run":
         """Goes on from the last checkpoint, as the same command would; a finished run stays as it is."""
+        if (Path(self.config.runs_dir) / self.config.name).absolute() != self.directory:
+            raise UserError(
+                f"{self.directory}: its runs_dir is {self.config.runs_dir!r}, which from here is another directory; "
+                "resume it from where it was started"
+            )
         return train(self.config, callbacks=callbacks, log=log)
 
 
@@ -93,8 +99,9 @@ def train(
 
     `config`: a file of `kind: run`, its keys as a dict, or the object. `data`, `eval_data`: instead of `data.train` and
     `data.eval`: a path, or rows as dicts, a `datasets.Dataset` or a DataFrame. `callbacks`: get each record of
-    metrics.jsonl. `fresh`: sets an earlier run of this name aside. Raises `UserError` (and its `ConfigError`) before
-    anything costly, `InterruptedRunError` when it was stopped, `FtrayError` when the work failed.
+    metrics.jsonl; one that raises stops the run, which saves first. `fresh`: sets an earlier run of this name aside.
+    Raises `UserError` (and its `ConfigError`) before anything costly, `InterruptedRunError` when it was stopped,
+    `FtrayError` when the work failed.
     """
     tree = config
     if isinstance(config, dict) and data is not None:  # which the schema asks for
@@ -107,6 +114,7 @@ def train(
     run = run.model_copy(update={"data": run.data.model_copy(update=files)})
 
     from ftray.artifacts.resolve import resolve_start
+    from ftray.train.job import request_stop
     from ftray.train.launch import launch
     from ftray.train.on_ray.trainer import Watcher
     from ftray.train.prepare import prepare
@@ -114,13 +122,27 @@ def train(
     prepare(run, fresh=fresh)
     run, init_from = resolve_start(run, fresh=fresh)
 
+    directory, failures = (Path(run.runs_dir) / run.name).absolute(), []
+
     def on_metrics(records: list[dict[str, Any]]) -> None:
-        for record in records:
-            for callback in callbacks:
-                callback(record)
+        try:
+            for record in records:
+                for callback in () if failures else callbacks:
+                    callback(record)
+        except Exception as error:  # noqa: BLE001  the caller's own; raised once the workers have saved and ended
+            failures.append(error)
+            request_stop(directory)
 
     watcher = Watcher(
         log=log, on_metrics=on_metrics, on_start=lambda first, total: log(f"{total} steps, from {first + 1}")
     )
-    launch(run, watcher, fresh=fresh, init_from=init_from)
-    return Run(run, (Path(run.runs_dir) / run.name).absolute())
+    try:
+        with nothing_left(lambda: request_stop(directory)):
+            launch(run, watcher, fresh=fresh, init_from=init_from)
+    except InterruptedRunError:
+        if failures:
+            raise failures[0] from None
+        raise
+    if failures:
+        raise failures[0]
+    return Run(run, directory)

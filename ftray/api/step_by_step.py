@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ftray.api.config import read_config
+from ftray.artifacts.resolve import resolve_start
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
 from ftray.data.plan import StepPlan, plan_steps
 from ftray.data.tokens import tokenize_source
+from ftray.model.adapter import local_adapter
 from ftray.model.base import load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
@@ -24,6 +27,8 @@ from ftray.objectives import objective_of
 from ftray.train.engine.build import make_engine
 from ftray.train.engine.deepspeed import DeepSpeedEngine
 from ftray.train.engine.schedule import make_schedule
+
+OF_A_GROUP = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,22 @@ class LocalTraining:
 def open_training(config: RunConfig | dict[str, Any] | str | Path, *overrides: str) -> Iterator[LocalTraining]:
     """The engine of a run's config in this process: one rank, or the one that torchrun's environment names."""
     run = config if isinstance(config, RunConfig) and not overrides else read_config(config, overrides, kind="run")
+    run, start = resolve_start(run)
     base = prepare_base(run.base_model)
     renderer, shape = ChatRenderer(load_tokenizer(base)), objective_of(run.objective).shape
     dataset = tokenize_source("data.train", run.data.train, run.data, renderer, shape=shape)
+    if run.workers.gpus_each:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     hardware = choose_hardware(use_gpu=run.workers.gpus_each > 0)
     with process_group(hardware.backend):
-        engine = make_engine(run, base, hardware)
+        engine = make_engine(run, base, hardware, init_from=local_adapter(start) if start is not None else None)
         plan = plan_steps(run, dataset.lengths)
         num_steps = plan.num_steps(epochs=run.epochs, max_steps=run.max_steps)
-        yield LocalTraining(run, engine, dataset, plan, num_steps, make_schedule(run.optimizer, num_steps=num_steps))
-        engine.close()
+        schedule = make_schedule(run.optimizer, num_steps=num_steps)
+        try:
+            yield LocalTraining(run, engine, dataset, plan, num_steps, schedule)
+        finally:
+            engine.close()
 
 
 @contextlib.contextmanager
@@ -74,6 +85,7 @@ def process_group(backend: str) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
+    before = dict(os.environ)
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -84,3 +96,5 @@ def process_group(backend: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        for name in OF_A_GROUP - before.keys():
+            os.environ.pop(name, None)

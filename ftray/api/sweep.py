@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftray.api.interrupt import nothing_left
 from ftray.config import load_sweep
 
 if TYPE_CHECKING:
@@ -62,6 +63,12 @@ def sweep(config: str | Path, *overrides: str, fresh: bool = False, log: Callabl
     Raises `ConfigError` with every problem, for any point of the space, before the cluster is touched.
     """
     loaded, space = load_sweep(config, overrides)
-    from ftray.sweep.launch import run_sweep
+    from ftray.sweep.launch import look_into, run_sweep, sweep_directory
 
-    return Sweep(run_sweep(loaded, space, log=log, fresh=fresh))
+    def stop() -> None:
+        study = look_into(sweep_directory(loaded, space))
+        for trial in study.trials:
+            study.stop(trial)
+
+    with nothing_left(stop):
+        return Sweep(run_sweep(loaded, space, log=log, fresh=fresh))

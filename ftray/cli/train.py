@@ -24,12 +24,14 @@ def train(
 ) -> None:
     """Fine-tune a model. The same command again goes on from the last checkpoint."""
     run: RunConfig = load_config(config, overrides or (), kind="run")
+    from ftray.cluster.address import check_address
     from ftray.train.prepare import check_before_anything, prepare
 
     if dry_run:
         check_before_anything(run)
     else:
         prepare(run, fresh=fresh)
+        check_address()
     from ftray.artifacts.resolve import resolve_start
     from ftray.cli.progress import TrainProgress
     from ftray.config.advice import advise

@@ -55,8 +55,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source:
     try:
         config = model.model_validate(tree)
     except ValidationError as error:
-        found_problems = [line for item in error.errors() for line in describe_problem(model, item).splitlines()]
-        problems += [line + blamed_override(line, overrides) for line in found_problems]
+        problems += [problem + blamed_override(problem, overrides) for problem in problems_in(model, error)]
     if problems or config is None:
         raise ConfigError(source, problems)
     return config
@@ -95,6 +94,11 @@ def apply_override(tree: dict, item: str) -> str | None:
     return None
 
 
+def problems_in(model: type[BaseModel], error: ValidationError) -> list[str]:
+    """One line each; rules between sections may find several at once."""
+    return [line for item in error.errors() for line in describe_problem(model, item).splitlines()]
+
+
 # One of them says how long a run is.
 LENGTHS = ("epochs", "max_steps")
 
@@ -130,6 +134,8 @@ def describe_problem(model: type[BaseModel], item: Any) -> str:
     if item["type"] == "missing":
         return f"{key}: required, but not given"
     if item["type"] == "union_tag_not_found":
+        if not isinstance(value, dict):
+            return f"{key}: {value!r} is refused: give a section, such as {key}={{type: {value}}}"
         return f"{key}: type is required, but not given"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and isinstance(value, dict):

@@ -155,21 +155,13 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def agree(self):
         if problems := [problem for rule in RULES if (problem := rule(self)) is not None]:
-            raise Disagreement(problems)
+            raise ValueError("\n".join(problems))  # a line each
         return self
 
     @property
     def longest_example(self) -> int:
         """Tokens that an example may have, over all its sequences: what a micro-batch must hold."""
         return self.data.max_example_tokens * objective_of(self.objective).sequences_per_example
-
-
-class Disagreement(ValueError):
-    """Sections that do not go together, each problem in a line of its own."""
-
-    def __init__(self, problems: list[str]):
-        super().__init__("\n".join(problems))
-        self.problems = problems
 
 
 # What one section of a run says about another: each returns the problem, or None.

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ftray.config.domains import Choice, Domain, Range, expression_order
 from ftray.config.expression import Expression
-from ftray.config.load import KINDS, describe_problem, load_config, read_yaml
+from ftray.config.load import KINDS, describe_problem, load_config, problems_in, read_yaml
 from ftray.config.run import RunConfig
 from ftray.config.sweep import NOT_SWEPT, SearchConfig, SweepConfig, is_variable
 from ftray.errors import ConfigError
@@ -74,7 +74,7 @@ class Space:
         try:
             self.config(point)
         except ValidationError as error:
-            raise ConfigError(label, [describe_problem(RunConfig, item) for item in error.errors()]) from None
+            raise ConfigError(label, problems_in(RunConfig, error)) from None
         except ValueError as error:
             raise ConfigError(label, [str(error)]) from None
 
@@ -159,7 +159,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[SweepCo
     try:
         run = RunConfig.model_validate(space.run)
     except ValidationError as error:
-        problems = [f"overrides: {describe_problem(RunConfig, item)}" for item in error.errors()]
+        problems = [f"overrides: {problem}" for problem in problems_in(RunConfig, error)]
         raise ConfigError(str(path), problems) from None
     if not config.seeds:
         config = config.model_copy(update={"seeds": (run.seed,)})
@@ -190,7 +190,8 @@ def problems_of(space: Space, config: SweepConfig) -> list[str]:
             run = space.config(point)
         except ValidationError as error:
             for item in error.errors():
-                found.setdefault((item["loc"], item["type"]), f"{at}: {describe_problem(RunConfig, item)}")
+                for number, problem in enumerate(describe_problem(RunConfig, item).splitlines()):
+                    found.setdefault((item["loc"], item["type"], number), f"{at}: {problem}")
         except ValueError as error:
             found.setdefault("expression", f"{at}: {error}")
         else:

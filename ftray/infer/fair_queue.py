@@ -1,11 +1,12 @@
 """Waiting sequences in one queue per flow, served by deficit round robin on tokens (Shreedhar and Varghese 1995): first
-between owners, then between the flows of a owner. A tenant is a owner, its adapters are its flows, and many adapters
-do not make a share larger. Where callers are unknown an adapter is a owner, and the users that requests name its flows.
+between owners, then between the flows of an owner. A tenant is an owner, its adapters are its flows, and many adapters
+do not make a share larger. Where callers are unknown an adapter is an owner, and the users that requests name are its
+flows.
 
 How long an answer gets is not known when it is let in, so it is paid for afterwards: every token computed, prompt or
 answer, is taken from the credit of its flow and of its owner, which may become a debt. Who is in debt waits while
 others have credit; when all are in debt, all get whole quanta until one has credit. A flow with nothing waiting or
-running is forgotten, and a owner without flows.
+running is forgotten, and an owner without flows.
 """
 
 from collections import OrderedDict, deque

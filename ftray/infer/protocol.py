@@ -52,7 +52,7 @@ class Request:
 
     @property
     def flow(self) -> tuple[str, str]:
-        """What `fair_queue.py` counts its tokens for: a owner's flow. Whoever is not known can give any number of
+        """What `fair_queue.py` counts its tokens for: an owner's flow. Whoever is not known can give any number of
         names, which must not make the share of one adapter larger; so then the adapter is the owner."""
         adapter = self.adapter or ""
         return (self.tenant, adapter) if self.tenant else (adapter, self.user)

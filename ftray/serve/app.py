@@ -298,10 +298,14 @@ def check_running_port(port: int) -> None:
         )
 
 
+def is_deployed() -> bool:
+    return ray.is_initialized() and APP_NAME in serve.status().applications
+
+
 def stop_endpoint() -> None:
     """The application goes, once what it has begun is answered. Serve itself stays: on a cluster it may be somebody
     else's, and a session of our own ends with `ray.shutdown`."""
-    if ray.is_initialized() and APP_NAME in serve.status().applications:
+    if is_deployed():
         try:
             serve.delete(APP_NAME)  # waits: a process that ends at once may take its request along
         except TimeoutError:

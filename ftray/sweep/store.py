@@ -22,6 +22,7 @@ from ftray.storage.lease import Lease
 from ftray.storage.mirror import Mirror
 from ftray.sweep.study import JOURNAL, REQUESTS
 from ftray.sweep.trials import SWEEP
+from ftray.tracking.runs import differences
 from ftray.train.runs.directory import only_driver
 from ftray.train.runs.store import fetch_notes, forget_run, lease_of
 from ftray.train.runs.uri import is_stored, local_directory, run_uri
@@ -113,7 +114,7 @@ def forget_leftover(config: RunConfig) -> None:
     """Of a run that the journal has heard nothing of: the last lines of a journal may be lost with its driver, and what
     then had this name may have been another point."""
     content = ObjectStore(run_uri(config.runs_dir, config.name)).read("config.json")
-    if content is not None and json.loads(content) != config.model_dump(mode="json"):
+    if content is not None and any(differences(json.loads(content), config.model_dump(mode="json"))):
         forget_run(config.runs_dir, config.name)
 
 

@@ -218,8 +218,9 @@ class Study(SweepState):
         for run in [run for run in self.runs if run.outcome is None and run.waits and self._user_stops(run)]:
             self._note_end(run.name, "stopped", None)
         step, open_runs = self.until_step, [run for run in self.runs if run.outcome is None]
-        is_whole = self._next_point() is None
-        if step is None or not open_runs or not is_whole or not all(run.waits for run in open_runs):
+        if step is None or not open_runs or not all(run.waits for run in open_runs):
+            return
+        if self._next_point() is not None:  # the population is not whole
             return
         done = {moved.run for moved in self.moves if moved.step == step}  # of a generation that was cut off
         for move in self._choose_moves(open_runs, step):

@@ -23,4 +23,3 @@ class Task:
 
     judge: Callable[[Question, str], dict[str, float]]
     score: str  # the name of the one that decides
-    higher_is_better: bool = True

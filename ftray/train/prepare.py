@@ -1,20 +1,20 @@
 """What is known before a start, in well under a second: nothing here imports torch or Ray."""
 
-from ftray.cluster.address import check_address
 from ftray.config import RunConfig
+from ftray.data.formats import own_format
 from ftray.data.sources import check_source
 from ftray.model.base import check_base_name
+from ftray.objectives import objective_of
 from ftray.train.runs.claim import refuse_another_config, refuse_running, refuse_vanishing_directory
 
 
 def prepare(config: RunConfig, *, fresh: bool) -> None:
-    """Raises `UserError` for what can never start: names, files, where the run is and whose it is, the cluster."""
+    """Raises `UserError` for what can never start: names, files, where the run is and whose it is."""
     check_before_anything(config)
     refuse_vanishing_directory(config)
     refuse_running(config)
     if not fresh:
         refuse_another_config(config)
-    check_address()
 
 
 def check_before_anything(config: RunConfig) -> None:
@@ -23,3 +23,4 @@ def check_before_anything(config: RunConfig) -> None:
     check_source("data.train", config.data.train)
     if config.data.eval is not None:
         check_source("data.eval", config.data.eval)
+    own_format(config.data, shape=objective_of(config.objective).shape)

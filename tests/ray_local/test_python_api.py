@@ -33,6 +33,19 @@ def test_from_rows_to_an_answering_adapter(tiny_model, tmp_path, serve_port):
     assert again.result == run.result
     assert any("is finished already" in line for line in lines)
 
+    class Enough(Exception):
+        pass
+
+    def stop(record):
+        if record["step"] == 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        ftray.train(config, "name=stopped", "max_steps=60", **given | {"callbacks": [stop]})
+    stopped = ftray.Run.open(tmp_path / "runs" / "stopped")
+    assert [path.name for path in (stopped.directory / "checkpoints").glob("step-*")] != []
+    assert stopped.resume(log=lines.append).result["steps"] == 60
+
     result = ftray.evaluate(run.config, adapter=run.adapter)
     assert len(result.answers) == 8
     registry = str(tmp_path / "registry")

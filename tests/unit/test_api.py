@@ -85,6 +85,49 @@ def test_mistakes_are_errors_of_the_config(tiny_model, tmp_path):
         ftray.Run.open(tmp_path)
 
 
+def test_what_ray_ships_may_name_the_package():
+    """cloudpickle takes plain modules by name; ours have a class of their own."""
+    from ray import cloudpickle
+
+    import ftray.train as room
+
+    def remote():
+        return ftray.load, room
+
+    assert cloudpickle.loads(cloudpickle.dumps(ftray)) is ftray
+    assert cloudpickle.loads(cloudpickle.dumps(room)) is room
+    assert cloudpickle.loads(cloudpickle.dumps(remote))()[1] is room
+
+
+def test_a_run_is_resumed_from_where_it_was_started(tmp_path, monkeypatch):
+    import json
+
+    from ftray.config import parse_config
+
+    text = "kind: run\nname: r\nbase_model: b\nmax_steps: 1\ndata: {train: t}\n"
+    config = parse_config(text, kind="run", source="test")
+    (tmp_path / "here" / "runs" / "r").mkdir(parents=True)
+    (tmp_path / "here" / "runs" / "r" / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="resume it from where it was started"):
+        ftray.Run.open(tmp_path / "here" / "runs" / "r").resume()
+
+
+def test_configs_and_rows_may_hold_paths_and_arrays(tiny_model, tmp_path):
+    import numpy
+
+    from ftray.api.config import read_config
+
+    config = read_config(
+        run_config(tiny_model, tmp_path) | {"base_model": tiny_model, "data": {"train": tmp_path / "t"}}, (), kind="run"
+    )
+    assert (config.base_model, config.data.train) == (str(tiny_model), str(tmp_path / "t"))
+    file = rows_file([{"text": "a", "n": numpy.int64(3), "v": numpy.ones(2)}], runs_dir=str(tmp_path), key="data.train")
+    assert json.loads(Path(file).read_text()) == {"text": "a", "n": 3, "v": [1.0, 1.0]}
+    with pytest.raises(UserError, match="of type object"):
+        rows_file([{"text": object()}], runs_dir=str(tmp_path), key="data.train")
+
+
 def test_a_model_answers_with_adapters_swapped_under_it(tiny_model, adapters):
     model = ftray.load(str(adapters["r4"]), base_model=str(tiny_model))
     how = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
@@ -99,6 +142,15 @@ def test_a_model_answers_with_adapters_swapped_under_it(tiny_model, adapters):
     next(pieces)
     pieces.close()  # a reader that stops
     assert not model.engine.has_work
+    streams = [model.stream("where is my card", adapter=adapter, **how) for adapter in (None, str(adapters["r4"]))]
+    in_turn: list[list[str]] = [[], []]
+    for number in [0, 1] * 8:  # each gets its own, whoever steps the engine
+        in_turn[number] += [piece for piece in (next(streams[number], ""),) if piece]
+    for number, stream in enumerate(streams):
+        in_turn[number] += list(stream)
+    assert ["".join(pieces) for pieces in in_turn] == [base, with_adapter]
+    with pytest.raises(UserError, match="a chat has one answer"):
+        model.chat("x", n=2)
     assert model.chat("where is my card", **how) == base
     model.close()
 

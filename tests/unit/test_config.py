@@ -176,6 +176,15 @@ def test_a_length_on_the_command_line_stands_for_the_files(overrides, length):
     assert (config.epochs, config.max_steps) == length
 
 
+def test_all_rules_between_sections_are_told_at_once_and_a_section_is_asked_for():
+    text = "kind: run\nname: r\nbase_model: b\ndata: {train: t, overlong: split}\n"
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, kind="run", source="test")
+    assert len(caught.value.problems) == 2
+    with pytest.raises(ConfigError, match="objective: 'dpo' is refused: give a section, such as"):
+        parse_config(text, ["objective=dpo"], kind="run", source="test")
+
+
 def test_a_problem_names_the_override_that_it_came_from():
     text = "kind: run\nname: r\nbase_model: b\nepochs: 2\ndata: {train: t, overlong: eror}\n"
     with pytest.raises(ConfigError) as caught:

@@ -4,7 +4,7 @@ Everything that runs goes first: a decoding sequence with its newest token, a pr
 prefill, Agrawal et al. 2024, arXiv 2403.02310), so that a long prompt never stops the others. Then waiting ones come
 in, as `fair_queue.py` orders them. When the cache is full the newest sequence, of who has most of it, gives its pages
 back and waits at the front of its flow; its tokens are computed again later, or found in the cache. So does the newest
-of a owner (or of a flow) that has several places when another has long been next and has none, and so do all sequences
+of an owner (or of a flow) that has several places when another has long been next and has none, and so do all sequences
 of an adapter whose turn at a slot is over (`slot_rotation.py`): long answers keep nobody out of a place or a slot.
 """
 
@@ -263,7 +263,7 @@ class Scheduler:
         return True
 
     def _giver_of_pages(self) -> Sequence:
-        """The newest of the owner that has most pages, but never a owner's only one; else the newest of all. So the
+        """The newest of the owner that has most pages, but never an owner's only one; else the newest of all. So the
         oldest goes on whatever happens."""
         num_pages: Counter[str] = Counter()
         by_owner: dict[str, list[Sequence]] = {}

@@ -57,7 +57,7 @@ def detached(work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
 
 
 class Watched:
-    """ASGI middleware (https://asgi.readthedocs.io): makes the exchange, as `request.state.exchange`."""
+    """ASGI middleware (https://asgi.readthedocs.io): makes the context, as `request.state.context`."""
 
     def __init__(self, app: Any, *, watchers: Sequence[Watcher]):
         self._app = app

@@ -40,7 +40,7 @@ class Answered:
 
 
 class RecentTraffic:
-    """A watcher of exchanges."""
+    """A watcher of requests that have ended."""
 
     def __init__(self) -> None:
         self._answered: deque[Answered] = deque()

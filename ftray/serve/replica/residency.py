@@ -24,7 +24,7 @@ HOTTER = 2.0
 # A load waits so long for one adapter of which no request is in flight.
 PATIENCE_S = 5.0
 
-PREFETCH = "(prefetch)"  # loads that no request waits for take turns like a owner's
+PREFETCH = "(prefetch)"  # loads that no request waits for take turns like an owner's
 
 ResidencyEvent = Literal["hit", "miss", "loaded", "failed", "evicted"]
 Signal = Callable[[ResidencyEvent, str, float], None]  # the adapter, and how many seconds a load took

@@ -88,7 +88,7 @@ class ReplicaBackend:
 
 
 class RemoteLedger:
-    """The gatekeeper in its actor. One that restarts is waited for; a record may come twice, it has an id."""
+    """The rate limiter in its actor. One that restarts is waited for; a record may come twice, it has an id."""
 
     def __init__(self, handle: DeploymentHandle):
         self._handle: Any = handle

@@ -15,7 +15,7 @@ UNLOGGED = ("/healthz", "/ftray/status", "/-/routes")  # asked for all the time
 
 
 class AccessLog:
-    """A watcher of exchanges."""
+    """A watcher of requests that have ended."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from ftray.serve.telemetry.metrics import (
 
 
 class RequestMetrics:
-    """A watcher of exchanges."""
+    """A watcher of requests that have ended."""
 
     def __init__(self, meter: Meter, *, paths: Sequence[str]):
         """`paths`: what counts as a request; not the looking and the listing."""

@@ -15,7 +15,7 @@ OPERATIONS = {"/v1/chat/completions": "chat", "/v1/embeddings": "embeddings"}
 
 
 class Traces:
-    """A watcher of exchanges."""
+    """A watcher of requests that have ended."""
 
     def __init__(self, processor: SpanProcessor, *, paths: tuple[str, ...]):
         # A provider of our own: Ray has a global one, for itself.

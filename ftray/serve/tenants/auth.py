@@ -24,7 +24,7 @@ class Caller:
 
 
 class Ledger(Protocol):
-    """`limits.Gatekeeper`, wherever it lives."""
+    """`rate_limits.RateLimiter`, wherever it lives."""
 
     async def admit(self, key: str | None) -> Tenant | Refusal: ...
 
@@ -100,7 +100,7 @@ class Headers(Protocol):
 
 
 class Asking(Protocol):
-    """`exchange.Exchange`, as far as the gate sees it. It is told who asks."""
+    """`context.RequestContext`, as far as the authenticator sees it. It learns who asks."""
 
     @property
     def headers(self) -> Headers: ...
