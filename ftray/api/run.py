@@ -103,16 +103,7 @@ def train(
     Raises `UserError` (and its `ConfigError`) before anything costly, `InterruptedRunError` when it was stopped,
     `FtrayError` when the work failed.
     """
-    tree = config
-    if isinstance(config, dict) and data is not None:  # which the schema asks for
-        tree = config | {"data": {"train": "given", **config.get("data", {})}}
-    run: RunConfig = read_config(tree, overrides, kind="run")
-    if "://" in run.runs_dir:
-        raise UserError("runs_dir: a run in a store is started with `ftray train`; give a directory here")
-    given = {"train": data, "eval": eval_data}
-    files = {key: rows_file(v, runs_dir=run.runs_dir, key=f"data.{key}") for key, v in given.items() if v is not None}
-    run = run.model_copy(update={"data": run.data.model_copy(update=files)})
-
+    run = read_run(config, overrides, data=data, eval_data=eval_data)
     from ftray.artifacts.resolve import resolve_start
     from ftray.train.job import request_stop
     from ftray.train.launch import launch
@@ -146,3 +137,16 @@ def train(
     if failures:
         raise failures[0]
     return Run(run, directory)
+
+
+def read_run(config: Any, overrides: Sequence[str], *, data: Any, eval_data: Any) -> RunConfig:
+    """The config with the caller's rows in it."""
+    tree = config
+    if isinstance(config, dict) and data is not None:  # which the schema asks for
+        tree = config | {"data": {"train": "given", **config.get("data", {})}}
+    run: RunConfig = read_config(tree, overrides, kind="run")
+    if "://" in run.runs_dir:
+        raise UserError("runs_dir: a run in a store is started with `ftray train`; give a directory here")
+    given = {"train": data, "eval": eval_data}
+    files = {key: rows_file(v, runs_dir=run.runs_dir, key=f"data.{key}") for key, v in given.items() if v is not None}
+    return run.model_copy(update={"data": run.data.model_copy(update=files)})
