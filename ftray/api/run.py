@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.api.config import read_config, rows_file
+from ftray.api.frame import as_frame
 from ftray.api.interrupt import nothing_left
 from ftray.config import RunConfig
 from ftray.errors import InterruptedRunError, NotFoundError, UserError
@@ -40,12 +41,7 @@ class Run:
         """A pandas DataFrame with a row for each step and evaluation; without pandas a list of dicts."""
         from ftray.tracking.metrics import read_metrics
 
-        records = read_metrics(self.directory)
-        try:
-            import pandas
-        except ModuleNotFoundError:
-            return records
-        return pandas.DataFrame(records)
+        return as_frame(read_metrics(self.directory))
 
     @property
     def adapter(self) -> Path | None:

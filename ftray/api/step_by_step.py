@@ -27,6 +27,7 @@ from ftray.objectives import objective_of
 from ftray.train.engine.build import make_engine
 from ftray.train.engine.deepspeed import DeepSpeedEngine
 from ftray.train.engine.schedule import make_schedule
+from ftray.train.loop import denominator_of
 
 OF_A_GROUP = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -54,7 +55,7 @@ class LocalTraining:
 
     def denominator(self, examples: list[int]) -> int:
         """What the step's loss is a mean over: trained tokens, or examples."""
-        return self.dataset.num_trained_tokens(examples) if self.engine.objective.unit == "token" else len(examples)
+        return denominator_of(self.engine.objective, self.dataset, examples)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftray.api.frame import as_frame
 from ftray.api.interrupt import nothing_left
 from ftray.config import load_sweep
 
@@ -43,11 +44,7 @@ class Sweep:
             for trial in self.study.trials
             for run in trial.runs
         ]
-        try:
-            import pandas
-        except ModuleNotFoundError:
-            return rows
-        return pandas.DataFrame(rows)
+        return as_frame(rows)
 
     @property
     def report(self) -> str:

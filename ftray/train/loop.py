@@ -12,6 +12,7 @@ from ftray.data.dataset import TokenizedDataset
 from ftray.data.pack import pack
 from ftray.data.plan import MicroBatch, StepPlan, divide
 from ftray.model.packed import PackedRow
+from ftray.objectives import Objective
 from ftray.train.engine.protocol import TrainingEngine
 from ftray.train.loss_guard import LossGuard, suspects
 from ftray.train.step_record import StepRecord, record_step
@@ -85,7 +86,7 @@ def train_step(
     micro_batches = plan.divide(examples, engine.num_shares)[engine.share]
     seed_step(plan.seed, step=step, rank=engine.rank)
     began = time.perf_counter()
-    denominator = dataset.num_trained_tokens(examples) if engine.objective.unit == "token" else len(examples)
+    denominator = denominator_of(engine.objective, dataset, examples)
     step_loss = engine.forward_backward(packed_rows(dataset, micro_batches), denominator=denominator)
     if problem := guard.problem(step_loss.loss):
         callbacks.on_bad_loss(step + 1, problem, suspect_rows(engine, dataset, micro_batches))
@@ -105,6 +106,11 @@ def train_step(
         grad_norm=grad_norm,
         seconds=time.perf_counter() - began,
     )
+
+
+def denominator_of(objective: Objective, dataset: TokenizedDataset, examples: list[int]) -> int:
+    """What the loss of a step of these examples is a mean over: trained tokens, or examples."""
+    return dataset.num_trained_tokens(examples) if objective.unit == "token" else len(examples)
 
 
 def suspect_rows(engine: TrainingEngine, dataset: TokenizedDataset, micro_batches: list[MicroBatch]) -> list[int]:

@@ -4,8 +4,10 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from ftray.config.run import GuardConfig
+from ftray.tracking.metrics import read_metrics
 
 WINDOW_STEPS = 50
 MIN_STEPS = 10  # before this many, no step is far above the others
@@ -33,6 +35,12 @@ class LossGuard:
                 return f"the loss is {loss:.4g}, over guard.spike_factor ({factor:g}) times the recent {usual:.4g}"
         self._recent.append(loss)
         return None
+
+
+def recent_losses(run_directory: Path, *, until_step: int) -> list[float]:
+    """Of the steps before `until_step` that a guard looks at, where a run goes on."""
+    losses = [r["loss"] for r in read_metrics(run_directory) if "loss" in r and r["step"] <= until_step]
+    return losses[-WINDOW_STEPS:]
 
 
 def suspects(micro_batches: Sequence[tuple[float, list[int]]]) -> list[int]:

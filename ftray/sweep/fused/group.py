@@ -21,6 +21,7 @@ from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedCausalLM
 from ftray.objectives import LogProbs, Loss, LossFunction, Objective
 from ftray.sweep.fused.member import Member
+from ftray.train.loop import denominator_of
 
 Work = tuple[Member, MicroBatch]
 STEPS_TO_COMPARE = 3  # of each way
@@ -34,8 +35,6 @@ class MemberStep:
     metrics: dict[str, float]
     grad_norm: float  # before clipping
     learning_rate: float
-    num_tokens: int
-    num_trained_tokens: int
     seconds: float  # its share of the group's step, by tokens
 
 
@@ -90,7 +89,7 @@ class FusedGroup:
         began = time.perf_counter()
         self._model.train()
         examples = {member.name: member.examples() for member in members}
-        counts = {name: self._denominator(dataset, of) for name, of in examples.items()}
+        counts = {name: denominator_of(self._objective, dataset, of) for name, of in examples.items()}
         work = [
             (member, micro_batch)
             for member in members
@@ -130,8 +129,6 @@ class FusedGroup:
                 metrics=dict(zip(names.get(member.name, []), metrics, strict=False)),
                 grad_norm=norm,
                 learning_rate=rate,
-                num_tokens=tokens[member.name],
-                num_trained_tokens=dataset.num_trained_tokens(examples[member.name]),
                 seconds=seconds * tokens[member.name] / sum(tokens.values()),
             )
         for member in members:
@@ -153,9 +150,6 @@ class FusedGroup:
                 sums[member.name] += torch.stack([loss.sum, loss.count]).double().cpu()
             on_row()
         return {name: (total / count).item() for name, (total, count) in self._reduce_sums(sums).items()}
-
-    def _denominator(self, dataset: TokenizedDataset, examples: list[int]) -> int:
-        return dataset.num_trained_tokens(examples) if self._objective.unit == "token" else len(examples)
 
     def _rows(self, work: Sequence[Work], dataset: TokenizedDataset) -> Iterable[list[Work]]:
         """Neighbouring micro-batches together, up to the budget."""

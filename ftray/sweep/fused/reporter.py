@@ -21,12 +21,11 @@ from ftray.sweep.fused.stored_member import StoredMember
 from ftray.sweep.trial_run import Reporter
 from ftray.sweep.trials import Report
 from ftray.tracking.events import record_event
-from ftray.tracking.metrics import read_metrics
 from ftray.train.checkpoints.checkpoint import newest_whole_checkpoint, read_state
 from ftray.train.hooks.callbacks import SAVE_FAILED
 from ftray.train.hooks.recorder import Recorder
 from ftray.train.job import STOP_REQUEST
-from ftray.train.loss_guard import WINDOW_STEPS
+from ftray.train.loss_guard import recent_losses
 from ftray.train.runs.directory import check_same_data, open_run_directory
 from ftray.train.runs.finalize import PreparedData, finalize, num_steps
 from ftray.train.runs.store import drop_checkpoints
@@ -108,11 +107,11 @@ class GroupReporter:
             ray.get(self._job.coordinator.end.remote(config.name, outcome, None))
             return None
         (directory.path / STOP_REQUEST).unlink(missing_ok=True)
-        losses = [r["loss"] for r in read_metrics(directory.path) if "loss" in r and r["step"] <= start]
+        losses = recent_losses(directory.path, until_step=start)
         if stored is not None:
             self._stored[config.name] = stored
         uri = directory.uri_of(checkpoint) if checkpoint is not None else None
-        return Assignment(config, uri, tuple(losses[-WINDOW_STEPS:]), until_step)
+        return Assignment(config, uri, tuple(losses), until_step)
 
     def refuse(self, name: str, message: str) -> None:
         ray.get(self._job.coordinator.end.remote(name, "failed", message))

@@ -24,7 +24,6 @@ from ftray.model.packed import (
 from ftray.storage import remove_unlisted, write_json
 from ftray.storage.manifest import MANIFEST
 from ftray.tracking.events import record_event
-from ftray.tracking.metrics import read_metrics
 from ftray.train.checkpoints.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
@@ -43,7 +42,7 @@ from ftray.train.hooks.recorder import Recorder
 from ftray.train.hooks.samples import Sampler
 from ftray.train.job import HARDWARE, TrainJob, write_worker_error
 from ftray.train.loop import Schedule, Training, evaluation_rows, train
-from ftray.train.loss_guard import WINDOW_STEPS, LossGuard
+from ftray.train.loss_guard import LossGuard, recent_losses
 from ftray.train.on_ray.communication import describe_bandwidth, measure_all_reduce
 from ftray.train.runs.store import WorkerNotes, on_this_machine
 
@@ -83,8 +82,8 @@ def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
     training = make_training(job, engine, dataset, eval_dataset, start_step=start_step)
     if worth_compiling(config, engine, dataset, num_steps=training.schedule.num_steps):
         compile_layers(engine.model.model)
-    losses = [r["loss"] for r in read_metrics(job.run_directory) if "loss" in r and r["step"] <= start_step]
-    guard = LossGuard(config.guard, earlier_losses=engine.gather(losses[-WINDOW_STEPS:])[0])
+    losses = recent_losses(job.run_directory, until_step=start_step)
+    guard = LossGuard(config.guard, earlier_losses=engine.gather(losses)[0])
     with recorder(job, start_step=start_step, rank=rank) as record:
         callbacks = WorkerCallbacks(
             job,
