@@ -5,7 +5,9 @@ import importlib
 import os
 import re
 import sys
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import Field
 
@@ -20,6 +22,11 @@ def is_plugin(reference: str) -> bool:
     return FORM.fullmatch(reference) is not None
 
 
+def load_function(reference: str, *, key: str) -> Callable[..., Any]:
+    """Raises `UserError` as `load_plugin` does."""
+    return cast(Callable[..., Any], load_plugin(reference, cast(type, Callable), key=key))
+
+
 def load_plugin(reference: str, kind: type[T], *, key: str) -> T:
     """Raises `UserError` that names the key where there is no such module or name, or where it is no `kind`."""
     module_name, _, name = reference.partition(":")
@@ -27,13 +34,20 @@ def load_plugin(reference: str, kind: type[T], *, key: str) -> T:
     if found is None:
         raise UserError(f"{key}: {reference}: the module {module_name} has no {name}")
     if not isinstance(found, kind):
-        raise UserError(f"{key}: {reference}: is of type {type(found).__name__}, and must be of type {kind.__name__}")
+        wanted = "a function" if kind is Callable else f"of type {kind.__name__}"
+        raise UserError(f"{key}: {reference}: is of type {type(found).__name__}, and must be {wanted}")
     return found
 
 
-def import_module(module_name: str, reference: str, *, key: str) -> Any:
+def import_directory() -> Path:
+    """The working directory, on Python's path from now on; Ray hands that to the workers."""
     if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # Ray hands it to the workers, as it does all of the driver's path
+        sys.path.append(here)
+    return Path(here)
+
+
+def import_module(module_name: str, reference: str, *, key: str) -> Any:
+    here = import_directory()
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -9,10 +9,9 @@ from ftray.api.config import read_config, rows_file
 from ftray.api.frame import as_frame
 from ftray.api.interrupt import nothing_left
 from ftray.config import RunConfig
-from ftray.errors import InterruptedRunError, NotFoundError, UserError
+from ftray.errors import NotFoundError, UserError
 from ftray.storage import read_json
-
-Callback = Callable[[dict[str, Any]], None]  # gets each record of metrics.jsonl as it comes in
+from ftray.train.hooks.own_callbacks import Callback
 
 
 @dataclass(frozen=True)
@@ -109,29 +108,12 @@ def train(
     prepare(run, fresh=fresh)
     run, init_from = resolve_start(run, fresh=fresh)
 
-    directory, failures = (Path(run.runs_dir) / run.name).absolute(), []
-
-    def on_metrics(records: list[dict[str, Any]]) -> None:
-        try:
-            for record in records:
-                for callback in () if failures else callbacks:
-                    callback(record)
-        except Exception as error:  # noqa: BLE001  the caller's own; raised once the workers have saved and ended
-            failures.append(error)
-            request_stop(directory)
-
+    directory = (Path(run.runs_dir) / run.name).absolute()
     watcher = Watcher(
-        log=log, on_metrics=on_metrics, on_start=lambda first, total: log(f"{total} steps, from {first + 1}")
+        log=log, on_metrics=lambda records: None, on_start=lambda first, total: log(f"{total} steps, from {first + 1}")
     )
-    try:
-        with nothing_left(lambda: request_stop(directory)):
-            launch(run, watcher, fresh=fresh, init_from=init_from)
-    except InterruptedRunError:
-        if failures:
-            raise failures[0] from None
-        raise
-    if failures:
-        raise failures[0]
+    with nothing_left(lambda: request_stop(directory)):
+        launch(run, watcher, fresh=fresh, init_from=init_from, callbacks=callbacks)
     return Run(run, directory)
 
 

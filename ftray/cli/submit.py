@@ -31,6 +31,7 @@ def submit(
     """Run a config on a cluster, follow it, and end with its exit code. The same command again goes on with it."""
     from ftray.config.space import load_any
     from ftray.submit.jobs import Jobs, connect, describe_job, read_runtime_env
+    from ftray.submit.own_code import check_own_code
 
     words = list(overrides or ())
     kind, loaded = load_any(config, words)
@@ -38,6 +39,7 @@ def submit(
     root = Path(working_dir)
     if not root.is_dir():
         raise UserError(f"--working-dir: {working_dir}: no such directory")
+    check_own_code(kind, loaded, root=root)
     job = describe_job(kind, name, config, words, resolved=loaded.model_dump(mode="json"), root=root)
     environment = read_runtime_env(runtime_env) if runtime_env is not None else {}
     jobs = Jobs(connect(address), log=lambda text: print(f"  {text}", flush=True))

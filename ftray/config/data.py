@@ -49,6 +49,8 @@ class DataConfig(Strict):
     """None: `messages`, or `prompt` and `completion`, as the file has them."""
     format: PluginName | None = None
     """module:NAME of a `Format` of one's own, which reads a row; instead of `columns`."""
+    transform: PluginName | None = None
+    """module:NAME of a function of one's own: a row in, the row to be read out, or None to drop it."""
     max_example_tokens: int = Field(default=2048, ge=2)
     overlong: Literal["error", "truncate", "drop", "split"] = "error"
     """split: documents (objective domain) only."""

@@ -7,6 +7,7 @@ from pydantic import Field, PlainValidator, model_validator
 from ftray.config.adapter import AdapterConfig
 from ftray.config.data import DataConfig
 from ftray.objectives import ObjectiveConfig, SftConfig, objective_of
+from ftray.plugins import PluginName
 from ftray.schema import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -148,6 +149,8 @@ class RunConfig(Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     workers: WorkersConfig = WorkersConfig()
     guard: GuardConfig = GuardConfig()
+    callbacks: list[PluginName] = Field(default_factory=list)
+    """module:NAME of functions of one's own; each gets every record of metrics.jsonl, where the driver runs."""
     tracking: TrackingConfig = TrackingConfig()
     runs_dir: Text = "runs"
     registry: Text = "registry"

@@ -1,4 +1,4 @@
-"""From a raw row to the token sequences of its examples, by the shape that the objective wants.
+"""From what a format reads of a row to the token sequences of its examples, by the shape that the objective wants.
 
 An example is what a step counts: one sequence of a conversation or document, the chosen and the rejected one of a pair.
 A row gives one example, or, for a document that is split, several.
@@ -10,36 +10,35 @@ from typing import Any
 import numpy as np
 
 from ftray.config.data import DataConfig
-from ftray.data.formats import Read
+from ftray.data.formats import Pair
 from ftray.model.chat import ChatRenderer, Rendered
 from ftray.objectives import Shape
 
 Example = list[Rendered]
-RowEncoder = Callable[[dict[str, Any]], list[Example]]
+Encoder = Callable[[Any], list[Example]]  # of a conversation, a document or a pair
 
 
-def chat_encoder(data: DataConfig, read: Read, renderer: ChatRenderer) -> RowEncoder:
+def chat_encoder(data: DataConfig, renderer: ChatRenderer) -> Encoder:
     renderer.check_template()
-    return lambda row: [[renderer.training_ids(read(row))]]
+    return lambda messages: [[renderer.training_ids(messages)]]
 
 
-def pair_encoder(data: DataConfig, read: Read, renderer: ChatRenderer) -> RowEncoder:
+def pair_encoder(data: DataConfig, renderer: ChatRenderer) -> Encoder:
     renderer.check_template()
 
-    def encode(row: dict[str, Any]) -> list[Example]:
-        pair = read(row)
+    def encode(pair: Pair) -> list[Example]:
         answers = (pair.chosen, pair.rejected)
         return [[renderer.training_ids([*pair.prompt, *a], train_from=len(pair.prompt)) for a in answers]]
 
     return encode
 
 
-def document_encoder(data: DataConfig, read: Read, renderer: ChatRenderer) -> RowEncoder:
+def document_encoder(data: DataConfig, renderer: ChatRenderer) -> Encoder:
     """The tokenizer's own special tokens, the text, and the end-of-text token: every token is trained."""
     tokenizer = renderer.tokenizer
 
-    def encode(row: dict[str, Any]) -> list[Example]:
-        ids = tokenizer(read(row))["input_ids"]
+    def encode(text: str) -> list[Example]:
+        ids = tokenizer(text)["input_ids"]
         if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids = [*ids, tokenizer.eos_token_id]
         whole = np.asarray(ids, np.int32)
@@ -56,7 +55,7 @@ def all_trained(ids: np.ndarray) -> Rendered:
     return Rendered(ids, np.ones(len(ids), bool))
 
 
-ENCODERS: dict[Shape, Callable[..., RowEncoder]] = {
+ENCODERS: dict[Shape, Callable[..., Encoder]] = {
     "conversation": chat_encoder,
     "document": document_encoder,
     "pair": pair_encoder,

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import CancelledError, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +23,20 @@ from filelock import FileLock
 
 from ftray.config.data import DataConfig
 from ftray.data.dataset import DatasetWriter, TokenizedDataset, open_dataset
-from ftray.data.encode import ENCODERS, RowEncoder
-from ftray.data.formats import format_digest, reader_of
+from ftray.data.encode import ENCODERS, Example
+from ftray.data.formats import code_digest, reader_of
 from ftray.data.sources import load_rows, source_digest
 from ftray.errors import DataError, FtrayError
 from ftray.model.chat import ChatRenderer, Rendered
 from ftray.objectives import Shape
 from ftray.storage import verify_directory
 
+RowEncoder = Callable[[dict[str, Any]], list[Example]]  # of a raw row; one that data.transform drops has no example
 MAX_LISTED = 5
 # Fewer rows than this a process are not worth its start.
 ROWS_PER_PROCESS = 20_000
 CANCEL_POLL_S = 0.5
+READ_BY = ("columns", "format", "transform", "max_example_tokens", "overlong")  # keys of `data` that tokens depend on
 FORMAT = 1  # of the kept files: another number makes them anew
 
 
@@ -43,7 +46,8 @@ class Tally:
 
     num_rows: int = 0
     num_truncated: int = 0
-    num_dropped: int = 0
+    num_dropped: int = 0  # by data.overlong
+    num_left_out: int = 0  # by data.transform
     num_examples: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
     overlong: list[tuple[int, str]] = field(default_factory=list)
@@ -66,8 +70,9 @@ class Source:
         return load_rows(self.key, self.location, revision=self.data.revision)
 
     def encoder(self, rows: Any) -> RowEncoder:
-        read = reader_of(self.data, rows.column_names, shape=self.shape, key=str(self))
-        return ENCODERS[self.shape](self.data, read, ChatRenderer(self.tokenizer))
+        read = reader_of(self.data, rows, shape=self.shape, key=str(self))
+        encode = ENCODERS[self.shape](self.data, ChatRenderer(self.tokenizer))
+        return lambda row: [] if (value := read(row)) is None else encode(value)
 
     def digest(self, rows: Any) -> str:
         """Of all that the tokens depend on."""
@@ -76,8 +81,8 @@ class Source:
         depends = {
             "format": FORMAT,
             "source": source_digest(self.location, rows),
-            "data": self.data.model_dump(mode="json", include={"columns", "format", "max_example_tokens", "overlong"}),
-            "own_format": format_digest(self.data),
+            "data": self.data.model_dump(mode="json", include=set(READ_BY)),
+            "own_code": code_digest(self.data),
             "shape": self.shape,
             "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
             "template": tokenizer.chat_template,
@@ -134,7 +139,8 @@ def tokenize(source: Source, rows: Any, directory: Path, *, processes: int | Non
         else:
             tally = encode_in_processes(source, len(rows), count, directory, writer, cancelled)
         refuse_problems(tally, source)
-        writer.finish(num_rows=tally.num_rows, num_truncated=tally.num_truncated, num_dropped=tally.num_dropped)
+        dropped = tally.num_dropped + tally.num_left_out
+        writer.finish(num_rows=tally.num_rows, num_truncated=tally.num_truncated, num_dropped=dropped)
     except BaseException:
         writer.close()
         shutil.rmtree(directory, ignore_errors=True)
@@ -178,6 +184,9 @@ def encode_rows(rows: Any, encode: RowEncoder, data: DataConfig, writer: Dataset
         except DataError as error:
             tally.bad.append((number, str(error)))
             continue
+        if not examples:
+            tally.num_left_out += 1
+            continue
         if not all(sequence.trained[1:].any() for example in examples for sequence in example):
             tally.bad.append((number, "no trained token has one before it to be predicted from"))
             continue
@@ -203,6 +212,7 @@ def add(total: Tally, part: Tally, *, row_offset: int) -> None:
     total.num_rows += part.num_rows
     total.num_truncated += part.num_truncated
     total.num_dropped += part.num_dropped
+    total.num_left_out += part.num_left_out
     total.num_examples += part.num_examples
     total.bad += [(number + row_offset, text) for number, text in part.bad]
     total.overlong += [(number + row_offset, text) for number, text in part.overlong]
@@ -223,7 +233,9 @@ def refuse_problems(tally: Tally, source: Source) -> None:
         "split",
     )
     if tally.num_examples == 0:
-        raise DataError(f"{source}: no row is left: all {tally.num_dropped} are over data.max_example_tokens")
+        by_transform = f", {tally.num_left_out} were dropped by data.transform" if tally.num_left_out else ""
+        too_long = f"{tally.num_dropped} are over data.max_example_tokens"
+        raise DataError(f"{source}: no row is left: {too_long}{by_transform}")
 
 
 def raise_listed(problems: list[tuple[int, str]], what: str, *, fix: str) -> None:

@@ -68,8 +68,12 @@ def load_questions(data: DataConfig) -> list[Question]:
     if data.eval is None:
         raise DataError("data.eval: not given; an evaluation needs held-out rows")
     rows = load_rows("data.eval", data.eval, revision=data.revision)
-    read = reader_of(data, rows.column_names, shape="conversation", key=f"data.eval: {data.eval}")
-    return [make_question(read(row), number) for number, row in enumerate(rows, start=1)]
+    read = reader_of(data, rows, shape="conversation", key=f"data.eval: {data.eval}")
+    return [
+        make_question(messages, number)
+        for number, row in enumerate(rows, start=1)
+        if (messages := read(row)) is not None
+    ]
 
 
 def make_question(messages: list[Message], number: int) -> Question:

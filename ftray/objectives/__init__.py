@@ -36,7 +36,7 @@ def objective_of(section: Strict) -> Objective:
 
 def make_loss(section: Strict) -> LossFunction:
     if isinstance(section, PluginConfig):
-        return objective_of(section).loss(section.own_section())
+        return section.loss()
     return objective_of(section).loss(section)
 
 

@@ -1,14 +1,16 @@
 """A user's own objective: `objective: {type: "module:NAME", ...}`; its own section reads the other keys."""
 
+import traceback
 from typing import Any
 
 from pydantic import ConfigDict, ValidationError, model_validator
 
 from ftray.errors import UserError
-from ftray.objectives.protocol import Objective
+from ftray.objectives.protocol import LogProbs, Loss, LossFunction, Objective, Row
 from ftray.plugins import PluginName, is_plugin, load_plugin
 from ftray.schema import Strict
 
+MISTAKES = (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError)
 PLUGIN = "module:NAME"
 
 
@@ -32,6 +34,24 @@ class PluginConfig(Strict):
     def own_section(self) -> Strict:
         objective = load_plugin(self.type, Objective, key="objective.type")
         return objective.config.model_validate({"type": self.type, **(self.model_extra or {})})
+
+    def loss(self) -> LossFunction:
+        """Its mistakes are the same on every try: a `UserError`, for which no worker starts again."""
+        loss = load_plugin(self.type, Objective, key="objective.type").loss(self.own_section())
+
+        def checked(log_probs: LogProbs, row: Row) -> Loss:
+            try:
+                found = loss(log_probs, row)
+            except MISTAKES as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                raise UserError(
+                    f"objective.type: {self.type}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+                ) from error
+            if not isinstance(found, Loss):
+                raise UserError(f"objective.type: {self.type}: returned {type(found).__name__}, and must return a Loss")
+            return found
+
+        return checked
 
 
 def tag_of(section: Any) -> Any:

@@ -1,9 +1,10 @@
 """The driver's side of a run: check, tokenise while Ray starts, train, and leave a complete run directory."""
 
 import contextlib
+import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ftray.tracking.events import record_driver_event
 from ftray.tracking.runs import RESULT
 from ftray.train.checkpoints.checkpoint import data_digest, read_state
 from ftray.train.checkpoints.disk_space import check_disk
+from ftray.train.hooks.own_callbacks import Callback, calling, own_callbacks
 from ftray.train.job import STOP_REQUEST, TOKENS, request_stop
 from ftray.train.on_ray.trainer import Watcher, train_on_ray
 from ftray.train.prepare import prepare
@@ -41,18 +43,22 @@ def launch(
     init_from: Path | str | None = None,
     profile_steps: int = 0,
     until_step: int | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Runs, or goes on with, `config.name` and returns what its result.json says.
 
     `init_from`: path or URL of the PEFT directory that `adapter.init_from` names. `profile_steps`: of rank 0, traced.
-    `until_step`: it saves there and raises `InterruptedRunError`; the same call with a later one goes on.
+    `until_step`: it saves there and raises `InterruptedRunError`; the same call with a later one goes on. `callbacks`:
+    beside those that the config names.
     """
     began = time.time()
     prepare(config, fresh=fresh)
     with only_driver(config) as stored:
         directory = open_run_directory(config, fresh=fresh, stored=stored)
         parts = {"init_from": init_from, "profile_steps": profile_steps, "until_step": until_step}
-        return run_in(directory, config, watcher, began=began, **parts)
+        stop = functools.partial(request_stop, directory.path)
+        with calling([*own_callbacks(config), *callbacks], stop=stop) as on_metrics:
+            return run_in(directory, config, watcher.calling_also(on_metrics), began=began, **parts)
 
 
 def run_in(

@@ -22,6 +22,30 @@ from ftray.tracking.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(not can_make_hosts(), reason="needs root and `ip` to make network namespaces")
 ROOT = Path(__file__).parents[2]
+HOLD = """
+import time
+from pathlib import Path
+
+from ftray.objectives import Objective, sft_loss
+from ftray.schema import Strict
+
+
+class Held(Strict):
+    type: str
+    held_by: str  # a file: while it is there, a step takes long
+
+
+def make_loss(config):
+    def loss(log_probs, row):
+        if Path(config.held_by).exists():
+            time.sleep(0.2)
+        return sft_loss(log_probs, row)
+
+    return loss
+
+
+HELD = Objective(Held, make_loss, shape="conversation")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +62,9 @@ def project(tmp_path, tiny_model, train_file, eval_file) -> Path:
         f"kind: run\nname: job\nbase_model: {tiny_model}\nmax_steps: 160\nruns_dir: {tmp_path}/runs\n"
         f"data: {{train: {train_file}, eval: {eval_file}}}\nworkers: {{count: 2}}\n"
         f"batch: {{examples_per_step: 4}}\ncheckpoint: {{every: 20}}\nregistry: {tmp_path}/registry\n"
+        f"objective: {{type: 'hold:HELD', held_by: {tmp_path}/held}}\n"
     )
+    (path / "hold.py").write_text(HOLD)
     (path / "sweep.yaml").write_text(
         "kind: sweep\nname: tries\nrun: run.yaml\nspace: {optimizer.learning_rate: [1e-3, 5e-3]}\n"
         "overrides: {max_steps: 4, workers.count: 1}\nsearch: {algorithm: grid, fused: off}\n"
@@ -79,6 +105,9 @@ def wait_for(condition, process: subprocess.Popen, *, timeout_s: float = 120):
 
 
 def test_a_run_that_was_stopped_goes_on_and_outlives_its_driver(cluster, project):
+    """Its objective is the user's own, from the upload, and holds it while the test looks on."""
+    held = project.parent / "held"
+    held.touch()
     process = client(cluster, project, "run.yaml")
     run = project.parent / "runs/job"
     wait_for(lambda: newest(run), process)
@@ -91,6 +120,7 @@ def test_a_run_that_was_stopped_goes_on_and_outlives_its_driver(cluster, project
     drivers = [pid for pid in cluster.processes_on(cluster.head) if is_driver(pid)]
     assert len(drivers) == 1
     os.kill(drivers[0], signal.SIGKILL)
+    held.unlink()
     out = ended(process)
     assert "the driver died of SIGKILL; starts again" in out
     assert f"resumes from {run}/checkpoints/step-{saved}\n" in out

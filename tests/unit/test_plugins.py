@@ -1,20 +1,27 @@
 """A user's own code by `module:NAME`: one file, found where the command runs."""
 
+import math
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import write_jsonl
 
-from ftray.config import parse_config
+from ftray.config import load_config, parse_config
 from ftray.config.data import DataConfig
 from ftray.data.tokens import tokenize_source
-from ftray.errors import ConfigError, DataError, UserError
+from ftray.errors import ConfigError, DataError, InterruptedRunError, UserError
 from ftray.evaluate.task import Evaluation, judged
-from ftray.objectives import LogProbs, make_loss, objective_of
+from ftray.objectives import LogProbs, make_loss, objective_of, sft_loss
 from ftray.plugins import load_plugin
+from ftray.submit.own_code import check_own_code, own_code_in
 from ftray.tasks import Question, find_task
+from ftray.train.hooks.own_callbacks import calling, own_callbacks
+from ftray.train.prepare import prepare
 
+ROOT = Path(__file__).parents[2]
 TOY = '''
 """Likelihood of the answers, so many times."""
 
@@ -38,6 +45,8 @@ def make_loss(config):
 
 
 TIMES = Objective(Times, make_loss, shape="conversation")
+WRONG = Objective(Times, lambda config: lambda log_probs, row: log_probs.policy, shape="conversation")
+NONE = Objective(Times, lambda config: lambda log_probs, row: None, shape="conversation")
 NUMBER = 3
 '''
 TOY_TASK = '''
@@ -68,6 +77,27 @@ def read(row):
 QUIZ = Format("conversation", read)
 TEXTS = Format("document", lambda row: row["q"])
 '''
+TOY_CODE = '''
+"""A transform and callbacks."""
+
+def kept(row):
+    return None if row["q"] == "drop me" else {"prompt": row["q"], "completion": row["a"].upper()}
+
+
+def broken(row):
+    return row["missing"]
+
+
+def listing(row):
+    return [row]
+
+
+def shout(record):
+    raise KeyError("my own mistake")
+
+
+NUMBER = 3
+'''
 RUN = "kind: run\nname: r\nbase_model: base\nmax_steps: 1\ndata: {train: t.jsonl}\n"
 
 
@@ -76,11 +106,12 @@ def toy(tmp_path, monkeypatch):
     (tmp_path / "toy_objective.py").write_text(TOY)
     (tmp_path / "toy_task.py").write_text(TOY_TASK)
     (tmp_path / "toy_format.py").write_text(TOY_FORMAT)
+    (tmp_path / "toy_code.py").write_text(TOY_CODE)
     (tmp_path / "broken_objective.py").write_text("import no_such_package_at_all\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for name in ("toy_objective", "toy_task", "toy_format", "broken_objective"):
+    for name in ("toy_objective", "toy_task", "toy_format", "toy_code", "broken_objective"):
         sys.modules.pop(name, None)
 
 
@@ -101,6 +132,20 @@ def test_an_objective_of_ones_own_is_one_file(toy):
     assert (loss.sum.item(), loss.count.item()) == (9.0, 2.0)
     again = type(config).model_validate_json(config.model_dump_json())  # as workers and resumed runs read it
     assert again == config
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("WRONG", r"toy_objective:WRONG: AttributeError: .*'policy' \(.*toy_objective.py:\d+\)"),
+        ("NONE", "returned NoneType, and must return a Loss"),
+    ],
+)
+def test_a_mistake_in_ones_own_loss_is_told_once(toy, name, problem):
+    """A `UserError`: the workers are not started again for it."""
+    loss = make_loss(parse(f"{{type: 'toy_objective:{name}'}}").objective)
+    with pytest.raises(UserError, match=problem):
+        loss(LogProbs(torch.tensor([-1.0, -2.0])), TwoTargets())
 
 
 @pytest.mark.parametrize(
@@ -162,10 +207,84 @@ def test_a_format_of_ones_own_is_one_file(toy, tmp_path, renderer):
 
 
 def test_tokens_are_made_anew_when_a_format_changes(toy, tmp_path, renderer):
-    from ftray.data.formats import format_digest
+    from ftray.data.formats import code_digest
 
     data = DataConfig(train="x", format="toy_format:QUIZ")
-    before = format_digest(data)
+    before = code_digest(data)
     (tmp_path / "toy_format.py").write_text(TOY_FORMAT + "# changed\n")
-    assert format_digest(data) != before
-    assert format_digest(DataConfig(train="x")) is None
+    assert code_digest(data) != before
+    assert code_digest(DataConfig(train="x")) is None
+
+
+def test_a_transform_of_ones_own_is_one_function(toy, tmp_path, renderer):
+    asked = [{"q": "drop me" if i % 4 == 0 else f"question {i}", "a": f"answer {i}"} for i in range(12)]
+    own = write_jsonl(tmp_path / "own.jsonl", asked)
+    rows = [{"prompt": r["q"], "completion": r["a"].upper()} for r in asked if r["q"] != "drop me"]
+    usual = write_jsonl(tmp_path / "usual.jsonl", rows)
+    found, expected = tokens(own, renderer, transform="toy_code:kept"), tokens(usual, renderer)
+    assert found.ids.tolist() == expected.ids.tolist()
+    assert found.trained.tolist() == expected.trained.tolist()
+    assert found.rows.tolist() == [i + 1 for i in range(12) if i % 4]
+    assert found.counts() == expected.counts() | {"rows": 12, "dropped": 3}
+    with pytest.raises(DataError, match=r"row 1: data.transform: KeyError: 'missing'"):
+        tokens(own, renderer, transform="toy_code:broken")
+    with pytest.raises(DataError, match="returned list, and must return a dict or None"):
+        tokens(own, renderer, transform="toy_code:listing")
+    with pytest.raises(DataError, match=r"no row is left: 0 are over data.max_example_tokens, 1 were dropped"):
+        tokens(write_jsonl(tmp_path / "none.jsonl", asked[:1]), renderer, transform="toy_code:kept")
+
+
+def test_a_callback_of_ones_own_is_one_function(toy, train_file):
+    config = parse_config(RUN, ["callbacks=['toy_code:shout']"], kind="run", source="test")
+    stopped, plain = [], []
+    raises = pytest.raises(KeyError, match="my own mistake")
+    with raises, calling([plain.append, *own_callbacks(config)], stop=lambda: stopped.append(1)) as on_metrics:
+        on_metrics([{"step": 1}, {"step": 2}])
+        on_metrics([{"step": 3}])
+        raise InterruptedRunError("stopped")  # what the stop request leads to
+    assert (plain, stopped) == ([{"step": 1}], [1])
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("callbacks=['toy_code:NUMBER']", "callbacks.0: toy_code:NUMBER: is of type int, and must be a function"),
+        ("data.transform=toy_code:absent", "data.transform: toy_code:absent: the module toy_code has no absent"),
+    ],
+)
+def test_functions_that_are_none_are_refused_before_a_start(toy, override, problem, train_file, tmp_path):
+    overrides = [override, f"data.train={train_file}", f"base_model={tmp_path}"]
+    config = parse_config(RUN, overrides, kind="run", source="test")
+    with pytest.raises(UserError, match=problem):
+        prepare(config, fresh=False)
+
+
+def test_a_jobs_own_code_is_in_its_upload(toy, tmp_path, train_file):
+    (tmp_path / "sub").mkdir()
+    overrides = [f"data.train={train_file}", "callbacks=['toy_code:shout']", "data.format=toy_format:QUIZ"]
+    config = parse_config(RUN, overrides, kind="run", source="test")
+    assert set(own_code_in(config.model_dump())) == {
+        ("callbacks", "toy_code:shout"),
+        ("data.format", "toy_format:QUIZ"),
+    }
+    check_own_code("run", config, root=tmp_path)
+    with pytest.raises(UserError, match=f"lies in {tmp_path}, and the job looks for it in .*/sub; put it there"):
+        check_own_code("run", config, root=tmp_path / "sub")
+    for sweep in ("sweep", "pipeline"):  # through the files that they name
+        (tmp_path / "run.yaml").write_text(RUN + "callbacks: [no_module:f]\n")
+        loaded = SimpleNamespace(run="run.yaml", train=["run.yaml"], model_dump=lambda mode: {})
+        with pytest.raises(UserError, match="callbacks: no_module:f: no module named 'no_module'"):
+            check_own_code(sweep, loaded, root=tmp_path)
+    installed = parse_config(RUN, ["callbacks=['json:loads']"], kind="run", source="test")
+    check_own_code("run", installed, root=tmp_path / "sub")
+
+
+def test_the_example_of_own_code_counts_what_is_sure_for_less(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config("configs/own_code/run.yaml", kind="run")
+    prepare(config, fresh=False)
+    log_probs = LogProbs(torch.tensor([0.9, 0.2]).log())
+    focal = make_loss(config.objective)(log_probs, TwoTargets()).sum
+    torch.testing.assert_close(focal, -torch.tensor(0.1 * math.log(0.9) + 0.8 * math.log(0.2)))
+    plain = config.objective.model_copy(update={"gamma": 0.0})
+    assert make_loss(plain)(log_probs, TwoTargets()).sum == sft_loss(log_probs, TwoTargets()).sum

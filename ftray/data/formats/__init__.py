@@ -1,17 +1,19 @@
 """How rows are read, a module for each shape. Without `data.columns` the columns themselves say what a row is."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ftray.config.data import DataConfig
 from ftray.data.formats.conversation import row_reader
 from ftray.data.formats.document import text_reader
 from ftray.data.formats.pair import pair_reader
-from ftray.data.formats.protocol import Format, Pair, Read
-from ftray.errors import UserError
+from ftray.data.formats.protocol import Format, Pair, Read, Transform
+from ftray.errors import DataError, UserError
 from ftray.objectives import Shape
-from ftray.plugins import import_module, load_plugin
+from ftray.plugins import import_module, load_function, load_plugin
 
 READERS: dict[Shape, Callable[..., Read]] = {"conversation": row_reader, "document": text_reader, "pair": pair_reader}
 
@@ -26,18 +28,60 @@ def own_format(data: DataConfig, *, shape: Shape) -> Format | None:
     return found
 
 
-def reader_of(data: DataConfig, have: Sequence[str], *, shape: Shape, key: str) -> Read:
-    """`have`: the columns that the data has. Raises `UserError` or `DataError` where they do not fit."""
+def own_transform(data: DataConfig) -> Transform | None:
+    """`data.transform`. Raises `UserError`."""
+    return load_function(data.transform, key="data.transform") if data.transform is not None else None
+
+
+def reader_of(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> Read:
+    """`rows`: a `datasets.Dataset`. What is read of a row that `data.transform` drops is None. Raises `UserError` or
+    `DataError` where the columns do not fit."""
     own = own_format(data, shape=shape)
-    return own.read if own is not None else READERS[shape](data.columns, have, key=key)
+    make = READERS[shape] if own is None else lambda columns, have, *, key: own.read
+    transform = own_transform(data)
+    if transform is None:
+        return make(data.columns, rows.column_names, key=key)
+    have = columns_after(transform, rows)
+    if have is None:
+        return lambda row: transform_row(transform, row)  # dropped, or refused
+    read = make(data.columns, have, key=key)
+
+    def read_transformed(row: dict[str, Any]) -> Any:
+        changed = transform_row(transform, row)
+        return None if changed is None else read(dict.fromkeys(have) | changed)
+
+    return read_transformed
 
 
-def format_digest(data: DataConfig) -> str | None:
-    """Of a user's own format: its tokens are made anew when its file changes."""
-    if data.format is None:
+def columns_after(transform: Transform, rows: Any) -> list[str] | None:
+    """Those of the first row that can be transformed and is kept; None: there is none."""
+    for row in rows:
+        with contextlib.suppress(DataError):  # told with its number when all rows are read
+            if (changed := transform_row(transform, row)) is not None:
+                return list(changed)
+    return None
+
+
+def transform_row(transform: Transform, row: dict[str, Any]) -> dict[str, Any] | None:
+    """Raises `DataError` for whatever the user's function raises."""
+    try:
+        changed = transform(dict(row))
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"data.transform: {type(error).__name__}: {error}") from error
+    if changed is not None and not isinstance(changed, dict):
+        raise DataError(f"data.transform: returned {type(changed).__name__}, and must return a dict or None")
+    return changed
+
+
+def code_digest(data: DataConfig) -> str | None:
+    """Of a user's own format and transform: tokens are made anew when their files change."""
+    keys = {"data.format": data.format, "data.transform": data.transform}
+    modules = [import_module(name.partition(":")[0], name, key=key) for key, name in keys.items() if name is not None]
+    if not modules:
         return None
-    module = import_module(data.format.partition(":")[0], data.format, key="data.format")
-    return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
+    return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
 
 
-__all__ = ["Format", "Pair", "Read", "format_digest", "own_format", "reader_of"]
+__all__ = ["Format", "Pair", "Read", "Transform", "code_digest", "own_format", "own_transform", "reader_of"]

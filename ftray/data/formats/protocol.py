@@ -18,6 +18,7 @@ class Pair:
 
 
 Read = Callable[[dict[str, Any]], Any]  # a row to messages, a text or a `Pair`; raises `DataError` for that row
+Transform = Callable[[dict[str, Any]], dict[str, Any] | None]  # before it is read; None: the row is dropped
 
 
 @dataclass(frozen=True)

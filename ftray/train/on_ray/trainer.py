@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,13 @@ class Watcher:
     log: Callable[[str], None]
     on_metrics: Callable[[list[dict[str, Any]]], None]
     on_start: Callable[[int, int], None]  # (first step, number of steps)
+
+    def calling_also(self, on_metrics: Callable[[list[dict[str, Any]]], None]) -> "Watcher":
+        def on_both(records: list[dict[str, Any]]) -> None:
+            self.on_metrics(records)
+            on_metrics(records)
+
+        return replace(self, on_metrics=on_both)
 
 
 def train_on_ray(

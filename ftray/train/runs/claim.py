@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "checkpoint",
     "evaluation",
     "tracking",
+    "callbacks",
     "registry",
     "guard",
     "memory",
