@@ -93,12 +93,12 @@ def stop(name: str, runs_dir: RunsDir = "runs") -> None:
     """Ask a running run to save at its next step and end. The same `ftray train` goes on from there."""
     from ftray.errors import UserError
     from ftray.tracking.runs import read_run
-    from ftray.train.runs.store import ask_to_stop
+    from ftray.train.runs.store import run_store
 
     run = read_run(notes_of(runs_dir) / checked(name))
     if run.status == "finished":
         raise UserError(f"{name}: is finished; there is nothing to stop")
-    ask_to_stop(runs_dir, name)
+    run_store(runs_dir).ask_to_stop(name)
     print(f"{name}: asked to save and stop at the end of the step it is in")
 
 
@@ -115,11 +115,9 @@ def checked(name: str) -> str:
 
 def notes_of(runs_dir: str) -> Path:
     """A directory of run directories: of those in a store, a copy of what tells of them."""
-    if "://" not in runs_dir:
-        return Path(runs_dir)
-    from ftray.train.runs.store import look_at_runs
+    from ftray.train.runs.store import run_store
 
-    return look_at_runs(runs_dir)
+    return run_store(runs_dir).look()
 
 
 def number(value: float | None) -> str:

@@ -1,7 +1,6 @@
 """`ftray train`"""
 
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -53,16 +52,23 @@ def train(
     print(f"{run.name}: {result['steps']} steps, loss {result['final_loss']:.4f}{evaluation}")
     print(f"  {result['output']}")
     if profile:
-        traces = list((Path(run.runs_dir) / run.name / "profile").glob("*.json.gz"))
-        if "://" in run.runs_dir:
-            traces = [f"{run.runs_dir}/{run.name}/profile/rank-0.trace.json.gz"]
-        where = f"{traces[0]}: drop it on https://ui.perfetto.dev" if traces else "no trace: too few steps were left"
-        print(f"  {where}")
+        print(f"  {trace_of(run)}")
     if run.adapter is not None:
         registry = "" if run.registry == "registry" else f" --registry {run.registry}"
         print(f"next: ftray adapters publish {result['output']} --name {run.name}{registry}")
     else:
         print(f"next: ftray serve SERVE.yaml base_model={result['output']}")
+
+
+def trace_of(run: RunConfig) -> str:
+    """Where the profile lies, for the user."""
+    from ftray.train.runs.store import run_store
+
+    store = run_store(run.runs_dir)
+    traces = [f"{store.uri(run.name)}/profile/rank-0.trace.json.gz"]
+    if store.shared_disk is not None:
+        traces = [str(path) for path in (store.local(run.name) / "profile").glob("*.json.gz")]
+    return f"{traces[0]}: drop it on https://ui.perfetto.dev" if traces else "no trace: too few steps were left"
 
 
 def show_plan(run: RunConfig) -> None:

@@ -25,7 +25,7 @@ from ftray.sweep.fused.eligibility import Fusing, fusing_of
 from ftray.sweep.on_tune.trials import TUNE_DIRECTORY, run_trials
 from ftray.sweep.report.report import REPORT, LivePage, write_sweep_report
 from ftray.sweep.report.text import describe_plan, describe_state
-from ftray.sweep.store import StoredSweep, only_driver_of_sweep, refuse_population_in_store
+from ftray.sweep.store import opened_sweep, refuse_population_in_store
 from ftray.sweep.study import Study
 from ftray.sweep.trials import SWEEP, trials_directory
 from ftray.tracking.environment import describe_environment
@@ -34,11 +34,9 @@ from ftray.train.checkpoints.checkpoint import data_digest
 from ftray.train.launch import TOKENS, prepare_data
 from ftray.train.on_ray.trainer import name_for_workers
 from ftray.train.prepare import check_before_anything
-from ftray.train.runs.claim import refuse_unwritable, refuse_vanishing_directory
-from ftray.train.runs.directory import set_aside
+from ftray.train.runs.claim import refuse_changes, refuse_unwritable, refuse_vanishing_directory
 from ftray.train.runs.finalize import PreparedData, num_steps
-from ftray.train.runs.store import store_tokens
-from ftray.train.runs.uri import is_stored, local_directory
+from ftray.train.runs.store import run_store
 
 DATA = "data.json"
 FUSED_SLOTS = 8
@@ -57,8 +55,8 @@ def run_sweep(config: SweepConfig, space: Space, *, log: Log, fresh: bool = Fals
     check_inputs(config, space)
     if config.compare is not None and config.compare.general_text is not None:
         check_source("compare.general_text", config.compare.general_text)
-    with only_driver_of_sweep(base_run) as stored:
-        directory = open_directory(config, space, base_run, fresh=fresh, stored=stored)
+    with opened_sweep(base_run, fresh=fresh) as directory:
+        claim_directory(directory, config, space, base_run)
         study = Study(config, space, directory)
         if not study.is_over or (config.compare is not None and not is_measured(study, directory)):
             with ray_session(base_run):
@@ -96,11 +94,11 @@ def search_in(directory: Path, study: Study, base_run: RunConfig, *, log: Log) -
 def search(directory: Path, study: Study, base_run: RunConfig, *, log: Log) -> None:
     config = study.config
     fusing = fusing_of(config, study.space)
-    base, data = prepare_data(base_run, log, kept_in=local_directory(study.trials_uri, TOKENS))
+    base, data = prepare_data(base_run, log, kept_in=run_store(study.trials_uri).local(TOKENS))
     check_data_of_sweep(directory, data)
     check_generations(study, base_run, data)
     check_resources(base_run.workers, log=log)
-    check_nodes(None if is_stored(study.uri) else trials_directory(directory), base_run.workers)
+    check_nodes(run_store(study.trials_uri).shared_disk, base_run.workers)
     broadcast_base(base_run.base_model, nodes_for(base_run.workers), log=log)
     log(describe_plan(study))
     write_sweep_report(study, directory)
@@ -110,8 +108,7 @@ def search(directory: Path, study: Study, base_run: RunConfig, *, log: Log) -> N
         run_groups(directory, study, fusing, *of_groups(fusing.example, study, base_run, base, data), log=log)
         study = Study(config, study.space, directory)  # the coordinator has written on
     if not study.is_over:
-        if is_stored(study.uri):
-            tokens_in_store(study, data)  # before several do it at once
+        share_tokens(study, data)  # before several do it at once
         run_apart(directory, study, base_run, reason=fusing.reason or "the rest", log=log)
     if config.compare is not None:
         measure_methods(study, directory, base, log=log)
@@ -143,7 +140,7 @@ def of_groups(
     """Base and data that groups share; they need not be those of the sweep's first run, which are given."""
     if (example.base_model, example.data) == (base_run.base_model, base_run.data):
         return base, data
-    return prepare_data(example, lambda text: None, kept_in=local_directory(study.trials_uri, TOKENS))
+    return prepare_data(example, lambda text: None, kept_in=run_store(study.trials_uri).local(TOKENS))
 
 
 def check_general_text(config: SweepConfig, base_run: RunConfig, base: BaseModel) -> None:
@@ -175,10 +172,7 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
     num_groups = min([num_groups, *limits])
     slots = FUSED_SLOTS if wanted == "auto" else int(wanted)
     in_all = min([slots * num_groups, *limits])
-    assert data.train.directory is not None
-    train, evaluation = data.train.directory, data.eval.directory if data.eval is not None else None
-    if is_stored(study.uri):
-        train, evaluation = tokens_in_store(study, data)
+    train, evaluation = share_tokens(study, data)
     groups = f", in {num_groups} groups" if num_groups > 1 else ""
     log(f"fused: {in_all} at a time over one base, on {described(base_run)}{groups}")
     job = {
@@ -203,13 +197,12 @@ def shares(whole: int, count: int) -> list[int]:
     return [whole // count + (number < whole % count) for number in range(count)]
 
 
-def tokens_in_store(study: Study, data: PreparedData) -> tuple[str, str | None]:
-    """Their URLs."""
-    assert data.train.directory is not None
-    train = store_tokens(study.trials_uri, data.train.directory)
-    if data.eval is None or data.eval.directory is None:
-        return train, None
-    return train, store_tokens(study.trials_uri, data.eval.directory)
+def share_tokens(study: Study, data: PreparedData) -> tuple[Path | str, Path | str | None]:
+    """Where workers find them: of the training data, and of the evaluation data where there are any."""
+    store = run_store(study.trials_uri)
+    train, evaluation = (tokens.directory if tokens is not None else None for tokens in (data.train, data.eval))
+    assert train is not None
+    return store.share(train), store.share(evaluation) if evaluation is not None else None
 
 
 def run_apart(directory: Path, study: Study, base_run: RunConfig, *, reason: str, log: Log) -> None:
@@ -252,35 +245,22 @@ def first_run(config: SweepConfig, space: Space) -> RunConfig:
 
 
 def sweep_directory(config: SweepConfig, space: Space) -> Path:
-    """Of one in a store, this machine's."""
-    return local_directory(first_run(config, space).runs_dir, config.name).absolute()
+    """On this machine."""
+    return run_store(first_run(config, space).runs_dir).local(config.name).absolute()
 
 
-def open_directory(
-    config: SweepConfig, space: Space, base_run: RunConfig, *, fresh: bool, stored: StoredSweep | None = None
-) -> Path:
-    """Makes or reopens `runs_dir/name`. Raises `UserError` when the name belongs to something else."""
-    directory = sweep_directory(config, space)
-    place = str(directory) if stored is None else stored.url
-    if directory.exists() and fresh:
-        if stored is not None:
-            raise UserError(f"--fresh: {place} would have to be moved in its store; choose another name (name=...)")
-        set_aside(directory)
+def claim_directory(directory: Path, config: SweepConfig, space: Space, base_run: RunConfig) -> None:
+    """Makes or reopens it. Raises `UserError` when the name belongs to something else."""
+    store = run_store(base_run.runs_dir)
+    where = store.uri(config.name)
     if (directory / "config.json").is_file():
-        raise UserError(f"name: {place} holds a run of this name; choose another (name=...)")
-    refuse_unwritable(directory if stored is not None else trials_directory(directory) / "scratch")
+        raise UserError(f"name: {where} holds a run of this name; choose another (name=...)")
+    refuse_unwritable(trials_directory(directory) / "scratch" if store.shared_disk is not None else directory)
     described = {"sweep": config.model_dump(mode="json"), "run": space.run}
     if (directory / SWEEP).is_file():
         changed = list(differences(read_json(directory / SWEEP), described))
         refused = [f"{key}: was {a}, is {b}" for key, a, b in changed if not key.startswith(MAY_CHANGE)]
-        if refused:
-            raise UserError(
-                f"{place} holds a sweep of this name with another config:\n"
-                + "\n".join(f"  - {line}" for line in refused)
-                + "\n  choose another name (name=...)"
-                + (", or set that sweep aside with --fresh" if stored is None else "")
-            )
+        refuse_changes(where, refused, what="sweep", can_start_over=store.shared_disk is not None)
     write_json(directory / SWEEP, described)
     write_json(directory / "environment.json", describe_environment())
     shutil.rmtree(directory / TUNE_DIRECTORY, ignore_errors=True)  # the journal is what a sweep goes on from
-    return directory

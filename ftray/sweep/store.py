@@ -8,7 +8,6 @@ keeps both alike:
 
 import _thread
 import contextlib
-import json
 import shutil
 import tempfile
 import threading
@@ -17,14 +16,14 @@ from pathlib import Path
 
 from ftray.config import RunConfig, SweepConfig
 from ftray.errors import FtrayError, NotFoundError, UserError
-from ftray.storage import ObjectStore
 from ftray.storage.lease import Lease
 from ftray.storage.mirror import Mirror
 from ftray.sweep.study import JOURNAL, REQUESTS
 from ftray.sweep.trials import SWEEP
-from ftray.tracking.runs import differences
-from ftray.train.runs.directory import only_driver
-from ftray.train.runs.store import fetch_notes, forget_run, lease_of
+from ftray.train.runs.claim import holding
+from ftray.train.runs.handle import set_aside
+from ftray.train.runs.object_store import FRESH_IN_STORE, fetch_notes, lease_of
+from ftray.train.runs.store import run_store
 from ftray.train.runs.uri import is_stored, local_directory, run_uri
 
 SYNC_S = 3.0
@@ -44,7 +43,7 @@ class StoredSweep:
     def opened(self, *, refusal: str) -> Iterator[None]:
         """One driver at a time, on whatever machine; raises `UserError` that begins with `refusal` for another. What
         the store has replaces what this machine had."""
-        with lease_of(self._mirror, refusal=refusal) as lease:
+        with lease_of(self.url, refusal=refusal) as lease:
             shutil.rmtree(self.directory, ignore_errors=True)
             fetch_notes(self._mirror)
             self._sync_once()
@@ -99,23 +98,21 @@ def refuse_population_in_store(config: SweepConfig, run: RunConfig) -> None:
 
 
 @contextlib.contextmanager
-def only_driver_of_sweep(run: RunConfig) -> Iterator[StoredSweep | None]:
-    """`run`: it has the sweep's name and place. As `only_driver` of a run."""
+def opened_sweep(run: RunConfig, *, fresh: bool) -> Iterator[Path]:
+    """The sweep's directory, on this machine, whose only driver this process is meanwhile. `run`: it has the sweep's
+    name and place. `fresh`: an earlier one is set aside. Raises `UserError`."""
+    directory = run_store(run.runs_dir).local(run.name).absolute()
     if not is_stored(run.runs_dir):
-        with only_driver(run, stop_with="Ctrl-C where it was started"):
-            yield None
+        with holding(run, stop_with="Ctrl-C where it was started"):
+            if fresh and directory.exists():
+                set_aside(directory)
+            yield directory
         return
     stored = StoredSweep(run.runs_dir, run.name)
     with stored.opened(refusal=f"{run.name} is running already, by another driver"):
-        yield stored
-
-
-def forget_leftover(config: RunConfig) -> None:
-    """Of a run that the journal has heard nothing of: the last lines of a journal may be lost with its driver, and what
-    then had this name may have been another point."""
-    content = ObjectStore(run_uri(config.runs_dir, config.name)).read("config.json")
-    if content is not None and any(differences(json.loads(content), config.model_dump(mode="json"))):
-        forget_run(config.runs_dir, config.name)
+        if fresh and directory.exists():
+            raise UserError(FRESH_IN_STORE.format(uri=stored.url))
+        yield directory
 
 
 @contextlib.contextmanager

@@ -25,8 +25,7 @@ from ftray.sweep.state import SweepState
 from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trial_name, trials_directory
 from ftray.train.job import STOP_REQUEST
 from ftray.train.runs.finalize import artifact_of
-from ftray.train.runs.store import ask_to_stop
-from ftray.train.runs.uri import is_stored, run_uri
+from ftray.train.runs.store import run_store
 
 JOURNAL = "trials.jsonl"
 REQUESTS = "requests"  # of the user while the sweep runs: trials, and runs that are not to begin
@@ -50,8 +49,9 @@ class Study(SweepState):
         self._search = make_search(space, config.search)
         first = space.config(next(iter(space.points_to_check(config.search))))
         every = first.evaluation.every
-        # As users and workers find it: a path or a URL.
-        self.uri = run_uri(first.runs_dir, config.name) if is_stored(first.runs_dir) else str(directory)
+        store = run_store(first.runs_dir)
+        # As users and workers find it; on a disk it is where `directory` is, however its config named that.
+        self.uri = str(directory) if store.shared_disk is not None else store.uri(config.name)
         self.trials_uri = f"{self.uri}/{TRIALS}"
         self._scheduler = make_scheduler(config.search, evaluate_every=every)
         self.generation_steps = config.search.generation_steps or every if config.search.scheduler == "pbt" else None
@@ -132,8 +132,7 @@ class Study(SweepState):
 
     def ask_to_end(self, name: str) -> None:
         """Whoever works on this run saves it, and ends it, at its next step."""
-        if is_stored(self.trials_uri) or (trials_directory(self._directory) / name).is_dir():
-            ask_to_stop(self.trials_uri, name)
+        run_store(self.trials_uri).ask_to_stop(name)
 
     def _is_called_off(self, name: str) -> bool:
         return (self._directory / REQUESTS / name).is_file()
@@ -257,7 +256,7 @@ class Study(SweepState):
 
     def artifact_of(self, run: SweepRun) -> str:
         """Path or URL of the adapter or model that it leaves."""
-        return f"{run_uri(self.trials_uri, run.name)}/{artifact_of(self.config_of(run))}"
+        return f"{run_store(self.trials_uri).uri(run.name)}/{artifact_of(self.config_of(run))}"
 
     # -- what is known ---------------------------------------------------------------------------------------------
 

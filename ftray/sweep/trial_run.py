@@ -8,14 +8,12 @@ from typing import Any
 
 from ftray.config import RunConfig
 from ftray.errors import DivergedError, FtrayError, InterruptedRunError, StoreError, UserError
-from ftray.sweep.store import forget_leftover
 from ftray.sweep.trials import Report
 from ftray.tracking.metrics import read_metrics
 from ftray.train.job import WORKER_ERROR
 from ftray.train.launch import launch
 from ftray.train.on_ray.trainer import Watcher
-from ftray.train.runs.store import drop_checkpoints
-from ftray.train.runs.uri import is_stored, local_directory
+from ftray.train.runs.store import run_store
 
 REFUSED = "refused"  # by the machine: a disk without room, a store that does not answer. Another time it may run
 OnReport = Callable[[Report], None]
@@ -26,6 +24,7 @@ def run_to_end(
 ) -> tuple[str, str | None]:
     """Returns its outcome, and why where it did not finish. A run that was cut off goes on from its checkpoint. At
     `until_step` it saves and is stopped. `is_new`: its sweep has heard nothing of it."""
+    store = run_store(config.runs_dir)
     reporter = Reporter(config, metric=metric, on_report=on_report)
     watcher = Watcher(
         log=lambda text: None,
@@ -33,8 +32,8 @@ def run_to_end(
         on_start=lambda first, count: reporter.begin(count),
     )
     try:
-        if is_new and is_stored(config.runs_dir):
-            forget_leftover(config)
+        if is_new:
+            store.forget_leftover(config)
         result = launch(config, watcher, until_step=until_step)
     except InterruptedRunError:
         reporter.report_all()  # where it had come there before, nothing was followed
@@ -42,7 +41,7 @@ def run_to_end(
     except DivergedError as error:
         return "diverged", str(error)
     except UserError as error:
-        workers_said = (local_directory(config.runs_dir, config.name) / WORKER_ERROR).is_file()
+        workers_said = (store.local(config.name) / WORKER_ERROR).is_file()
         return ("failed" if workers_said else REFUSED), str(error)
     except StoreError as error:
         return REFUSED, str(error)
@@ -55,7 +54,7 @@ def run_to_end(
     reporter.begin(result["steps"])
     reporter.report_all()  # where it had finished before, nothing was followed
     with contextlib.suppress(StoreError):  # its result stands
-        drop_checkpoints(config.runs_dir, config.name)  # many trials of many each would fill the disk
+        store.drop_checkpoints(config.name)  # many trials of many each would fill the disk
     return "finished", None
 
 
@@ -63,7 +62,7 @@ class Reporter:
     """Reads what is due from the run's own metrics, so that a run that resumes tells the same again."""
 
     def __init__(self, config: RunConfig, *, metric: str, on_report: OnReport):
-        self._directory = local_directory(config.runs_dir, config.name)
+        self._directory = run_store(config.runs_dir).local(config.name)
         self._every = config.evaluation.every
         self._metric = metric
         self._emit = on_report

@@ -22,15 +22,15 @@ class TrainJob:
     Of a run in an object store they are URLs, and each worker has a directory of its own."""
 
     config: RunConfig
-    run_directory: Path
+    uri: str  # of the run: the path of its directory, or the URL
+    run_directory: Path  # on this machine
     base_name: str
     base_fingerprint: str
-    init_from: Path | str | None  # a PEFT directory, or the URL of one
     data_digest: str
     train_data: Path | str  # directory of a TokenizedDataset
     eval_data: Path | str | None
-    run_url: str | None = None  # of a run in an object store
     attempt: str = ""  # of the run: each driver's has a word of its own
+    init_from: Path | str | None = None  # a PEFT directory, or the URL of one
     profile_steps: int = 0
     until_step: int | None = None  # it saves there and ends, as if it were asked to
 

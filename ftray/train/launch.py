@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,19 @@ from ftray.model.chat import ChatRenderer
 from ftray.objectives import objective_of
 from ftray.tracking.events import record_driver_event
 from ftray.tracking.runs import RESULT
-from ftray.train.checkpoints.checkpoint import data_digest, read_state
+from ftray.train.checkpoints.checkpoint import data_digest
 from ftray.train.checkpoints.disk_space import check_disk
+from ftray.train.checkpoints.listing import read_state
 from ftray.train.hooks.own_callbacks import Callback, calling, own_callbacks
-from ftray.train.job import STOP_REQUEST, TOKENS, request_stop
-from ftray.train.on_ray.trainer import Watcher, train_on_ray
+from ftray.train.job import STOP_REQUEST, TOKENS, TrainJob, request_stop
+from ftray.train.on_ray.trainer import Watcher, name_for_workers, train_on_ray
 from ftray.train.prepare import prepare
-from ftray.train.runs.directory import RunDirectory, check_same_data, only_driver, open_run_directory
-from ftray.train.runs.finalize import PreparedData, describe_interruption, finalize_run, is_complete
+from ftray.train.runs.finalize import PreparedData, describe_interruption, finalize_run, is_complete, num_steps
+from ftray.train.runs.handle import RunHandle, check_same_data
+from ftray.train.runs.rank_directory import new_attempt
+from ftray.train.runs.store import run_store
+
+Log = Callable[[str], None]
 
 
 def launch(
@@ -53,64 +59,86 @@ def launch(
     """
     began = time.time()
     prepare(config, fresh=fresh)
-    with only_driver(config) as stored:
-        directory = open_run_directory(config, fresh=fresh, stored=stored)
-        parts = {"init_from": init_from, "profile_steps": profile_steps, "until_step": until_step}
-        stop = functools.partial(request_stop, directory.path)
-        with calling([*own_callbacks(config), *callbacks], stop=stop) as on_metrics:
-            return run_in(directory, config, watcher.calling_also(on_metrics), began=began, **parts)
+    with run_store(config.runs_dir).open(config, fresh=fresh) as run:
+        if run.finished is not None:
+            result = run.uri_of(run.path / RESULT)
+            watcher.log(f"{config.name} is finished already; its result stands ({result})")
+            return run.finished
+        for change in run.changes:
+            watcher.log(f"goes on with a changed setting: {change}")
+        (run.path / STOP_REQUEST).unlink(missing_ok=True)
+        stop = functools.partial(request_stop, run.path)
+        with calling([*own_callbacks(config), *callbacks], stop=stop) as on_metrics, session(config, run):
+            watcher = watcher.calling_also(on_metrics)
+            base, data = check_and_prepare(config, run, watcher.log)
+            job = make_job(config, run, base, data)
+            job = replace(job, init_from=init_from, profile_steps=profile_steps, until_step=until_step)
+            checkpoint = train_until_stopped(job, run, data, watcher)
+        return finalize_run(config, run, checkpoint, base, data, seconds=time.time() - began)
 
 
-def run_in(
-    directory: RunDirectory,
-    config: RunConfig,
-    watcher: Watcher,
-    *,
-    began: float,
-    **parts: Any,
-) -> dict[str, Any]:
-    if directory.finished is not None:
-        watcher.log(
-            f"{config.name} is finished already; its result stands ({directory.uri_of(directory.path / RESULT)})"
-        )
-        return directory.finished
-    for change in directory.changes:
-        watcher.log(f"goes on with a changed setting: {change}")
-    own_session = not ray.is_initialized()
-    (directory.path / STOP_REQUEST).unlink(missing_ok=True)
+@contextlib.contextmanager
+def session(config: RunConfig, run: RunHandle) -> Iterator[None]:
+    """Of Ray, where the process has none: `check_and_prepare` starts it, and it ends with the training."""
+    own = not ray.is_initialized()
     try:
-        with ThreadPoolExecutor(max_workers=1) as pool, set_on_failure() as cancelled:
-            kept_in = directory.path.parent / TOKENS
-            preparing = pool.submit(prepare_data, config, watcher.log, kept_in=kept_in, cancelled=cancelled)
-            if own_session:
-                start_ray(run=config.name)
-            check_resources(config.workers, log=watcher.log)
-            check_nodes(directory.path if directory.stored is None else None, config.workers)
-            base, data = preparing.result()
-            broadcast_base(config.base_model, nodes_for(config.workers), log=watcher.log)
-        done = directory.resume_from is not None and is_complete(directory.resume_from, config, data)
-        if directory.stored is None and not done:
-            check_disk(config, base, directory.path)
-        if directory.resume_from is not None:
-            check_same_data(directory.resume_from, data.digest)
-            watcher.log(f"resumes from {directory.uri_of(directory.resume_from)}")
-        with stop_on_sigterm(directory.path) as terminated:
-            train_on_ray(config, directory, base, data, watcher, **parts)
-        checkpoint = directory.newest_checkpoint()
-        if not is_complete(checkpoint, config, data):
-            by = "SIGTERM" if terminated.is_set() else "ftray runs stop"
-            assert checkpoint is not None
-            if read_state(checkpoint).step != parts["until_step"]:
-                record_driver_event(directory.path, "stopped", by=by)
-            stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
-            raise stopped(describe_interruption(config, directory))
+        yield
     except KeyboardInterrupt:
-        own_session = False  # a thread still waits for Ray, which would end the process before its message is printed
-        raise InterruptedRunError(describe_interruption(config, directory)) from None
+        own = False  # a thread still waits for Ray, which would end the process before its message is printed
+        raise InterruptedRunError(describe_interruption(config, run)) from None
     finally:
-        if own_session:
+        if own:
             ray.shutdown()
-    return finalize_run(config, directory, checkpoint, base, data, seconds=time.time() - began)
+
+
+def check_and_prepare(config: RunConfig, run: RunHandle, log: Log) -> tuple[BaseModel, PreparedData]:
+    """Base and data are made ready while Ray starts and its nodes are asked. Raises `UserError`."""
+    with ThreadPoolExecutor(max_workers=1) as pool, set_on_failure() as cancelled:
+        preparing = pool.submit(prepare_data, config, log, kept_in=run.path.parent / TOKENS, cancelled=cancelled)
+        if not ray.is_initialized():
+            start_ray(run=config.name)
+        check_resources(config.workers, log=log)
+        check_nodes(run.shared_disk, config.workers)
+        base, data = preparing.result()
+        broadcast_base(config.base_model, nodes_for(config.workers), log=log)
+    is_done = run.resume_from is not None and is_complete(run.resume_from, config, data)
+    if run.shared_disk is not None and not is_done:
+        check_disk(config, base, run.shared_disk)
+    if run.resume_from is not None:
+        check_same_data(run.resume_from, data.digest)
+        log(f"resumes from {run.uri_of(run.resume_from)}")
+    return base, data
+
+
+def make_job(config: RunConfig, run: RunHandle, base: BaseModel, data: PreparedData) -> TrainJob:
+    """What the workers get."""
+    train, evaluation = (tokens.directory if tokens is not None else None for tokens in (data.train, data.eval))
+    assert train is not None, "the launch keeps its tokens"
+    return TrainJob(
+        config=config,
+        uri=run.uri,
+        run_directory=run.path,
+        base_name=name_for_workers(config, base),
+        base_fingerprint=base.fingerprint,
+        data_digest=data.digest,
+        train_data=run.share(train),
+        eval_data=run.share(evaluation) if evaluation is not None else None,
+        attempt=new_attempt(),
+    )
+
+
+def train_until_stopped(job: TrainJob, run: RunHandle, data: PreparedData, watcher: Watcher) -> Path | None:
+    """The last checkpoint of a run that came to its end. Raises `InterruptedRunError` where it was stopped before."""
+    with stop_on_sigterm(run.path) as terminated:
+        train_on_ray(job, run, watcher, num_steps=num_steps(job.config, data.train))
+    checkpoint = run.newest_checkpoint()
+    if is_complete(checkpoint, job.config, data):
+        return checkpoint
+    assert checkpoint is not None
+    if read_state(checkpoint).step != job.until_step:
+        record_driver_event(run.path, "stopped", by="SIGTERM" if terminated.is_set() else "ftray runs stop")
+    stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
+    raise stopped(describe_interruption(job.config, run))
 
 
 @contextlib.contextmanager
@@ -130,7 +158,7 @@ def stop_on_sigterm(run_directory: Path) -> contextlib.AbstractContextManager[th
 
 def prepare_data(
     config: RunConfig,
-    log: Callable[[str], None],
+    log: Log,
     *,
     kept_in: Path | None = None,
     cancelled: threading.Event | None = None,

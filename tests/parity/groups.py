@@ -55,7 +55,7 @@ def run_group(
     from ftray.objectives import LogProbs, make_loss, objective_of
     from ftray.sweep.fused.group import FusedGroup, MemberStep
     from ftray.sweep.fused.member import make_member, save
-    from ftray.train.checkpoints.checkpoint import newest_whole_checkpoint
+    from ftray.train.checkpoints.listing import newest_whole_checkpoint
 
     configs = {}
     for record in records:

@@ -139,7 +139,8 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     from ftray.model.chat import ChatRenderer
     from ftray.model.hardware import choose_hardware
     from ftray.objectives import objective_of
-    from ftray.train.checkpoints.checkpoint import read_state, restore
+    from ftray.train.checkpoints.checkpoint import restore
+    from ftray.train.checkpoints.listing import read_state
     from ftray.train.checkpoints.saver import Saver
     from ftray.train.engine.build import make_engine
     from ftray.train.engine.schedule import make_schedule
@@ -176,6 +177,7 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
         data_digest="digest",
         scratch=checkpoints / "scratch",
         publish=publish,
+        upload=lambda directory, step: None,
         on_failure=failed,
     )
     seen.save = saver.begin

@@ -13,8 +13,8 @@ from ftray.errors import InterruptedRunError, UserError
 from ftray.storage import ObjectStore, read_json, verify_directory
 from ftray.tracking.metrics import read_metrics
 from ftray.train.launch import launch
-from ftray.train.runs import store as stored_run
-from ftray.train.runs.store import look_at_runs
+from ftray.train.runs import object_store, rank_directory
+from ftray.train.runs.store import run_store
 from ftray.train.runs.uri import local_root
 
 
@@ -30,7 +30,8 @@ def losses(run):
 
 
 def test_a_run_in_a_store_is_the_run_on_a_disk(ray_session, config, runs_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stored_run, "SYNC_S", 0.3)
+    for module in (object_store, rank_directory):
+        monkeypatch.setattr(module, "SYNC_S", 0.3)
     settings = {"max_steps": 16, "evaluation.samples": 2, "checkpoint.keep": 2}
     whole = launch(config(**settings), Recorder().watcher())
     settings["runs_dir"] = runs_dir
@@ -58,7 +59,7 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(ray_session, config, runs_dir, tm
     shutil.rmtree(local_root(runs_dir))  # as if this were another machine
     again = Recorder()
     result = launch(config(**settings), again.watcher())
-    run = look_at_runs(runs_dir) / "demo"
+    run = run_store(runs_dir).look() / "demo"
     assert losses(run) == losses(tmp_path / "runs/demo")
     assert result["steps"] == 16
     assert result["final_loss"] == whole["final_loss"]

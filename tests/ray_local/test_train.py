@@ -19,7 +19,7 @@ from ftray.serve.app import ray_log_directory
 from ftray.storage import read_json, verify_directory
 from ftray.tracking.metrics import read_metrics
 from ftray.tracking.samples import read_samples
-from ftray.train.checkpoints.checkpoint import newest_whole_checkpoint
+from ftray.train.checkpoints.listing import newest_whole_checkpoint
 from ftray.train.launch import launch
 
 

@@ -12,10 +12,11 @@ from ftray.storage import read_json, write_json, write_manifest
 from ftray.tracking.metrics import MetricsFollower, MetricsLog, read_metrics
 from ftray.tracking.report import AnswerTable, write_report
 from ftray.tracking.wandb import choose_mode
-from ftray.train.checkpoints.checkpoint import newest_whole_checkpoint
+from ftray.train.checkpoints.listing import newest_whole_checkpoint
 from ftray.train.engine.schedule import make_schedule
 from ftray.train.runs.claim import refuse_vanishing_directory
-from ftray.train.runs.directory import only_driver, open_run_directory
+from ftray.train.runs.disk import DiskRun
+from ftray.train.runs.store import run_store
 
 
 def make_config(tmp_path, *overrides):
@@ -33,14 +34,14 @@ def write_step(run, step):
 
 
 def test_a_name_belongs_to_one_config(tmp_path):
-    run = open_run_directory(make_config(tmp_path), fresh=False)
+    run = DiskRun(make_config(tmp_path), fresh=False)
     assert (run.resume_from, run.finished, run.changes) == (None, None, [])
-    changed = open_run_directory(make_config(tmp_path, "workers.count=4", "zero.stage=3"), fresh=False)
+    changed = DiskRun(make_config(tmp_path, "workers.count=4", "zero.stage=3"), fresh=False)
     assert changed.changes == ["workers.count: was 1, is 4", "zero.stage: was 2, is 3"]
     with pytest.raises(UserError, match=r"seed: was 0, is 1\n"):
-        open_run_directory(make_config(tmp_path, "seed=1"), fresh=False)
+        DiskRun(make_config(tmp_path, "seed=1"), fresh=False)
     write_step(run.path, 3)
-    fresh = open_run_directory(make_config(tmp_path, "seed=1"), fresh=True)
+    fresh = DiskRun(make_config(tmp_path, "seed=1"), fresh=True)
     assert fresh.resume_from is None
     aside = [p for p in fresh.path.parent.iterdir() if p.name.startswith("demo.")]
     assert (aside[0] / "checkpoints" / "step-3").is_dir(), "the old run is set aside, not deleted"
@@ -69,10 +70,11 @@ def test_a_jobs_temporary_directory_is_no_place_for_a_run(tmp_path, monkeypatch)
 
 def test_a_run_has_one_driver(tmp_path):
     config = make_config(tmp_path)
-    with only_driver(config):
-        with pytest.raises(UserError, match="is running already, by another process"), only_driver(config):
+    runs = run_store(config.runs_dir)
+    with runs.open(config):
+        with pytest.raises(UserError, match="is running already, by another process"), runs.open(config):
             pass
-    with only_driver(config):
+    with runs.open(config):
         pass
 
 
@@ -124,7 +126,7 @@ def test_wandb_never_asks_for_a_key():
 
 
 def test_a_report_is_one_file_and_escapes_what_people_wrote(tmp_path):
-    run = open_run_directory(make_config(tmp_path), fresh=False).path
+    run = DiskRun(make_config(tmp_path), fresh=False).path
     log = MetricsLog(run, resume_step=0)
     for step in range(1, 4):
         log.append({"step": step, "loss": 1 / step, "learning_rate": 0.1, "grad_norm": 1.0, "tokens_per_s": 10.0})
@@ -140,7 +142,7 @@ def test_a_report_is_one_file_and_escapes_what_people_wrote(tmp_path):
 
 
 def test_config_json_is_the_resolved_config(tmp_path):
-    run = open_run_directory(make_config(tmp_path, "optimizer.learning_rate=3e-4"), fresh=False)
+    run = DiskRun(make_config(tmp_path, "optimizer.learning_rate=3e-4"), fresh=False)
     stored = read_json(run.path / "config.json")
     assert stored["optimizer"]["learning_rate"] == 3e-4
     assert stored["zero"] == {"stage": 2, "offload": "none", "settings": {}}

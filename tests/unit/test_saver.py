@@ -35,6 +35,7 @@ def make(tmp_path):
         data_digest="d",
         scratch=tmp_path / "scratch",
         publish=publish,
+        upload=lambda directory, step: None,
         on_failure=lambda step, message: failures.append(message),
     )
     return engine, saver, published, failures
@@ -90,7 +91,7 @@ def test_a_store_that_refuses_costs_one_checkpoint_and_not_the_run(make, monkeyp
         patched.setattr(saver, "_upload", refuse)  # beside the training
         saver.begin(5)
         saver.finish(last=False)
-        patched.setattr(saver, "_upload", None)
+        patched.setattr(saver, "_upload", lambda directory, step: None)
         patched.setattr(saver, "_publish", refuse)  # its manifest
         saver.begin(10)
         saver.finish(last=False)

@@ -11,6 +11,7 @@ import pytest
 from s3 import s3_server
 
 from ftray.artifacts.publish import publish_adapter
+from ftray.config import RunConfig, parse_config
 from ftray.errors import DamagedError, FtrayError, UserError
 from ftray.model.adapter import local_adapter, read_adapter
 from ftray.registry import Registry
@@ -20,11 +21,13 @@ from ftray.storage.mirror import Mirror
 from ftray.storage.objects import state_of
 from ftray.tracking.events import read_events, record_driver_event, record_event
 from ftray.tracking.metrics import MetricsFollower
-from ftray.train.checkpoints.checkpoint import first_whole
+from ftray.train.checkpoints.listing import first_whole
 from ftray.train.checkpoints.stored import StoredCheckpoints
 from ftray.train.hooks.watchdog import HangReader, hang_file
 from ftray.train.job import TrainJob
-from ftray.train.runs.store import StoredRun, WorkerNotes, directory_of_rank, store_tokens
+from ftray.train.runs.handle import RunHandle
+from ftray.train.runs.rank_directory import WorkerNotes, directory_of_rank
+from ftray.train.runs.store import run_store
 from ftray.train.runs.uri import local_directory, local_root
 
 
@@ -130,6 +133,15 @@ def test_of_two_who_take_a_lease_one_has_it(url, monkeypatch):
     assert store.read("lease") == b'{"holder": "another"}', "the other's stays"
 
 
+def a_run(url: str) -> RunConfig:
+    text = f"kind: run\nname: demo\nbase_model: m\nepochs: 1\nruns_dir: {url}\ndata: {{train: x.jsonl}}\n"
+    return parse_config(text, kind="run", source="x")
+
+
+def opened(url: str):
+    return run_store(url).open(a_run(url))
+
+
 def write_tokens(directory):
     directory.mkdir()
     (directory / "ids.bin").write_bytes(b"tokens")
@@ -209,14 +221,12 @@ def test_a_copy_that_cannot_be_made_is_no_damaged_checkpoint(url, tmp_path, monk
 
 def test_a_driver_that_was_replaced_writes_nothing_more(url, monkeypatch):
     monkeypatch.setattr(lease, "RENEWED_EVERY_S", 100)
-    run = StoredRun(url, "demo")
     store = ObjectStore(f"{url}/demo")
 
     def replaced() -> None:
-        with run.opened(refusal=""):
+        with opened(url) as run:
             store.write("driver.lease", b'{"holder": "another"}')
-            run.directory.mkdir(parents=True, exist_ok=True)
-            record_driver_event(run.directory, "stopped")
+            record_driver_event(run.path, "stopped")
             run.sync(at_once=True)
 
     with pytest.raises(FtrayError, match="another driver has taken this run over"):
@@ -226,15 +236,14 @@ def test_a_driver_that_was_replaced_writes_nothing_more(url, monkeypatch):
 
 
 def test_notes_of_rank_0_reach_the_driver_and_a_request_to_stop_reaches_rank_0(url, tmp_path, monkeypatch):
-    monkeypatch.setattr("ftray.train.runs.store.SYNC_S", 0.1)
-    run = StoredRun(url, "demo")
-    with run.opened(refusal=""):
-        directory = run.directory
-        directory.mkdir(parents=True, exist_ok=True)
+    for module in ("object_store", "rank_directory"):
+        monkeypatch.setattr(f"ftray.train.runs.{module}.SYNC_S", 0.1)
+    with opened(url) as run:
+        directory = run.path
         worker = tmp_path / "worker"
         worker.mkdir()
-        notes = WorkerNotes(run.url, worker, rank=0)
-        assert store_tokens(url, write_tokens(tmp_path / "tokens")) == f"{url}/.tokens/tokens"
+        notes = WorkerNotes(run.uri, worker, rank=0)
+        assert run.share(write_tokens(tmp_path / "tokens")) == f"{url}/.tokens/tokens"
         job = notes.begin(a_job(train_data=f"{url}/.tokens/tokens"))
         assert (job.train_data / "ids.bin").read_bytes() == b"tokens"
         (worker / ".stop_request.x1").touch()  # of a write that is not finished
@@ -253,15 +262,15 @@ def test_notes_of_rank_0_reach_the_driver_and_a_request_to_stop_reaches_rank_0(u
         notes.close()
         assert [event["event"] for event in read_events(directory)] == ["workers_started", "hang"]
     keys = {found.key for found in ObjectStore(f"{url}/demo").entries()}
-    assert keys == {"events.jsonl", "driver_events.jsonl", "stop_request", "tensorboard/events"}
+    ours = {"config.json", "environment.json", "driver_events.jsonl", "stop_request"}
+    assert keys == {"events.jsonl", "tensorboard/events"} | ours
 
     # The next driver, on another machine: it finds the events, and asks nobody to stop.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     assert not local_root(url).exists()
-    other = StoredRun(url, "demo")
-    with other.opened(refusal=""):
-        assert [event["event"] for event in read_events(other.directory)] == ["workers_started", "hang"]
-        assert not (other.directory / "stop_request").exists()
+    with opened(url) as other:
+        assert [event["event"] for event in read_events(other.path)] == ["workers_started", "hang"]
+        assert not (other.path / "stop_request").exists()
 
 
 def test_a_rank_that_stood_still_is_named_by_the_one_after_it(url, monkeypatch):
@@ -269,29 +278,29 @@ def test_a_rank_that_stood_still_is_named_by_the_one_after_it(url, monkeypatch):
     monkeypatch.setattr("ftray.train.hooks.watchdog.SILENT_AFTER_S", 0.0)
     stacks = ['Current thread 0x1:\n  File "/x/torch/distributed/c10d.py", line 7 in all_reduce\n']
     stacks += ['Current thread 0x2:\n  File "/x/data.py", line 3 in read\n']
-    run, reader = StoredRun(url, "demo"), HangReader(local_directory(url, "demo"))
+    uri, reader = run_store(url).uri("demo"), HangReader(local_directory(url, "demo"))
 
     def hang(attempt: str) -> None:
         for rank, stack in enumerate(stacks):
-            path = hang_file(directory_of_rank(run.url, rank, attempt=attempt), rank)
+            path = hang_file(directory_of_rank(uri, rank, attempt=attempt), rank)
             path.parent.mkdir()
             path.write_text(stack)
 
-    def start_again(attempt: str) -> str | None:
+    def start_again(run: RunHandle, attempt: str) -> str | None:
         for rank in range(2):
-            directory_of_rank(run.url, rank, attempt=attempt)
+            directory_of_rank(uri, rank, attempt=attempt)
         run.sync(at_once=True)
         return reader.poll(world_size=2)
 
-    with run.opened(refusal=""):
+    with opened(url) as run:
         for _ in range(2):  # the same again is another
             hang("a")
             run.sync(at_once=True)
             assert reader.poll(world_size=2) is None
-            assert start_again("a") == "rank 1 stands still at /x/data.py:3 in read"
-            assert start_again("a") is None
+            assert start_again(run, "a") == "rank 1 stands still at /x/data.py:3 in read"
+            assert start_again(run, "a") is None
         hang("a")
-        assert start_again("b") is None, "a driver before this one had it"
+        assert start_again(run, "b") is None, "a driver before this one had it"
 
 
 def test_an_adapter_in_a_store_is_published_with_its_lineage(url, tmp_path, adapters):
@@ -319,6 +328,8 @@ def test_an_adapter_in_a_store_is_published_with_its_lineage(url, tmp_path, adap
 
 
 def test_a_store_that_cannot_be_had_is_told(monkeypatch, s3):
-    run = StoredRun("s3://no-such-bucket/runs", "demo")
-    with pytest.raises(UserError, match=r"^runs_dir: s3://no-such-bucket/runs/demo"), run.opened(refusal=""):
+    with (
+        pytest.raises(UserError, match=r"^runs_dir: s3://no-such-bucket/runs/demo"),
+        opened("s3://no-such-bucket/runs"),
+    ):
         pass

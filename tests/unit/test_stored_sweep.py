@@ -12,10 +12,11 @@ from ftray.config import RunConfig, load_sweep
 from ftray.errors import FtrayError, UserError
 from ftray.storage import ObjectStore, lease
 from ftray.sweep import launch, store as stored_sweep
-from ftray.sweep.launch import first_run, look_into, open_directory, run_sweep
-from ftray.sweep.store import StoredSweep, forget_leftover
+from ftray.sweep.launch import claim_directory, first_run, look_into, run_sweep
+from ftray.sweep.store import StoredSweep
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Report
+from ftray.train.runs.store import run_store
 
 
 @pytest.fixture
@@ -63,7 +64,8 @@ def test_it_goes_on_on_another_machine_and_hears_requests_from_a_third(sweep, tm
     stored, base_run = to_open(sweep)
     store = ObjectStore(stored.url)
     with stored.opened(refusal="s is running already"):
-        directory = open_directory(*sweep, base_run, fresh=False, stored=stored)
+        directory = stored.directory
+        claim_directory(directory, *sweep, base_run)
         study = Study(*sweep, directory)
         run = study.next_run()
         assert run is not None
@@ -93,12 +95,13 @@ def test_it_goes_on_on_another_machine_and_hears_requests_from_a_third(sweep, tm
     shutil.rmtree(stored.directory)  # as if this were another machine
     again, _ = to_open(sweep)
     with again.opened(refusal="s is running already"):
-        study = Study(*sweep, open_directory(*sweep, base_run, fresh=False, stored=again))
+        claim_directory(again.directory, *sweep, base_run)
+        study = Study(*sweep, again.directory)
         assert [trial.name for trial in study.trials if trial.is_finished] == ["t000"]
         assert study.next_run() is not None
         assert study.run("t001").outcome == "stopped", "called off before the driver went"
         with pytest.raises(UserError, match=r"another config:\n.*search.seed"):
-            open_directory(*load_sweep(tmp_path / "sweep.yaml", ["search.seed=4"]), base_run, fresh=False, stored=again)
+            claim_directory(again.directory, *load_sweep(tmp_path / "sweep.yaml", ["search.seed=4"]), base_run)
     assert command("stop-trial", "other", "t001", "--runs-dir", base_run.runs_dir) == 2
     assert f"other: no such sweep in {base_run.runs_dir}" in capsys.readouterr().err
 
@@ -115,7 +118,7 @@ def test_a_driver_that_another_replaced_ends_and_changes_nothing_more(sweep, mon
 
     def drive() -> None:
         with stored.opened(refusal="s"):
-            open_directory(*sweep, base_run, fresh=False, stored=stored)
+            claim_directory(stored.directory, *sweep, base_run)
             overtaken(stored, store)
             wait_for(lambda: False)  # it does not come to the end of that
 
@@ -139,11 +142,12 @@ def test_a_run_that_the_journal_lost_makes_room_for_the_one_that_has_its_name_no
     assert run is not None
     config = study.config_of(run)
     store = ObjectStore(f"{stored.url}/trials/t000")
-    forget_leftover(config)  # there is nothing
+    runs = run_store(config.runs_dir)
+    runs.forget_leftover(config)  # there is nothing
     for other in (config.model_copy(update={"seed": 9}), config):
         store.write("config.json", other.model_dump_json().encode())
         store.write("checkpoints/step-2/manifest.json", b"{}")
-        forget_leftover(config)
+        runs.forget_leftover(config)
         assert bool(store.entries()) is (other is config)
 
 

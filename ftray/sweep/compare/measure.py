@@ -19,8 +19,7 @@ from ftray.tracking.metrics import read_metrics
 from ftray.train.job import TOKENS
 from ftray.train.launch import launch
 from ftray.train.on_ray.trainer import Watcher, name_for_workers
-from ftray.train.runs.store import forget_run
-from ftray.train.runs.uri import local_directory
+from ftray.train.runs.store import run_store
 
 ALONE = "alone"
 STEPS_ALONE = 6
@@ -45,7 +44,7 @@ def measure_methods(study: Study, directory: Path, base: BaseModel, *, log: Log)
             log(f"{STEPS_ALONE} steps of {trial.name} alone")
             alone = measure_alone(study.config_of(trial.runs[0]), f"{study.uri}/{ALONE}")
             note_measured(directory, "alone", {trial.name: alone})
-    forget_run(f"{study.uri}/{ALONE}", TOKENS)
+    run_store(f"{study.uri}/{ALONE}").forget(TOKENS)
 
 
 def score_in_task(job: ScoreJob) -> dict[str, Score]:
@@ -103,7 +102,8 @@ def measure_alone(config: RunConfig, runs_dir: str) -> Alone:
         }
     )
     launch(short, QUIET)
-    steps = [record for record in read_metrics(local_directory(runs_dir, config.name)) if "loss" in record]
-    forget_run(runs_dir, config.name)
+    store = run_store(runs_dir)
+    steps = [record for record in read_metrics(store.local(config.name)) if "loss" in record]
+    store.forget(config.name)
     rates = [step["tokens_per_s"] for step in steps[WARM_UP_STEPS:]] or [step["tokens_per_s"] for step in steps]
     return Alone(statistics.median(rates), max(step["memory_gib"] for step in steps))

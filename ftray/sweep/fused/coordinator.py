@@ -32,7 +32,7 @@ from ftray.sweep.trials import Outcome, Report
 from ftray.train.hooks.watchdog import HangReader
 from ftray.train.on_ray.controller_notes import unkept_notes
 from ftray.train.on_ray.trainer import bundle_of, set_poll_interval
-from ftray.train.runs.store import StoredHangs, new_attempt
+from ftray.train.runs.rank_directory import HangsOfGroup, new_attempt
 from ftray.train.runs.uri import is_stored
 
 Log = Callable[[str], None]
@@ -133,60 +133,84 @@ def run_fused(
     on_news: LivePage,
 ) -> None:
     """`job`: what of a `FusedJob` the caller knows. Until the study has no more."""
-    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
-    coordinator: Any = ray.remote(num_cpus=0, max_restarts=0)(TrialCoordinator)
-    coordinator = coordinator.options(scheduling_strategy=here).remote(study.config, study.space, directory)
+    coordinator = start_coordinator(study, directory)
     shutil.rmtree(directory / TRAIN_DIRECTORY, ignore_errors=True)
     kept = read_json(directory / SHARING)["shares_rows"] if (directory / SHARING).is_file() else None
     attempt = new_attempt()
-    jobs = [
-        FusedJob(
-            attempt=attempt,
-            metric=study.config.search.metric,
-            directory=directory / TRAIN_DIRECTORY / f"group-{group}",
-            url=f"{study.uri}/{TRAIN_DIRECTORY}/group-{group}" if is_stored(study.uri) else None,
-            group=group,
-            slots=slots,
-            coordinator=coordinator,
-            shares_rows=kept,
-            **job,
+    groups = [
+        Group(
+            FusedJob(
+                attempt=attempt,
+                metric=study.config.search.metric,
+                directory=directory / TRAIN_DIRECTORY / f"group-{number}",
+                uri=f"{study.uri}/{TRAIN_DIRECTORY}/group-{number}",
+                group=number,
+                slots=slots,
+                coordinator=coordinator,
+                shares_rows=kept,
+                **job,
+            )
         )
-        for group, slots in enumerate(slots_of_groups)
+        for number, slots in enumerate(slots_of_groups)
     ]
-    hangs = [HangReader(own.directory) for own in jobs]
-    stored_hangs = [StoredHangs(own.url, own.directory) for own in jobs if own.url is not None]
-    for stored in stored_hangs:
-        stored.forget()
-    threads = [Fit(make_group(own)) for own in jobs]
-    known, given_back = 0, set()
-    while any(thread.is_alive() for thread in threads):
+    known = 0
+    while any(group.is_alive for group in groups):
         time.sleep(POLL_S)
-        try:
-            lines, num_ended = ray.get(coordinator.news.remote())
-        except RayError as error:
-            raise FtrayError(
-                f"the sweep's coordinator died ({type(error).__name__}); the same command goes on"
-            ) from None
-        for line in lines:
+        lines, num_ended = news_of(coordinator)
+        for line in [*lines, *(line for group in groups for line in group.look())]:
             log(line)
-        for stored in stored_hangs:
-            stored.sync()
-        for own, hang, thread in zip(jobs, hangs, threads, strict=True):
-            if (found := hang.poll(world_size=own.base_run.workers.max_count)) is not None:
-                log(f"{own.directory.name}: {found}; its workers start again")
-            if thread.failure is not None and own.group not in given_back:  # the others go on with what it had
-                given_back.add(own.group)
-                ray.get(coordinator.start_over.remote(own.group))
         if lines or num_ended != known:
             on_news(has_ended=num_ended != known)
             known = num_ended
-    for line in ray.get(coordinator.news.remote())[0]:
+    for line in news_of(coordinator)[0]:
         log(line)
     with contextlib.suppress(RayError):
         ray.kill(coordinator)
-    failures = [thread.failure for thread in threads if thread.failure is not None]
+    failures = [group.failure for group in groups if group.failure is not None]
     if failures and not Study(study.config, study.space, directory, is_driver=False).is_over:
         raise FtrayError(f"the fused group failed: {last_line(failures[0])}") from failures[0]
+
+
+def start_coordinator(study: Study, directory: Path) -> Any:
+    """The actor's handle."""
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0, max_restarts=0)(TrialCoordinator)
+    return actor.options(scheduling_strategy=here).remote(study.config, study.space, directory)
+
+
+def news_of(coordinator: Any) -> tuple[list[str], int]:
+    try:
+        return ray.get(coordinator.news.remote())
+    except RayError as error:
+        raise FtrayError(f"the sweep's coordinator died ({type(error).__name__}); the same command goes on") from None
+
+
+class Group:
+    """The processes of a fused group, as the driver follows them."""
+
+    def __init__(self, job: FusedJob):
+        self._job = job
+        self._stored_hangs = HangsOfGroup(job.uri, job.directory)
+        self._hangs = HangReader(job.directory)
+        self._has_given_back = False
+        self._fit = Fit(make_group(job))
+
+    @property
+    def is_alive(self) -> bool:
+        return self._fit.is_alive()
+
+    @property
+    def failure(self) -> BaseException | None:
+        return self._fit.failure
+
+    def look(self) -> list[str]:
+        """What is to be told. What a group that failed had, the others go on with."""
+        self._stored_hangs.sync()
+        if self.failure is not None and not self._has_given_back:
+            self._has_given_back = True
+            ray.get(self._job.coordinator.start_over.remote(self._job.group))
+        hang = self._hangs.poll(world_size=self._job.base_run.workers.max_count)
+        return [f"{self._job.directory.name}: {hang}; its workers start again"] if hang is not None else []
 
 
 def make_group(job: FusedJob) -> TorchTrainer:
@@ -202,7 +226,7 @@ def make_group(job: FusedJob) -> TorchTrainer:
         run_config=RayRunConfig(
             name=job.directory.name,
             storage_path=str(job.directory.parent),
-            storage_filesystem=unkept_notes() if job.url is not None else None,
+            storage_filesystem=unkept_notes() if is_stored(job.uri) else None,
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},

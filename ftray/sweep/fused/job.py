@@ -16,8 +16,8 @@ class FusedJob:
     eval_data: Path | str | None
     data_digest: str
     metric: str
-    directory: Path  # of the group, on the storage that all nodes share; else the driver's own
-    url: str | None  # of the group, where the sweep lies in an object store
+    directory: Path  # of the group, on this machine
+    uri: str  # of the group: the path of a directory that all nodes see, or a URL
     attempt: str  # of the sweep: each driver's has a word of its own
     group: int  # its number, where several share a sweep
     slots: int  # members at a time, where memory holds them

@@ -14,15 +14,8 @@ from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.plan import StepPlan, plan_steps
 from ftray.model.base import BaseModel
-from ftray.train.checkpoints.checkpoint import (
-    CHECKPOINTS,
-    Snapshot,
-    TrainerState,
-    complete_checkpoint,
-    list_checkpoints,
-    read_state,
-    write_snapshot,
-)
+from ftray.train.checkpoints.checkpoint import Snapshot, complete_checkpoint, write_snapshot
+from ftray.train.checkpoints.listing import CHECKPOINTS, TrainerState, list_checkpoints, read_state
 from ftray.train.engine.optimizer import make_optimizer
 from ftray.train.engine.schedule import make_schedule
 from ftray.train.engine.state import MASTER, MOMENTS, Shard, ShardedState

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,19 +16,17 @@ from ftray.errors import FtrayError, StoreError, UnwritableError
 from ftray.sweep.fused.group import MemberStep, RowSharing
 from ftray.sweep.fused.job import FusedJob
 from ftray.sweep.fused.member import Member, save
-from ftray.sweep.fused.stored_member import StoredMember
+from ftray.sweep.fused.member_run import MemberRun, member_run
 from ftray.sweep.trial_run import Reporter
-from ftray.sweep.trials import Report
+from ftray.sweep.trials import Outcome, Report
 from ftray.tracking.events import record_event
-from ftray.train.checkpoints.checkpoint import newest_whole_checkpoint, read_state
+from ftray.train.checkpoints.listing import read_state
 from ftray.train.hooks.callbacks import SAVE_FAILED
 from ftray.train.hooks.recorder import Recorder
 from ftray.train.job import STOP_REQUEST
 from ftray.train.loss_guard import recent_losses
-from ftray.train.runs.directory import check_same_data, open_run_directory
-from ftray.train.runs.finalize import PreparedData, finalize, num_steps
-from ftray.train.runs.store import drop_checkpoints
-from ftray.train.runs.uri import is_stored
+from ftray.train.runs.finalize import PreparedData, finalize_run, num_steps
+from ftray.train.runs.handle import check_same_data
 from ftray.train.step_record import FlopsMeter, record_step
 
 
@@ -52,7 +49,7 @@ class GroupReporter:
         self._data = data
         self._meter = meter
         self._reporters: dict[str, Reporter] = {}
-        self._stored: dict[str, StoredMember] = {}
+        self._runs: dict[str, MemberRun] = {}
         self._uploads: dict[str, Future[None]] = {}
         self._asked: set[str] = set()  # names of members that are to stop
         self._due: list[tuple[str, Report]] = []  # reports of this step, judged together
@@ -83,42 +80,43 @@ class GroupReporter:
             raise
 
     def _assignment(self, config: RunConfig, until_step: int | None, *, is_new: bool) -> Assignment | None:
-        stored = StoredMember(config) if is_stored(config.runs_dir) else None
         try:
-            directory = open_run_directory(config, fresh=False) if stored is None else stored.open(is_new=is_new)
-            if directory.finished is None and directory.resume_from is not None:
-                check_same_data(directory.resume_from, self._job.data_digest)
+            run = member_run(config, is_new=is_new)
+            handle = run.handle
+            if handle.finished is None and handle.resume_from is not None:
+                check_same_data(handle.resume_from, self._job.data_digest)
         except (StoreError, UnwritableError):
             raise
         except FtrayError as error:
             self.refuse(config.name, str(error))
             return None
-        checkpoint = directory.resume_from
+        checkpoint = handle.resume_from
         start = read_state(checkpoint).step if checkpoint is not None else 0
-        has_come = until_step is not None and until_step <= start < num_steps(config, self._data.train)
-        if directory.finished is not None or has_come:
-            emit = functools.partial(self._emit, config.name)
-            reporter = Reporter(config, metric=self._job.metric, on_report=emit)
-            reporter.begin(directory.finished["steps"] if directory.finished is not None else 0)
-            reporter.report_all()
-            outcome = "finished" if directory.finished is not None else "stopped"
-            if directory.finished is not None:
-                drop_checkpoints(config.runs_dir, config.name)
-            ray.get(self._job.coordinator.end.remote(config.name, outcome, None))
+        if handle.finished is not None:
+            self._end_at_once(config, "finished", num_steps=handle.finished["steps"])
+            run.drop_checkpoints()
             return None
-        (directory.path / STOP_REQUEST).unlink(missing_ok=True)
-        losses = recent_losses(directory.path, until_step=start)
-        if stored is not None:
-            self._stored[config.name] = stored
-        uri = directory.uri_of(checkpoint) if checkpoint is not None else None
+        if until_step is not None and until_step <= start < num_steps(config, self._data.train):
+            self._end_at_once(config, "stopped", num_steps=0)
+            return None
+        (handle.path / STOP_REQUEST).unlink(missing_ok=True)
+        losses = recent_losses(handle.path, until_step=start)
+        self._runs[config.name] = run
+        uri = handle.uri_of(checkpoint) if checkpoint is not None else None
         return Assignment(config, uri, tuple(losses), until_step)
+
+    def _end_at_once(self, config: RunConfig, outcome: Outcome, *, num_steps: int) -> None:
+        """Of a run that had come to its end, or to where it waits, which was not noted."""
+        reporter = Reporter(config, metric=self._job.metric, on_report=functools.partial(self._emit, config.name))
+        reporter.begin(num_steps)
+        reporter.report_all()
+        ray.get(self._job.coordinator.end.remote(config.name, outcome, None))
 
     def refuse(self, name: str, message: str) -> None:
         ray.get(self._job.coordinator.end.remote(name, "failed", message))
 
     def begin(self, member: Member) -> None:
-        if member.name in self._stored:
-            self._stored[member.name].begin()
+        self._runs[member.name].begin()
         member.recorder = Recorder(member.config, member.directory, resume_step=member.step)
         put_off = functools.partial(self._put_off, member.name)
         reporter = Reporter(member.config, metric=self._job.metric, on_report=put_off)
@@ -177,14 +175,14 @@ class GroupReporter:
                 raise
             note_failed_save(member.directory, member.step, error)
             return
-        if member.name in self._stored and not member.is_done:  # then its product follows at once
-            stored = self._stored[member.name]
-            self._uploads[member.name] = self._writer.submit(self._upload, stored, member.directory, member.step)
+        if not member.is_done:  # then its result follows at once
+            run = self._runs[member.name]
+            self._uploads[member.name] = self._writer.submit(self._upload, run, member.directory, member.step)
 
-    def _upload(self, stored: StoredMember, directory: Path, step: int) -> None:
+    def _upload(self, run: MemberRun, directory: Path, step: int) -> None:
         """Beside the training."""
         try:
-            stored.save(step)
+            run.keep(step)
         except (OSError, FtrayError) as error:
             note_failed_save(directory, step, error)
 
@@ -210,18 +208,13 @@ class GroupReporter:
     def _finish(self, member: Member, outcome: str, message: str | None) -> None:
         assert member.recorder is not None
         member.recorder.close()
-        stored = self._stored.pop(member.name, None)
-        if stored is not None:
-            stored.close()
+        run = self._runs.pop(member.name)
+        run.stop_noting()
         if outcome == "finished":
-            checkpoint = newest_whole_checkpoint(member.directory) or (stored.fetch_artifact() if stored else None)
-            seconds, uri = time.time() - self._began[member.name], stored.url if stored is not None else None
-            finalize(member.config, member.directory, checkpoint, self._base, self._data, seconds=seconds, uri=uri)
-            if stored is not None:
-                stored.store_artifact()
-            drop_checkpoints(member.config.runs_dir, member.name)
-        if stored is not None:
-            shutil.rmtree(member.directory)  # the store has all of it
+            seconds = time.time() - self._began[member.name]
+            finalize_run(member.config, run.handle, run.last_checkpoint(), self._base, self._data, seconds=seconds)
+            run.drop_checkpoints()
+        run.leave()
         ray.get(self._job.coordinator.end.remote(member.name, outcome, message))
 
     def _append(self, member: Member, record: dict[str, Any]) -> None:

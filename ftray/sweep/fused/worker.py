@@ -27,7 +27,7 @@ from ftray.sweep.fused.memory import MemoryBudget
 from ftray.sweep.fused.reporter import Assignment, GroupReporter, SilentReporter
 from ftray.train.hooks.watchdog import Watchdog
 from ftray.train.runs.finalize import PreparedData
-from ftray.train.runs.store import directory_of_rank, local_copy
+from ftray.train.runs.rank_directory import directory_of_rank, local_copy
 from ftray.train.step_record import FlopsMeter
 
 WAIT_S = 0.2
@@ -57,7 +57,7 @@ def fused_worker(job: FusedJob) -> None:
     meter = FlopsMeter(count_flops(model), gemm_rate, trains_base=False, reference=objective.needs_reference)
     reporter = GroupReporter(job, base, data, meter=meter) if rank == 0 else SilentReporter()
     reporter.log(memory.describe(slots=job.slots))
-    directory = directory_of_rank(job.url, rank, attempt=job.attempt) if job.url is not None else job.directory
+    directory = directory_of_rank(job.uri, rank, attempt=job.attempt)
     watchdog = Watchdog(directory, rank=rank, timeout_s=job.base_run.guard.hang_timeout_s)
     GroupTraining(job, group, fused, data, memory, reporter, watchdog).run()
     reporter.close()

@@ -6,7 +6,6 @@ it saves and ends at its next step, and nothing of Ray has to be killed.
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from ftray.sweep.report.text import describe_end
 from ftray.sweep.study import Study
 from ftray.sweep.trial_run import REFUSED
 from ftray.sweep.trials import Report, trial_name
-from ftray.train.runs.uri import is_stored, local_directory
+from ftray.train.runs.store import run_store
 
 # A driver of a trial only waits: it takes no CPU, and it runs where the sweep's own driver keeps its files.
 TRIAL_BUNDLE = {"node:__internal_head__": 0.0001}
@@ -168,6 +167,5 @@ def run_trial(settings: dict[str, Any], secrets: dict[str, str]) -> None:
         until_step=trial.until_step,
         is_new=trial.is_new,
     )
-    if is_stored(config.runs_dir):  # it has all of it
-        shutil.rmtree(local_directory(config.runs_dir, config.name), ignore_errors=True)
+    run_store(config.runs_dir).forget_local_copy(config.name)
     tune.report({"outcome": outcome, "message": message})

@@ -17,7 +17,7 @@ from ftray.config import RunConfig
 from ftray.config.domains import Range
 from ftray.storage import write_json
 from ftray.tracking.events import record_event
-from ftray.train.checkpoints.checkpoint import CHECKPOINTS, is_whole
+from ftray.train.checkpoints.listing import CHECKPOINTS, is_whole
 from ftray.train.job import SCRATCH
 
 RATE = "optimizer.learning_rate"

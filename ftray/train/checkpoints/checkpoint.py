@@ -8,36 +8,24 @@
 Nothing in it depends on the world size or ZeRO stage, so any resumes any other.
 """
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
-from ftray.errors import DamagedError
 from ftray.model.base import BaseModel
 from ftray.model.lora import write_adapter
-from ftray.storage import FileEntry, list_files, read_json, verify_directory, write_json, write_manifest
+from ftray.storage import FileEntry, list_files, write_json, write_manifest
+from ftray.train.checkpoints.listing import ADAPTER, TRAINER_STATE, TrainerState, read_state
 from ftray.train.engine.protocol import TrainingEngine
 from ftray.train.engine.state import Shard, ShardedState, write_shard
 
-CHECKPOINTS = "checkpoints"
-ADAPTER = "adapter"
-TRAINER_STATE = "trainer.json"
 DIGEST_ELEMENTS = 1 << 22  # read at a time
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    step: int  # steps done
-    data_digest: str
-    world_size: int
-    zero_stage: int
 
 
 @dataclass(frozen=True)
@@ -100,64 +88,6 @@ def metadata_of(config: RunConfig, state: TrainerState) -> dict[str, Any]:
 
 def restore(directory: Path, engine: TrainingEngine) -> None:
     engine.restore(ShardedState(directory), step=read_state(directory).step)
-
-
-def read_state(directory: Path) -> TrainerState:
-    return TrainerState(**read_json(directory / TRAINER_STATE))
-
-
-class Checkpoints(Protocol):
-    """Where a run's checkpoints lie, to the ranks."""
-
-    def list(self) -> list[str]:
-        """Newest first, whole or not."""
-        ...
-
-    def open(self, uri: str, *, share: tuple[int, int]) -> Path:
-        """One of them on this machine. Raises `DamagedError` where its manifest does not prove it; the `share`-th of so
-        many ranks may look at its part only."""
-        ...
-
-
-class DirectoryCheckpoints:
-    """On a disk that all ranks share."""
-
-    def __init__(self, run_directory: Path):
-        self._run_directory = run_directory
-
-    def list(self) -> list[str]:
-        return [str(path) for path in list_checkpoints(self._run_directory)]
-
-    def open(self, uri: str, *, share: tuple[int, int]) -> Path:
-        verify_directory(Path(uri), share=share)
-        return Path(uri)
-
-
-def list_checkpoints(run_directory: Path) -> list[Path]:
-    """Newest first, whole or not."""
-    found = [path for path in (run_directory / CHECKPOINTS).glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def is_whole(checkpoint: Path) -> bool:
-    with contextlib.suppress(DamagedError):
-        verify_directory(checkpoint)
-        return True
-    return False
-
-
-def first_whole(places: list[str], *, opened: Callable[[str], Path]) -> Path | None:
-    """The first whose manifest proves it. Only damaged ones are passed over: what could not be read for another reason
-    (a store that does not answer, a full disk) may be the newest, and the training would begin again before it."""
-    for uri in places:
-        with contextlib.suppress(DamagedError):
-            return opened(uri)
-    return None
-
-
-def newest_whole_checkpoint(run_directory: Path) -> Path | None:
-    checkpoints = DirectoryCheckpoints(run_directory)
-    return first_whole(checkpoints.list(), opened=lambda uri: checkpoints.open(uri, share=(0, 1)))
 
 
 def data_digest(dataset: TokenizedDataset) -> str:

@@ -14,13 +14,8 @@ from ftray.config import RunConfig
 from ftray.errors import FtrayError
 from ftray.model.base import BaseModel
 from ftray.storage import FileEntry
-from ftray.train.checkpoints.checkpoint import (
-    Snapshot,
-    TrainerState,
-    complete_checkpoint,
-    take_snapshot,
-    write_snapshot,
-)
+from ftray.train.checkpoints.checkpoint import Snapshot, complete_checkpoint, take_snapshot, write_snapshot
+from ftray.train.checkpoints.listing import TrainerState
 from ftray.train.engine.protocol import TrainingEngine, all_ranks
 
 # (this rank's directory, step): makes its files part of checkpoints/step-N. Called on all ranks together; raises
@@ -43,7 +38,7 @@ class Saver:
         scratch: Path,
         publish: Publish,
         on_failure: OnFailure,
-        upload: Upload | None = None,
+        upload: Upload,
     ):
         self._engine = engine
         self._config = config
@@ -102,6 +97,5 @@ class Saver:
     def _write(self, snapshot: Snapshot) -> list[FileEntry]:
         shutil.rmtree(self._directory, ignore_errors=True)
         files = write_snapshot(self._directory, snapshot, self._config, self._base, rank=self._rank)
-        if self._upload is not None:
-            self._upload(self._directory, snapshot.state.step)
+        self._upload(self._directory, snapshot.state.step)
         return files

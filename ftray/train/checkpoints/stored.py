@@ -7,7 +7,7 @@ from ftray.errors import DamagedError, FtrayError
 from ftray.storage import Manifest, ObjectStore, local_copies
 from ftray.storage.cache import cache_directory
 from ftray.storage.manifest import MANIFEST
-from ftray.train.checkpoints.checkpoint import ADAPTER, CHECKPOINTS, TRAINER_STATE
+from ftray.train.checkpoints.listing import ADAPTER, CHECKPOINTS, TRAINER_STATE
 
 
 class StoredCheckpoints:

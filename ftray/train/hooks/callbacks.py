@@ -32,10 +32,10 @@ class WorkerCallbacks:
         record: Record,
         sample: Callable[[int], None],
         publish: Publish,
-        upload: Upload | None = None,
-        keep_notes: Callable[[], None] | None = None,
+        upload: Upload,
+        keep_notes: Callable[[], None],
     ):
-        """`keep_notes`: brings what rank 0 noted to where the run lies, when that is not this disk."""
+        """`keep_notes`: brings what rank 0 noted to where the run lies."""
         self._job = job
         self._keep_notes = keep_notes
         self._sample = sample
@@ -71,9 +71,8 @@ class WorkerCallbacks:
             raise DivergedError(f"{described}, after {len(skipped)} skipped steps (guard.max_skips)")
         if self._rank == 0:
             record_event(self._job.run_directory, SKIPPED, step=step, problem=problem, rows=rows)
-            if self._keep_notes is not None:
-                with contextlib.suppress(FtrayError, OSError):  # then the step is met, and told, once more
-                    self._keep_notes()
+            with contextlib.suppress(FtrayError, OSError):  # then the step is met, and told, once more
+                self._keep_notes()
         self._engine.gather(None)  # no rank ends, which would end them all, before it is noted
         raise GoBack(described)
 

@@ -18,14 +18,14 @@ from ftray.model.base import BaseModel
 from ftray.storage import check_sizes, read_json
 from ftray.tracking.events import record_driver_event
 from ftray.tracking.metrics import MetricsFollower
-from ftray.train.checkpoints.checkpoint import CHECKPOINTS, read_state
+from ftray.train.checkpoints.listing import CHECKPOINTS, read_state
 from ftray.train.hooks.watchdog import HangReader, clear_hangs
 from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, read_worker_error
 from ftray.train.on_ray.controller_notes import unkept_notes
 from ftray.train.on_ray.entry import run_in_worker
-from ftray.train.runs.directory import RunDirectory
-from ftray.train.runs.finalize import PreparedData, num_steps, ray_logs
-from ftray.train.runs.store import new_attempt, store_tokens
+from ftray.train.runs.finalize import ray_logs
+from ftray.train.runs.handle import RunHandle
+from ftray.train.runs.uri import is_stored
 
 POLL_S = 0.2
 RETRY_S = 10.0
@@ -55,44 +55,17 @@ class Watcher:
         return replace(self, on_metrics=on_both)
 
 
-def train_on_ray(
-    config: RunConfig,
-    directory: RunDirectory,
-    base: BaseModel,
-    data: PreparedData,
-    watcher: Watcher,
-    *,
-    init_from: Path | str | None,
-    profile_steps: int,
-    until_step: int | None,
-) -> None:
+def train_on_ray(job: TrainJob, run: RunHandle, watcher: Watcher, *, num_steps: int) -> None:
     """Ray Train replaces workers that fail; when its own controller fails (a full disk under its notes), it is started
     again here, and the workers go on from the last checkpoint."""
     from ray.train import ControllerError
 
-    (directory.path / WORKER_ERROR).unlink(missing_ok=True)
-    train, evaluation = (tokens.directory if tokens is not None else None for tokens in (data.train, data.eval))
-    assert train is not None, "the launch keeps its tokens"
-    stored = directory.stored
-    job = TrainJob(
-        config=config,
-        run_directory=directory.path,
-        base_name=name_for_workers(config, base),
-        base_fingerprint=base.fingerprint,
-        init_from=init_from,
-        data_digest=data.digest,
-        train_data=train if stored is None else store_tokens(config.runs_dir, train),
-        eval_data=evaluation if stored is None or evaluation is None else store_tokens(config.runs_dir, evaluation),
-        profile_steps=profile_steps,
-        until_step=until_step,
-        run_url=stored.url if stored is not None else None,
-        attempt=new_attempt(),
-    )
-    start = read_state(directory.resume_from).step if directory.resume_from is not None else 0
-    watcher.on_start(start, num_steps(config, data.train))
-    for tries_left in reversed(range(config.workers.max_failures + 1)):
-        clear_ray_notes(directory.path / CHECKPOINTS)
-        failure = fit_and_follow(make_trainer(job), directory, watcher)
+    (run.path / WORKER_ERROR).unlink(missing_ok=True)
+    start = read_state(run.resume_from).step if run.resume_from is not None else 0
+    watcher.on_start(start, num_steps)
+    for tries_left in reversed(range(job.config.workers.max_failures + 1)):
+        clear_ray_notes(run.path / CHECKPOINTS)
+        failure = fit_and_follow(make_trainer(job), run, watcher)
         if failure is None:
             return
         if tries_left == 0 or not isinstance(failure, ControllerError):
@@ -101,7 +74,7 @@ def train_on_ray(
         watcher.log(f"Ray Train stopped ({last_line(failure)}); tries again in {RETRY_S:.0f} s")
         time.sleep(RETRY_S)
         with contextlib.suppress(OSError):
-            record_driver_event(directory.path, "controller_failed", message=last_line(failure))
+            record_driver_event(run.path, "controller_failed", message=last_line(failure))
 
 
 def make_trainer(job: TrainJob) -> Any:
@@ -124,7 +97,7 @@ def make_trainer(job: TrainJob) -> Any:
         run_config=RayRunConfig(
             name=CHECKPOINTS,  # so that a checkpoint lies at runs/NAME/checkpoints/step-N
             storage_path=str(job.run_directory),
-            storage_filesystem=unkept_notes() if job.run_url is not None else None,
+            storage_filesystem=unkept_notes() if is_stored(job.uri) else None,
             failure_config=FailureConfig(max_failures=workers.max_failures + skips),
             checkpoint_config=CheckpointConfig(num_to_keep=job.config.checkpoint.keep),
             worker_runtime_env={"env_vars": worker_environment(workers.gpus_each)},
@@ -162,12 +135,12 @@ def clear_ray_notes(checkpoints: Path) -> None:
         notes.unlink()
 
 
-def fit_and_follow(trainer: Any, directory: RunDirectory, watcher: Watcher) -> BaseException | None:
+def fit_and_follow(trainer: Any, run: RunHandle, watcher: Watcher) -> BaseException | None:
     """Returns Ray's failure, if there is one; raises what the workers themselves said.
 
     `fit` runs in a thread (in the main one it would take over Ctrl-C); here the metrics are followed meanwhile.
     """
-    run_directory = directory.path
+    run_directory = run.path
     (run_directory / HARDWARE).unlink(missing_ok=True)
     clear_hangs(run_directory)
     workers: dict[str, Any] | None = None  # as rank 0 described them at their last start
@@ -176,7 +149,7 @@ def fit_and_follow(trainer: Any, directory: RunDirectory, watcher: Watcher) -> B
     thread = Fit(trainer)
     while thread.is_alive():
         thread.join(POLL_S)
-        directory.sync(at_once=not thread.is_alive())
+        run.sync(at_once=not thread.is_alive())
         if (run_directory / HARDWARE).is_file() and (found := read_json(run_directory / HARDWARE)) != workers:
             workers = found
             watcher.log(f"{found['world_size']} workers run on {found['hardware']}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,19 +20,10 @@ from ftray.model.packed import (
     can_compile,
     compile_layers,
 )
-from ftray.storage import remove_unlisted, write_json
-from ftray.storage.manifest import MANIFEST
+from ftray.storage import write_json
 from ftray.tracking.events import record_event
-from ftray.train.checkpoints.checkpoint import (
-    CHECKPOINTS,
-    Checkpoints,
-    DirectoryCheckpoints,
-    first_whole,
-    read_state,
-    restore,
-)
-from ftray.train.checkpoints.saver import Publish
-from ftray.train.checkpoints.stored import StoredCheckpoints
+from ftray.train.checkpoints.checkpoint import restore
+from ftray.train.checkpoints.listing import Checkpoints, first_whole, read_state
 from ftray.train.engine.build import make_engine
 from ftray.train.engine.deepspeed import DeepSpeedEngine
 from ftray.train.engine.schedule import make_schedule
@@ -44,7 +34,7 @@ from ftray.train.job import HARDWARE, TrainJob, write_worker_error
 from ftray.train.loop import Schedule, Training, evaluation_rows, train
 from ftray.train.loss_guard import LossGuard, recent_losses
 from ftray.train.on_ray.communication import describe_bandwidth, measure_all_reduce
-from ftray.train.runs.store import WorkerNotes, on_this_machine
+from ftray.train.on_ray.rank_run import RankRun, open_rank_run
 
 COMPILE_AFTER_S = 900.0  # of a worker's nominal work: compiling takes a minute
 NOMINAL_RATE = {"cpu": 5e10, "cuda": 4e14}  # FLOPs a second
@@ -54,24 +44,22 @@ WORKERS_STARTED = "workers_started"  # in events.jsonl
 def train_worker(job: TrainJob) -> None:
     """A `FtrayError` is the same on every try: it is written down for the driver, and Ray starts no new try."""
     rank = ray.train.get_context().get_world_rank()
-    with on_this_machine(job, rank=rank) as (here, notes):
+    with open_rank_run(job, rank=rank) as run:
         try:
-            run_job(here, notes, rank=rank)
+            run_job(run, rank=rank)
         except FtrayError as error:
-            write_worker_error(here.run_directory, error)
+            write_worker_error(run.job.run_directory, error)
 
 
-def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
-    """`notes`: of a run in an object store, which gets its checkpoints too."""
-    config = job.config
+def run_job(run: RankRun, *, rank: int) -> None:
+    config = run.job.config
     hardware = take_device(config)
     bandwidth = measure_all_reduce(hardware)
-    if notes is not None:
-        job = notes.begin(job)  # not before: a rank that fetches the data would keep the others waiting there
+    run.begin()  # not before: a rank that fetches the data would keep the others waiting there
+    job = run.job
     base = find_base(job)
     engine = make_engine(config, base, hardware, init_from=find_start(job))
-    stored = StoredCheckpoints(job.run_url) if job.run_url is not None else None
-    start_step = resume(engine, stored or DirectoryCheckpoints(job.run_directory), rank=rank)
+    start_step = resume(engine, run.checkpoints, rank=rank)
     if rank == 0:
         described = f"{hardware}{describe_bandwidth(bandwidth)}"
         write_json(job.run_directory / HARDWARE, {"hardware": described, "world_size": engine.world_size})
@@ -91,9 +79,9 @@ def run_job(job: TrainJob, notes: WorkerNotes | None, *, rank: int) -> None:
             base,
             record=record,
             sample=Sampler(job, engine, base, eval_dataset, rank=rank).sample,
-            upload=stored.upload if stored is not None else None,
-            keep_notes=notes.push_at_once if notes is not None else None,
-            publish=publisher(job, engine, stored, notes),
+            publish=functools.partial(run.publish, engine),
+            upload=run.upload,
+            keep_notes=run.push_notes,
         )
         train(engine, training, guard, callbacks)
         callbacks.close()
@@ -195,59 +183,6 @@ def resume(engine: DeepSpeedEngine, checkpoints: Checkpoints, *, rank: int) -> i
         return 0
     restore(checkpoint, engine)
     return read_state(checkpoint).step
-
-
-def publisher(
-    job: TrainJob, engine: DeepSpeedEngine, stored: StoredCheckpoints | None, notes: WorkerNotes | None
-) -> Publish:
-    """What makes a rank's files part of a checkpoint, where the run lies."""
-    if stored is None:
-        return functools.partial(publish, job, rank=engine.rank)
-    return functools.partial(publish_in_store, engine, stored, notes, keep=job.config.checkpoint.keep)
-
-
-def publish(job: TrainJob, directory: Path, step: int, *, rank: int) -> None:
-    """The one place that reports to Ray Train. The files move, since scratch and checkpoints share a disk."""
-
-    def move(_: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        target = job.run_directory / CHECKPOINTS / name
-        manifest = directory / MANIFEST
-        for path in sorted((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p == manifest):
-            place = target / path.relative_to(directory)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
-        if rank == 0:
-            remove_unlisted(target)  # of an earlier save of this step, by more ranks
-        return ray.train.Checkpoint(str(target))
-
-    ray.train.report(
-        {"step": step},
-        checkpoint=ray.train.Checkpoint.from_directory(directory),
-        checkpoint_dir_name=f"step-{step}",
-        checkpoint_upload_fn=move,
-    )
-
-
-def publish_in_store(
-    engine: DeepSpeedEngine,
-    stored: StoredCheckpoints,
-    notes: WorkerNotes | None,
-    directory: Path,
-    step: int,
-    *,
-    keep: int,
-) -> None:
-    """Every rank's files are there; the notes of the steps before come first. Raises on all ranks alike."""
-    problem = None
-    if (directory / MANIFEST).is_file():  # rank 0
-        assert notes is not None
-        try:
-            notes.push_at_once()
-            stored.complete(directory, step, keep=keep)
-        except (FtrayError, OSError) as error:
-            problem = str(error)
-    if problem := engine.gather(problem)[0]:
-        raise FtrayError(f"the checkpoint of step {step} could not be completed: {problem}")
 
 
 @contextlib.contextmanager

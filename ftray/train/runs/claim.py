@@ -61,13 +61,13 @@ def config_changes(earlier: dict[str, Any], config: dict[str, Any]) -> tuple[lis
     return [text for key, text in changed if not may_change(key)], [text for key, text in changed if may_change(key)]
 
 
-def refuse_changes(where: object, changes: list[str], *, can_start_over: bool) -> None:
+def refuse_changes(where: str, changes: list[str], *, can_start_over: bool, what: str = "run") -> None:
     if changes:
         raise UserError(
-            f"{where} holds a run of this name with another config:\n"
+            f"{where} holds a {what} of this name with another config:\n"
             + "\n".join(f"  - {line}" for line in changes)
             + "\n  choose another name (name=...)"
-            + (", or set that run aside with --fresh" if can_start_over else "")
+            + (f", or set that {what} aside with --fresh" if can_start_over else "")
         )
 
 
@@ -78,7 +78,7 @@ def refuse_another_config(config: RunConfig) -> None:
         return
     changes, _ = config_changes(read_json(path / "config.json"), config.model_dump(mode="json"))
     start = "adapter.init_from:"
-    refuse_changes(path, [line for line in changes if not line.startswith(start)], can_start_over=True)
+    refuse_changes(str(path), [line for line in changes if not line.startswith(start)], can_start_over=True)
 
 
 def lock_of(config: RunConfig) -> Path:

@@ -14,10 +14,10 @@ from ftray.model.base import BaseModel
 from ftray.storage import verify_directory, write_json
 from ftray.tracking.report import write_report
 from ftray.tracking.runs import RESULT, read_run
-from ftray.train.checkpoints.checkpoint import ADAPTER, read_state
 from ftray.train.checkpoints.export import export_model
+from ftray.train.checkpoints.listing import ADAPTER, read_state
 from ftray.train.job import SCRATCH
-from ftray.train.runs.directory import RunDirectory
+from ftray.train.runs.handle import RunHandle
 
 
 @dataclass(frozen=True)
@@ -39,30 +39,25 @@ def ray_logs() -> str:
     return "/tmp/ray/session_latest/logs"
 
 
-def describe_interruption(config: RunConfig, directory: RunDirectory) -> str:
-    checkpoint = directory.newest_checkpoint()
-    saved = f"the checkpoint {directory.uri_of(checkpoint)} stands" if checkpoint else "no checkpoint was written yet"
+def describe_interruption(config: RunConfig, run: RunHandle) -> str:
+    checkpoint = run.newest_checkpoint()
+    saved = f"the checkpoint {run.uri_of(checkpoint)} stands" if checkpoint else "no checkpoint was written yet"
     return f"{config.name}: stopped; {saved}"
 
 
 def finalize_run(
-    config: RunConfig,
-    directory: RunDirectory,
-    checkpoint: Path | None,
-    base: BaseModel,
-    data: PreparedData,
-    *,
-    seconds: float,
+    config: RunConfig, run: RunHandle, checkpoint: Path | None, base: BaseModel, data: PreparedData, *, seconds: float
 ) -> dict[str, Any]:
-    """As `finish`, wherever the run lies."""
-    stored, path = directory.stored, directory.path
-    if stored is None:
-        return finalize(config, path, checkpoint, base, data, seconds=seconds)
-    if checkpoint is not None:
-        stored.checkpoints.fetch_artifact(checkpoint, whole=config.adapter is None)
-    result = finalize(config, path, checkpoint, base, data, seconds=seconds, uri=stored.url)
-    stored.sync(at_once=True)  # where another driver has taken over, it ends here
-    stored.store_artifact(path / artifact_of(config))
+    """Puts the last checkpoint's adapter (or model) at the top of the run directory and writes result.json last."""
+    if checkpoint is None:
+        raise FtrayError(f"{run.path}: the run ended without a checkpoint; the workers' logs are in {ray_logs()}")
+    run.fetch_artifact(checkpoint, whole=config.adapter is None)
+    artifact = run.path / artifact_of(config)
+    put_artifact(config, checkpoint, artifact, base)
+    result = result_of(config, run, checkpoint, base, data) | {"seconds": seconds}
+    write_json(run.path / RESULT, result)
+    write_report(run.path)
+    run.keep_artifact(artifact)
     return result
 
 
@@ -70,49 +65,35 @@ def artifact_of(config: RunConfig) -> str:
     return ADAPTER if config.adapter is not None else "model"
 
 
-def finalize(
-    config: RunConfig,
-    path: Path,
-    checkpoint: Path | None,
-    base: BaseModel,
-    data: PreparedData,
-    *,
-    seconds: float,
-    uri: str | None = None,
-) -> dict[str, Any]:
-    """Puts the last checkpoint's adapter (or model) at the top of the run directory and writes result.json last.
-
-    `place`: where users find that directory; default `path`.
-    """
-    if checkpoint is None:
-        raise FtrayError(f"{path}: the run ended without a checkpoint; the workers' logs are in {ray_logs()}")
-    artifact = artifact_of(config)
-    staging = path / SCRATCH / artifact
+def put_artifact(config: RunConfig, checkpoint: Path, artifact: Path, base: BaseModel) -> None:
+    scratch = artifact.parent / SCRATCH
+    staging = scratch / artifact.name
     shutil.rmtree(staging, ignore_errors=True)
     if config.adapter is not None:
         shutil.copytree(checkpoint / ADAPTER, staging)
     else:
         export_model(checkpoint, staging, base, metadata={"run": config.name, "step": read_state(checkpoint).step})
     verify_directory(staging)
-    shutil.rmtree(path / artifact, ignore_errors=True)
-    os.replace(staging, path / artifact)
-    shutil.rmtree(path / SCRATCH)
-    run = read_run(path)
-    result = {
+    shutil.rmtree(artifact, ignore_errors=True)
+    os.replace(staging, artifact)
+    shutil.rmtree(scratch)
+
+
+def result_of(
+    config: RunConfig, run: RunHandle, checkpoint: Path, base: BaseModel, data: PreparedData
+) -> dict[str, Any]:
+    recorded = read_run(run.path)
+    return {
         "status": "finished",
         "name": config.name,
         "steps": read_state(checkpoint).step,
-        "final_loss": run.final_loss,
-        "final_eval_loss": run.final_eval_loss,
-        "tokens_per_s": run.tokens_per_s,
-        "seconds": seconds,
+        "final_loss": recorded.final_loss,
+        "final_eval_loss": recorded.final_eval_loss,
+        "tokens_per_s": recorded.tokens_per_s,
         "data_digest": data.digest,
         "data": {"train": data.train.counts()} | ({"eval": data.eval.counts()} if data.eval is not None else {}),
         "base_model": base.name,
         "base_fingerprint": base.fingerprint,
-        "output": f"{uri or path}/{artifact}",
-        "events": run.events,
+        "output": run.uri_of(run.path / artifact_of(config)),
+        "events": recorded.events,
     }
-    write_json(path / RESULT, result)
-    write_report(path)
-    return result
