@@ -12,18 +12,11 @@ from ftray.serve.http.ingress import Ingress
 from ftray.serve.http.playground import Overview, RecentTraffic
 from ftray.serve.http.routes import ROUTES
 from ftray.serve.http.services import Services
-from ftray.serve.protocol import GenerateJob
+from ftray.serve.protocol import Event, Failed, GenerateJob, Started, TokenLogprob, Tokens
 from ftray.serve.tenants.rate_limits import RateLimiter
 
-
-def answer(text: str, reason: str | None) -> dict:
-    reported = [
-        {"token": "I", "logprob": -0.5, "top": [{"token": "I", "logprob": -0.5}, {"token": "\ufffd", "logprob": -1.0}]}
-    ]
-    return {"text": text, "finish_reason": reason, "logprobs": reported}
-
-
-DIED = {"error": "the replica died", "status": 502, "replica_died": True}
+LOGPROB = TokenLogprob("I", -0.5, (TokenLogprob("I", -0.5), TokenLogprob("\ufffd", -1.0)))
+DIED = Failed("the replica died", 502, replica_died=True)
 
 
 class EchoBackend:
@@ -31,7 +24,7 @@ class EchoBackend:
 
     def __init__(self):
         self.jobs: list[GenerateJob] = []
-        self.error: dict | None = None
+        self.error: Failed | None = None
         self.broken: set[str | None] = set()  # adapters that cannot be loaded
         self.deaths = 0  # of replicas, each after its first token
         self.pause_s = 0.0  # between two tokens
@@ -39,7 +32,7 @@ class EchoBackend:
         self.text = "I am "
         self.end: str | None = None  # after it; None: who answers
 
-    async def stream(self, job: GenerateJob) -> AsyncIterator[dict]:
+    async def stream(self, job: GenerateJob) -> AsyncIterator[Event]:
         self.num_open += 1
         try:
             async for event in self._stream(job):
@@ -53,24 +46,25 @@ class EchoBackend:
         cache = {"kv_tokens_used": 16, "kv_tokens_total": 1024}
         return [{"id": "r1", "running": 0, "waiting": 0, "adapters": adapters, **bytes_of, **cache}]
 
-    async def _stream(self, job: GenerateJob) -> AsyncIterator[dict]:
+    async def _stream(self, job: GenerateJob) -> AsyncIterator[Event]:
         self.jobs.append(job)
         if self.error:
             yield self.error
             return
         if job.adapter in self.broken:
-            yield {"error": "truncated file", "status": 400, "adapter_failed": True}
+            yield Failed("truncated file", 400, adapter_failed=True)
             return
-        yield {"prompt_tokens": 3 * len(job.prompts), "adapter_s": 0.25, "queue_s": 0.5}
+        yield Started(3 * len(job.prompts), adapter_s=0.25, queue_s=0.5)
         for index in range(job.num_answers):
-            head = {"index": index, "is_first_answer": index % job.sampling.n == 0, "cached_tokens": 0, "num_tokens": 1}
-            yield head | answer(self.text, None)
+            first = index % job.sampling.n == 0
+            yield Tokens(index, first, 1, self.text, logprobs=(LOGPROB,))
             await asyncio.sleep(self.pause_s)
             if self.deaths:
                 self.deaths -= 1
                 yield DIED
                 return
-            yield head | answer(str(job.adapter) if self.end is None else self.end, "stop")
+            end = str(job.adapter) if self.end is None else self.end
+            yield Tokens(index, first, 1, end, finish_reason="stop", logprobs=(LOGPROB,))
 
 
 class LocalLedger:

@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ftray.infer.protocol import SamplingParams
-
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,20 +62,116 @@ class TokenizeJob:
 QuickJob = EmbedJob | TokenizeJob | TokenizerInfoJob
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    token: str
+    logprob: float | None  # None: of a prompt's first token nothing is known
+    top: tuple["TokenLogprob", ...] = ()  # the likeliest in its place
+
+
+@dataclass(frozen=True)
+class EchoedPrompt:
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Started:
+    """The engine has taken the request up."""
+
+    prompt_tokens: int  # of all its prompts
+    adapter_s: float  # until the adapter was in memory
+    queue_s: float  # then, until the engine began
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One or more tokens of an answer, or its end without another."""
+
+    index: int  # of the answer
+    is_first_answer: bool  # to its prompt
+    num_tokens: int
+    text: str
+    finish_reason: str | None = None  # with its last tokens
+    cached_tokens: int = 0  # of its prompt
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt: EchoedPrompt | None = None
+
+    def followed_by(self, later: "Tokens") -> "Tokens":
+        """Both of one answer."""
+        return replace(
+            later,
+            num_tokens=self.num_tokens + later.num_tokens,
+            text=self.text + later.text,
+            logprobs=self.logprobs + later.logprobs,
+            prompt=self.prompt or later.prompt,
+        )
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There is no more."""
+
+    message: str
+    status: int  # HTTP's
+    adapter_failed: bool = False  # the version is damaged
+    replica_died: bool = False  # another may answer
+
+    @property
+    def is_fault(self) -> bool:
+        """Of the version or its replica; a busy endpoint or a deadline is none."""
+        return self.status in (500, 502) or self.adapter_failed
+
+
+# A stream is `Started`, then `Tokens` of all answers, each to its `finish_reason`; `Failed` may end it anywhere.
+Event = Started | Tokens | Failed
+
+
+@dataclass(frozen=True)
+class Vectors:
+    vectors: list[list[float]]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    ids: list[int]
+    strings: list[str] | None
+    context_tokens: int  # of the endpoint
+
+
+@dataclass(frozen=True)
+class PlainText:
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    tokenizer_class: str
+    chat_template: str | None
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+
+
+QuickAnswer = Vectors | TokenIds | PlainText | TokenizerInfo | Failed
+
+
 async def together(events: AsyncIterator[Event], *, every_s: float) -> AsyncIterator[Event]:
     """Joins the tokens of each answer that come within `every_s`; its first and its last are told at once."""
-    held: dict[int, Event] = {}
+    held: dict[int, Tokens] = {}
     reported_at: dict[int, float] = {}
     async for event in events:
-        index = event.get("index")
-        if index is None or every_s == 0:
+        if not isinstance(event, Tokens) or every_s == 0:
             yield event
             continue
+        index = event.index
         before = held.pop(index, None)
         if before is not None:
-            event |= {key: before[key] + event[key] for key in ("num_tokens", "text", "logprobs")}
+            event = before.followed_by(event)
         now = time.monotonic()
-        if event["finish_reason"] or now - reported_at.get(index, 0.0) >= every_s:
+        if event.finish_reason or now - reported_at.get(index, 0.0) >= every_s:
             reported_at[index] = now
             yield event
         else:

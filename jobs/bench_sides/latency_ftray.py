@@ -22,6 +22,7 @@ from shared import BASE, decoding_prompts, peak_gib, write_adapters
 from ftray.config import ServeConfig
 from ftray.infer.protocol import SamplingParams
 from ftray.registry import Registry
+from ftray.serve.protocol import Failed, Tokens
 from ftray.serve.replica.replica import EngineReplica, GenerateJob
 
 HOST = 64
@@ -76,8 +77,8 @@ async def ask(replica: EngineReplica, key: str, prompt: list[int]) -> Timing:
     began = time.perf_counter()
     times = []
     async for event in replica.generate(GenerateJob([prompt], False, sampling, key)):
-        assert "error" not in event, event
-        if "text" in event:
+        assert not isinstance(event, Failed), event
+        if isinstance(event, Tokens):
             times.append(time.perf_counter())
     return Timing(times[0] - began, [later - earlier for earlier, later in itertools.pairwise(times)], where)
 

@@ -16,7 +16,7 @@ from ftray.infer.torch_engine.pooling import embedding_of
 from ftray.registry import Registry
 from ftray.serve.http.context import RequestContext
 from ftray.serve.http.embeddings import EmbeddingRequest, Embeddings
-from ftray.serve.protocol import EmbedJob, TokenizeJob
+from ftray.serve.protocol import EmbedJob, PlainText, TokenizeJob
 from ftray.serve.replica.replica import EngineReplica
 from ftray.serve.routing.model_names import ModelNames
 from ftray.serve.tenants.auth import Authenticator
@@ -76,19 +76,19 @@ def expected(replica, base, mode: str, *, adapter: bool, normalize: bool) -> tor
 def test_vectors_are_transformers(replica, base, mode, normalize, adapter):
     pool(base, mode, normalize=normalize, replica=replica)
     found = asyncio.run(replica.answer(EmbedJob(TEXTS, adapter)))
-    vectors = torch.tensor(found["vectors"])
+    vectors = torch.tensor(found.vectors)
     torch.testing.assert_close(
         vectors, expected(replica, base, mode, adapter=bool(adapter), normalize=normalize), atol=2e-5, rtol=1e-4
     )
     other = expected(replica, base, mode, adapter=not adapter, normalize=normalize)
     assert not torch.allclose(vectors, other, atol=1e-3)  # the comparison would see another model
-    assert found["prompt_tokens"] == sum(len(replica.engine.tokenizer(text)["input_ids"]) for text in TEXTS)
+    assert found.prompt_tokens == sum(len(replica.engine.tokenizer(text)["input_ids"]) for text in TEXTS)
 
 
 def test_fewer_dimensions_are_the_first_ones_normalised(replica, base):
     pool(base, "lasttoken", normalize=True, replica=replica)
-    whole = torch.tensor(asyncio.run(replica.answer(EmbedJob(TEXTS, None)))["vectors"])
-    short = torch.tensor(asyncio.run(replica.answer(EmbedJob(TEXTS, None, 8)))["vectors"])
+    whole = torch.tensor(asyncio.run(replica.answer(EmbedJob(TEXTS, None))).vectors)
+    short = torch.tensor(asyncio.run(replica.answer(EmbedJob(TEXTS, None, 8))).vectors)
     torch.testing.assert_close(short, torch.nn.functional.normalize(whole[:, :8], dim=-1))
 
 
@@ -126,11 +126,11 @@ def test_a_chat_model_and_unknown_kinds_are_refused(base, tiny_model):
 
 def test_texts_too_long_are_refused_and_ids_are_told(replica, base):
     found = asyncio.run(replica.answer(EmbedJob(["word " * 500], None)))
-    assert found["status"] == 400
-    assert "exceeds this endpoint's context" in found["error"]
+    assert found.status == 400
+    assert "exceeds this endpoint's context" in found.message
     reported = asyncio.run(replica.answer(TokenizeJob("hello", with_strings=True)))
-    assert reported["tokens"] == replica.engine.tokenizer("hello")["input_ids"]
-    assert "".join(reported["strings"]) == "hello"
-    assert asyncio.run(replica.answer(TokenizeJob(ids=reported["tokens"]))) == {"text": "hello"}
+    assert reported.ids == replica.engine.tokenizer("hello")["input_ids"]
+    assert "".join(reported.strings) == "hello"
+    assert asyncio.run(replica.answer(TokenizeJob(ids=reported.ids))) == PlainText("hello")
     chat = [{"role": "user", "content": "hello"}]
-    assert asyncio.run(replica.answer(TokenizeJob(messages=chat)))["tokens"] == replica.renderer.prompt_ids(chat)
+    assert asyncio.run(replica.answer(TokenizeJob(messages=chat))).ids == replica.renderer.prompt_ids(chat)

@@ -10,7 +10,7 @@ from tiny import write_peft_adapter, write_tiny_model
 from ftray.config import parse_config
 from ftray.infer.protocol import SamplingParams, StructuredOutput
 from ftray.registry import Registry
-from ftray.serve.protocol import GenerateJob
+from ftray.serve.protocol import Event, Failed, GenerateJob
 from ftray.serve.replica.replica import EngineReplica
 
 SLOW = {"an adapter": "prepare_adapter", "a schema": "prepare_structured_output"}
@@ -37,7 +37,7 @@ def replica(tmp_path):
     replica.close()
 
 
-async def events_of(replica: EngineReplica, job: GenerateJob) -> list[dict]:
+async def events_of(replica: EngineReplica, job: GenerateJob) -> list[Event]:
     return [event async for event in replica.generate(job)]
 
 
@@ -70,7 +70,7 @@ async def goes_on_beside(replica: EngineReplica, what: str, *, patience_s: float
     done, _ = await asyncio.wait(others, timeout=patience_s)
     held.let_go()
     answers = await asyncio.gather(slow, *others)
-    assert [answer[-1]["finish_reason"] in ("stop", "length") for answer in answers] == [True] * 3
+    assert [answer[-1].finish_reason in ("stop", "length") for answer in answers] == [True] * 3
     return len(done) == 2
 
 
@@ -116,14 +116,14 @@ def test_a_preloaded_version_that_cannot_be_loaded_keeps_no_replica_from_startin
 
 def test_a_file_that_no_budget_holds_is_not_read(replica, monkeypatch):
     job = JOBS["an adapter"]
-    assert "error" not in asyncio.run(events_of(replica, job))[-1]  # the twin
+    assert not isinstance(asyncio.run(events_of(replica, job))[-1], Failed)  # the twin
     monkeypatch.setattr("ftray.model.adapter.load", None)
     replica.config = replica.config.model_copy(
         update={"adapters": replica.config.adapters.model_copy(update={"host_budget": 10})}
     )
     replica.registry.publish("large", replica.registry.directory(replica.registry.get("support@1")), metadata={})
     (event,) = asyncio.run(events_of(replica, replace(job, adapter="large@1")))
-    assert "too many for this endpoint's adapters.host_budget (10)" in event["error"]
+    assert "too many for this endpoint's adapters.host_budget (10)" in event.message
 
 
 @pytest.mark.parametrize("what", SLOW)

@@ -9,6 +9,7 @@ from ftray.errors import FtrayError
 from ftray.registry import CanaryLimits
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.openai.messages import renderable
+from ftray.serve.protocol import Failed
 from ftray.serve.replica.admission import Admission
 from ftray.serve.routing.model_names import ModelNames
 from ftray.serve.telemetry.access_log import AccessLog
@@ -43,21 +44,19 @@ def closed(registry, backend, ledger):
 
 def test_one_request_or_one_tenant_does_not_take_all_places():
     places = Admission(100)
-    assert places.refusal("acme", 76) == (
-        400,
-        "the request asks for 76 answers; this endpoint takes at most 75 of one caller at a time",
-    )
+    asks = "the request asks for 76 answers; this endpoint takes at most 75 of one caller at a time"
+    assert places.refusal("acme", 76) == Failed(asks, 400)
     places.take("acme", 70)
-    assert places.refusal("acme", 6)[0] == 429
+    assert places.refusal("acme", 6).status == 429
     assert places.refusal("acme", 5) is None
     assert places.refusal("bolt", 30) is None
     places.take("bolt", 30)
-    assert places.refusal("bolt", 1) == (429, "too many requests wait for this endpoint; try again")
+    assert places.refusal("bolt", 1) == Failed("too many requests wait for this endpoint; try again", 429)
     places.give_back("bolt", 30)
     places.give_back("acme", 70)
     assert places.refusal("acme", 75) is None
     places.take("", 75)  # the base, asked by callers who are unknown
-    assert places.refusal("", 1) == (429, "too many requests of the base wait for this endpoint; try again")
+    assert places.refusal("", 1) == Failed("too many requests of the base wait for this endpoint; try again", 429)
     assert places.refusal("support@1", 25) is None
 
 
@@ -87,16 +86,16 @@ def test_a_timeout_is_a_number_of_seconds(client, seconds):
 
 def test_deadlines_and_busy_replicas_end_no_canary(client, registry, backend):
     registry.set_canary("support@3", "prod", 50, LIMITS)
-    for error in ({"error": "the deadline", "status": 504}, {"error": "nobody", "status": 503}):
+    for error in (Failed("the deadline", 504), Failed("nobody", 503)):
         backend.error = error
         for number in range(40):
-            assert ask(client, "support", user=f"u{number}").status_code == error["status"]
+            assert ask(client, "support", user=f"u{number}").status_code == error.status
     assert "prod" in registry.canaries("support")
 
 
 def test_faults_that_the_stable_version_has_too_end_no_canary(client, registry, backend):
     registry.set_canary("support@3", "prod", 50, LIMITS)
-    backend.error = {"error": "the replica failed", "status": 500}
+    backend.error = Failed("the replica failed", 500)
     for number in range(60):
         ask(client, "support", user=f"u{number}")
     assert "prod" in registry.canaries("support")
@@ -107,7 +106,7 @@ def test_a_canary_whose_replicas_die_is_taken_back(client, registry, backend):
     backend.deaths = 10**6
     for number in range(12):
         ask(client, "support", user=f"u{number}", stream=True)
-    assert DIED["status"] == 502
+    assert DIED.status == 502
     assert registry.canaries("support") == {}
 
 
@@ -120,7 +119,7 @@ def test_stop_texts_are_few_and_short(client):
 
 
 def test_no_text_of_a_client_gets_into_the_log(client, backend, log_file):
-    backend.error = {"error": "message 0: 'my secret prompt' is not served here", "status": 400}
+    backend.error = Failed("message 0: 'my secret prompt' is not served here", 400)
     ask(client, "support")
     half = b'{"model": "\\ud83d", "messages": [{"role": "user", "content": "x"}]}'
     json_header = {"Content-Type": "application/json"}
@@ -128,7 +127,7 @@ def test_no_text_of_a_client_gets_into_the_log(client, backend, log_file):
     lines = log_file.read_text().splitlines()
     assert len(lines) == 2
     assert "secret" not in log_file.read_text()
-    backend.error = {"error": "the replica failed", "status": 500}
+    backend.error = Failed("the replica failed", 500)
     ask(client, "support")
     assert json.loads(log_file.read_text().splitlines()[-1])["error"] == "the replica failed"
 

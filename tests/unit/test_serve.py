@@ -12,6 +12,7 @@ from ftray.infer.protocol import EngineStats, Request, TokenEvent
 from ftray.model.adapter import check_base
 from ftray.registry import Registry
 from ftray.serve.http.ingress import Ingress
+from ftray.serve.protocol import Failed
 from ftray.serve.replica.engine_thread import EngineRunner
 from ftray.serve.replica.fair_semaphore import FairSemaphore
 from ftray.serve.replica.popularity import Traffic
@@ -91,12 +92,12 @@ def test_what_the_endpoint_cannot_do_is_refused_by_name(client, change, message)
 
 
 def test_errors_of_the_engine_have_openais_shape_streaming_or_not(client, backend):
-    backend.error = {"error": "too long", "status": 400}
+    backend.error = Failed("too long", 400)
     for stream in (False, True):
         response = ask(client, "base-model", stream=stream)
         assert response.status_code == 400
         assert response.json()["error"]["message"] == "too long"
-    backend.error = {"error": "busy", "status": 429}
+    backend.error = Failed("busy", 429)
     response = ask(client, "base-model")
     assert response.status_code == 429
     assert response.headers["retry-after"] == "1"

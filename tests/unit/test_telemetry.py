@@ -17,6 +17,7 @@ from ftray.registry import CanaryLimits
 from ftray.serve.http.answer import Answer
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.http.routes.paths import ANSWERING
+from ftray.serve.protocol import Failed
 from ftray.serve.routing.model_names import ModelNames, ServedModel
 from ftray.serve.telemetry import metrics
 from ftray.serve.telemetry.access_log import AccessLog
@@ -100,7 +101,7 @@ def test_refusals_are_measured_without_a_name_that_anybody_could_invent(client, 
 
 def test_the_access_log_has_a_line_for_every_request_and_no_secret(client, log_file, key, backend):
     answered = ask(client, "support", stream=True)
-    backend.error = {"error": "too many", "status": 429}
+    backend.error = Failed("too many", 429)
     ask(client, "support@1")
     client.post("/v1/chat/completions", content=b"x" * 5_000_000)
     client.get("/healthz")

@@ -23,7 +23,7 @@ from ftray.infer.protocol import Request
 from ftray.infer.vllm_engine.engine import VllmEngine
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
-from ftray.serve.protocol import GenerateJob
+from ftray.serve.protocol import Event, GenerateJob
 from ftray.serve.replica.replica import EngineReplica
 
 NUM_SLOTS = 2
@@ -48,7 +48,7 @@ def vllm(base):
     engine.close()
 
 
-async def events_of(replica: EngineReplica, job: GenerateJob) -> list[dict]:
+async def events_of(replica: EngineReplica, job: GenerateJob) -> list[Event]:
     return [event async for event in replica.generate(job)]
 
 
@@ -73,14 +73,14 @@ def test_a_whole_replica_answers_from_the_registry(base, adapters, tmp_path):
         job = GenerateJob([[5, 9, 33, 60, 7]], False, greedy(logprobs=2), "support@1")
         (first, *answer), (_, *again) = await asyncio.gather(events_of(replica, job), events_of(replica, job))
         assert first["prompt_tokens"] == 5
-        assert [event["text"] for event in answer] == [event["text"] for event in again]
+        assert [event.text for event in answer] == [event.text for event in again]
         assert len(answer) == 10
-        assert all(len(event["logprobs"]) == 1 for event in answer)
+        assert all(len(event.logprobs) == 1 for event in answer)
         chat = GenerateJob([[{"role": "user", "content": "hi"}]], True, greedy(), None)
-        assert (await events_of(replica, chat))[-1]["finish_reason"] == "length"
+        assert (await events_of(replica, chat))[-1].finish_reason == "length"
         (refused,) = await events_of(replica, GenerateJob([[5]], False, greedy(), "foreign@1"))
-        assert refused["status"] == 400
-        assert "trained on other" in refused["error"]
+        assert refused.status == 400
+        assert "trained on other" in refused.message
 
     try:
         asyncio.run(scenario())

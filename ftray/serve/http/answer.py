@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 from ftray.serve.openai.schemas import usage_body
-from ftray.serve.protocol import Event
+from ftray.serve.protocol import Failed, Started, Tokens
 from ftray.serve.routing.model_names import ServedModel
 from ftray.serve.tenants.accounts import Usage
 from ftray.serve.tenants.auth import Caller
@@ -29,20 +29,21 @@ class Answer:
     is_fault: bool = False  # of the version or its replica
     settling: asyncio.Task[None] | None = None  # the ledger and the canary's watch are being told
 
-    def start(self, event: Event) -> None:
-        self.prompt_tokens = event["prompt_tokens"]
-        self.adapter_s, self.queue_s = event["adapter_s"], event["queue_s"]
+    def start(self, event: Started) -> None:
+        self.prompt_tokens, self.adapter_s, self.queue_s = event.prompt_tokens, event.adapter_s, event.queue_s
         self.cached = {}
         self.completion_tokens = 0
 
-    def take(self, event: Event) -> None:
-        """One or more tokens."""
+    def take(self, event: Tokens) -> None:
         self.last_token_s = time.perf_counter() - self.began
         if self.first_token_s is None:
             self.first_token_s = self.last_token_s
-        self.completion_tokens += event["num_tokens"]
-        if event["is_first_answer"]:  # the others to the same prompt find what it computed
-            self.cached[event["index"]] = event["cached_tokens"]
+        self.completion_tokens += event.num_tokens
+        if event.is_first_answer:  # the others to the same prompt find what it computed
+            self.cached[event.index] = event.cached_tokens
+
+    def fail(self, event: Failed) -> None:
+        self.error, self.is_fault = event.message, event.is_fault
 
     @property
     def cached_tokens(self) -> int:

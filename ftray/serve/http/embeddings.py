@@ -4,19 +4,32 @@ import asyncio
 import base64
 import struct
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import HTTPException
 from pydantic import Field
 
 from ftray.serve.http.answer import Answer
 from ftray.serve.http.context import RequestContext, detached
-from ftray.serve.http.ingress import DEADLINE_PASSED, deadline_of, is_fault, resolved
+from ftray.serve.http.ingress import DEADLINE_PASSED, deadline_of, resolved
 from ftray.serve.openai.schemas import MAX_PROMPTS, Body, Inputs, as_list
 from ftray.serve.openai.tools import Tool, as_given
-from ftray.serve.protocol import EmbedJob, Event, QuickJob, TokenizeJob, TokenizerInfoJob
+from ftray.serve.protocol import (
+    EmbedJob,
+    Failed,
+    PlainText,
+    QuickAnswer,
+    QuickJob,
+    TokenIds,
+    TokenizeJob,
+    TokenizerInfo,
+    TokenizerInfoJob,
+    Vectors,
+)
 from ftray.serve.routing.model_names import ModelNames
 from ftray.serve.tenants.auth import Authenticator
+
+T = TypeVar("T")
 
 
 class EmbeddingRequest(Body):
@@ -46,9 +59,7 @@ class DetokenizeRequest(Body):
 
 
 class AskedReplica(Protocol):
-    async def ask(self, job: QuickJob) -> Event:
-        """Its answer, or {"error", "status"}."""
-        ...
+    async def ask(self, job: QuickJob) -> QuickAnswer: ...
 
 
 class Embeddings:
@@ -68,7 +79,7 @@ class Embeddings:
         answer = context.answer = Answer(caller, model, context.request_id, context.began)
         job = EmbedJob(texts, model.adapter, request.dimensions, caller.tenant.name, request.user or "")
         found = await self._embedded(answer, job, deadline_of(context.headers, self._timeout_s))
-        answer.prompt_tokens, answer.is_whole = found["prompt_tokens"], True
+        answer.prompt_tokens, answer.is_whole = found.prompt_tokens, True
         await asyncio.shield(detached(self._auth.record(answer.usage())))  # also when the client has gone
         model = answer.model
         encoded = base64_of if request.encoding_format == "base64" else list[float]
@@ -77,12 +88,12 @@ class Embeddings:
             "model": model.id,
             "data": [
                 {"object": "embedding", "index": index, "embedding": encoded(vector)}
-                for index, vector in enumerate(found["vectors"])
+                for index, vector in enumerate(found.vectors)
             ],
             "usage": {"prompt_tokens": answer.prompt_tokens, "total_tokens": answer.prompt_tokens},
         }
 
-    async def _embedded(self, answer: Answer, job: EmbedJob, deadline: float | None) -> Event:
+    async def _embedded(self, answer: Answer, job: EmbedJob, deadline: float | None) -> Vectors:
         """What a canary cannot answer the stable version does."""
         while True:
             tried = answer.model
@@ -91,12 +102,12 @@ class Embeddings:
                     found = await self._replica.ask(replace(job, adapter=tried.adapter))
             except TimeoutError:
                 raise HTTPException(504, DEADLINE_PASSED) from None
-            failed = is_fault(found)
-            if tried.canary is not None and (failed or "error" not in found):
+            failed = isinstance(found, Failed) and found.is_fault
+            if tried.canary is not None and (failed or not isinstance(found, Failed)):
                 # Vectors have no first token: only failures are compared.
                 await asyncio.to_thread(self._names.note, tried, failed=failed, first_token_s=None)
             if not failed or not tried.is_canary:
-                return self._of(found)
+                return expect(Vectors, found)
             answer.model = tried.fallback
 
     async def tokenize(self, request: TokenizeRequest, context: RequestContext) -> dict[str, Any]:
@@ -110,23 +121,29 @@ class Embeddings:
             with_special=request.add_special_tokens,
             with_strings=request.return_token_strs,
         )
-        found = self._of(await self._replica.ask(job))
-        ids = found["tokens"]
-        encoded = {"count": len(ids), "max_model_len": found["context_tokens"], "tokens": ids}
-        return encoded | {"token_strs": found["strings"]}
+        found = expect(TokenIds, await self._replica.ask(job))
+        return {
+            "count": len(found.ids),
+            "max_model_len": found.context_tokens,
+            "tokens": found.ids,
+            "token_strs": found.strings,
+        }
 
     async def tokenizer_info(self, context: RequestContext) -> dict[str, Any]:
         await self._auth.tenant(context)
-        return self._of(await self._replica.ask(TokenizerInfoJob()))
+        return vars(expect(TokenizerInfo, await self._replica.ask(TokenizerInfoJob())))
 
     async def detokenize(self, request: DetokenizeRequest, context: RequestContext) -> dict[str, Any]:
         await self._auth.admit(context, user=None)
-        return {"prompt": self._of(await self._replica.ask(TokenizeJob(ids=request.tokens)))["text"]}
+        return {"prompt": expect(PlainText, await self._replica.ask(TokenizeJob(ids=request.tokens))).text}
 
-    def _of(self, found: Event) -> Event:
-        if "error" in found:
-            raise HTTPException(found["status"], found["error"])
-        return found
+
+def expect(kind: type[T], found: QuickAnswer) -> T:
+    """Raises HTTP's error of one that failed."""
+    if isinstance(found, Failed):
+        raise HTTPException(found.status, found.message)
+    assert isinstance(found, kind)
+    return found
 
 
 def checked(texts: list[Any]) -> list[Any]:

@@ -17,7 +17,7 @@ from ftray.serve.http.context import RequestContext, detached
 from ftray.serve.openai.responses import ChatResponses, CompletionResponses, Responses, server_event
 from ftray.serve.openai.schemas import ApiRequest, ChatRequest, CompletionRequest, error_body
 from ftray.serve.openai.tools import as_given
-from ftray.serve.protocol import Event, GenerateJob
+from ftray.serve.protocol import Event, Failed, GenerateJob, Started, Tokens
 from ftray.serve.routing.model_names import MayUse, ModelNames, ServedModel, everything
 from ftray.serve.tenants.auth import Authenticator, Headers
 
@@ -28,7 +28,7 @@ UNSEEN_EVERY_S = 0.5
 
 
 class Backend(Protocol):
-    """The replicas, wherever they are. A replica that dies is an error event, not an exception."""
+    """The replicas, wherever they are. A replica that dies is a `Failed`, not an exception."""
 
     def stream(self, job: GenerateJob) -> AsyncGenerator[Event]: ...
 
@@ -105,15 +105,14 @@ class Ingress:
         if request.stream:
             events, first = await self._begin(answer, job, deadline)
             context.on_end = lambda: self._end_stream(events, answer)
-            self._raise_if_error(first, answer)
-            answer.start(first)
+            answer.start(self._started(first, answer))
             chunks = self._chunks(events, answer, responses, deadline, include_usage=request.include_usage)
             return StreamingResponse(chunks, media_type="text/event-stream")
         choices = await self._whole(answer, job, deadline)
         await self._settle(answer)
         return head(answer, responses) | {
             "object": responses.whole,
-            "choices": [responses.choice(index, one) for index, one in enumerate(choices)],
+            "choices": [responses.choice(one) for one in choices],
             "usage": answer.usage_body,
         }
 
@@ -125,34 +124,29 @@ class Ingress:
             events = self.backend.stream(replace(job, adapter=answer.model.adapter))
             first = await next_event(events, deadline)
             tried = answer.model
-            if not tried.is_canary or not is_fault(first):
+            if not (tried.is_canary and isinstance(first, Failed) and first.is_fault):
                 return events, first
             await asyncio.to_thread(self.names.note, tried, failed=True, first_token_s=None)
             answer.model = tried.fallback
 
-    async def _whole(self, answer: Answer, job: GenerateJob, deadline: float | None) -> list[Event]:
+    async def _whole(self, answer: Answer, job: GenerateJob, deadline: float | None) -> list[Tokens]:
         """The answers at once. A replica that dies on the way is tried again on another: nothing has been shown yet."""
         for tries_left in reversed(range(MAX_TRIES)):
             events, event = await self._begin(answer, job, deadline)
             async with contextlib.aclosing(events):
-                self._raise_if_error(event, answer)
-                answer.start(event)
-                choices: list[Event] = [empty_choice() for _ in range(job.num_answers)]
-                while not all(choice["finish_reason"] for choice in choices):
-                    event = await next_event(events, deadline)
-                    if "error" in event:
-                        break
+                answer.start(self._started(event, answer))
+                choices: dict[int, Tokens] = {}
+                while isinstance(event := await next_event(events, deadline), Tokens):
                     answer.take(event)
-                    choice = choices[event["index"]]
-                    choice |= {"prompt": event["prompt"]} if "prompt" in event else {}
-                    choice["text"] += event["text"]
-                    choice["logprobs"] += event["logprobs"]
-                    choice["finish_reason"] = event["finish_reason"]
-                else:
-                    answer.is_whole = True
-                    return choices
-            if "replica_died" not in event or not tries_left:
-                self._raise_if_error(event, answer)
+                    before = choices.get(event.index)
+                    choices[event.index] = before.followed_by(event) if before is not None else event
+                    ended = sum(choice.finish_reason is not None for choice in choices.values())
+                    if ended == job.num_answers:
+                        answer.is_whole = True
+                        return [choices[index] for index in range(job.num_answers)]
+            if tries_left and isinstance(event, Failed) and event.replica_died:
+                continue
+            self._started(event, answer)
         raise AssertionError("the last try returns or raises")
 
     async def _chunks(
@@ -168,16 +162,16 @@ class Ingress:
         no_usage = {"usage": None} if include_usage else {}
         opened: set[int] = set()
         async for event in until(events, deadline):
-            if "error" in event:
-                answer.error, answer.is_fault = event["error"], is_fault(event)
-                yield server_event(error_body(event["error"], status=event["status"]))
+            if isinstance(event, Failed):
+                answer.fail(event)
+                yield server_event(error_body(event.message, status=event.status))
                 return
+            assert isinstance(event, Tokens)
             answer.take(event)
-            index = event["index"]
-            delta = responses.delta(index, event, first=index not in opened)
+            delta = responses.delta(event, first=event.index not in opened)
             if delta is not None:
                 yield server_event(common | {"choices": [delta]} | no_usage)
-                opened.add(index)
+                opened.add(event.index)
         answer.is_whole = True
         await self._settle(answer)  # before the client is told that it is whole
         if include_usage:
@@ -204,10 +198,13 @@ class Ingress:
             failed = not answer.is_whole
             await asyncio.to_thread(self.names.note, answer.model, failed=failed, first_token_s=answer.first_token_s)
 
-    def _raise_if_error(self, event: Event, answer: Answer) -> None:
-        if "error" in event:
-            answer.error, answer.is_fault = event["error"], is_fault(event)
-            raise HTTPException(event["status"], event["error"])
+    def _started(self, event: Event, answer: Answer) -> Started:
+        """Raises HTTP's error of one that failed."""
+        if isinstance(event, Failed):
+            answer.fail(event)
+            raise HTTPException(event.status, event.message)
+        assert isinstance(event, Started)
+        return event
 
 
 async def resolved(
@@ -241,17 +238,8 @@ def deadline_of(headers: Headers, timeout_s: float | None) -> float | None:
     return asyncio.get_running_loop().time() + min(seconds) if seconds else None
 
 
-def is_fault(event: Event) -> bool:
-    """An error of the version or its replica; a busy endpoint or a deadline is none."""
-    return "error" in event and (event["status"] in (500, 502) or "adapter_failed" in event)
-
-
 def head(answer: Answer, responses: Responses) -> dict:
     return {"id": f"{responses.prefix}-{answer.request_id}", "created": int(time.time()), "model": answer.model.id}
-
-
-def empty_choice() -> Event:
-    return {"text": "", "finish_reason": None, "logprobs": []}
 
 
 async def next_event(events: AsyncIterator[Event], deadline: float | None) -> Event:
@@ -259,7 +247,7 @@ async def next_event(events: AsyncIterator[Event], deadline: float | None) -> Ev
         async with asyncio.timeout_at(deadline):
             return await anext(events)
     except TimeoutError:
-        return {"error": DEADLINE_PASSED, "status": 504}
+        return Failed(DEADLINE_PASSED, 504)
 
 
 async def until(events: AsyncIterator[Event], deadline: float | None) -> AsyncIterator[Event]:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ftray.serve.openai.tools import Call, CallFinder, Part
-from ftray.serve.protocol import Event
+from ftray.serve.protocol import EchoedPrompt, TokenLogprob, Tokens
 
 
 class ChatResponses:
@@ -19,19 +19,19 @@ class ChatResponses:
         self._finders: dict[int, CallFinder] = {}
         self._num_calls: Counter[int] = Counter()  # of each answer so far
 
-    def choice(self, index: int, answer: Event) -> dict:
-        parts = self._parts(index, answer)
+    def choice(self, answer: Tokens) -> dict:
+        parts = self._parts(answer)
         text = "".join(part for part in parts if isinstance(part, str))
         calls = [part.body() for part in parts if isinstance(part, Call)]
         message = {"role": "assistant", "content": text if text or not calls else None}
-        return self._around(index, answer, {"message": message | ({"tool_calls": calls} if calls else {})})
+        return self._around(answer, {"message": message | ({"tool_calls": calls} if calls else {})})
 
-    def delta(self, index: int, answer: Event, *, first: bool) -> dict | None:
+    def delta(self, answer: Tokens, *, first: bool) -> dict | None:
         """None where there is nothing to show yet."""
-        parts = self._parts(index, answer)
-        if not (parts or answer["finish_reason"] or answer["logprobs"] or first):
+        parts = self._parts(answer)
+        if not (parts or answer.finish_reason or answer.logprobs or first):
             return None
-        before = self._num_calls[index] - sum(isinstance(part, Call) for part in parts)
+        before = self._num_calls[answer.index] - sum(isinstance(part, Call) for part in parts)
         body: dict = {"role": "assistant"} if first else {}
         calls = [
             {"index": number, **part.body()}
@@ -40,26 +40,25 @@ class ChatResponses:
         text = "".join(part for part in parts if isinstance(part, str))
         if text or not calls:
             body["content"] = text
-        return self._around(index, answer, {"delta": body | ({"tool_calls": calls} if calls else {})})
+        return self._around(answer, {"delta": body | ({"tool_calls": calls} if calls else {})})
 
-    def _parts(self, index: int, answer: Event) -> list[Part]:
+    def _parts(self, answer: Tokens) -> list[Part]:
         if not self._tools:
-            return [answer["text"]] if answer["text"] else []
-        finder = self._finders.setdefault(index, CallFinder(self._tools))
-        parts = finder.push(answer["text"]) + (finder.finish() if answer["finish_reason"] else [])
-        self._num_calls[index] += sum(isinstance(part, Call) for part in parts)
+            return [answer.text] if answer.text else []
+        finder = self._finders.setdefault(answer.index, CallFinder(self._tools))
+        parts = finder.push(answer.text) + (finder.finish() if answer.finish_reason else [])
+        self._num_calls[answer.index] += sum(isinstance(part, Call) for part in parts)
         return parts
 
-    def _around(self, index: int, answer: Event, body: dict) -> dict:
+    def _around(self, answer: Tokens, body: dict) -> dict:
         reported = [
-            token_body(entry) | {"top_logprobs": [token_body(top) for top in entry["top"]]}
-            for entry in answer["logprobs"]
+            token_body(entry) | {"top_logprobs": [token_body(top) for top in entry.top]} for entry in answer.logprobs
         ]
-        reason = answer["finish_reason"]
-        if reason == "stop" and self._num_calls[index]:
+        reason = answer.finish_reason
+        if reason == "stop" and self._num_calls[answer.index]:
             reason = "tool_calls"
         return {
-            "index": index,
+            "index": answer.index,
             **body,
             "logprobs": {"content": reported} if reported else None,
             "finish_reason": reason,
@@ -72,42 +71,41 @@ class CompletionResponses:
     def __init__(self):
         self._offsets: Counter[int] = Counter()  # characters of each answer's tokens so far
 
-    def choice(self, index: int, answer: Event) -> dict:
-        prompt = answer.get("prompt", {"text": "", "logprobs": []})
-        reported = prompt["logprobs"] + answer["logprobs"]
+    def choice(self, answer: Tokens) -> dict:
+        prompt = answer.prompt or EchoedPrompt("")
+        reported = prompt.logprobs + answer.logprobs
         return {
-            "index": index,
-            "text": prompt["text"] + answer["text"],
-            "logprobs": self._logprobs(index, reported) if reported else None,
-            "finish_reason": answer["finish_reason"],
+            "index": answer.index,
+            "text": prompt.text + answer.text,
+            "logprobs": self._logprobs(answer.index, reported) if reported else None,
+            "finish_reason": answer.finish_reason,
         }
 
-    def delta(self, index: int, answer: Event, *, first: bool) -> dict | None:
-        shown = answer["text"] or answer["finish_reason"] or answer["logprobs"] or "prompt" in answer or first
-        return self.choice(index, answer) if shown else None
+    def delta(self, answer: Tokens, *, first: bool) -> dict | None:
+        shown = answer.text or answer.finish_reason or answer.logprobs or answer.prompt or first
+        return self.choice(answer) if shown else None
 
-    def _logprobs(self, index: int, reported: list[Event]) -> dict:
+    def _logprobs(self, index: int, reported: tuple[TokenLogprob, ...]) -> dict:
         offsets = []
         for entry in reported:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(entry["token"])
+            self._offsets[index] += len(entry.token)
         return {
-            "tokens": [entry["token"] for entry in reported],
-            "token_logprobs": [entry["logprob"] for entry in reported],
+            "tokens": [entry.token for entry in reported],
+            "token_logprobs": [entry.logprob for entry in reported],
             "top_logprobs": [
-                None if entry["logprob"] is None else {top["token"]: top["logprob"] for top in entry["top"]}
-                for entry in reported
+                None if entry.logprob is None else {top.token: top.logprob for top in entry.top} for entry in reported
             ],
             "text_offset": offsets,
         }
 
 
-def token_body(entry: Event) -> dict:
+def token_body(entry: TokenLogprob) -> dict:
     """`bytes` is null for a token that holds only part of a character."""
-    text = entry["token"]
+    text = entry.token
     return {
         "token": text,
-        "logprob": entry["logprob"],
+        "logprob": entry.logprob,
         "bytes": None if "\ufffd" in text else list(text.encode()),
     }
 

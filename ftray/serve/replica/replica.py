@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,18 +17,35 @@ from ftray.config import ServeConfig
 from ftray.errors import AdapterError, FtrayError, StoreError, UserError
 from ftray.infer.checks import check_token_ids
 from ftray.infer.engines import make_engine
-from ftray.infer.protocol import PreparedAdapter, Request, StructuredOutput, TokenEvent, TokenLogprobs
+from ftray.infer.protocol import PreparedAdapter, Request, StructuredOutput
 from ftray.model.base import prepare_base
 from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
 from ftray.serve.openai.messages import renderable
-from ftray.serve.protocol import EmbedJob, Event, GenerateJob, QuickJob, TokenizeJob, TokenizerInfoJob, owner, together
+from ftray.serve.protocol import (
+    EmbedJob,
+    Event,
+    Failed,
+    GenerateJob,
+    PlainText,
+    QuickAnswer,
+    QuickJob,
+    Started,
+    TokenIds,
+    TokenizeJob,
+    TokenizerInfo,
+    TokenizerInfoJob,
+    Vectors,
+    owner,
+    together,
+)
 from ftray.serve.replica.admission import Admission
 from ftray.serve.replica.engine_thread import EngineRunner, merged
 from ftray.serve.replica.fair_semaphore import FairSemaphore
 from ftray.serve.replica.prefetch import Prefetcher
 from ftray.serve.replica.residency import AdapterResidency
+from ftray.serve.replica.token_events import echoed, tokens_of
 from ftray.serve.replica.versions import hosted_directory
 from ftray.serve.telemetry.metrics import UNMETERED, AdapterMetrics, EngineMetrics, Meter
 
@@ -82,10 +100,8 @@ class EngineReplica:
         self._following = asyncio.create_task(Prefetcher(self.registry, self.residency).follow())
 
     async def generate(self, job: GenerateJob) -> AsyncGenerator[Event]:
-        """First {"prompt_tokens", "adapter_s", "queue_s"}, then tokens of the answers (`_token_event`); or one
-        {"error"}."""
         if (refusal := self._admission.refusal(owner(job), job.num_answers)) is not None:
-            yield {"error": refusal[1], "status": refusal[0]}
+            yield refusal
             return
         self._admission.take(owner(job), job.num_answers)
         try:
@@ -98,7 +114,7 @@ class EngineReplica:
                     async for event in together(events, every_s=job.every_s):
                         yield event
         except FtrayError as error:
-            yield error_event(error)
+            yield failed(error)
         finally:
             self._admission.give_back(owner(job), job.num_answers)
 
@@ -109,8 +125,8 @@ class EngineReplica:
                 await asyncio.to_thread(self.engine.prepare_structured_output, job.sampling.structure, len(job.prompts))
         return await asyncio.to_thread(lambda: [self._prompt_ids(prompt, job) for prompt in job.prompts])
 
-    async def answer(self, job: QuickJob) -> Event:
-        """What needs no queue: vectors, token ids, a text; or {"error"}."""
+    async def answer(self, job: QuickJob) -> QuickAnswer:
+        """What needs no queue."""
         try:
             match job:
                 case EmbedJob():
@@ -120,18 +136,18 @@ class EngineReplica:
                 case TokenizerInfoJob():
                     return self._tokenizer_info()
         except FtrayError as error:
-            return error_event(error)
+            return failed(error)
 
-    async def _embed(self, job: EmbedJob) -> Event:
+    async def _embed(self, job: EmbedJob) -> Vectors | Failed:
         if (refusal := self._admission.refusal(owner(job), len(job.texts))) is not None:
-            return {"error": refusal[1], "status": refusal[0]}
+            return refusal
         self._admission.take(owner(job), len(job.texts))
         try:
             return await self._vectors(job)
         finally:
             self._admission.give_back(owner(job), len(job.texts))
 
-    async def _vectors(self, job: EmbedJob) -> Event:
+    async def _vectors(self, job: EmbedJob) -> Vectors:
         texts = await asyncio.to_thread(lambda: [self._text_ids(text, key="input") for text in job.texts])
         context = self.config.engine.context_tokens
         longest = max(map(len, texts))
@@ -148,24 +164,24 @@ class EngineReplica:
                 if job.dimensions is not None:
                     found_nE = torch.nn.functional.normalize(found_nE[:, : job.dimensions], dim=-1)
                 vectors += found_nE.tolist()
-        return {"vectors": vectors, "prompt_tokens": sum(map(len, texts))}
+        return Vectors(vectors, prompt_tokens=sum(map(len, texts)))
 
-    def _tokenize(self, job: TokenizeJob) -> Event:
+    def _tokenize(self, job: TokenizeJob) -> TokenIds | PlainText:
         tokenizer = self.engine.tokenizer
         if job.ids is not None:
             check_token_ids(job.ids, key="tokens", vocab_size=self.engine.vocab_size)
-            return {"text": tokenizer.decode(job.ids)}
+            return PlainText(tokenizer.decode(job.ids))
         if job.messages is not None:
             ids = self._chat_ids(job.messages, job.tools)
         else:
             ids = tokenizer(job.text, add_special_tokens=job.with_special)["input_ids"]
         strings = [tokenizer.decode([token]) for token in ids] if job.with_strings else None
-        return {"tokens": ids, "strings": strings, "context_tokens": self.config.engine.context_tokens}
+        return TokenIds(ids, strings, context_tokens=self.config.engine.context_tokens)
 
-    def _tokenizer_info(self) -> Event:
+    def _tokenizer_info(self) -> TokenizerInfo:
         tokenizer = self.engine.tokenizer
         special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return special | {"tokenizer_class": type(tokenizer).__name__, "chat_template": tokenizer.chat_template}
+        return TokenizerInfo(type(tokenizer).__name__, tokenizer.chat_template, **special)
 
     def close(self) -> None:
         """Ends the engine's thread, and its processes where it has some."""
@@ -226,45 +242,19 @@ class EngineReplica:
             Request(uuid.uuid4().hex, ids, job.sampling, job.adapter, job.tenant, job.user, job.priority)
             for ids in prompts
         ]
-        reported = False
+        started, decode = False, self.engine.tokenizer.decode
         async with contextlib.aclosing(merged([self.runner.generate(request) for request in requests])) as events:
             async for number, event in events:
-                if not reported:  # only now: a request that the engine refuses has no beginning
-                    num_tokens = sum(map(len, prompts))
-                    yield {"prompt_tokens": num_tokens, "adapter_s": adapter_s, "queue_s": event.queued_s}
-                    reported = True
+                if not started:  # only now: a request that the engine refuses has no beginning
+                    yield Started(sum(map(len, prompts)), adapter_s=adapter_s, queue_s=event.queued_s)
+                    started = True
                 if event.finish_reason == "error":
-                    yield {"error": "the engine could not finish this answer; try again", "status": 500}
+                    yield Failed("the engine could not finish this answer; try again", 500)
                     return
-                first_event = self._token_event(event, number * job.sampling.n + event.index)
+                tokens = tokens_of(event, number * job.sampling.n + event.index, decode)
                 if job.echo and event.num_completion_tokens == 1 and event.token_id >= 0:
-                    first_event["prompt"] = self._prompt_event(prompts[number], event.prompt_logprobs)
-                yield first_event
-
-    def _token_event(self, event: TokenEvent, index: int) -> Event:
-        return {
-            "index": index,
-            "is_first_answer": event.index == 0,
-            "num_tokens": int(event.token_id >= 0),  # an answer may end without another
-            "text": event.text,
-            "finish_reason": event.finish_reason,
-            "cached_tokens": event.num_cached_prompt_tokens,
-            "logprobs": [] if event.logprobs is None else [self._logprob_event(event.token_id, event.logprobs)],
-        }
-
-    def _logprob_event(self, token_id: int, logprobs: TokenLogprobs) -> Event:
-        def entry(token: int, logprob: float) -> Event:
-            return {"token": self.engine.tokenizer.decode([token]), "logprob": logprob}
-
-        return entry(token_id, logprobs.chosen) | {"top": [entry(*pair) for pair in logprobs.top]}
-
-    def _prompt_event(self, ids: list[int], logprobs: Sequence[TokenLogprobs] | None) -> Event:
-        """Its text, and its tokens if they are asked for; of the first nothing more is known."""
-        reported: list[Event] = []
-        if logprobs is not None:
-            first = {"token": self.engine.tokenizer.decode(ids[:1]), "logprob": None, "top": []}
-            reported = [first, *(self._logprob_event(token, of) for token, of in zip(ids[1:], logprobs, strict=True))]
-        return {"text": self.engine.tokenizer.decode(ids), "logprobs": reported}
+                    tokens = replace(tokens, prompt=echoed(prompts[number], event.prompt_logprobs, decode))
+                yield tokens
 
     def _pinned(self, job: GenerateJob | EmbedJob) -> contextlib.AbstractAsyncContextManager[None]:
         if job.adapter is None:
@@ -292,10 +282,10 @@ class EngineReplica:
             await asyncio.shield(asyncio.wrap_future(going_on))  # a caller that leaves must not stop it half-way
 
 
-def error_event(error: FtrayError) -> Event:
+def failed(error: FtrayError) -> Failed:
     if isinstance(error, AdapterError):
-        return {"error": str(error), "status": 400, "adapter_failed": True}
-    return {"error": str(error), "status": 400 if isinstance(error, UserError) else 503}
+        return Failed(str(error), 400, adapter_failed=True)
+    return Failed(str(error), 400 if isinstance(error, UserError) else 503)
 
 
 def groups_within(texts: list[list[int]], max_tokens: int) -> Iterator[list[list[int]]]:

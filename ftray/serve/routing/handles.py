@@ -11,13 +11,13 @@ from ray.serve.handle import DeploymentHandle
 
 from ftray.errors import FtrayError
 from ftray.serve.http.ingress import MAX_TRIES
-from ftray.serve.protocol import Event, GenerateJob, QuickJob
+from ftray.serve.protocol import Event, Failed, GenerateJob, QuickAnswer, QuickJob
 from ftray.serve.tenants.accounts import Tenant, Usage
 from ftray.serve.tenants.rate_limits import Refusal
 
 WARM_TIMEOUT_S = 100.0
-FAILED: Event = {"error": "the replica failed; see its log", "status": 500}
-NONE_ALIVE: Event = {"error": "no replica is alive; try again", "status": 503}
+FAILED = Failed("the replica failed; see its log", 500)
+NONE_ALIVE = Failed("no replica is alive; try again", 503)
 GONE = (RayActorError, ActorUnavailableError)
 LEDGER_RETRIES_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -32,7 +32,7 @@ class ReplicaBackend:
         self._streaming: Any = handle.options(stream=True)
 
     async def stream(self, job: GenerateJob) -> AsyncGenerator[Event]:
-        """A replica that dies before it said anything is replaced by another; later that is an error event."""
+        """A replica that dies before it said anything is replaced by another; later it has failed."""
         for _ in range(MAX_TRIES):
             response = self._streaming.generate.remote(job)
             begun = False
@@ -44,8 +44,7 @@ class ReplicaBackend:
             except GONE as error:
                 log.warning("a replica died: %s", type(error).__name__)
                 if begun:
-                    died = {"error": "the replica that wrote this answer died; ask again", "status": 502}
-                    yield died | {"replica_died": True}
+                    yield Failed("the replica that wrote this answer died; ask again", 502, replica_died=True)
                     return
             except RayTaskError as error:
                 log.error("a replica failed: %s", error)
@@ -55,7 +54,7 @@ class ReplicaBackend:
                 response.cancel()  # of one that nobody reads to its end; else it does nothing
         yield NONE_ALIVE
 
-    async def ask(self, job: QuickJob) -> Event:
+    async def ask(self, job: QuickJob) -> QuickAnswer:
         handle: Any = self._handle
         for _ in range(MAX_TRIES):
             try:
