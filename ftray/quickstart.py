@@ -27,6 +27,7 @@ from ftray.serve.http.ports import check_port
 from ftray.tracking.report import AnswerTable, write_report
 from ftray.train.launch import launch
 from ftray.train.on_ray.trainer import Watcher
+from ftray.train.prepare import prepare
 
 RUN_FILE = "configs/quickstart/run.yaml"
 SERVE_FILE = "configs/quickstart/serve.yaml"
@@ -92,7 +93,7 @@ def run_quickstart(run: RunConfig, serve: ServeConfig, watcher: Watcher, announc
             watcher.log(f"exact match {before.accuracy:.1%}, loss {before.loss:.3f}")
         with watch.stage("train", f"Fine-tuning {run.name} with {run.workers.count} workers"):
             start_ray(join=False)
-            launch(run, watcher)
+            launch(prepare(run), watcher)
             run_directory = (Path(run.runs_dir) / run.name).absolute()
         with watch.stage("publish", "Publishing the adapter"):
             adapter = publish_once(Registry(run.registry), run.name, run_directory / "adapter", alias="prod")

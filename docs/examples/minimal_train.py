@@ -18,7 +18,7 @@ def main(config: str, overrides: list[str]) -> list[float]:
         engine = training.engine
         for step in range(training.num_steps):
             examples = training.examples(step)  # a step is a set of examples, however many ranks share it
-            seed_step(training.plan.seed, step=step, rank=engine.rank)  # dropout's noise
+            seed_step(training.config.seed, step=step, rank=engine.rank)  # dropout's noise
             loss = engine.forward_backward(training.rows(examples), denominator=training.denominator(examples))
             grad_norm = engine.optim_step(lr=training.learning_rate(step))
             losses.append(loss.loss)

@@ -105,15 +105,14 @@ def train(
     from ftray.train.on_ray.trainer import Watcher
     from ftray.train.prepare import prepare
 
-    prepare(run, fresh=fresh)
-    run, init_from = resolve_start(run, fresh=fresh)
-
+    prepared = resolve_start(prepare(run, fresh=fresh, callbacks=callbacks))
+    run = prepared.config
     directory = (Path(run.runs_dir) / run.name).absolute()
     watcher = Watcher(
         log=log, on_metrics=lambda records: None, on_start=lambda first, total: log(f"{total} steps, from {first + 1}")
     )
     with nothing_left(lambda: request_stop(directory)):
-        launch(run, watcher, fresh=fresh, init_from=init_from, callbacks=callbacks)
+        launch(prepared, watcher)
     return Run(run, directory)
 
 

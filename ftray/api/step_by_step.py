@@ -3,7 +3,7 @@
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from ftray.api.config import read_config
 from ftray.artifacts.resolve import resolve_start
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
-from ftray.data.pack import pack
-from ftray.data.plan import StepPlan, plan_steps
+from ftray.data.examples import Example, ExampleSource, dataset_source
+from ftray.data.micro_batches import divide
+from ftray.data.pack import pack_all
 from ftray.data.tokens import tokenize_source
 from ftray.model.adapter import local_adapter
 from ftray.model.base import load_tokenizer, prepare_base
@@ -28,6 +29,7 @@ from ftray.train.engine.build import make_engine
 from ftray.train.engine.deepspeed import DeepSpeedEngine
 from ftray.train.engine.schedule import make_schedule
 from ftray.train.loop import denominator_of
+from ftray.train.prepare import PreparedRun
 
 OF_A_GROUP = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -39,30 +41,34 @@ class LocalTraining:
     config: RunConfig
     engine: DeepSpeedEngine
     dataset: TokenizedDataset
-    plan: StepPlan
-    num_steps: int
+    source: ExampleSource
     learning_rate: Callable[[int], float]  # of a step; 0 for the first
 
-    def examples(self, step: int) -> list[int]:
+    @property
+    def num_steps(self) -> int:
+        return self.source.num_steps
+
+    def examples(self, step: int) -> Sequence[Example]:
         """Of the step, over all ranks."""
-        end = None if self.config.epochs is None else self.config.epochs * len(self.dataset)
-        return self.plan.examples(step, end=end)
+        return self.source.step(step)
 
-    def rows(self, examples: list[int]) -> Iterator[PackedRow]:
+    def rows(self, examples: Sequence[Example]) -> Iterator[PackedRow]:
         """This rank's share of them, packed into micro-batches."""
-        shares = self.plan.divide(examples, self.engine.num_shares)
-        return (pack(self.dataset, micro_batch) for micro_batch in shares[self.engine.share])
+        budget = self.config.batch.tokens_per_micro_batch
+        shares = divide(examples, world_size=self.engine.num_shares, token_budget=budget)
+        return pack_all(self.source, shares[self.engine.share])
 
-    def denominator(self, examples: list[int]) -> int:
+    def denominator(self, examples: Sequence[Example]) -> int:
         """What the step's loss is a mean over: trained tokens, or examples."""
-        return denominator_of(self.engine.objective, self.dataset, examples)
+        return denominator_of(self.engine.objective, examples)
 
 
 @contextlib.contextmanager
 def open_training(config: RunConfig | dict[str, Any] | str | Path, *overrides: str) -> Iterator[LocalTraining]:
     """The engine of a run's config in this process: one rank, or the one that torchrun's environment names."""
     run = config if isinstance(config, RunConfig) and not overrides else read_config(config, overrides, kind="run")
-    run, start = resolve_start(run)
+    prepared = resolve_start(PreparedRun(run, fresh=False, callbacks=()))
+    run, start = prepared.config, prepared.init_from
     base = prepare_base(run.base_model)
     renderer, shape = ChatRenderer(load_tokenizer(base)), objective_of(run.objective).shape
     dataset = tokenize_source("data.train", run.data.train, run.data, renderer, shape=shape)
@@ -71,11 +77,10 @@ def open_training(config: RunConfig | dict[str, Any] | str | Path, *overrides: s
     hardware = choose_hardware(use_gpu=run.workers.gpus_each > 0)
     with process_group(hardware.backend):
         engine = make_engine(run, base, hardware, init_from=local_adapter(start) if start is not None else None)
-        plan = plan_steps(run, dataset.lengths)
-        num_steps = plan.num_steps(epochs=run.epochs, max_steps=run.max_steps)
-        schedule = make_schedule(run.optimizer, num_steps=num_steps)
+        source = dataset_source(run, dataset)
+        schedule = make_schedule(run.optimizer, num_steps=source.num_steps)
         try:
-            yield LocalTraining(run, engine, dataset, plan, num_steps, schedule)
+            yield LocalTraining(run, engine, dataset, source, schedule)
         finally:
             engine.close()
 

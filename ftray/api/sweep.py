@@ -60,7 +60,8 @@ def sweep(config: str | Path, *overrides: str, fresh: bool = False, log: Callabl
     Raises `ConfigError` with every problem, for any point of the space, before the cluster is touched.
     """
     loaded, space = load_sweep(config, overrides)
-    from ftray.sweep.launch import look_into, run_sweep, sweep_directory
+    from ftray.sweep.launch import look_into, run_sweep
+    from ftray.sweep.prepare import sweep_directory
 
     def stop() -> None:
         study = look_into(sweep_directory(loaded, space))

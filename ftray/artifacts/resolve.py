@@ -1,7 +1,7 @@
 """Where a run starts from, when it is not its base alone: `adapter.init_from`."""
 
 import json
-from pathlib import Path
+from dataclasses import replace
 
 from ftray.config import RunConfig
 from ftray.model.adapter import check_base, local_adapter
@@ -10,25 +10,27 @@ from ftray.registry import Registry
 from ftray.registry.reference import parse_reference
 from ftray.storage import ObjectStore, verify_directory
 from ftray.storage.manifest import MANIFEST
+from ftray.train.prepare import PreparedRun
 from ftray.train.runs.uri import run_uri
 
 
-def resolve_start(run: RunConfig, *, fresh: bool = False) -> tuple[RunConfig, Path | str | None]:
-    """`adapter.init_from` as the exact version it is now, or was when the run began, and its files."""
+def resolve_start(prepared: PreparedRun) -> PreparedRun:
+    """`adapter.init_from` as the exact version it is now, or was when the run began, and where its files are."""
+    run = prepared.config
     reference = run.adapter.init_from if run.adapter is not None else None
     if run.adapter is None or reference is None:
-        return run, None
+        return prepared
     base = prepare_base(run.base_model, log=print)
     if (directory := local_adapter(reference)) is not None:
         if (directory / MANIFEST).is_file():  # a foreign PEFT directory has none
             check_base(reference, verify_directory(directory).metadata, base, here="this run's base is")
-        return run, reference if "://" in reference else directory.absolute()
+        return replace(prepared, init_from=reference if "://" in reference else directory.absolute())
     registry = Registry(run.registry)
-    version = registry.get((None if fresh else version_begun_with(run, reference)) or reference)
+    version = registry.get((None if prepared.fresh else version_begun_with(run, reference)) or reference)
     check_base(str(version), version.metadata, base, here="this run's base is")
     adapter = run.adapter.model_copy(update={"init_from": str(version)})
     registry.directory(version)  # whole
-    return run.model_copy(update={"adapter": adapter}), registry.place(version)
+    return replace(prepared, config=run.model_copy(update={"adapter": adapter}), init_from=registry.place(version))
 
 
 def version_begun_with(run: RunConfig, reference: str) -> str | None:

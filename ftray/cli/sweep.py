@@ -50,7 +50,8 @@ def run(
     if dry_run:
         show_points(loaded, space)
         return
-    from ftray.sweep.launch import look_into, run_sweep, sweep_directory, uninterrupted
+    from ftray.sweep.launch import look_into, run_sweep, uninterrupted
+    from ftray.sweep.prepare import sweep_directory
     from ftray.sweep.report.report import REPORT, train_command
 
     command = shlex.join(["ftray", "sweep", config, *(overrides or ())])
@@ -61,8 +62,7 @@ def run(
             show_answer(look_into(sweep_directory(loaded, space)))
         raise type(error)(f"{error}\n  go on with: {command}") from None
     show_answer(study)
-    directory = sweep_directory(loaded, space)
-    show_comparison(study, directory)
+    show_comparison(study, study.directory)
     print(f"  {study.uri}/{REPORT}")
     if study.gave_up is not None:
         print(f"{study.gave_up}; fix the cause, and give search.trials to go on")

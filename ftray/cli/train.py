@@ -24,19 +24,22 @@ def train(
     """Fine-tune a model. The same command again goes on from the last checkpoint."""
     run: RunConfig = load_config(config, overrides or (), kind="run")
     from ftray.cluster.address import check_address
-    from ftray.train.prepare import check_before_anything, prepare
+    from ftray.train.hooks.own_callbacks import own_callbacks
+    from ftray.train.prepare import PreparedRun, check_before_anything, prepare
 
     if dry_run:
         check_before_anything(run)
+        prepared = PreparedRun(run, fresh, tuple(own_callbacks(run)))
     else:
-        prepare(run, fresh=fresh)
+        prepared = prepare(run, fresh=fresh)
         check_address()
     from ftray.artifacts.resolve import resolve_start
     from ftray.cli.progress import TrainProgress
     from ftray.config.advice import advise
     from ftray.train.launch import launch
 
-    run, init_from = resolve_start(run, fresh=fresh)
+    prepared = resolve_start(prepared)
+    run = prepared.config
     for advice in advise(run):
         print(f"note: {advice}")
     if dry_run:
@@ -44,7 +47,7 @@ def train(
         return
     try:
         with TrainProgress() as progress:
-            result = launch(run, progress.watcher(), fresh=fresh, init_from=init_from, profile_steps=profile)
+            result = launch(prepared, progress.watcher(), profile_steps=profile)
     except InterruptedRunError as error:
         command = shlex.join(["ftray", "train", config, *(overrides or ())])
         raise type(error)(f"{error}\n  go on with: {command}") from None
@@ -73,11 +76,10 @@ def trace_of(run: RunConfig) -> str:
 
 def show_plan(run: RunConfig) -> None:
     from ftray.train.launch import prepare_data
-    from ftray.train.runs.finalize import num_steps
 
     print(to_yaml(run))
     base, data = prepare_data(run, lambda text: print(f"# {text}"))
-    steps = num_steps(run, data.train)
+    steps = data.num_steps
     method = "full fine-tuning" if run.adapter is None else f"LoRA of rank {run.adapter.rank}"
     gpus = (
         f" with {run.workers.gpus_each:g} GPUs each"

@@ -69,6 +69,10 @@ class Space:
         """The run of a point. `more`: top-level keys. Raises ValueError, a `ValidationError` among them."""
         return RunConfig.model_validate(self._tree(self.overrides(point)) | more)
 
+    def first_run(self, sweep: SweepConfig) -> RunConfig:
+        """The sweep, as those parts see it that know runs: its data, workers and place."""
+        return self.config(next(iter(self.points_to_check(sweep.search))), name=sweep.name)
+
     def check_point(self, point: dict[str, Any], *, label: str) -> None:
         """Raises `ConfigError` with what the run's schema refuses."""
         try:

@@ -47,14 +47,6 @@ class TokenizedDataset:
         parts = [slice(self.offsets[j], self.offsets[j + 1]) for j in range(first, first + self.sequences_per_example)]
         return [(self.ids[part], self.trained[part]) for part in parts]
 
-    def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where an example is one sequence."""
-        (only,) = self.sequences(index)
-        return only
-
-    def num_trained_tokens(self, indices: Sequence[int]) -> int:
-        return int(self.trained_lengths[indices].sum())
-
     def counts(self) -> dict[str, int]:
         return {
             "rows": self.num_rows,

@@ -1,21 +1,23 @@
 """Examples end to end in one row, as the model takes them."""
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import numpy as np
 import torch
 
-from ftray.data.dataset import TokenizedDataset
-from ftray.data.plan import MicroBatch
+from ftray.data.examples import Example, ExampleSource
 from ftray.model.packed import PackedRow
 from ftray.model.packed_attention import packed_layout
 
 
-def pack(dataset: TokenizedDataset, examples: MicroBatch) -> PackedRow:
-    """An empty micro-batch becomes a dummy of weight 0: every rank runs the same forwards and backwards."""
+def pack(examples: Sequence[Example], *, num_sequences: int = 1, extras: Sequence[str] = ()) -> PackedRow:
+    """An empty micro-batch becomes a dummy of weight 0: every rank runs the same forwards and backwards. Such a one has
+    `num_sequences` and the `extras` of an example."""
     if not examples:
-        return dummy_row(dataset.sequences_per_example)
+        return dummy_row(num_sequences, extras)
     ids, rows, sequences = [], [], []
     start = 0
-    for tokens, trained in (sequence for index in examples for sequence in dataset.sequences(index)):
+    for tokens, trained in (sequence for example in examples for sequence in example.sequences):
         targets = np.flatnonzero(trained[1:])  # position j predicts token j + 1
         rows.append(start + targets)
         sequences.append(np.full(len(targets), len(ids)))
@@ -31,7 +33,14 @@ def pack(dataset: TokenizedDataset, examples: MicroBatch) -> PackedRow:
         weights_N=torch.ones(len(rows_N)),
         sequences_N=torch.from_numpy(np.concatenate(sequences)),
         layout=packed_layout([len(tokens) for tokens in ids]),
+        extras={name: torch.from_numpy(np.concatenate([e.extras[name] for e in examples])) for name in extras},
     )
+
+
+def pack_all(source: ExampleSource, micro_batches: Iterable[Sequence[Example]]) -> Iterator[PackedRow]:
+    """One after the other, as they are asked for."""
+    how = {"num_sequences": source.sequences_per_example, "extras": source.extras}
+    return (pack(examples, **how) for examples in micro_batches)
 
 
 def continuation_row(sequences: list[list[int]]) -> PackedRow:
@@ -49,7 +58,7 @@ def continuation_row(sequences: list[list[int]]) -> PackedRow:
     )
 
 
-def dummy_row(num_sequences: int = 1) -> PackedRow:
+def dummy_row(num_sequences: int = 1, extras: Sequence[str] = ()) -> PackedRow:
     """One token a sequence."""
     zeros = torch.zeros(num_sequences, dtype=torch.long)
     places = torch.arange(num_sequences)
@@ -61,4 +70,5 @@ def dummy_row(num_sequences: int = 1) -> PackedRow:
         weights_N=torch.zeros(num_sequences),
         sequences_N=places,
         layout=packed_layout([1] * num_sequences),
+        extras={name: torch.zeros(num_sequences) for name in extras},
     )

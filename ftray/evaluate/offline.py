@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from ftray.config.data import DataConfig
 from ftray.data.dataset import TokenizedDataset
+from ftray.data.examples import examples_of
+from ftray.data.micro_batches import first_fit
 from ftray.data.pack import pack
-from ftray.data.plan import first_fit
 from ftray.data.tokens import tokenize_source
 from ftray.evaluate.task import Answer, Evaluation, answer_tokens, judged
 from ftray.infer.engines import generate
@@ -56,8 +57,8 @@ def mean_loss(engine: TorchEngine, dataset: TokenizedDataset, *, adapter: str | 
     """Mean negative log-likelihood per trained token of the dataset."""
     budget = max(SCORE_TOKENS, max_example_tokens)
     total, count = 0.0, 0
-    for examples in first_fit(range(len(dataset)), dataset.lengths, budget):
-        log_probs = engine.score(pack(dataset, examples), adapter)
+    for examples in first_fit(examples_of(dataset), budget):
+        log_probs = engine.score(pack(examples), adapter)
         total -= log_probs.double().sum().item()
         count += len(log_probs)
     return total / count

@@ -35,6 +35,11 @@ class BaseModel:
     def __str__(self) -> str:
         return f"{self.name} ({self.fingerprint[:12]})"
 
+    @property
+    def name_for_workers(self) -> str:
+        """A path holds whatever directory a worker starts in."""
+        return str(self.directory) if Path(self.name).exists() else self.name
+
 
 def prepare_base(name: str, *, log: Callable[[str], None] = lambda _: None) -> BaseModel:
     """Resolves an embedded name, a directory, a `.gguf` file, a directory of an object store (`s3://bucket/name`), of

@@ -6,7 +6,7 @@ Shapes: T tokens in the row, N trained positions, V vocabulary, E hidden size.
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class PackedRow:
     weights_N: Tensor  # 1, or 0 in the dummy row that keeps the ranks' collectives equal
     sequences_N: Tensor  # which sequence of the row the target belongs to
     layout: PackedLayout
+    extras: dict[str, Tensor] = field(default_factory=dict)  # what else the objective reads (data/examples.py)
 
     @property
     def num_sequences(self) -> int:
@@ -49,7 +50,8 @@ class PackedRow:
 
     def to(self, device: torch.device) -> "PackedRow":
         tensors = (self.ids_T, self.positions_T, self.rows_N, self.targets_N, self.weights_N, self.sequences_N)
-        return PackedRow(*(x.to(device) for x in tensors), layout=self.layout.to(device))
+        extras = {name: value.to(device) for name, value in self.extras.items()}
+        return PackedRow(*(x.to(device) for x in tensors), layout=self.layout.to(device), extras=extras)
 
 
 class PackedCausalLM(nn.Module):

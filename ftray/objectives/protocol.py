@@ -5,7 +5,7 @@ An objective's module is read wherever a config is, so torch loads only when its
 row, S sequences in it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -40,6 +40,11 @@ class Row(Protocol):
 
     @property
     def num_sequences(self) -> int: ...
+
+    @property
+    def extras(self) -> "Mapping[str, Tensor]":
+        """By name: `..._N` has a value for each target, `..._S` for each sequence; what its source gives."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ftray.config import PipelineConfig, RunConfig, Space, SweepConfig, load_config, load_sweep
@@ -11,11 +12,11 @@ from ftray.errors import UserError
 from ftray.objectives import objective_of
 from ftray.registry import Registry
 from ftray.registry.reference import check_alias
-from ftray.sweep.store import refuse_population_in_store
+from ftray.sweep.prepare import refuse_population_in_store
+from ftray.train.hooks.own_callbacks import own_callbacks
 from ftray.train.prepare import check_before_anything
 from ftray.train.runs.claim import refuse_vanishing_directory
-from ftray.train.runs.finalize import artifact_of
-from ftray.train.runs.uri import run_uri
+from ftray.train.runs.uri import artifact_name, run_uri
 
 # Of an adapter: what goes on from another one has the same.
 SHAPE = ("variant", "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "modules_to_save")
@@ -23,8 +24,14 @@ SHAPE = ("variant", "rank", "alpha", "rank_pattern", "alpha_pattern", "targets",
 Sweep = tuple[SweepConfig, Space]
 
 
-def check_pipeline(config: PipelineConfig) -> RunConfig:
-    """All that can be known before the first step of the first run; returns the last run. Raises `UserError`."""
+@dataclass(frozen=True)
+class CheckedPipeline:
+    record_uri: str  # where it keeps what it has done
+    measures: bool  # whether there is anything to measure
+
+
+def check_pipeline(config: PipelineConfig) -> CheckedPipeline:
+    """All that can be known before the first step of the first run. Raises `UserError`."""
     stages = [load_stage(config, path) for path in config.train]
     runs = [points_of(stage)[0] for stage in stages]
     names = [run.name for run in runs]
@@ -32,34 +39,47 @@ def check_pipeline(config: PipelineConfig) -> RunConfig:
         raise UserError(
             f"name: the pipeline and its runs need names of their own, not {', '.join([config.name, *names])}"
         )
-    for path, stage, run, earlier in zip(config.train, stages, runs, [None, *runs[:-1]], strict=True):
-        check_before_anything(run)
-        refuse_vanishing_directory(run)
+    for path, stage, earlier in zip(config.train[1:], stages[1:], runs, strict=False):
+        check_follows(config, path, stage, earlier)
+    points, last = points_of(stages[-1]), runs[-1]
+    check_conditions(config, points)
+    check_publishing(config, points)
+    checked = CheckedPipeline(run_uri(last.runs_dir, config.name), has_loss(last) or config.general_text is not None)
+    for stage, run in zip(stages, runs, strict=True):
         if not isinstance(stage, RunConfig):
             refuse_population_in_store(stage[0], run)
-        if earlier is not None:
-            check_follows(config, path, stage, earlier)
+        check_before_anything(run)
+        refuse_vanishing_directory(run)
+        own_callbacks(run)
     if config.general_text is not None:
         check_source("general_text", config.general_text)
-    points, last = points_of(stages[-1]), runs[-1]
+    return checked
+
+
+def check_conditions(config: PipelineConfig, points: list[RunConfig]) -> None:
+    """That what they compare can be measured of the last runs. Raises `UserError`."""
     asks = all(objective_of(run.objective).shape == "conversation" and run.data.eval is not None for run in points)
     if not asks and any(".accuracy" in text for text in config.require):
         raise UserError(f"require: accuracy needs questions: {config.train[-1]} has no data.eval with objective sft")
     if not all(map(has_loss, points)) and any(".loss" in text for text in config.require):
         raise UserError(f"require: loss needs data.eval and objective sft or domain in {config.train[-1]}")
-    if config.publish is not None:
-        if any(run.adapter is None for run in points):
-            raise UserError(f"publish: {config.train[-1]} trains all weights: there is no adapter to publish")
-        if config.publish.alias is not None:
-            check_alias(config.publish.alias, f"{config.publish.name}@{config.publish.alias}")
-        Registry(last.registry)
-    return last
+
+
+def check_publishing(config: PipelineConfig, points: list[RunConfig]) -> None:
+    """Raises `UserError`."""
+    if config.publish is None:
+        return
+    if any(run.adapter is None for run in points):
+        raise UserError(f"publish: {config.train[-1]} trains all weights: there is no adapter to publish")
+    if config.publish.alias is not None:
+        check_alias(config.publish.alias, f"{config.publish.name}@{config.publish.alias}")
+    Registry(points[0].registry)
 
 
 def check_follows(config: PipelineConfig, path: str, stage: RunConfig | Sweep, earlier: RunConfig) -> None:
     """That a stage can start from what the one before leaves. Raises `UserError`."""
     run = points_of(stage)[0]
-    artifact = f"{run_uri(earlier.runs_dir, earlier.name)}/{artifact_of(earlier)}"
+    artifact = f"{run_uri(earlier.runs_dir, earlier.name)}/{artifact_name(is_adapter=earlier.adapter is not None)}"
     start = start_from(artifact, is_adapter=earlier.adapter is not None)
     load_stage(config, path, start if isinstance(stage, RunConfig) else None)  # the schema speaks
     if earlier.adapter is None:

@@ -21,7 +21,6 @@ from ftray.storage import ObjectStore
 from ftray.storage.manifest import MANIFEST, sha256_of
 from ftray.sweep.compare.comparison import BASE
 from ftray.sweep.compare.measure import absolute, score_in_task, with_absolute_data
-from ftray.train.on_ray.trainer import name_for_workers
 
 TUNED = "tuned"
 
@@ -50,10 +49,6 @@ class Condition:
         return f"{self.text}: {'holds' if self.holds else 'does not hold'} ({values})"
 
 
-def measures(config: PipelineConfig, last: RunConfig) -> bool:
-    return has_loss(last) or config.general_text is not None
-
-
 def measured_once(
     config: PipelineConfig, artifact: Artifact, store: ObjectStore, *, log: Callable[[str], None]
 ) -> dict[str, Score]:
@@ -78,7 +73,7 @@ def measure(config: PipelineConfig, artifact: Artifact) -> Iterator[tuple[str, S
     base = prepare_base(first.base_model)
     general = absolute(config.general_text) if config.general_text is not None else None
     named: dict[str, Path | str | None] = {BASE: None}
-    base_name = name_for_workers(first, base)
+    base_name = base.name_for_workers
     jobs = [ScoreJob(base_name, named, run, general, held_out=has_loss(run))]
     if artifact.is_adapter and artifact.run.base_model == first.base_model:
         named[TUNED] = artifact.uri

@@ -12,13 +12,13 @@ from ftray.evaluate.scores import Score
 from ftray.model.adapter import local_adapter
 from ftray.pipeline.check import check_pipeline, load_stage, points_of, start_from
 from ftray.pipeline.record import keep, read_record
-from ftray.pipeline.scores import Artifact, Condition, digest_of_weights, judge, measured_once, measures
+from ftray.pipeline.scores import Artifact, Condition, digest_of_weights, judge, measured_once
 from ftray.registry import AdapterVersion, Registry
 from ftray.storage import ObjectStore
 from ftray.sweep.launch import run_sweep
 from ftray.train.launch import launch
 from ftray.train.on_ray.trainer import Watcher
-from ftray.train.runs.uri import run_uri
+from ftray.train.prepare import prepare
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def run_pipeline(
 ) -> Outcome:
     """`fresh`: earlier runs are set aside. Raises `FtrayError` where a condition does not hold: then nothing is
     published."""
-    last = check_pipeline(config)
-    store = ObjectStore(run_uri(last.runs_dir, config.name))
+    pipeline = check_pipeline(config)
+    store = ObjectStore(pipeline.record_uri)
     if fresh:
         keep(store, started_from={})
     artifact: Artifact | None = None
@@ -44,7 +44,7 @@ def run_pipeline(
         artifact = train_stage(config, path, watcher, store, after=artifact, fresh=fresh)
     assert artifact is not None
     scores: dict[str, Score] = {}
-    if measures(config, last):
+    if pipeline.measures:
         announce("measuring the base and what was made of it")
         scores = measured_once(config, artifact, store, log=watcher.log)
     conditions = [judge(text, scores) for text in config.require]
@@ -73,8 +73,8 @@ def train_stage(
     if after is not None:
         note_start(store, points_of(stage)[0].name, after)
     if isinstance(stage, RunConfig):
-        run, init_from = resolve_start(stage, fresh=fresh)
-        result = launch(run, watcher, init_from=init_from, fresh=fresh)
+        prepared = resolve_start(prepare(stage, fresh=fresh))
+        result, run = launch(prepared, watcher), prepared.config
         return Artifact(run, result["output"], {"run": run.name})
     sweep, space = stage
     study = run_sweep(sweep, space, log=watcher.log, fresh=fresh)

@@ -12,7 +12,7 @@ from ftray.cluster.session import ray_session
 from ftray.cluster.signals import handled, on_sigterm
 from ftray.cluster.weight_broadcast import broadcast_base
 from ftray.config import RunConfig, Space, SweepConfig
-from ftray.data.sources import check_source
+from ftray.config.run import WorkersConfig
 from ftray.errors import InterruptedRunError, NotFoundError, TerminatedRunError, UserError
 from ftray.evaluate.scores import tokenize_text
 from ftray.model.base import BaseModel, load_tokenizer
@@ -23,19 +23,18 @@ from ftray.sweep.compare.measure import measure_methods
 from ftray.sweep.fused.coordinator import groups_of, run_fused
 from ftray.sweep.fused.eligibility import Fusing, fusing_of
 from ftray.sweep.on_tune.trials import TUNE_DIRECTORY, run_trials
+from ftray.sweep.prepare import PreparedSweep, prepare_sweep
 from ftray.sweep.report.report import REPORT, LivePage, write_sweep_report
 from ftray.sweep.report.text import describe_plan, describe_state
-from ftray.sweep.store import opened_sweep, refuse_population_in_store
+from ftray.sweep.store import opened_sweep
 from ftray.sweep.study import Study
 from ftray.sweep.trials import SWEEP, trials_directory
 from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import differences
 from ftray.train.checkpoints.checkpoint import data_digest
 from ftray.train.launch import TOKENS, prepare_data
-from ftray.train.on_ray.trainer import name_for_workers
-from ftray.train.prepare import check_before_anything
-from ftray.train.runs.claim import refuse_changes, refuse_unwritable, refuse_vanishing_directory
-from ftray.train.runs.finalize import PreparedData, num_steps
+from ftray.train.runs.claim import refuse_changes, refuse_unwritable
+from ftray.train.runs.finalize import PreparedData
 from ftray.train.runs.store import run_store
 
 DATA = "data.json"
@@ -49,19 +48,14 @@ Log = Callable[[str], None]
 
 def run_sweep(config: SweepConfig, space: Space, *, log: Log, fresh: bool = False) -> Study:
     """Runs, or goes on with, the sweep. Raises `InterruptedRunError` on Ctrl-C, when the study's journal stands."""
-    base_run = first_run(config, space)
-    refuse_vanishing_directory(base_run)
-    refuse_population_in_store(config, base_run)
-    check_inputs(config, space)
-    if config.compare is not None and config.compare.general_text is not None:
-        check_source("compare.general_text", config.compare.general_text)
-    with opened_sweep(base_run, fresh=fresh) as directory:
-        claim_directory(directory, config, space, base_run)
+    prepared = prepare_sweep(config, space)
+    with opened_sweep(prepared.base_run, fresh=fresh) as directory:
+        claim_directory(directory, prepared)
         study = Study(config, space, directory)
         if not study.is_over or (config.compare is not None and not is_measured(study, directory)):
-            with ray_session(base_run):
+            with ray_session(prepared.base_run):
                 try:
-                    search_in(directory, study, base_run, log=log)
+                    search_in(directory, study, log=log)
                 finally:
                     with uninterrupted():
                         study = look_into(directory)  # a fused sweep's coordinator has written on
@@ -69,47 +63,35 @@ def run_sweep(config: SweepConfig, space: Space, *, log: Log, fresh: bool = Fals
         return study
 
 
-def check_inputs(config: SweepConfig, space: Space) -> None:
-    """Of all points: a file that is missing is told before the first trial. Raises `UserError`."""
-    runs = [space.config(point) for point in space.points_to_check(config.search)]
-    if starts := [run.adapter.init_from for run in runs if run.adapter is not None and run.adapter.init_from]:
-        raise UserError(
-            f"adapter.init_from: {starts[0]}: the trials of a sweep start from their base; fold the adapter into it "
-            "(`ftray adapters merge`) and give that as base_model"
-        )
-    for run in {(run.base_model, run.data.train, run.data.eval): run for run in runs}.values():
-        check_before_anything(run)
-
-
-def search_in(directory: Path, study: Study, base_run: RunConfig, *, log: Log) -> None:
+def search_in(directory: Path, study: Study, *, log: Log) -> None:
     with on_sigterm(interrupt) as terminated:
         try:
-            search(directory, study, base_run, log=log)
+            search(directory, study, log=log)
         except KeyboardInterrupt:
             state = describe_state(look_into(directory))
             stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
             raise stopped(f"{study.config.name}: stopped; {state}") from None
 
 
-def search(directory: Path, study: Study, base_run: RunConfig, *, log: Log) -> None:
-    config = study.config
+def search(directory: Path, study: Study, *, log: Log) -> None:
+    config, base_run = study.config, study.base_run
     fusing = fusing_of(config, study.space)
     base, data = prepare_data(base_run, log, kept_in=run_store(study.trials_uri).local(TOKENS))
     check_data_of_sweep(directory, data)
-    check_generations(study, base_run, data)
+    check_generations(study, data)
     check_resources(base_run.workers, log=log)
     check_nodes(run_store(study.trials_uri).shared_disk, base_run.workers)
     broadcast_base(base_run.base_model, nodes_for(base_run.workers), log=log)
     log(describe_plan(study))
     write_sweep_report(study, directory)
     log(f"as it goes: {study.uri}/{REPORT}")
-    check_general_text(config, base_run, base)
+    check_general_text(study, base)
     if fusing.example is not None and not study.is_over:
-        run_groups(directory, study, fusing, *of_groups(fusing.example, study, base_run, base, data), log=log)
+        run_groups(directory, study, fusing, *of_groups(fusing.example, study, base, data), log=log)
         study = Study(config, study.space, directory)  # the coordinator has written on
     if not study.is_over:
         share_tokens(study, data)  # before several do it at once
-        run_apart(directory, study, base_run, reason=fusing.reason or "the rest", log=log)
+        run_apart(directory, study, reason=fusing.reason or "the rest", log=log)
     if config.compare is not None:
         measure_methods(study, directory, base, log=log)
 
@@ -124,9 +106,9 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def check_generations(study: Study, base_run: RunConfig, data: PreparedData) -> None:
+def check_generations(study: Study, data: PreparedData) -> None:
     """Raises `UserError`."""
-    steps = num_steps(base_run, data.train)
+    steps = data.num_steps
     if study.generation_steps is not None and study.generation_steps >= steps:
         raise UserError(
             f"search.scheduler pbt: a generation of {study.generation_steps} steps never ends in runs of {steps}; "
@@ -134,20 +116,20 @@ def check_generations(study: Study, base_run: RunConfig, data: PreparedData) -> 
         )
 
 
-def of_groups(
-    example: RunConfig, study: Study, base_run: RunConfig, base: BaseModel, data: PreparedData
-) -> tuple[BaseModel, PreparedData]:
+def of_groups(example: RunConfig, study: Study, base: BaseModel, data: PreparedData) -> tuple[BaseModel, PreparedData]:
     """Base and data that groups share; they need not be those of the sweep's first run, which are given."""
-    if (example.base_model, example.data) == (base_run.base_model, base_run.data):
+    first = study.base_run
+    if (example.base_model, example.data) == (first.base_model, first.data):
         return base, data
     return prepare_data(example, lambda text: None, kept_in=run_store(study.trials_uri).local(TOKENS))
 
 
-def check_general_text(config: SweepConfig, base_run: RunConfig, base: BaseModel) -> None:
+def check_general_text(study: Study, base: BaseModel) -> None:
     """As it will be scored at the end, hours from now. Raises `UserError`."""
-    if config.compare is not None and config.compare.general_text is not None:
-        renderer, tokens = ChatRenderer(load_tokenizer(base)), base_run.data.max_example_tokens
-        tokenize_text(renderer, config.compare.general_text, max_example_tokens=tokens)
+    compare = study.config.compare
+    if compare is not None and compare.general_text is not None:
+        renderer, tokens = ChatRenderer(load_tokenizer(base)), study.base_run.data.max_example_tokens
+        tokenize_text(renderer, compare.general_text, max_example_tokens=tokens)
 
 
 def check_data_of_sweep(directory: Path, data: PreparedData) -> None:
@@ -174,10 +156,10 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
     in_all = min([slots * num_groups, *limits])
     train, evaluation = share_tokens(study, data)
     groups = f", in {num_groups} groups" if num_groups > 1 else ""
-    log(f"fused: {in_all} at a time over one base, on {described(base_run)}{groups}")
+    log(f"fused: {in_all} at a time over one base, on {described(base_run.workers)}{groups}")
     job = {
         "base_run": base_run,
-        "base_name": name_for_workers(base_run, base),
+        "base_name": base.name_for_workers,
         "train_data": train,
         "eval_data": evaluation,
         "data_digest": data.digest,
@@ -205,17 +187,17 @@ def share_tokens(study: Study, data: PreparedData) -> tuple[Path | str, Path | s
     return store.share(train), store.share(evaluation) if evaluation is not None else None
 
 
-def run_apart(directory: Path, study: Study, base_run: RunConfig, *, reason: str, log: Log) -> None:
+def run_apart(directory: Path, study: Study, *, reason: str, log: Log) -> None:
     """A process group for every trial."""
-    room, limit = fitting_groups(base_run.workers), study.config.search.max_concurrent
+    workers, limit = study.base_run.workers, study.config.search.max_concurrent
+    room = fitting_groups(workers)
     at_a_time = room if limit is None else min(room, limit)
-    log(f"apart: {at_a_time} at a time, each on {described(base_run)} ({reason})")
+    log(f"apart: {at_a_time} at a time, each on {described(workers)} ({reason})")
     page = LivePage(lambda: refresh(study, directory))
     run_trials(study, directory, max_concurrent=at_a_time, log=log, on_news=page)
 
 
-def described(run: RunConfig) -> str:
-    workers = run.workers
+def described(workers: WorkersConfig) -> str:
     each = f"{workers.gpus_each} GPU" if workers.gpus_each else f"{workers.cpus_each} CPU"
     plural = "s" if workers.count != 1 else ""
     return f"{workers.count} worker{plural} of {each}{'s' if max(workers.gpus_each, workers.cpus_each) > 1 else ''}"
@@ -238,25 +220,14 @@ def refresh(study: Study, directory: Path) -> None:
         write_sweep_report(study, directory)
 
 
-def first_run(config: SweepConfig, space: Space) -> RunConfig:
-    """The sweep, as those parts see it that know runs: its data, workers and place."""
-    point = next(iter(space.points_to_check(config.search)))
-    return space.config(point, name=config.name)
-
-
-def sweep_directory(config: SweepConfig, space: Space) -> Path:
-    """On this machine."""
-    return run_store(first_run(config, space).runs_dir).local(config.name).absolute()
-
-
-def claim_directory(directory: Path, config: SweepConfig, space: Space, base_run: RunConfig) -> None:
+def claim_directory(directory: Path, prepared: PreparedSweep) -> None:
     """Makes or reopens it. Raises `UserError` when the name belongs to something else."""
-    store = run_store(base_run.runs_dir)
-    where = store.uri(config.name)
+    store = run_store(prepared.base_run.runs_dir)
+    where = store.uri(prepared.config.name)
     if (directory / "config.json").is_file():
         raise UserError(f"name: {where} holds a run of this name; choose another (name=...)")
     refuse_unwritable(trials_directory(directory) / "scratch" if store.shared_disk is not None else directory)
-    described = {"sweep": config.model_dump(mode="json"), "run": space.run}
+    described = {"sweep": prepared.config.model_dump(mode="json"), "run": prepared.space.run}
     if (directory / SWEEP).is_file():
         changed = list(differences(read_json(directory / SWEEP), described))
         refused = [f"{key}: was {a}, is {b}" for key, a, b in changed if not key.startswith(MAY_CHANGE)]

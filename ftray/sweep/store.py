@@ -14,13 +14,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from ftray.config import RunConfig, SweepConfig
+from ftray.config import RunConfig
 from ftray.errors import FtrayError, NotFoundError, UserError
 from ftray.storage.lease import Lease
 from ftray.storage.mirror import Mirror
 from ftray.sweep.study import JOURNAL, REQUESTS
 from ftray.sweep.trials import SWEEP
-from ftray.train.runs.claim import holding
+from ftray.train.runs.claim import holding, lock_of
 from ftray.train.runs.handle import set_aside
 from ftray.train.runs.object_store import FRESH_IN_STORE, fetch_notes, lease_of
 from ftray.train.runs.store import run_store
@@ -88,22 +88,13 @@ class StoredSweep:
         self._requests |= new
 
 
-def refuse_population_in_store(config: SweepConfig, run: RunConfig) -> None:
-    """Raises `UserError`."""
-    if is_stored(run.runs_dir) and config.search.scheduler == "pbt":
-        raise UserError(
-            "search.scheduler pbt: a population's runs take over each other's checkpoints on a disk, not in an object "
-            f"store ({run.runs_dir}); give a path (overrides.runs_dir=/path/on/all/nodes) or another scheduler"
-        )
-
-
 @contextlib.contextmanager
 def opened_sweep(run: RunConfig, *, fresh: bool) -> Iterator[Path]:
     """The sweep's directory, on this machine, whose only driver this process is meanwhile. `run`: it has the sweep's
     name and place. `fresh`: an earlier one is set aside. Raises `UserError`."""
     directory = run_store(run.runs_dir).local(run.name).absolute()
     if not is_stored(run.runs_dir):
-        with holding(run, stop_with="Ctrl-C where it was started"):
+        with holding(lock_of(run.runs_dir, run.name), stop_with="Ctrl-C where it was started"):
             if fresh and directory.exists():
                 set_aside(directory)
             yield directory

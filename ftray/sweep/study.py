@@ -24,8 +24,8 @@ from ftray.sweep.search.schedulers import Arrival, make_scheduler
 from ftray.sweep.state import SweepState
 from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trial_name, trials_directory
 from ftray.train.job import STOP_REQUEST
-from ftray.train.runs.finalize import artifact_of
 from ftray.train.runs.store import run_store
+from ftray.train.runs.uri import artifact_name
 
 JOURNAL = "trials.jsonl"
 REQUESTS = "requests"  # of the user while the sweep runs: trials, and runs that are not to begin
@@ -47,9 +47,9 @@ class Study(SweepState):
         self.space = space
         self.spent_s = 0.0  # of earlier drivers
         self._search = make_search(space, config.search)
-        first = space.config(next(iter(space.points_to_check(config.search))))
-        every = first.evaluation.every
-        store = run_store(first.runs_dir)
+        self.base_run = space.first_run(config)
+        every = self.base_run.evaluation.every
+        store = run_store(self.base_run.runs_dir)
         # As users and workers find it; on a disk it is where `directory` is, however its config named that.
         self.uri = str(directory) if store.shared_disk is not None else store.uri(config.name)
         self.trials_uri = f"{self.uri}/{TRIALS}"
@@ -61,7 +61,7 @@ class Study(SweepState):
         self._diverged: dict[str, str] = {}  # whose metric is no number any more
         self._clock = clock
         self._began = clock()
-        self._directory = directory
+        self.directory = directory
         self._journal = Journal(directory / JOURNAL)
         self._replay(repair=is_driver)
         if is_driver:
@@ -119,14 +119,14 @@ class Study(SweepState):
         self.space.check_point(point, label=label)
         if self.space.config(point).data.eval != self.space.config(trial.latest).data.eval:
             raise ConfigError(label, [f"data.eval: {NOT_SWEPT['data.eval']}"])
-        write_json(self._directory / REQUESTS / f"{time.time_ns()}.json", {"point": point, "cloned_from": trial.name})
+        write_json(self.directory / REQUESTS / f"{time.time_ns()}.json", {"point": point, "cloned_from": trial.name})
         return point
 
     def stop(self, trial: Trial) -> list[str]:
         """Asks for the end of its runs, also those of a sweep that runs in another process. Returns their names."""
         names = [run.name for run in trial.runs if run.outcome is None]
         for name in names:
-            write_bytes(self._directory / REQUESTS / name, b"")  # where nobody works on it now
+            write_bytes(self.directory / REQUESTS / name, b"")  # where nobody works on it now
             self.ask_to_end(name)
         return names
 
@@ -135,7 +135,7 @@ class Study(SweepState):
         run_store(self.trials_uri).ask_to_stop(name)
 
     def _is_called_off(self, name: str) -> bool:
-        return (self._directory / REQUESTS / name).is_file()
+        return (self.directory / REQUESTS / name).is_file()
 
     def take_back(self, names: set[str]) -> None:
         """Whoever worked on these runs has died: those that have not ended are given out again."""
@@ -143,7 +143,7 @@ class Study(SweepState):
 
     @property
     def _requests(self) -> list[Path]:
-        return sorted((self._directory / REQUESTS).glob("*.json"))
+        return sorted((self.directory / REQUESTS).glob("*.json"))
 
     @property
     def is_over(self) -> bool:
@@ -232,18 +232,18 @@ class Study(SweepState):
         points = {run.name: self.point_of(run) for run in runs}
         rates = self.space.domains[RATE]
         assert isinstance(rates, Range)
-        directory = trials_directory(self._directory)
+        directory = trials_directory(self.directory)
         saved = [run.name for run in runs if has_saved(directory / run.name, step=step)]
         return choose_moves(values, points, rates, saved=saved, seed=f"{self.config.search.seed}/{self.generation}")
 
     def _take_over(self, move: Move, step: int) -> None:
         moved = replace(self.run(move.run), point=move.point)
-        directory = trials_directory(self._directory)
+        directory = trials_directory(self.directory)
         take_over(directory / move.run, directory / move.source, self.config_of(moved), step=step)
         self._note({"event": "move", "run": move.run, "source": move.source, "step": step, "point": move.point})
 
     def _user_stops(self, run: SweepRun) -> bool:
-        path = trials_directory(self._directory) / run.name / STOP_REQUEST
+        path = trials_directory(self.directory) / run.name / STOP_REQUEST
         return path.is_file() or self._is_called_off(run.name)
 
     def config_of(self, run: SweepRun) -> RunConfig:
@@ -256,7 +256,8 @@ class Study(SweepState):
 
     def artifact_of(self, run: SweepRun) -> str:
         """Path or URL of the adapter or model that it leaves."""
-        return f"{run_store(self.trials_uri).uri(run.name)}/{artifact_of(self.config_of(run))}"
+        name = artifact_name(is_adapter=self.config_of(run).adapter is not None)
+        return f"{run_store(self.trials_uri).uri(run.name)}/{name}"
 
     # -- what is known ---------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from ftray.tracking.metrics import read_metrics
 from ftray.train.job import WORKER_ERROR
 from ftray.train.launch import launch
 from ftray.train.on_ray.trainer import Watcher
+from ftray.train.prepare import prepare
 from ftray.train.runs.store import run_store
 
 REFUSED = "refused"  # by the machine: a disk without room, a store that does not answer. Another time it may run
@@ -34,7 +35,7 @@ def run_to_end(
     try:
         if is_new:
             store.forget_leftover(config)
-        result = launch(config, watcher, until_step=until_step)
+        result = launch(prepare(config), watcher, until_step=until_step)
     except InterruptedRunError:
         reporter.report_all()  # where it had come there before, nothing was followed
         return "stopped", None

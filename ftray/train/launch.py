@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +29,10 @@ from ftray.tracking.runs import RESULT
 from ftray.train.checkpoints.checkpoint import data_digest
 from ftray.train.checkpoints.disk_space import check_disk
 from ftray.train.checkpoints.listing import read_state
-from ftray.train.hooks.own_callbacks import Callback, calling, own_callbacks
+from ftray.train.hooks.own_callbacks import calling
 from ftray.train.job import STOP_REQUEST, TOKENS, TrainJob, request_stop
-from ftray.train.on_ray.trainer import Watcher, name_for_workers, train_on_ray
-from ftray.train.prepare import prepare
+from ftray.train.on_ray.trainer import Watcher, train_on_ray
+from ftray.train.prepare import PreparedRun
 from ftray.train.runs.finalize import PreparedData, describe_interruption, finalize_run, is_complete, num_steps
 from ftray.train.runs.handle import RunHandle, check_same_data
 from ftray.train.runs.rank_directory import new_attempt
@@ -42,24 +42,16 @@ Log = Callable[[str], None]
 
 
 def launch(
-    config: RunConfig,
-    watcher: Watcher,
-    *,
-    fresh: bool = False,
-    init_from: Path | str | None = None,
-    profile_steps: int = 0,
-    until_step: int | None = None,
-    callbacks: Sequence[Callback] = (),
+    prepared: PreparedRun, watcher: Watcher, *, profile_steps: int = 0, until_step: int | None = None
 ) -> dict[str, Any]:
-    """Runs, or goes on with, `config.name` and returns what its result.json says.
+    """Runs, or goes on with, the run and returns what its result.json says.
 
-    `init_from`: path or URL of the PEFT directory that `adapter.init_from` names. `profile_steps`: of rank 0, traced.
-    `until_step`: it saves there and raises `InterruptedRunError`; the same call with a later one goes on. `callbacks`:
-    beside those that the config names.
+    `profile_steps`: of rank 0, traced. `until_step`: it saves there and raises `InterruptedRunError`; the same call
+    with a later one goes on.
     """
     began = time.time()
-    prepare(config, fresh=fresh)
-    with run_store(config.runs_dir).open(config, fresh=fresh) as run:
+    config = prepared.config
+    with run_store(config.runs_dir).open(config, fresh=prepared.fresh) as run:
         if run.finished is not None:
             result = run.uri_of(run.path / RESULT)
             watcher.log(f"{config.name} is finished already; its result stands ({result})")
@@ -68,31 +60,32 @@ def launch(
             watcher.log(f"goes on with a changed setting: {change}")
         (run.path / STOP_REQUEST).unlink(missing_ok=True)
         stop = functools.partial(request_stop, run.path)
-        with calling([*own_callbacks(config), *callbacks], stop=stop) as on_metrics, session(config, run):
+        with calling(prepared.callbacks, stop=stop) as on_metrics, session(run):
             watcher = watcher.calling_also(on_metrics)
-            base, data = check_and_prepare(config, run, watcher.log)
-            job = make_job(config, run, base, data)
-            job = replace(job, init_from=init_from, profile_steps=profile_steps, until_step=until_step)
+            base, data = check_and_prepare(run, watcher.log)
+            job = make_job(run, base, data, init_from=prepared.init_from)
+            job = replace(job, profile_steps=profile_steps, until_step=until_step)
             checkpoint = train_until_stopped(job, run, data, watcher)
-        return finalize_run(config, run, checkpoint, base, data, seconds=time.time() - began)
+        return finalize_run(run, checkpoint, base, data, seconds=time.time() - began)
 
 
 @contextlib.contextmanager
-def session(config: RunConfig, run: RunHandle) -> Iterator[None]:
+def session(run: RunHandle) -> Iterator[None]:
     """Of Ray, where the process has none: `check_and_prepare` starts it, and it ends with the training."""
     own = not ray.is_initialized()
     try:
         yield
     except KeyboardInterrupt:
         own = False  # a thread still waits for Ray, which would end the process before its message is printed
-        raise InterruptedRunError(describe_interruption(config, run)) from None
+        raise InterruptedRunError(describe_interruption(run)) from None
     finally:
         if own:
             ray.shutdown()
 
 
-def check_and_prepare(config: RunConfig, run: RunHandle, log: Log) -> tuple[BaseModel, PreparedData]:
+def check_and_prepare(run: RunHandle, log: Log) -> tuple[BaseModel, PreparedData]:
     """Base and data are made ready while Ray starts and its nodes are asked. Raises `UserError`."""
+    config = run.config
     with ThreadPoolExecutor(max_workers=1) as pool, set_on_failure() as cancelled:
         preparing = pool.submit(prepare_data, config, log, kept_in=run.path.parent / TOKENS, cancelled=cancelled)
         if not ray.is_initialized():
@@ -101,7 +94,7 @@ def check_and_prepare(config: RunConfig, run: RunHandle, log: Log) -> tuple[Base
         check_nodes(run.shared_disk, config.workers)
         base, data = preparing.result()
         broadcast_base(config.base_model, nodes_for(config.workers), log=log)
-    is_done = run.resume_from is not None and is_complete(run.resume_from, config, data)
+    is_done = run.resume_from is not None and is_complete(run.resume_from, data)
     if run.shared_disk is not None and not is_done:
         check_disk(config, base, run.shared_disk)
     if run.resume_from is not None:
@@ -110,16 +103,17 @@ def check_and_prepare(config: RunConfig, run: RunHandle, log: Log) -> tuple[Base
     return base, data
 
 
-def make_job(config: RunConfig, run: RunHandle, base: BaseModel, data: PreparedData) -> TrainJob:
+def make_job(run: RunHandle, base: BaseModel, data: PreparedData, *, init_from: Path | str | None) -> TrainJob:
     """What the workers get."""
     train, evaluation = (tokens.directory if tokens is not None else None for tokens in (data.train, data.eval))
     assert train is not None, "the launch keeps its tokens"
     return TrainJob(
-        config=config,
+        config=run.config,
         uri=run.uri,
         run_directory=run.path,
-        base_name=name_for_workers(config, base),
+        base_name=base.name_for_workers,
         base_fingerprint=base.fingerprint,
+        init_from=init_from,
         data_digest=data.digest,
         train_data=run.share(train),
         eval_data=run.share(evaluation) if evaluation is not None else None,
@@ -130,15 +124,15 @@ def make_job(config: RunConfig, run: RunHandle, base: BaseModel, data: PreparedD
 def train_until_stopped(job: TrainJob, run: RunHandle, data: PreparedData, watcher: Watcher) -> Path | None:
     """The last checkpoint of a run that came to its end. Raises `InterruptedRunError` where it was stopped before."""
     with stop_on_sigterm(run.path) as terminated:
-        train_on_ray(job, run, watcher, num_steps=num_steps(job.config, data.train))
+        train_on_ray(job, run, watcher, num_steps=data.num_steps)
     checkpoint = run.newest_checkpoint()
-    if is_complete(checkpoint, job.config, data):
+    if is_complete(checkpoint, data):
         return checkpoint
     assert checkpoint is not None
     if read_state(checkpoint).step != job.until_step:
         record_driver_event(run.path, "stopped", by="SIGTERM" if terminated.is_set() else "ftray runs stop")
     stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
-    raise stopped(describe_interruption(job.config, run))
+    raise stopped(describe_interruption(run))
 
 
 @contextlib.contextmanager
@@ -178,7 +172,7 @@ def prepare_data(
     log(f"training data: {describe_counts(train)}")
     if evaluation is not None:
         log(f"evaluation data: {describe_counts(evaluation)}")
-    return base, PreparedData(train, evaluation, data_digest(train))
+    return base, PreparedData(train, evaluation, data_digest(train), num_steps(config, train))
 
 
 def describe_counts(dataset: TokenizedDataset) -> str:

@@ -2,15 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from ftray.data.dataset import TokenizedDataset
-from ftray.data.pack import pack
-from ftray.data.plan import MicroBatch, StepPlan, divide
+from ftray.data.examples import Example, ExampleSource, examples_of
+from ftray.data.micro_batches import divide
+from ftray.data.pack import pack, pack_all
 from ftray.model.packed import PackedRow
 from ftray.objectives import Objective
 from ftray.train.engine.protocol import TrainingEngine
@@ -24,7 +25,6 @@ class Schedule:
 
     start_step: int
     num_steps: int
-    end_position: int | None  # positions of the order that exist: epochs x examples
     evaluate_every: int
     save_every: int
     learning_rate: Callable[[int], float]  # of a step; 0 for the first
@@ -35,9 +35,10 @@ class Schedule:
 class Training:
     """What a run goes through."""
 
-    dataset: TokenizedDataset
-    plan: StepPlan
+    source: ExampleSource
     schedule: Schedule
+    seed: int
+    token_budget: int  # of a micro-batch
     evaluate: Callable[[], float] | None = None
 
 
@@ -81,22 +82,21 @@ def train(engine: TrainingEngine, training: Training, guard: LossGuard, callback
 def train_step(
     engine: TrainingEngine, training: Training, guard: LossGuard, callbacks: Callbacks, *, step: int
 ) -> StepRecord:
-    dataset, plan, schedule = training.dataset, training.plan, training.schedule
-    examples = plan.examples(step, end=schedule.end_position)  # over all ranks: every rank knows them
-    micro_batches = plan.divide(examples, engine.num_shares)[engine.share]
-    seed_step(plan.seed, step=step, rank=engine.rank)
+    examples = training.source.step(step)  # over all ranks: every rank knows them
+    shares = divide(examples, world_size=engine.num_shares, token_budget=training.token_budget)
+    micro_batches = shares[engine.share]
+    seed_step(training.seed, step=step, rank=engine.rank)
     began = time.perf_counter()
-    denominator = denominator_of(engine.objective, dataset, examples)
-    step_loss = engine.forward_backward(packed_rows(dataset, micro_batches), denominator=denominator)
+    denominator = denominator_of(engine.objective, examples)
+    step_loss = engine.forward_backward(pack_all(training.source, micro_batches), denominator=denominator)
     if problem := guard.problem(step_loss.loss):
-        callbacks.on_bad_loss(step + 1, problem, suspect_rows(engine, dataset, micro_batches))
-    learning_rate = schedule.learning_rate(step)
+        callbacks.on_bad_loss(step + 1, problem, suspect_rows(engine, micro_batches))
+    learning_rate = training.schedule.learning_rate(step)
     grad_norm = engine.optim_step(lr=learning_rate)
     if not math.isfinite(grad_norm):  # the loss was finite, the update is not
         problem = f"the gradient norm is {grad_norm}"
-        callbacks.on_bad_loss(step + 1, problem, suspect_rows(engine, dataset, micro_batches))
+        callbacks.on_bad_loss(step + 1, problem, suspect_rows(engine, micro_batches))
     return record_step(
-        dataset,
         examples,
         engine.meter,
         step=step + 1,
@@ -108,15 +108,15 @@ def train_step(
     )
 
 
-def denominator_of(objective: Objective, dataset: TokenizedDataset, examples: list[int]) -> int:
+def denominator_of(objective: Objective, examples: Sequence[Example]) -> int:
     """What the loss of a step of these examples is a mean over: trained tokens, or examples."""
-    return dataset.num_trained_tokens(examples) if objective.unit == "token" else len(examples)
+    return sum(example.num_trained for example in examples) if objective.unit == "token" else len(examples)
 
 
-def suspect_rows(engine: TrainingEngine, dataset: TokenizedDataset, micro_batches: list[MicroBatch]) -> list[int]:
+def suspect_rows(engine: TrainingEngine, micro_batches: list[list[Example]]) -> list[int]:
     """Row numbers in the source of what the bad loss may come from, over all ranks."""
     own = [
-        (loss, [int(dataset.rows[i]) for i in examples])
+        (loss, [example.row for example in examples])
         for loss, examples in zip(engine.micro_batch_losses, micro_batches, strict=True)
         if examples
     ]
@@ -126,12 +126,9 @@ def suspect_rows(engine: TrainingEngine, dataset: TokenizedDataset, micro_batche
 def evaluation_rows(
     dataset: TokenizedDataset, engine: TrainingEngine, *, token_budget: int
 ) -> Callable[[], Iterator[PackedRow]]:
-    shares = divide(range(len(dataset)), dataset.lengths, world_size=engine.num_shares, token_budget=token_budget)
-    return lambda: packed_rows(dataset, shares[engine.share])
-
-
-def packed_rows(dataset: TokenizedDataset, micro_batches: list[MicroBatch]) -> Iterator[PackedRow]:
-    return (pack(dataset, examples) for examples in micro_batches)
+    shares = divide(examples_of(dataset), world_size=engine.num_shares, token_budget=token_budget)
+    num_sequences = dataset.sequences_per_example
+    return lambda: (pack(examples, num_sequences=num_sequences) for examples in shares[engine.share])
 
 
 def seed_step(seed: int, *, step: int, rank: int) -> None:

@@ -2,11 +2,12 @@
 
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ftray.data.dataset import TokenizedDataset
+from ftray.data.examples import Example
 from ftray.model.flops import ModelFlops
 
 
@@ -37,21 +38,19 @@ class FlopsMeter:
     trains_base: bool
     reference: bool  # whose forward pass comes beside the policy's
 
-    def step(self, dataset: TokenizedDataset, examples: list[int]) -> float:
+    def step(self, examples: Sequence[Example]) -> float:
         """Model FLOPs of a step of these examples."""
-        lengths = dataset.sequence_lengths.reshape(len(dataset), -1)[examples]
         return self.model.step(
-            num_tokens=int(dataset.lengths[examples].sum()),
-            num_trained=dataset.num_trained_tokens(examples),
-            sum_squared_lengths=int((lengths**2).sum()),
+            num_tokens=sum(example.length for example in examples),
+            num_trained=sum(example.num_trained for example in examples),
+            sum_squared_lengths=sum(len(ids) ** 2 for example in examples for ids, _ in example.sequences),
             trains_base=self.trains_base,
             reference=self.reference,
         )
 
 
 def record_step(
-    dataset: TokenizedDataset,
-    examples: list[int],  # of the step, over all ranks
+    examples: Sequence[Example],  # of the step, over all ranks
     meter: FlopsMeter,
     *,
     step: int,
@@ -61,18 +60,18 @@ def record_step(
     grad_norm: float,
     seconds: float,
 ) -> StepRecord:
-    num_tokens = int(dataset.lengths[examples].sum())
+    num_tokens = sum(example.length for example in examples)
     return StepRecord(
         step=step,
         loss=loss,
         learning_rate=learning_rate,
         grad_norm=grad_norm,
         num_tokens=num_tokens,
-        num_trained_tokens=dataset.num_trained_tokens(examples),
+        num_trained_tokens=sum(example.num_trained for example in examples),
         tokens_per_s=num_tokens / seconds,
         seconds=seconds,
         time=time.time(),
-        mfu=meter.step(dataset, examples) / seconds / meter.gemm_rate,
+        mfu=meter.step(examples) / seconds / meter.gemm_rate,
         memory_gib=peak_memory_gib(),
         metrics=metrics,
     )

@@ -40,10 +40,10 @@ def train_bare(config: RunConfig, *, num_threads: int | None = None) -> list[Ste
         schedule = Schedule(
             0,
             opened.num_steps,
-            None,
             evaluate_every=10**9,
             save_every=10**9,
             learning_rate=opened.learning_rate,
         )
-        train(opened.engine, Training(opened.dataset, opened.plan, schedule), LossGuard(config.guard), recorder)
+        training = Training(opened.source, schedule, config.seed, config.batch.tokens_per_micro_batch)
+        train(opened.engine, training, LossGuard(config.guard), recorder)
     return recorder.steps

@@ -11,6 +11,7 @@ from ftray.config import parse_config
 from ftray.tracking.metrics import read_metrics
 from ftray.train.launch import launch
 from ftray.train.on_ray.trainer import Watcher
+from ftray.train.prepare import prepare
 
 STEPS = 41  # two saves with one every 20 steps
 EXAMPLES_PER_STEP = 2
@@ -48,5 +49,5 @@ def run(*overrides: str) -> None:
     with tempfile.TemporaryDirectory(prefix="ftray-bench-") as scratch:
         config = write_config(Path(scratch), overrides)
         watcher = Watcher(log=lambda text: None, on_metrics=lambda records: None, on_start=lambda first, total: None)
-        launch(config, watcher)
+        launch(prepare(config), watcher)
         report([r for r in read_metrics(Path(config.runs_dir) / config.name) if "loss" in r])

@@ -7,6 +7,7 @@ from tiny import VLLM_SIZES, chat_rows, write_jsonl, write_peft_adapter, write_t
 
 from ftray.config.data import DataConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.data.examples import examples_of
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.engines import load_adapter
@@ -28,8 +29,8 @@ def test_packed_equals_one_by_one(tiny_base, renderer, tmp_path):
     dataset = tokenize_source("data.train", str(path), DataConfig(train=str(path)), renderer)
     model = PackedCausalLM(load_weights(tiny_base, hardware, attention=register_packed_attention()))
     with torch.no_grad():
-        together = model(pack(dataset, list(range(12))).to(hardware.device))
-        alone = torch.cat([model(pack(dataset, [i]).to(hardware.device)) for i in range(12)])
+        together = model(pack(examples_of(dataset, list(range(12)))).to(hardware.device))
+        alone = torch.cat([model(pack(examples_of(dataset, [i])).to(hardware.device)) for i in range(12)])
     torch.testing.assert_close(together, alone, **CLOSE)
 
 

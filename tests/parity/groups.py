@@ -95,7 +95,7 @@ def run_group(
     while running := [m for m in members if not m.is_done and not (m.name == stop_early and m.step == 2)]:
         if share_a_norm:
             clip_together(running)
-        for name, reported in group.step(running, dataset).items():
+        for name, reported in group.step(running).items():
             assert isinstance(reported, MemberStep), reported
             found[name]["losses"].append(reported.loss)
             found[name]["grad_norms"].append(reported.grad_norm)

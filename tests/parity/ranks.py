@@ -133,7 +133,7 @@ def config_of(record: Record, *, base_directory: str, train_file: str) -> Any:
 
 
 def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: str, train_file: str) -> dict[str, Any]:
-    from ftray.data.plan import plan_steps
+    from ftray.data.examples import dataset_source
     from ftray.data.tokens import tokenize_source
     from ftray.model.base import load_tokenizer, prepare_base
     from ftray.model.chat import ChatRenderer
@@ -184,13 +184,12 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     schedule = Schedule(
         start_step,
         record.stop_after or record.steps,
-        None,
         evaluate_every=2,
         save_every=record.steps,
         learning_rate=make_schedule(config.optimizer, num_steps=record.steps),
     )
-    plan = plan_steps(config, dataset.lengths)
-    training = Training(dataset, plan, schedule, evaluate=lambda: engine.evaluate(rows()))
+    source, budget = dataset_source(config, dataset), config.batch.tokens_per_micro_batch
+    training = Training(source, schedule, config.seed, budget, evaluate=lambda: engine.evaluate(rows()))
     train(engine, training, LossGuard(config.guard), seen)
     saver.finish(last=True)
     saver.close()

@@ -6,6 +6,7 @@ from tiny import chat_rows, write_jsonl
 
 from ftray.config.adapter import AdapterConfig
 from ftray.config.data import DataConfig
+from ftray.data.examples import examples_of
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.errors import AdapterError
@@ -49,7 +50,7 @@ def alone(tiny_base, dataset, config, examples, seed):
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in parameters.items()}
     disturb(parameters)
-    log_probs = PackedCausalLM(model)(pack(dataset, examples))
+    log_probs = PackedCausalLM(model)(pack(examples_of(dataset, examples)))
     log_probs.mean().backward()
     return start, log_probs.detach(), {name: p.grad for name, p in parameters.items()}
 
@@ -71,8 +72,10 @@ def together(tiny_base, dataset, names, *, tokens_off: int = 0, drop: str | None
     spans[0] = names[0], counts[names[0]] - tokens_off
     spans[-1] = names[-1], spans[-1][1] + tokens_off
     with fused.apply(spans):
-        log_probs_N = PackedCausalLM(model)(pack(dataset, [index for of in examples.values() for index in of]))
-    parts = log_probs_N.split([len(pack(dataset, of).rows_N) for of in examples.values()])
+        log_probs_N = PackedCausalLM(model)(
+            pack(examples_of(dataset, [index for of in examples.values() for index in of]))
+        )
+    parts = log_probs_N.split([len(pack(examples_of(dataset, of)).rows_N) for of in examples.values()])
     torch.stack([part.mean() for part in parts]).sum().backward()
     gradients = {name: {key: p.grad for key, p in fused.adapters[name].items()} for name in names}
     return starts, dict(zip(names, (part.detach() for part in parts), strict=True)), gradients, model
@@ -107,7 +110,7 @@ def test_an_adapter_that_leaves_changes_nothing_for_the_others(tiny_base, datase
 
 def test_without_adapters_it_is_the_base_and_the_base_learns_nothing(tiny_base, dataset):
     *_, model = together(tiny_base, dataset, list(ADAPTERS))
-    row = pack(dataset, [0, 1])
+    row = pack(examples_of(dataset, [0, 1]))
     torch.testing.assert_close(PackedCausalLM(model)(row), PackedCausalLM(load(tiny_base))(row), **CLOSE)
     assert all(not p.requires_grad and p.grad is None for p in model.parameters())
 

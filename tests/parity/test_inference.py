@@ -13,6 +13,7 @@ from tiny import chat_rows, write_jsonl
 from ftray.config.adapter import AdapterConfig
 from ftray.config.data import DataConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.data.examples import examples_of
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.engines import generate, load_adapter
@@ -238,7 +239,7 @@ def test_served_logits_and_prompts_are_those_of_training(tiny_base, renderer, tm
     config = AdapterConfig(rank=8, alpha=16)
     inject_lora(model, config, seed=0)
     load_weights_from(adapters["r8"], model, config, label="r8")
-    row: PackedRow = pack(dataset, list(range(6)))
+    row: PackedRow = pack(examples_of(dataset, list(range(6))))
     with torch.no_grad():
         trained = PackedCausalLM(model)(row)
     torch.testing.assert_close(engine.score(row, "r8"), trained, **CLOSE)
@@ -246,4 +247,4 @@ def test_served_logits_and_prompts_are_those_of_training(tiny_base, renderer, tm
         torch.testing.assert_close(engine.score(row, "r4"), trained, **CLOSE)
     for index, record in enumerate(chat_rows(6, seed=4)):
         prompt = renderer.prompt_ids(record["messages"][:1])
-        assert dataset.example(index)[0][: len(prompt)].tolist() == prompt
+        assert dataset.sequences(index)[0][0][: len(prompt)].tolist() == prompt

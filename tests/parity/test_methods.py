@@ -7,6 +7,7 @@ from tiny import write_tiny_model
 from ftray.config.adapter import AdapterConfig
 from ftray.config.run import MemoryConfig
 from ftray.data.dataset import TokenizedDataset
+from ftray.data.examples import examples_of
 from ftray.data.pack import pack
 from ftray.errors import AdapterError, UserError
 from ftray.model.base import prepare_base
@@ -155,7 +156,7 @@ def test_qlora_trains_over_a_base_in_4_bits(tmp_path):
     assert 0.02 < error < 0.15, "4 bits are near the weights, and not they"
     inject_lora(model, AdapterConfig(rank=4, alpha=8), seed=0)
     packed = PackedCausalLM(model)
-    row = pack(tiny_dataset(), [0, 1])
+    row = pack(examples_of(tiny_dataset(), [0, 1]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(12):
@@ -193,7 +194,7 @@ def test_memory_settings_change_nothing_but_memory(tiny_base, way):
         model = load_weights(tiny_base, choose_hardware(), attention=register_packed_attention())
         inject_lora(model, AdapterConfig(rank=4, alpha=8), seed=0)
         packed = PackedCausalLM(prepare_layers(model, config)).train()
-        loss = -packed(pack(tiny_dataset(), [0, 1])).mean()
+        loss = -packed(pack(examples_of(tiny_dataset(), [0, 1]))).mean()
         loss.backward()
         return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ftray.config.adapter import AdapterConfig
 from ftray.config.data import DataConfig
+from ftray.data.examples import examples_of
 from ftray.data.pack import dummy_row, pack
 from ftray.data.tokens import tokenize_source
 from ftray.model.hardware import choose_hardware
@@ -66,7 +67,7 @@ def our_loss_and_gradients(tiny_base, renderer, path, kind, *, adapter, break_it
         shift(model)
     packed = PackedCausalLM(model)
     loss_of = make_loss(OBJECTIVES[kind].config(type=kind, **settings))
-    row = pack(dataset, list(range(len(dataset))))
+    row = pack(examples_of(dataset, list(range(len(dataset)))))
     with torch.no_grad():
         if adapter:
             with without_adapter(model):
@@ -153,7 +154,7 @@ def test_a_new_adapter_starts_at_log_2(tiny_base, renderer, tmp_path):
     dataset = tokenize_source("data.train", str(path), DataConfig(train=str(path)), renderer, shape="pair")
     model = load_weights(tiny_base, choose_hardware(), attention=register_packed_attention())
     inject_lora(model, LORA, seed=0)
-    packed, row = PackedCausalLM(model), pack(dataset, [0, 1, 2])
+    packed, row = PackedCausalLM(model), pack(examples_of(dataset, [0, 1, 2]))
     with torch.no_grad(), without_adapter(model):
         reference_N = packed(row)
     loss = make_loss(DpoConfig(type="dpo", beta=0.1))(LogProbs(packed(row), reference_N), row)

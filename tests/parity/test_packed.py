@@ -6,6 +6,7 @@ from fake_engine import FakeEngine
 from tiny import SHARED_DATA, chat_rows, lora_value, write_jsonl
 
 from ftray.config.data import DataConfig
+from ftray.data.examples import examples_of
 from ftray.data.pack import dummy_row, pack
 from ftray.data.tokens import tokenize_source
 from ftray.model.hardware import choose_hardware
@@ -31,42 +32,42 @@ def model(tiny_base):
 
 
 def one_by_one(model, dataset, indices):
-    return torch.cat([model(pack(dataset, [i])) for i in indices])
+    return torch.cat([model(pack(examples_of(dataset, [i]))) for i in indices])
 
 
 def test_packed_equals_one_by_one(model, dataset):
-    together = model(pack(dataset, list(range(12))))
+    together = model(pack(examples_of(dataset, list(range(12)))))
     torch.testing.assert_close(together, one_by_one(model, dataset, range(12)), **CLOSE)
 
 
 def test_a_neighbour_changes_nothing(model, dataset):
-    first = model(pack(dataset, [0, 1, 2]))
-    other = model(pack(dataset, [0, 5, 7]))
-    count = len(pack(dataset, [0]).rows_N)
+    first = model(pack(examples_of(dataset, [0, 1, 2])))
+    other = model(pack(examples_of(dataset, [0, 5, 7])))
+    count = len(pack(examples_of(dataset, [0])).rows_N)
     torch.testing.assert_close(first[:count], other[:count], **CLOSE)
 
 
 def test_a_layout_without_boundaries_is_found(model, dataset):
     """The twin: were the row one sequence, neighbours would leak and the comparison above would fail."""
-    row = pack(dataset, [1, 0])
+    row = pack(examples_of(dataset, [1, 0]))
     leaky = row.__class__(**{**vars(row), "layout": packed_layout([len(row.ids_T)])})
-    count = len(pack(dataset, [1]).rows_N)
+    count = len(pack(examples_of(dataset, [1])).rows_N)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(model(leaky)[count:], model(pack(dataset, [0])), **CLOSE)
+        torch.testing.assert_close(model(leaky)[count:], model(pack(examples_of(dataset, [0]))), **CLOSE)
 
 
 def test_the_packed_attention_is_transformers_attention(model, dataset, tiny_base):
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_base.directory)
-    row = pack(dataset, [4])
+    row = pack(examples_of(dataset, [4]))
     logits = plain(row.ids_T[None]).logits[0].log_softmax(-1)
     expected = logits[row.rows_N].gather(1, row.targets_N[:, None])[:, 0]
     torch.testing.assert_close(model(row), expected, **CLOSE)
 
 
 def test_logits_in_chunks_are_the_same(model, dataset, monkeypatch):
-    row = pack(dataset, list(range(12)))
+    row = pack(examples_of(dataset, list(range(12))))
     whole = model(row)
     whole.sum().backward()
     gradient = model.model.get_input_embeddings().weight.grad.clone()
@@ -155,7 +156,7 @@ def test_sft_loss_and_gradient_are_trls(tiny_base, renderer, tmp_path, source):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(lora_value(name, parameter.shape))
-    row = pack(dataset, list(range(len(dataset))))
+    row = pack(examples_of(dataset, list(range(len(dataset)))))
     loss = sft_loss(LogProbs(PackedCausalLM(model)(row)), row)
     (loss.sum / loss.count).backward()
     expected, gradients = trl_loss(tiny_base, rows, tmp_path)
@@ -164,7 +165,7 @@ def test_sft_loss_and_gradient_are_trls(tiny_base, renderer, tmp_path, source):
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
     # the twin: with the mean of each example's mean, which is another normaliser, the losses would differ
-    means = [-(PackedCausalLM(model)(pack(dataset, [i]))).mean().item() for i in range(len(dataset))]
+    means = [-(PackedCausalLM(model)(pack(examples_of(dataset, [i])))).mean().item() for i in range(len(dataset))]
     assert sum(means) / len(means) != pytest.approx(expected, rel=1e-5)
 
 

@@ -8,6 +8,7 @@ from ranks import Record, train_on_ranks
 
 from ftray.config.data import DataConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.data.examples import examples_of
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.infer.engines import generate
@@ -46,17 +47,17 @@ def test_the_shipped_data_trains_only_the_intent(engine):
     data = DataConfig(train=TRAIN)
     renderer = ChatRenderer(engine.tokenizer)
     dataset = tokenize_source("data.train", TRAIN, data, renderer)
-    ids, trained = dataset.example(0)
+    ids, trained = dataset.sequences(0)[0]
     assert renderer.tokenizer.decode(ids[trained]) == "age_limit<|im_end|>"
     assert dataset.counts()["examples"] == 480
 
 
 def test_packed_log_probabilities_are_transformers(engine, reference):
     dataset = tokenize_source("data.train", TRAIN, DataConfig(train=TRAIN), ChatRenderer(engine.tokenizer))
-    packed = engine.score(pack(dataset, [0, 1, 2, 3]), None)
+    packed = engine.score(pack(examples_of(dataset, [0, 1, 2, 3])), None)
     alone = []
     for i in range(4):
-        row = pack(dataset, [i])
+        row = pack(examples_of(dataset, [i]))
         with torch.no_grad():
             logits = reference(row.ids_T[None]).logits[0].log_softmax(-1)
         alone.append(logits[row.rows_N].gather(1, row.targets_N[:, None])[:, 0])

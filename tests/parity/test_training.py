@@ -226,14 +226,14 @@ def plain_torch_loop(base, train_file):
     from transformers import AutoModelForCausalLM
 
     from ftray.config.data import DataConfig
-    from ftray.data.plan import StepPlan
+    from ftray.data.examples import DatasetSource
     from ftray.data.tokens import tokenize_source
     from ftray.model.base import load_tokenizer
     from ftray.model.chat import ChatRenderer
 
     data = DataConfig(train=str(train_file))
     dataset = tokenize_source("data.train", str(train_file), data, ChatRenderer(load_tokenizer(base)))
-    plan = StepPlan(dataset.lengths, examples_per_step=8, tokens_per_micro_batch=4096, seed=0, shuffle=True)
+    source = DatasetSource(dataset, examples_per_step=8, seed=0, shuffle=True, max_steps=4)
     model = AutoModelForCausalLM.from_pretrained(base.directory)
     vectors = [p for p in model.parameters() if p.ndim == 1]
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -241,7 +241,7 @@ def plain_torch_loop(base, train_file):
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     losses, norms = [], []
     for step in range(4):
-        examples = [dataset.example(i) for i in plan.examples(step, end=None)]
+        examples = [example.sequences[0] for example in source.step(step)]
         longest = max(len(ids) for ids, _ in examples)
         ids = torch.zeros(len(examples), longest, dtype=torch.long)
         labels = torch.full_like(ids, -100)

@@ -21,6 +21,7 @@ from ftray.pipeline.stages import run_pipeline
 from ftray.registry import Registry
 from ftray.storage import read_json, write_json
 from ftray.train.on_ray.trainer import Watcher
+from ftray.train.prepare import PreparedRun, prepare
 
 
 @pytest.fixture
@@ -111,12 +112,13 @@ def test_a_run_keeps_the_version_that_it_began_with(tiny_model, adapters, train_
         f"registry: {tmp_path}/registry\ndata: {{train: {train_file}}}\nadapter: {{rank: 4, init_from: support@prod}}\n"
     )
     config = parse_config(text, kind="run", source="x")
-    begun, place = resolve_start(config)
-    assert (begun.adapter.init_from, str(place)) == ("support@1", registry.place(registry.get("support@1")))
+    start = resolve_start(prepare(config))
+    begun = start.config
+    assert (begun.adapter.init_from, str(start.init_from)) == ("support@1", registry.place(registry.get("support@1")))
     write_json(tmp_path / "runs/on/config.json", begun.model_dump(mode="json"))
     registry.promote("support@2", "prod")
-    assert resolve_start(config)[0].adapter.init_from == "support@1"
-    assert resolve_start(config, fresh=True)[0].adapter.init_from == "support@2"
+    assert resolve_start(PreparedRun(config, False, ())).config.adapter.init_from == "support@1"
+    assert resolve_start(PreparedRun(config, True, ())).config.adapter.init_from == "support@2"
 
 
 def test_mistakes_are_told_before_the_first_step(files, tiny_model, tmp_path, capsys):

@@ -13,6 +13,7 @@ from ftray.errors import InterruptedRunError, UserError
 from ftray.storage import ObjectStore, read_json, verify_directory
 from ftray.tracking.metrics import read_metrics
 from ftray.train.launch import launch
+from ftray.train.prepare import prepare
 from ftray.train.runs import object_store, rank_directory
 from ftray.train.runs.store import run_store
 from ftray.train.runs.uri import local_root
@@ -33,11 +34,11 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(ray_session, config, runs_dir, tm
     for module in (object_store, rank_directory):
         monkeypatch.setattr(module, "SYNC_S", 0.3)
     settings = {"max_steps": 16, "evaluation.samples": 2, "checkpoint.keep": 2}
-    whole = launch(config(**settings), Recorder().watcher())
+    whole = launch(prepare(config(**settings)), Recorder().watcher())
     settings["runs_dir"] = runs_dir
     recorder = Recorder()
     with pytest.raises(InterruptedRunError, match=rf"the checkpoint {runs_dir}/demo/checkpoints/step-\d+ stands"):
-        launch(config(**settings), recorder.watcher(), until_step=10)
+        launch(prepare(config(**settings)), recorder.watcher(), until_step=10)
     assert any("2 workers run on cpu" in line for line in recorder.lines)
     store = ObjectStore(f"{runs_dir}/demo")
     there = {found.key for found in store.entries()}
@@ -50,7 +51,7 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(ray_session, config, runs_dir, tm
         "10",
     ]
     with pytest.raises(UserError, match="--fresh"):
-        launch(config(**settings), Recorder().watcher(), fresh=True)
+        launch(prepare(config(**settings), fresh=True), Recorder().watcher())
 
     # The newest checkpoint is damaged: what its manifest does not prove does not count.
     newest = max(int(key.split("/")[1][5:]) for key in there if key.endswith("trainer.json"))
@@ -58,7 +59,7 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(ray_session, config, runs_dir, tm
     store.write(state.key, bytes(state.size))
     shutil.rmtree(local_root(runs_dir))  # as if this were another machine
     again = Recorder()
-    result = launch(config(**settings), again.watcher())
+    result = launch(prepare(config(**settings)), again.watcher())
     run = run_store(runs_dir).look() / "demo"
     assert losses(run) == losses(tmp_path / "runs/demo")
     assert result["steps"] == 16
@@ -80,7 +81,7 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(ray_session, config, runs_dir, tm
     assert all((mine[name] == theirs[name]).all() for name in theirs)
 
     stands = Recorder()
-    assert launch(config(**settings), stands.watcher()) == result
+    assert launch(prepare(config(**settings)), stands.watcher()) == result
     assert f"its result stands ({runs_dir}/demo/result.json)" in stands.lines[0]
 
 

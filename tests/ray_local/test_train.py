@@ -21,6 +21,7 @@ from ftray.tracking.metrics import read_metrics
 from ftray.tracking.samples import read_samples
 from ftray.train.checkpoints.listing import newest_whole_checkpoint
 from ftray.train.launch import launch
+from ftray.train.prepare import prepare
 
 
 def files_with(secret: str, *places: Path) -> list[Path]:
@@ -33,7 +34,7 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path, monkey
     monkeypatch.setenv("WANDB_API_KEY", secret)
     settings = {"tracking.wandb": "offline", "tracking.tensorboard": "true", "evaluation.samples": 3}
     recorder = Recorder()
-    result = launch(config(**settings), recorder.watcher(), profile_steps=2)
+    result = launch(prepare(config(**settings)), recorder.watcher(), profile_steps=2)
     run = tmp_path / "runs" / "demo"
     assert {p.name for p in run.iterdir()} >= {
         "config.json", "environment.json", "metrics.jsonl", "checkpoints", "adapter", "result.json",
@@ -78,12 +79,12 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path, monkey
 
     # the same command again: the result stands
     again = Recorder()
-    assert launch(config(**settings), again.watcher()) == result
+    assert launch(prepare(config(**settings)), again.watcher()) == result
     assert "finished already" in again.lines[0]
 
     # another config under the same name: refused before any work, nothing lost
     with pytest.raises(UserError, match=r"optimizer.learning_rate: was 0.005, is 0.1\n.*--fresh"):
-        launch(config(optimizer__learning_rate=0.1), Recorder().watcher())
+        launch(prepare(config(optimizer__learning_rate=0.1)), Recorder().watcher())
     assert read_json(run / "result.json") == result
 
     # not finished, but with other data: refused
@@ -93,7 +94,7 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path, monkey
     stored["data"]["train"] = str(data)
     (run / "config.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match=r"data\.train: the data differ"):
-        launch(config(data__train=data, **settings), Recorder().watcher())
+        launch(prepare(config(data__train=data, **settings)), Recorder().watcher())
 
 
 def signal_a_worker(number: signal.Signals):
@@ -105,9 +106,9 @@ def signal_a_worker(number: signal.Signals):
 
 def test_workers_that_die_or_hang_are_replaced_and_the_run_ends_the_same(ray_session, config, tmp_path):
     long = {"max_steps": 60, "checkpoint.every": 5, "evaluation.every": 60, "guard.hang_timeout_s": 8}
-    calm = launch(config(name="calm", **long), Recorder().watcher())
+    calm = launch(prepare(config(name="calm", **long)), Recorder().watcher())
     recorder = Recorder({7: lambda: signal_a_worker(signal.SIGKILL), 25: lambda: signal_a_worker(signal.SIGSTOP)})
-    hurt = launch(config(name="hurt", **long), recorder.watcher())
+    hurt = launch(prepare(config(name="hurt", **long)), recorder.watcher())
     assert not recorder.actions, "nothing was done to a worker"
     events = [(event["event"], event.get("after_step", -1) % 5) for event in hurt["events"]]
     started = ("workers_started", 0)
@@ -138,9 +139,9 @@ def test_a_bad_step_is_passed_over_or_ends_the_run(ray_session, config, tmp_path
     with pytest.raises(
         FtrayError, match=r"step 13: the loss is .* the rows 25, 26 of data.train.*guard.on_bad_loss=skip"
     ):
-        launch(config(name="stops", **settings), Recorder().watcher())
+        launch(prepare(config(name="stops", **settings)), Recorder().watcher())
     assert newest_whole_checkpoint(tmp_path / "runs" / "stops").name == "step-12"
-    result = launch(config(name="stops", guard__on_bad_loss="skip", **settings), Recorder().watcher())
+    result = launch(prepare(config(name="stops", guard__on_bad_loss="skip", **settings)), Recorder().watcher())
     kinds = [(event["event"], event.get("after_step", event.get("step"))) for event in result["events"]]
     assert kinds == [("workers_started", 0), ("workers_started", 12), ("step_skipped", 13), ("workers_started", 12)]
     assert result["events"][2]["rows"] == [25, 26]
@@ -158,7 +159,7 @@ def test_full_fine_tuning_with_zero_3_gives_a_model_that_serves(ray_session, con
     from ftray.model.base import prepare_base
     from ftray.model.hardware import choose_hardware
 
-    result = launch(config(adapter="null", zero__stage=3, max_steps=4), Recorder().watcher())
+    result = launch(prepare(config(adapter="null", zero__stage=3, max_steps=4)), Recorder().watcher())
     model, report = AutoModelForCausalLM.from_pretrained(result["output"], output_loading_info=True)
     assert not report["missing_keys"]
     prompt = renderer.prompt_ids(chat_rows(1)[0]["messages"][:1])
@@ -174,11 +175,11 @@ def test_more_workers_than_the_cluster_has(ray_session, config):
     with pytest.raises(
         UserError, match=r"workers.count: 9 workers of 1 CPU do not fit: the cluster has 1 node with 4 CPUs"
     ):
-        launch(config(workers__count=9), Recorder().watcher())
+        launch(prepare(config(workers__count=9)), Recorder().watcher())
     with pytest.raises(UserError, match=r"2 workers of 1 CPU and 1 GPU do not fit"):
-        launch(config(name="gpu", workers__gpus_each=1), Recorder().watcher())
+        launch(prepare(config(name="gpu", workers__gpus_each=1)), Recorder().watcher())
 
 
 def test_a_mistake_found_in_the_workers_is_not_retried(ray_session, config):
     with pytest.raises(UserError, match=r"adapter.targets: .*nope"):
-        launch(config(adapter="{targets: [nope]}"), Recorder().watcher())
+        launch(prepare(config(adapter="{targets: [nope]}")), Recorder().watcher())

@@ -183,7 +183,9 @@ def loss_of_text(tmp_path: Path, general: Path) -> float:
     base = load_config(tmp_path / "run.yaml", kind="run").base_model
     data = DataConfig(train=str(general), overlong="split", max_example_tokens=256)
     renderer = ChatRenderer(load_tokenizer(prepare_base(base)))
-    ids = torch.tensor([tokenize_source("t", str(general), data, renderer, shape="document").example(0)[0].tolist()])
+    ids = torch.tensor(
+        [tokenize_source("t", str(general), data, renderer, shape="document").sequences(0)[0][0].tolist()]
+    )
     model = AutoModelForCausalLM.from_pretrained(base)
     assert json.loads(general.read_text())["text"] in renderer.tokenizer.decode(ids[0])
     with torch.no_grad():

@@ -1,12 +1,15 @@
 import csv
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from tiny import chat_rows, write_jsonl
 
 from ftray.config.data import ColumnsConfig, DataConfig
-from ftray.data.plan import StepPlan, divide
+from ftray.data.dataset import TokenizedDataset
+from ftray.data.examples import DatasetSource
+from ftray.data.micro_batches import divide
 from ftray.data.sources import load_rows
 from ftray.data.tokens import tokenize_source
 from ftray.errors import DataError
@@ -42,7 +45,7 @@ def test_prompt_columns_are_joined_and_system_is_used(tmp_path, renderer):
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     columns = ColumnsConfig(prompt=["i", "x"], completion="o", system="s")
     dataset = tokenize(path, renderer, columns=columns)
-    texts = [renderer.tokenizer.decode(dataset.example(i)[0]) for i in range(2)]
+    texts = [renderer.tokenizer.decode(dataset.sequences(i)[0][0]) for i in range(2)]
     assert texts[0].startswith("<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\nSum\n\n1 2<|im_end|>")
     assert texts[1].startswith("<|im_start|>user\nHi<|im_end|>")
 
@@ -94,40 +97,60 @@ def test_a_missing_column_names_those_there_are(tmp_path, renderer):
         tokenize(path, renderer, columns=ColumnsConfig(prompt="question", completion="a"))
 
 
-def make_plan(lengths, **changes) -> StepPlan:
-    settings = {"examples_per_step": 4, "tokens_per_micro_batch": 64, "seed": 0, "shuffle": True}
-    return StepPlan(lengths=np.asarray(lengths), **(settings | changes))
+@dataclass(frozen=True)
+class Sized:
+    """What dividing looks at."""
+
+    number: int
+    length: int
+
+
+def dataset_of(count: int) -> TokenizedDataset:
+    """Examples of five tokens."""
+    trained = np.tile([False, True, True, True, True], count)
+    lengths, rows, trained_lengths = np.full(count, 5), np.arange(1, count + 1), np.full(count, 4)
+    ids = np.arange(5 * count, dtype=np.int32)
+    return TokenizedDataset(ids, trained, lengths, rows, trained_lengths, 1, count, 0, 0)
+
+
+def numbers(source: DatasetSource, step: int) -> list[int]:
+    return [example.number for example in source.step(step)]
+
+
+def make_source(count: int = 10, **changes) -> DatasetSource:
+    settings = {"examples_per_step": 4, "seed": 0, "shuffle": True} | changes
+    return DatasetSource(dataset_of(count), **({"max_steps": 9} if "epochs" not in settings else {}) | settings)
 
 
 def test_epochs_train_every_example_exactly_that_often():
-    plan = make_plan([5] * 10)
-    steps = plan.num_steps(epochs=3, max_steps=None)
-    seen = [i for step in range(steps) for i in plan.examples(step, end=30)]
-    assert steps == 8
-    assert len(plan.examples(7, end=30)) == 2  # the rest, not dropped and not filled up
+    source = make_source(epochs=3)
+    seen = [number for step in range(source.num_steps) for number in numbers(source, step)]
+    assert source.num_steps == 8
+    assert len(source.step(7)) == 2  # the rest, not dropped and not filled up
     assert sorted(seen) == sorted(list(range(10)) * 3)
     assert seen[:10] != seen[10:20]
 
 
 def test_the_order_depends_on_the_seed_alone():
-    assert make_plan([5] * 10).examples(1, end=None) == make_plan([5] * 10).examples(1, end=None)
-    assert make_plan([5] * 10).examples(1, end=None) != make_plan([5] * 10, seed=1).examples(1, end=None)
-    assert make_plan([5] * 10, shuffle=False).examples(1, end=None) == [4, 5, 6, 7]
+    assert numbers(make_source(), 1) == numbers(make_source(), 1)
+    assert numbers(make_source(), 1) != numbers(make_source(seed=1), 1)
+    assert numbers(make_source(shuffle=False), 1) == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_ranks_divide_a_step_without_loss_and_with_equal_counts(world_size):
     rng = np.random.default_rng(world_size)
     lengths = rng.integers(1, 60, size=50)
-    examples = list(rng.permutation(50)[:17])
-    ranks = divide(examples, lengths, world_size=world_size, token_budget=64)
+    examples = [Sized(int(i), int(lengths[i])) for i in rng.permutation(50)[:17]]
+    ranks = divide(examples, world_size=world_size, token_budget=64)
     assert len({len(batches) for batches in ranks}) == 1
-    assert sorted(i for batches in ranks for batch in batches for i in batch) == sorted(examples)
-    assert all(sum(lengths[i] for i in batch) <= 64 for batches in ranks for batch in batches)
-    loads = [sum(lengths[i] for batch in batches for i in batch) for batches in ranks]
+    found = [example.number for batches in ranks for batch in batches for example in batch]
+    assert sorted(found) == sorted(example.number for example in examples)
+    assert all(sum(example.length for example in batch) <= 64 for batches in ranks for batch in batches)
+    loads = [sum(example.length for batch in batches for example in batch) for batches in ranks]
     assert max(loads) - min(loads) <= max(lengths)
 
 
 def test_more_ranks_than_examples_leaves_empty_micro_batches():
-    ranks = divide([0], np.asarray([5]), world_size=3, token_budget=8)
-    assert ranks == [[[0]], [[]], [[]]]
+    only = Sized(0, 5)
+    assert divide([only], world_size=3, token_budget=8) == [[[only]], [[]], [[]]]

@@ -1,14 +1,17 @@
 """The training loop, driven whole by a fake engine: what it calls, when, and in which order."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from fake_engine import FakeEngine
 
 from ftray.config.run import GuardConfig
 from ftray.data.dataset import TokenizedDataset
-from ftray.data.plan import StepPlan
+from ftray.data.examples import DatasetSource, ExampleSource
+from ftray.data.pack import pack_all
 from ftray.objectives import OBJECTIVES
 from ftray.train.engine.protocol import TrainingEngine
 from ftray.train.loop import Schedule, Training, evaluation_rows, train
@@ -63,15 +66,24 @@ def dataset() -> TokenizedDataset:
     )
 
 
-def go(engine: FakeEngine, *, stop_at: int | None = None, evaluates: bool = False, **schedule) -> tuple[int, Kept]:
+def go(
+    engine: FakeEngine,
+    *,
+    stop_at: int | None = None,
+    evaluates: bool = False,
+    epochs: int | None = None,
+    source: ExampleSource | None = None,
+    **schedule,
+) -> tuple[int, Kept]:
     data = dataset()
-    plan = StepPlan(data.lengths, examples_per_step=2, tokens_per_micro_batch=8, seed=0, shuffle=False)
-    when = {"start_step": 0, "num_steps": 4, "end_position": None, "evaluate_every": 2, "save_every": 3} | schedule
+    when = {"start_step": 0, "num_steps": 4, "evaluate_every": 2, "save_every": 3} | schedule
+    length = {"epochs": epochs} if epochs is not None else {"max_steps": when["num_steps"]}
     rows = evaluation_rows(data, engine, token_budget=8)
     training = Training(
-        data,
-        plan,
+        source or DatasetSource(data, examples_per_step=2, seed=0, shuffle=False, **length),
         Schedule(**when, learning_rate=lambda step: float(step + 1)),
+        seed=0,
+        token_budget=8,
         evaluate=(lambda: engine.evaluate(rows())) if evaluates else None,
     )
     kept = Kept(engine.calls, stop_at=stop_at)
@@ -89,10 +101,10 @@ def test_the_fake_is_an_engine():
 
 def test_a_step_is_forward_backward_update_record():
     engine = FakeEngine()
-    done, kept = go(engine, num_steps=2, end_position=3)
+    done, kept = go(engine, num_steps=2)
     assert done == 2
     assert engine.calls[:3] == [("forward_backward", 4, [7]), ("optim_step", 1.0), ("end", 1)]
-    assert engine.calls[3:6] == [("forward_backward", 2, [5]), ("optim_step", 2.0), ("end", 2)]  # position 3 is no more
+    assert engine.calls[3:5] == [("forward_backward", 4, [6, 5]), ("optim_step", 2.0)]
     first = kept.records[0]
     assert (first.num_tokens, first.num_trained_tokens, first.loss, first.learning_rate) == (7, 4, 1.0, 1.0)
 
@@ -170,3 +182,48 @@ def test_an_update_that_is_not_finite_is_told_too():
     with pytest.raises(GivenUp):
         go(engine, num_steps=1)
     assert engine.calls[-1][:3] == ("bad", 1, "the gradient norm is inf")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """An example that no dataset has, with what its objective reads beside the tokens."""
+
+    number: int
+    advantage: float
+    row: int = 1
+    length: int = 5
+    num_trained: int = 3
+    sequences: tuple = ((np.arange(5), np.array([False, False, True, True, True])),)
+
+    @property
+    def extras(self) -> dict[str, np.ndarray]:
+        return {"advantages_N": np.full(self.num_trained, self.advantage, np.float32)}
+
+
+class Rollouts:
+    """A source of one file: what a step trains depends on its number alone."""
+
+    num_steps, sequences_per_example, extras = 3, 1, ("advantages_N",)
+
+    def step(self, number: int) -> list[Rollout]:
+        return [Rollout(i, advantage=number + i / 10) for i in range(2)]
+
+
+def test_examples_may_come_from_anywhere():
+    engine = FakeEngine()
+    assert go(engine, source=Rollouts(), num_steps=3)[0] == 3
+    assert [call for call in engine.calls if call[0] == "forward_backward"] == [("forward_backward", 6, [5, 5])] * 3
+
+
+def test_what_an_objective_reads_beside_the_tokens_is_packed_and_moved():
+    source = Rollouts()
+    whole, empty = (row.to(torch.device("cpu")) for row in pack_all(source, [source.step(1), []]))
+    assert whole.extras["advantages_N"].tolist() == pytest.approx([1.0] * 3 + [1.1] * 3)
+    assert len(whole.extras["advantages_N"]) == len(whole.rows_N)
+    assert empty.extras["advantages_N"].tolist() == [0.0]  # of a rank that has no example in this micro-batch
+
+
+def test_epochs_end_with_what_is_left():
+    engine = FakeEngine()
+    go(engine, epochs=3, num_steps=6)
+    assert [call[1] for call in engine.calls if call[0] == "forward_backward"] == [4] * 6

@@ -11,8 +11,9 @@ from ftray.cli.main import main
 from ftray.config import RunConfig, load_sweep
 from ftray.errors import FtrayError, UserError
 from ftray.storage import ObjectStore, lease
-from ftray.sweep import launch, store as stored_sweep
-from ftray.sweep.launch import claim_directory, first_run, look_into, run_sweep
+from ftray.sweep import launch, prepare, store as stored_sweep
+from ftray.sweep.launch import claim_directory, look_into, run_sweep
+from ftray.sweep.prepare import PreparedSweep, sweep_directory
 from ftray.sweep.store import StoredSweep
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Report
@@ -37,7 +38,7 @@ def sweep(tmp_path, monkeypatch):
 
 def to_open(sweep) -> tuple[StoredSweep, RunConfig]:
     """As a driver begins."""
-    base_run = first_run(*sweep)
+    base_run = sweep[1].first_run(sweep[0])
     stored = StoredSweep(base_run.runs_dir, base_run.name)
     return stored, base_run
 
@@ -65,7 +66,7 @@ def test_it_goes_on_on_another_machine_and_hears_requests_from_a_third(sweep, tm
     store = ObjectStore(stored.url)
     with stored.opened(refusal="s is running already"):
         directory = stored.directory
-        claim_directory(directory, *sweep, base_run)
+        claim_directory(directory, PreparedSweep(*sweep, base_run))
         study = Study(*sweep, directory)
         run = study.next_run()
         assert run is not None
@@ -95,13 +96,14 @@ def test_it_goes_on_on_another_machine_and_hears_requests_from_a_third(sweep, tm
     shutil.rmtree(stored.directory)  # as if this were another machine
     again, _ = to_open(sweep)
     with again.opened(refusal="s is running already"):
-        claim_directory(again.directory, *sweep, base_run)
+        claim_directory(again.directory, PreparedSweep(*sweep, base_run))
         study = Study(*sweep, again.directory)
         assert [trial.name for trial in study.trials if trial.is_finished] == ["t000"]
         assert study.next_run() is not None
         assert study.run("t001").outcome == "stopped", "called off before the driver went"
+        changed = load_sweep(tmp_path / "sweep.yaml", ["search.seed=4"])
         with pytest.raises(UserError, match=r"another config:\n.*search.seed"):
-            claim_directory(again.directory, *load_sweep(tmp_path / "sweep.yaml", ["search.seed=4"]), base_run)
+            claim_directory(again.directory, PreparedSweep(*changed, base_run))
     assert command("stop-trial", "other", "t001", "--runs-dir", base_run.runs_dir) == 2
     assert f"other: no such sweep in {base_run.runs_dir}" in capsys.readouterr().err
 
@@ -118,7 +120,7 @@ def test_a_driver_that_another_replaced_ends_and_changes_nothing_more(sweep, mon
 
     def drive() -> None:
         with stored.opened(refusal="s"):
-            claim_directory(stored.directory, *sweep, base_run)
+            claim_directory(stored.directory, PreparedSweep(*sweep, base_run))
             overtaken(stored, store)
             wait_for(lambda: False)  # it does not come to the end of that
 
@@ -161,7 +163,7 @@ def test_a_population_does_not_go_in_a_store(sweep, tmp_path):
 
 def test_elsewhere_a_sweep_is_looked_into_where_it_lies(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "search", lambda *_, **__: None)
-    monkeypatch.setattr(launch, "check_inputs", lambda *_: None)
+    monkeypatch.setattr(prepare, "check_before_anything", lambda *_: None)
 
     class session:
         def __init__(self, run): ...
@@ -170,10 +172,10 @@ def test_elsewhere_a_sweep_is_looked_into_where_it_lies(sweep, tmp_path, monkeyp
 
     monkeypatch.setattr(launch, "ray_session", session)
     study = run_sweep(*sweep, log=print)
-    assert study.uri == f"{first_run(*sweep).runs_dir}/s"
+    assert study.uri == f"{sweep[1].first_run(sweep[0]).runs_dir}/s"
     assert {found.key for found in ObjectStore(study.uri).entries()} == {
         "sweep.json",
         "environment.json",
         "sweep.html",
     }
-    assert look_into(launch.sweep_directory(*sweep)).trials == []
+    assert look_into(sweep_directory(*sweep)).trials == []

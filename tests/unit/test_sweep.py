@@ -20,7 +20,8 @@ from ftray.sweep.fused.coordinator import MAX_HAND_OUTS, TrialCoordinator
 from ftray.sweep.fused.eligibility import fusing_of
 from ftray.sweep.fused.group import RowSharing
 from ftray.sweep.fused.memory import MemoryBudget
-from ftray.sweep.launch import check_inputs, shares
+from ftray.sweep.launch import shares
+from ftray.sweep.prepare import prepare_sweep
 from ftray.sweep.report.plots import cell, heat_map
 from ftray.sweep.report.report import LivePage, status_text, train_command, write_sweep_report
 from ftray.sweep.report.text import conclusion
@@ -783,9 +784,9 @@ def test_a_missing_file_of_any_point_is_told_before_the_first_trial(load, tmp_pa
     (tmp_path / "base").mkdir()
     monkeypatch.setattr("ftray.train.prepare.check_base_name", lambda name: None)
     space = " {data.train: [train.jsonl, trian.jsonl], optimizer.learning_rate: [1.0e-3]}"
-    check_inputs(*load("{algorithm: grid}"))
+    prepare_sweep(*load("{algorithm: grid}"))
     with pytest.raises(DataError, match=r"trian\.jsonl: no such file; did you mean train\.jsonl"):
-        check_inputs(*load("{algorithm: grid}", space=space))
+        prepare_sweep(*load("{algorithm: grid}", space=space))
 
 
 def test_no_more_members_than_memory_holds(monkeypatch):

@@ -27,7 +27,7 @@ def test_a_signal_ends_it_with_what_is_known(number, error, code, tmp_path, monk
     monkeypatch.setattr(launch, "describe_state", lambda study: "3 of 8 trials are over")
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(error, match="rates: stopped; 3 of 8 trials are over") as ended:
-        launch.search_in(tmp_path, SweepState(), None, log=print)  # pyright: ignore
+        launch.search_in(tmp_path, SweepState(), log=print)  # pyright: ignore
     assert type(ended.value) is error
     assert ended.value.exit_code == code
     assert signal.getsignal(signal.SIGTERM) is before

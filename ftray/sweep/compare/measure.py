@@ -18,7 +18,8 @@ from ftray.sweep.trials import SweepRun
 from ftray.tracking.metrics import read_metrics
 from ftray.train.job import TOKENS
 from ftray.train.launch import launch
-from ftray.train.on_ray.trainer import Watcher, name_for_workers
+from ftray.train.on_ray.trainer import Watcher
+from ftray.train.prepare import prepare
 from ftray.train.runs.store import run_store
 
 ALONE = "alone"
@@ -63,7 +64,7 @@ def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepR
         return []
     shared = with_absolute_data(study.config_of(runs[0]))
     general = absolute(compare.general_text) if compare.general_text is not None else None
-    base_name = name_for_workers(shared, base)
+    base_name = base.name_for_workers
     adapters: dict[str, Path | str | None] = {} if BASE in done else {BASE: None}
     jobs = []
     for run in runs:
@@ -101,7 +102,7 @@ def measure_alone(config: RunConfig, runs_dir: str) -> Alone:
             "evaluation": config.evaluation.model_copy(update={"every": NEVER, "samples": 0}),
         }
     )
-    launch(short, QUIET)
+    launch(prepare(short), QUIET)
     store = run_store(runs_dir)
     steps = [record for record in read_metrics(store.local(config.name)) if "loss" in record]
     store.forget(config.name)

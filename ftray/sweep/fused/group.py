@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ftray.data.dataset import TokenizedDataset
+from ftray.data.examples import Example, examples_of
+from ftray.data.micro_batches import divide
 from ftray.data.pack import pack
-from ftray.data.plan import MicroBatch, divide
 from ftray.model.fused_lora import FusedLora, Span
 from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedCausalLM
@@ -23,7 +24,7 @@ from ftray.objectives import LogProbs, Loss, LossFunction, Objective
 from ftray.sweep.fused.member import Member
 from ftray.train.loop import denominator_of
 
-Work = tuple[Member, MicroBatch]
+Work = tuple[Member, Sequence[Example]]
 STEPS_TO_COMPARE = 3  # of each way
 
 
@@ -83,23 +84,43 @@ class FusedGroup:
         self.sharing = sharing or RowSharing(is_faster=True)
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    def step(self, members: Sequence[Member], dataset: TokenizedDataset) -> dict[str, MemberStep | str]:
+    def step(self, members: Sequence[Member]) -> dict[str, MemberStep | str]:
         """One update of each member, all of them at steps of their own. By name; a text where its loss was no good and
         no update was made."""
         began = time.perf_counter()
         self._model.train()
-        examples = {member.name: member.examples() for member in members}
-        counts = {name: denominator_of(self._objective, dataset, of) for name, of in examples.items()}
+        examples = {member.name: member.source.step(member.step) for member in members}
+        counts = {name: denominator_of(self._objective, of) for name, of in examples.items()}
+        sums, names = self._forward_backward(members, examples, counts)
+        self._reduce_gradients(members)
+        totals = self._reduce_sums(sums)
+        seconds = time.perf_counter() - began
+        tokens = {name: num_tokens(of) for name, of in examples.items()}
+        self.sharing.note(sum(tokens.values()) / seconds, num_members=len(members))
+        outcome: dict[str, MemberStep | str] = {}
+        for member in members:
+            losses = (totals[member.name] / counts[member.name]).tolist()
+            share = seconds * tokens[member.name] / sum(tokens.values())
+            outcome[member.name] = update(member, losses, names.get(member.name, []), seconds=share)
+        for member in members:
+            member.optimizer.zero_grad(set_to_none=True)
+        return outcome
+
+    def _forward_backward(
+        self, members: Sequence[Member], examples: dict[str, Sequence[Example]], counts: dict[str, int]
+    ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+        """Accumulates gradients of this rank's share; by member the sums of its loss and its metrics, and their
+        names."""
         work = [
             (member, micro_batch)
             for member in members
-            for micro_batch in member.plan.divide(examples[member.name], self._world_size)[self._rank]
+            for micro_batch in self._shares(examples[member.name], member.config.batch.tokens_per_micro_batch)
             if micro_batch
         ]
         sums = {member.name: torch.zeros(0, dtype=torch.float64) for member in members}
         names: dict[str, list[str]] = {}
-        for together in self._rows(work, dataset):
-            losses, spans = self._losses(together, dataset)
+        for together in self._rows(work):
+            losses, spans = self._losses(together)
             shares = [loss.sum / counts[member.name] for (member, _), loss in zip(together, losses, strict=True)]
             with self._fused.apply(spans):  # activation checkpointing computes layers again
                 torch.stack(shares).sum().backward()
@@ -107,33 +128,11 @@ class FusedGroup:
                 reported = torch.stack([loss.sum.detach(), *loss.metrics.values()]).double().cpu()
                 sums[member.name] = reported if not len(sums[member.name]) else sums[member.name] + reported
                 names[member.name] = list(loss.metrics)
-        self._reduce_gradients(members)
-        totals = self._reduce_sums(sums)
-        seconds = time.perf_counter() - began
-        tokens = {name: int(dataset.lengths[of].sum()) for name, of in examples.items()}
-        self.sharing.note(sum(tokens.values()) / seconds, num_members=len(members))
-        outcome: dict[str, MemberStep | str] = {}
-        for member in members:
-            loss, *metrics = (totals[member.name] / counts[member.name]).tolist()
-            problem = member.guard.problem(loss)
-            if problem is not None:
-                outcome[member.name] = f"step {member.step + 1}: {problem}"
-                continue
-            rate = member.learning_rate(member.step)
-            norm = member.update()
-            if not math.isfinite(norm):
-                outcome[member.name] = f"step {member.step + 1}: the gradient norm is {norm}"
-                continue
-            outcome[member.name] = MemberStep(
-                loss=loss,
-                metrics=dict(zip(names.get(member.name, []), metrics, strict=False)),
-                grad_norm=norm,
-                learning_rate=rate,
-                seconds=seconds * tokens[member.name] / sum(tokens.values()),
-            )
-        for member in members:
-            member.optimizer.zero_grad(set_to_none=True)
-        return outcome
+        return sums, names
+
+    def _shares(self, examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
+        """This rank's micro-batches."""
+        return divide(examples, world_size=self._world_size, token_budget=token_budget)[self._rank]
 
     @torch.no_grad()
     def evaluate(
@@ -142,21 +141,21 @@ class FusedGroup:
         """Mean loss per trained token of each. `on_row`: called as it goes."""
         self._model.eval()
         budget = max(member.config.batch.tokens_per_micro_batch for member in members)
-        shares = divide(range(len(dataset)), dataset.lengths, world_size=self._world_size, token_budget=budget)
-        work = [(member, micro_batch) for micro_batch in shares[self._rank] if micro_batch for member in members]
+        shares = self._shares(examples_of(dataset), budget)
+        work = [(member, micro_batch) for micro_batch in shares if micro_batch for member in members]
         sums = {member.name: torch.zeros(2, dtype=torch.float64) for member in members}
-        for together in self._rows(work, dataset):
-            for (member, _), loss in zip(together, self._losses(together, dataset)[0], strict=True):
+        for together in self._rows(work):
+            for (member, _), loss in zip(together, self._losses(together)[0], strict=True):
                 sums[member.name] += torch.stack([loss.sum, loss.count]).double().cpu()
             on_row()
         return {name: (total / count).item() for name, (total, count) in self._reduce_sums(sums).items()}
 
-    def _rows(self, work: Sequence[Work], dataset: TokenizedDataset) -> Iterable[list[Work]]:
+    def _rows(self, work: Sequence[Work]) -> Iterable[list[Work]]:
         """Neighbouring micro-batches together, up to the budget."""
         row: list[Work] = []
         used = 0
         for member, micro_batch in work:
-            size = int(dataset.lengths[micro_batch].sum())
+            size = num_tokens(micro_batch)
             if row and (not self.sharing.now or used + size > self._token_budget):
                 yield row
                 row, used = [], 0
@@ -165,10 +164,10 @@ class FusedGroup:
         if row:
             yield row
 
-    def _losses(self, together: Sequence[Work], dataset: TokenizedDataset) -> tuple[list[Loss], list[Span]]:
+    def _losses(self, together: Sequence[Work]) -> tuple[list[Loss], list[Span]]:
         """One forward for all; each member's loss from its own part, and whose the row's tokens are."""
-        parts = [pack(dataset, micro_batch).to(self._hardware.device) for _, micro_batch in together]
-        row = pack(dataset, [index for _, micro_batch in together for index in micro_batch]).to(self._hardware.device)
+        parts = [pack(micro_batch).to(self._hardware.device) for _, micro_batch in together]
+        row = pack([example for _, micro_batch in together for example in micro_batch]).to(self._hardware.device)
         spans = [(member.name, len(part.ids_T)) for (member, _), part in zip(together, parts, strict=True)]
         sizes = [len(part.rows_N) for part in parts]
         with self._fused.apply(spans):
@@ -205,3 +204,19 @@ class FusedGroup:
         flat = flat.to(self._hardware.device)
         dist.all_reduce(flat)
         return dict(zip(sums, flat.cpu(), strict=True))
+
+
+def num_tokens(examples: Sequence[Example]) -> int:
+    return sum(example.length for example in examples)
+
+
+def update(member: Member, losses: list[float], names: list[str], *, seconds: float) -> MemberStep | str:
+    """Of a member whose gradients lie there. `losses`: means over the step, the loss and the metrics of these names."""
+    loss, *metrics = losses
+    if (problem := member.guard.problem(loss)) is not None:
+        return f"step {member.step + 1}: {problem}"
+    rate = member.learning_rate(member.step)
+    norm = member.update()
+    if not math.isfinite(norm):
+        return f"step {member.step + 1}: the gradient norm is {norm}"
+    return MemberStep(loss, dict(zip(names, metrics, strict=False)), norm, rate, seconds)

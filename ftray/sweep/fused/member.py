@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
-from ftray.data.plan import StepPlan, plan_steps
+from ftray.data.examples import ExampleSource, dataset_source
 from ftray.model.base import BaseModel
 from ftray.train.checkpoints.checkpoint import Snapshot, complete_checkpoint, write_snapshot
 from ftray.train.checkpoints.listing import CHECKPOINTS, TrainerState, list_checkpoints, read_state
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 class Member:
     config: RunConfig
     parameters: dict[str, nn.Parameter]
-    plan: StepPlan
-    num_steps: int
-    end_position: int | None
+    source: ExampleSource
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]
     guard: LossGuard
@@ -48,6 +46,10 @@ class Member:
         return local_directory(self.config.runs_dir, self.config.name)
 
     @property
+    def num_steps(self) -> int:
+        return self.source.num_steps
+
+    @property
     def is_done(self) -> bool:
         return self.step == self.num_steps
 
@@ -59,10 +61,6 @@ class Member:
     @property
     def is_saved(self) -> bool:
         return self.is_done or self.step % self.config.checkpoint.every == 0
-
-    def examples(self) -> list[int]:
-        """Of the next step."""
-        return self.plan.examples(self.step, end=self.end_position)
 
     def update(self) -> float:
         """Clips, and makes one AdamW update from the gradients that lie there; returns their norm before clipping. None
@@ -87,16 +85,13 @@ def make_member(
     earlier_losses: Sequence[float] = (),
 ) -> Member:
     """At its checkpoint, with the losses of the steps before it, or at the start."""
-    plan = plan_steps(config, dataset.lengths)
-    num_steps = plan.num_steps(epochs=config.epochs, max_steps=config.max_steps)
+    source = dataset_source(config, dataset)
     member = Member(
         config=config,
         parameters=parameters,
-        plan=plan,
-        num_steps=num_steps,
-        end_position=None if config.epochs is None else config.epochs * len(dataset),
+        source=source,
         optimizer=make_optimizer(parameters, config.optimizer),
-        learning_rate=make_schedule(config.optimizer, num_steps=num_steps),
+        learning_rate=make_schedule(config.optimizer, num_steps=source.num_steps),
         guard=LossGuard(config.guard, earlier_losses=earlier_losses),
     )
     if checkpoint is not None:

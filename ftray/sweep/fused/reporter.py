@@ -140,8 +140,7 @@ class GroupReporter:
 
     def record(self, member: Member, reported: MemberStep) -> None:
         record = record_step(
-            self._data.train,
-            member.plan.examples(member.step - 1, end=member.end_position),
+            member.source.step(member.step - 1),
             self._meter,
             step=member.step,
             loss=reported.loss,
@@ -212,7 +211,7 @@ class GroupReporter:
         run.stop_noting()
         if outcome == "finished":
             seconds = time.time() - self._began[member.name]
-            finalize_run(member.config, run.handle, run.last_checkpoint(), self._base, self._data, seconds=seconds)
+            finalize_run(run.handle, run.last_checkpoint(), self._base, self._data, seconds=seconds)
             run.drop_checkpoints()
         run.leave()
         ray.get(self._job.coordinator.end.remote(member.name, outcome, message))

@@ -26,7 +26,7 @@ from ftray.sweep.fused.member import Member, make_member
 from ftray.sweep.fused.memory import MemoryBudget
 from ftray.sweep.fused.reporter import Assignment, GroupReporter, SilentReporter
 from ftray.train.hooks.watchdog import Watchdog
-from ftray.train.runs.finalize import PreparedData
+from ftray.train.runs.finalize import PreparedData, num_steps
 from ftray.train.runs.rank_directory import directory_of_rank, local_copy
 from ftray.train.step_record import FlopsMeter
 
@@ -52,7 +52,7 @@ def fused_worker(job: FusedJob) -> None:
     group = FusedGroup(PackedCausalLM(model), fused, objective, loss, hardware, token_budget=budget, sharing=sharing)
     train_data = open_dataset(local_copy(job.train_data))
     eval_data = open_dataset(local_copy(job.eval_data)) if job.eval_data is not None else None
-    data = PreparedData(train_data, eval_data, job.data_digest)
+    data = PreparedData(train_data, eval_data, job.data_digest, num_steps(job.base_run, train_data))
     gemm_rate = measure_gemm_rate(hardware) * world_size
     meter = FlopsMeter(count_flops(model), gemm_rate, trains_base=False, reference=objective.needs_reference)
     reporter = GroupReporter(job, base, data, meter=meter) if rank == 0 else SilentReporter()
@@ -123,7 +123,7 @@ class GroupTraining:
         self._has_trained = True
         over: Outcomes = {}
         running = [member for member in self._members if not member.is_done]
-        for name, outcome in (self._group.step(running, self._data.train) if running else {}).items():
+        for name, outcome in (self._group.step(running) if running else {}).items():
             if isinstance(outcome, str):
                 over[name] = "diverged", f"{outcome}; lower optimizer.learning_rate"
             else:

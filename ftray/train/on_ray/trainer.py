@@ -11,10 +11,8 @@ from typing import Any
 
 from ftray.cluster.fit_thread import Fit, last_line
 from ftray.cluster.worker_env import passed_secrets, worker_environment
-from ftray.config import RunConfig
 from ftray.config.run import WorkersConfig
 from ftray.errors import FtrayError
-from ftray.model.base import BaseModel
 from ftray.storage import check_sizes, read_json
 from ftray.tracking.events import record_driver_event
 from ftray.tracking.metrics import MetricsFollower
@@ -112,11 +110,6 @@ def set_poll_interval(num_workers: int) -> None:
 
 def bundle_of(workers: WorkersConfig) -> dict[str, float]:
     return {"CPU": float(workers.cpus_each)} | ({"GPU": float(workers.gpus_each)} if workers.gpus_each else {})
-
-
-def name_for_workers(config: RunConfig, base: BaseModel) -> str:
-    """Of the base: a path holds whatever directory a worker starts in."""
-    return str(base.directory) if Path(config.base_model).exists() else config.base_model
 
 
 def clear_ray_notes(checkpoints: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import ray.train
@@ -11,7 +12,7 @@ import torch
 
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
-from ftray.data.plan import plan_steps
+from ftray.data.examples import dataset_source
 from ftray.errors import DamagedError, FtrayError, UserError
 from ftray.model.adapter import local_adapter
 from ftray.model.base import BaseModel, prepare_base
@@ -127,21 +128,20 @@ def make_training(
     start_step: int,
 ) -> Training:
     config = job.config
-    plan = plan_steps(config, dataset.lengths)
-    num_steps = plan.num_steps(epochs=config.epochs, max_steps=config.max_steps)
+    source, token_budget = dataset_source(config, dataset), config.batch.tokens_per_micro_batch
     schedule = Schedule(
         start_step=start_step,
-        num_steps=num_steps,
-        end_position=None if config.epochs is None else config.epochs * len(dataset),
+        num_steps=source.num_steps,
         evaluate_every=config.evaluation.every,
         save_every=config.checkpoint.every,
-        learning_rate=make_schedule(config.optimizer, num_steps=num_steps),
+        learning_rate=make_schedule(config.optimizer, num_steps=source.num_steps),
         skipped=engine.gather(skipped_steps(job.run_directory))[0],
     )
+    training = Training(source, schedule, config.seed, token_budget)
     if eval_dataset is None:
-        return Training(dataset, plan, schedule)
-    rows = evaluation_rows(eval_dataset, engine, token_budget=config.batch.tokens_per_micro_batch)
-    return Training(dataset, plan, schedule, evaluate=lambda: engine.evaluate(rows()))
+        return training
+    rows = evaluation_rows(eval_dataset, engine, token_budget=token_budget)
+    return replace(training, evaluate=lambda: engine.evaluate(rows()))
 
 
 def worth_compiling(config: RunConfig, engine: DeepSpeedEngine, dataset: TokenizedDataset, *, num_steps: int) -> bool:

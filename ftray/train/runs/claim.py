@@ -81,21 +81,21 @@ def refuse_another_config(config: RunConfig) -> None:
     refuse_changes(str(path), [line for line in changes if not line.startswith(start)], can_start_over=True)
 
 
-def lock_of(config: RunConfig) -> Path:
-    return Path(config.runs_dir).absolute() / LOCKS / config.name
+def lock_of(runs_dir: str | Path, name: str) -> Path:
+    return Path(runs_dir).absolute() / LOCKS / name
 
 
 def refuse_running(config: RunConfig, *, stop_with: str | None = None) -> None:
     """The quick look; the driver itself holds the lock as long as it works."""
-    if not is_stored(config.runs_dir) and lock_of(config).exists():
-        with holding(config, stop_with=stop_with):
+    lock = lock_of(config.runs_dir, config.name)
+    if not is_stored(config.runs_dir) and lock.exists():
+        with holding(lock, stop_with=stop_with):
             pass
 
 
 @contextlib.contextmanager
-def holding(config: RunConfig, *, stop_with: str | None = None) -> Iterator[None]:
-    """The lock of a run's name on this disk; it ends with the process. `stop_with`: what ends the other driver."""
-    path = lock_of(config)
+def holding(path: Path, *, stop_with: str | None = None) -> Iterator[None]:
+    """A run's lock (`lock_of`) on this disk; it ends with the process. `stop_with`: what ends the other driver."""
     refuse_unwritable(path.parent)
     lock = FileLock(path)
     try:
@@ -104,8 +104,8 @@ def holding(config: RunConfig, *, stop_with: str | None = None) -> Iterator[None
         raise UserError(f"{path}: another user's; choose another name (name=...) or runs_dir") from None
     except Timeout:
         raise UserError(
-            f"{config.name} is running already, by another process; "
-            f"stop it with {stop_with or f'`ftray runs stop {config.name}`'}, or choose another name (name=...)"
+            f"{path.name} is running already, by another process; "
+            f"stop it with {stop_with or f'`ftray runs stop {path.name}`'}, or choose another name (name=...)"
         ) from None
     try:
         yield

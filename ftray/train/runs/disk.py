@@ -8,7 +8,7 @@ from pathlib import Path
 from ftray.config import RunConfig
 from ftray.train.checkpoints.listing import CHECKPOINTS, newest_whole_checkpoint
 from ftray.train.job import request_stop
-from ftray.train.runs.claim import holding
+from ftray.train.runs.claim import holding, lock_of
 from ftray.train.runs.handle import RunHandle, set_aside
 
 
@@ -29,7 +29,7 @@ class DiskRunStore:
     @contextlib.contextmanager
     def open(self, config: RunConfig, *, fresh: bool = False, stop_with: str | None = None) -> Iterator["DiskRun"]:
         """The lock ends with the process that holds it."""
-        with holding(config, stop_with=stop_with):
+        with holding(lock_of(self._runs_dir, config.name), stop_with=stop_with):
             yield DiskRun(config, fresh=fresh)
 
     def share(self, tokens: Path) -> Path:

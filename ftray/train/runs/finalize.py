@@ -8,7 +8,7 @@ from typing import Any
 
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
-from ftray.data.plan import plan_steps
+from ftray.data.examples import dataset_source
 from ftray.errors import FtrayError
 from ftray.model.base import BaseModel
 from ftray.storage import verify_directory, write_json
@@ -25,67 +25,61 @@ class PreparedData:
     train: TokenizedDataset
     eval: TokenizedDataset | None
     digest: str
+    num_steps: int  # of the run
 
 
 def num_steps(config: RunConfig, dataset: TokenizedDataset) -> int:
-    return plan_steps(config, dataset.lengths).num_steps(epochs=config.epochs, max_steps=config.max_steps)
+    return dataset_source(config, dataset).num_steps
 
 
-def is_complete(checkpoint: Path | None, config: RunConfig, data: PreparedData) -> bool:
-    return checkpoint is None or read_state(checkpoint).step == num_steps(config, data.train)
+def is_complete(checkpoint: Path | None, data: PreparedData) -> bool:
+    return checkpoint is None or read_state(checkpoint).step == data.num_steps
 
 
 def ray_logs() -> str:
     return "/tmp/ray/session_latest/logs"
 
 
-def describe_interruption(config: RunConfig, run: RunHandle) -> str:
+def describe_interruption(run: RunHandle) -> str:
     checkpoint = run.newest_checkpoint()
     saved = f"the checkpoint {run.uri_of(checkpoint)} stands" if checkpoint else "no checkpoint was written yet"
-    return f"{config.name}: stopped; {saved}"
+    return f"{run.config.name}: stopped; {saved}"
 
 
 def finalize_run(
-    config: RunConfig, run: RunHandle, checkpoint: Path | None, base: BaseModel, data: PreparedData, *, seconds: float
+    run: RunHandle, checkpoint: Path | None, base: BaseModel, data: PreparedData, *, seconds: float
 ) -> dict[str, Any]:
     """Puts the last checkpoint's adapter (or model) at the top of the run directory and writes result.json last."""
     if checkpoint is None:
         raise FtrayError(f"{run.path}: the run ended without a checkpoint; the workers' logs are in {ray_logs()}")
-    run.fetch_artifact(checkpoint, whole=config.adapter is None)
-    artifact = run.path / artifact_of(config)
-    put_artifact(config, checkpoint, artifact, base)
-    result = result_of(config, run, checkpoint, base, data) | {"seconds": seconds}
+    run.fetch_artifact(checkpoint, whole=run.config.adapter is None)
+    put_artifact(run.artifact, checkpoint, base, run_name=run.config.name)
+    result = result_of(run, checkpoint, base, data) | {"seconds": seconds}
     write_json(run.path / RESULT, result)
     write_report(run.path)
-    run.keep_artifact(artifact)
+    run.keep_artifact(run.artifact)
     return result
 
 
-def artifact_of(config: RunConfig) -> str:
-    return ADAPTER if config.adapter is not None else "model"
-
-
-def put_artifact(config: RunConfig, checkpoint: Path, artifact: Path, base: BaseModel) -> None:
+def put_artifact(artifact: Path, checkpoint: Path, base: BaseModel, *, run_name: str) -> None:
     scratch = artifact.parent / SCRATCH
     staging = scratch / artifact.name
     shutil.rmtree(staging, ignore_errors=True)
-    if config.adapter is not None:
+    if artifact.name == ADAPTER:
         shutil.copytree(checkpoint / ADAPTER, staging)
     else:
-        export_model(checkpoint, staging, base, metadata={"run": config.name, "step": read_state(checkpoint).step})
+        export_model(checkpoint, staging, base, metadata={"run": run_name, "step": read_state(checkpoint).step})
     verify_directory(staging)
     shutil.rmtree(artifact, ignore_errors=True)
     os.replace(staging, artifact)
     shutil.rmtree(scratch)
 
 
-def result_of(
-    config: RunConfig, run: RunHandle, checkpoint: Path, base: BaseModel, data: PreparedData
-) -> dict[str, Any]:
+def result_of(run: RunHandle, checkpoint: Path, base: BaseModel, data: PreparedData) -> dict[str, Any]:
     recorded = read_run(run.path)
     return {
         "status": "finished",
-        "name": config.name,
+        "name": run.config.name,
         "steps": read_state(checkpoint).step,
         "final_loss": recorded.final_loss,
         "final_eval_loss": recorded.final_eval_loss,
@@ -94,6 +88,6 @@ def result_of(
         "data": {"train": data.train.counts()} | ({"eval": data.eval.counts()} if data.eval is not None else {}),
         "base_model": base.name,
         "base_fingerprint": base.fingerprint,
-        "output": run.uri_of(run.path / artifact_of(config)),
+        "output": run.uri_of(run.artifact),
         "events": recorded.events,
     }

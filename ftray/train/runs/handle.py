@@ -13,6 +13,7 @@ from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import RESULT
 from ftray.train.checkpoints.listing import read_state
 from ftray.train.runs.claim import config_changes, refuse_changes, refuse_unwritable
+from ftray.train.runs.uri import artifact_name
 
 
 class RunHandle(ABC):
@@ -20,6 +21,7 @@ class RunHandle(ABC):
     when the name belongs to another one."""
 
     def __init__(self, config: RunConfig, path: Path, *, fresh: bool):
+        self.config = config
         self.path = path  # on this machine
         if path.exists() and fresh:
             self.set_aside()
@@ -70,6 +72,11 @@ class RunHandle(ABC):
     @abstractmethod
     def keep_artifact(self, artifact: Path) -> None:
         """The adapter or model, the report, and last the result, where users find them."""
+
+    @property
+    def artifact(self) -> Path:
+        """What the run leaves: its adapter's directory, or its model's."""
+        return self.path / artifact_name(is_adapter=self.config.adapter is not None)
 
     def uri_of(self, path: Path) -> str:
         """Of something in the directory, as a user finds it."""

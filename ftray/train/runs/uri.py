@@ -20,6 +20,11 @@ def run_uri(runs_dir: str, name: str) -> str:
     return f"{runs_dir.rstrip('/')}/{name}"
 
 
+def artifact_name(*, is_adapter: bool) -> str:
+    """In a run's directory: what it leaves."""
+    return "adapter" if is_adapter else "model"
+
+
 def local_directory(runs_dir: str, name: str) -> Path:
     """Of a run; of one in a store, what this machine has of it."""
     return local_root(runs_dir) / name if is_stored(runs_dir) else Path(runs_dir) / name
