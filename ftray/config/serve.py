@@ -4,11 +4,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ftray.config.engines import engine_kind, who_can
+from ftray.errors import UserError
+from ftray.plugins import PluginName
 from ftray.schema import ByteSize, NonNegativeFloat, PositiveFloat, PositiveInt, Strict, Text
 
 
 class EngineConfig(Strict):
-    type: Literal["torch", "vllm"] = "torch"
+    type: Literal["torch", "vllm"] | PluginName = "torch"
+    """Or module:NAME of an `EngineKind` of one's own."""
     tensor_parallel: PositiveInt = 1
     """GPUs that share the base model (vllm)."""
     max_sequences: PositiveInt = 16
@@ -99,12 +103,17 @@ class ServeConfig(Strict):
 
     @model_validator(mode="after")
     def engine_has_it(self):
-        shared = self.engine.tensor_parallel
-        if shared > 1 and self.engine.type != "vllm":
-            raise ValueError(f"engine.tensor_parallel: {shared} needs engine.type vllm")
-        if self.adapters.dtype != "auto" and self.engine.type == "vllm":
+        shared, name = self.engine.tensor_parallel, self.engine.type
+        try:
+            kind = engine_kind(name)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if shared > 1 and not kind.splits_base:
+            raise ValueError(f"engine.tensor_parallel: {shared} needs engine.type {who_can('splits_base')}")
+        if self.adapters.dtype != "auto" and not kind.keeps_adapter_dtype:
             raise ValueError(
-                f"adapters.dtype: {self.adapters.dtype} needs engine.type torch; vllm has adapters in the base's dtype"
+                f"adapters.dtype: {self.adapters.dtype} needs engine.type {who_can('keeps_adapter_dtype')}; {name} has "
+                "adapters in the base's dtype"
             )
         if shared > 1 and self.replicas.gpus_each != shared:
             raise ValueError(

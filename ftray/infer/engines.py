@@ -4,11 +4,13 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftray.config.engines import engine_kind
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import UserError
 from ftray.infer.protocol import Engine, Request
 from ftray.model.base import BaseModel, context_limit
 from ftray.model.hardware import Hardware
+from ftray.plugins import load_plugin
 
 if TYPE_CHECKING:  # importing it loads the model code
     from ftray.infer.torch_engine.engine import TorchEngine
@@ -17,24 +19,21 @@ LOCAL_KV_CACHE_TOKENS = 16384
 
 
 def check_engine(config: EngineConfig) -> None:
-    """The part of `make_engine` that costs nothing."""
+    """The part of `make_engine` that costs nothing. Raises `UserError`."""
     if not has_engine(config):
-        raise UserError("engine.type: vllm is not installed; pip install 'ftray[vllm]', or use type: torch")
+        package = engine_kind(config.type).package
+        raise UserError(f"engine.type: {package} is not installed; pip install 'ftray[{package}]', or use type: torch")
 
 
 def has_engine(config: EngineConfig) -> bool:
-    return config.type != "vllm" or importlib.util.find_spec("vllm") is not None
+    package = engine_kind(config.type).package
+    return package is None or importlib.util.find_spec(package) is not None
 
 
 def make_engine(base: BaseModel, hardware: Hardware, config: EngineConfig, adapters: AdaptersConfig) -> Engine:
     check_engine(config)
-    if config.type == "vllm":
-        from ftray.infer.vllm_engine.engine import VllmEngine
-
-        return VllmEngine(base, hardware, config, adapters)
-    from ftray.infer.torch_engine.engine import TorchEngine
-
-    return TorchEngine(base, hardware, config, adapters)
+    made = load_plugin(engine_kind(config.type).path, type, key="engine.type")
+    return made(base, hardware, config, adapters)
 
 
 def make_local_engine(base: BaseModel, hardware: Hardware, *, context_tokens: int) -> "TorchEngine":

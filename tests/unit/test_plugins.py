@@ -11,9 +11,14 @@ from tiny import write_jsonl
 
 from ftray.config import load_config, parse_config
 from ftray.config.data import DataConfig
+from ftray.config.serve import ServeConfig
 from ftray.data.tokens import tokenize_source
 from ftray.errors import ConfigError, DataError, InterruptedRunError, UserError
 from ftray.evaluate.task import Evaluation, judged
+from ftray.infer.engines import check_engine, generate, make_engine
+from ftray.infer.protocol import Request
+from ftray.model.base import BaseModel
+from ftray.model.hardware import choose_hardware
 from ftray.objectives import LogProbs, make_loss, objective_of, sft_loss
 from ftray.plugins import load_plugin
 from ftray.submit.own_code import check_own_code, own_code_in
@@ -77,6 +82,35 @@ def read(row):
 QUIZ = Format("conversation", read)
 TEXTS = Format("document", lambda row: row["q"])
 '''
+TOY_ENGINE = '''
+"""Answers everything with the same token."""
+
+from ftray.config.engines import EngineKind
+from ftray.infer.protocol import TokenEvent
+
+
+class Parrot:
+    tokenizer, vocab_size = None, 1
+
+    def __init__(self, base, hardware, config, adapters):
+        self.waiting, self.config = [], config
+
+    def add(self, request):
+        self.waiting.append(request)
+
+    def step(self):
+        events = [TokenEvent(request.id, 0, "me too", 1, "stop") for request in self.waiting]
+        self.waiting = []
+        return events
+
+    @property
+    def has_work(self):
+        return bool(self.waiting)
+
+
+PARROT = EngineKind("toy_engine:Parrot", keeps_adapter_dtype=False)
+ABSENT = EngineKind("toy_engine:Parrot", package="no_such_package_at_all")
+'''
 TOY_CODE = '''
 """A transform and callbacks."""
 
@@ -106,12 +140,13 @@ def toy(tmp_path, monkeypatch):
     (tmp_path / "toy_objective.py").write_text(TOY)
     (tmp_path / "toy_task.py").write_text(TOY_TASK)
     (tmp_path / "toy_format.py").write_text(TOY_FORMAT)
+    (tmp_path / "toy_engine.py").write_text(TOY_ENGINE)
     (tmp_path / "toy_code.py").write_text(TOY_CODE)
     (tmp_path / "broken_objective.py").write_text("import no_such_package_at_all\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for name in ("toy_objective", "toy_task", "toy_format", "toy_code", "broken_objective"):
+    for name in ("toy_objective", "toy_task", "toy_format", "toy_code", "toy_engine", "broken_objective"):
         sys.modules.pop(name, None)
 
 
@@ -288,3 +323,34 @@ def test_the_example_of_own_code_counts_what_is_sure_for_less(monkeypatch):
     torch.testing.assert_close(focal, -torch.tensor(0.1 * math.log(0.9) + 0.8 * math.log(0.2)))
     plain = config.objective.model_copy(update={"gamma": 0.0})
     assert make_loss(plain)(log_probs, TwoTargets()).sum == sft_loss(log_probs, TwoTargets()).sum
+
+
+def serve(overrides: list[str]) -> ServeConfig:
+    return parse_config("kind: serve\nbase_model: base\n", overrides, kind="serve", source="test")
+
+
+def test_an_engine_of_ones_own_is_one_file(toy):
+    config = serve(["engine.type=toy_engine:PARROT", "engine.context_tokens=64"])
+    engine = make_engine(BaseModel("base", Path("."), "f"), choose_hardware(), config.engine, config.adapters)
+    assert engine.config.context_tokens == 64  # pyright: ignore[reportAttributeAccessIssue]
+    assert generate(engine, [Request("r", [1]), Request("s", [2])]) == {"r": "me too", "s": "me too"}
+    with pytest.raises(UserError, match="no_such_package_at_all is not installed"):
+        check_engine(serve(["engine.type=toy_engine:ABSENT"]).engine)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["engine.type=toy_engine:MISSING"], "the module toy_engine has no MISSING"),
+        (["engine.type=toy_engine:Parrot"], "must be of type EngineKind"),
+        (["engine.type=toy_engine:PARROT", "engine.tensor_parallel=2"], "needs engine.type vllm"),
+        (
+            ["engine.type=toy_engine:PARROT", "adapters.dtype=bfloat16"],
+            "needs engine.type torch; toy_engine:PARROT has",
+        ),
+        (["engine.type=vlm"], "engine.type"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(toy, overrides, problem):
+    with pytest.raises(ConfigError, match=problem):
+        serve(overrides)

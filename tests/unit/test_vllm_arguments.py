@@ -8,7 +8,7 @@ import torch
 from ftray.config.serve import AdaptersConfig, EngineConfig, ServeConfig
 from ftray.errors import UserError
 from ftray.infer.engines import check_engine
-from ftray.infer.vllm_engine.arguments import GPUS_PER_WORKER, linear_shapes, slot_bytes, slots_within, vllm_arguments
+from ftray.infer.vllm_engine.arguments import linear_shapes, slot_bytes, slots_within, vllm_arguments
 from ftray.model.hardware import Hardware
 from ftray.serve.replica.resources import replica_resources
 
@@ -56,7 +56,10 @@ def test_gpus_that_share_the_base_are_one_placement_group():
     shared = resources({"tensor_parallel": 4}, gpus_each=4, cpus_each=3)
     assert shared["placement_group_bundles"] == [{"CPU": 3, "GPU": 1}, {"GPU": 1}, {"GPU": 1}, {"GPU": 1}]
     assert shared["placement_group_strategy"] == "STRICT_PACK"
-    assert shared["ray_actor_options"] == {"num_cpus": 3, "num_gpus": pytest.approx(1 - GPUS_PER_WORKER)}
+    assert shared["ray_actor_options"] == {
+        "num_cpus": 3,
+        "num_gpus": pytest.approx(0.1),
+    }
     assert resources({}, gpus_each=1) == {"ray_actor_options": {"num_cpus": 1, "num_gpus": 1}}
     with pytest.raises(ValueError, match=r"replicas\.gpus_each must be 4 \(it is 0\)"):
         ServeConfig.model_validate(serve_config(tensor_parallel=4))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ftray.config.engines import ENGINES
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import UserError
 from ftray.model.base import BaseModel
@@ -15,8 +16,7 @@ from ftray.model.weight_files import weight_shapes
 MAX_HOST_ADAPTERS = 10_000
 # More make every step slower, used or not.
 MAX_SLOTS = 64
-# What each of several workers takes of its GPU in Ray's books, which leaves the replica a part of the first.
-GPUS_PER_WORKER = 0.9
+WORKER_GPUS = str(ENGINES["vllm"].gpus_per_worker)
 # Of its share of a GPU's memory, what vLLM may take; of that only the cache that `kv_cache_tokens` asks for.
 GPU_MEMORY = 0.9
 # The ranks that vLLM has slots for.

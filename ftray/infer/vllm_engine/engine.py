@@ -30,7 +30,7 @@ from ftray.infer.fair_queue import FairQueue, FlowKey
 from ftray.infer.protocol import EngineStats, Request, StructuredOutput, TokenEvent
 from ftray.infer.structure import Grammars
 from ftray.infer.torch_engine.sampler import GREEDY_BELOW
-from ftray.infer.vllm_engine.arguments import GPUS_PER_WORKER, linear_shapes, slot_bytes, slots_within, vllm_arguments
+from ftray.infer.vllm_engine.arguments import WORKER_GPUS, linear_shapes, slot_bytes, slots_within, vllm_arguments
 from ftray.infer.vllm_engine.outputs import Answering, token_events
 from ftray.model.adapter import check_rank, check_shapes, read_adapter
 from ftray.model.base import BaseModel, check_length, generation_stop_ids, load_tokenizer, text_config
@@ -313,7 +313,7 @@ class VllmEngine:
 
 
 async def start_vllm(arguments: dict[str, Any]) -> Any:
-    os.environ["VLLM_RAY_PER_WORKER_GPUS"] = str(GPUS_PER_WORKER)
+    os.environ["VLLM_RAY_PER_WORKER_GPUS"] = WORKER_GPUS
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -3,22 +3,23 @@
 from typing import Any
 
 from ftray.config import ServeConfig
-from ftray.infer.vllm_engine.arguments import GPUS_PER_WORKER
+from ftray.config.engines import engine_kind
 
 
 def replica_resources(config: ServeConfig) -> dict[str, Any]:
     """Options of Ray Serve's deployment.
 
-    vLLM starts one worker in each bundle that has a GPU, and takes no bundle of several. The replica, which talks to
-    them, stands in the first and keeps the rest of its GPU, so that it sees of what kind they are. All of one node:
-    workers read the base and the adapters that the replica has fetched.
+    An engine that splits the base starts one worker in each bundle that has a GPU (vLLM takes no bundle of several).
+    The replica, which talks to them, stands in the first and keeps the rest of its GPU, so that it sees of what kind
+    they are. All of one node: workers read the base and the adapters that the replica has fetched.
     """
     replicas = config.replicas
     if config.engine.tensor_parallel == 1:
         return {"ray_actor_options": {"num_cpus": replicas.cpus_each, "num_gpus": replicas.gpus_each}}
+    gpus_per_worker = engine_kind(config.engine.type).gpus_per_worker
     others = config.engine.tensor_parallel - 1
     return {
-        "ray_actor_options": {"num_cpus": replicas.cpus_each, "num_gpus": round(1 - GPUS_PER_WORKER, 4)},
+        "ray_actor_options": {"num_cpus": replicas.cpus_each, "num_gpus": round(1 - gpus_per_worker, 4)},
         "placement_group_bundles": [{"CPU": replicas.cpus_each, "GPU": 1}, *({"GPU": 1} for _ in range(others))],
         "placement_group_strategy": "STRICT_PACK",
     }
