@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftray.model.families import FullAttention
 from ftray.model.flops import ModelFlops
 from ftray.model.packed import PackedRow
 from ftray.objectives import OBJECTIVES, Objective
@@ -30,7 +31,9 @@ class FakeEngine:
         """`losses`, `grad_norms`: by the number of its step, 1 for the first; else 1.0. `calls`: one list for several
         actors."""
         self.objective = objective
-        self.meter = FlopsMeter(ModelFlops(1, 1, 1), 1.0, trains_base=False, reference=objective.needs_reference)
+        self.meter = FlopsMeter(
+            ModelFlops(1, 1, (FullAttention(1, 1, 1),)), 1.0, trains_base=False, reference=objective.needs_reference
+        )
         self.micro_batch_losses: list[float] = []
         self.calls: list[Any] = calls if calls is not None else []
         self.value = 0.0  # of its one weight: the sum of the rates so far

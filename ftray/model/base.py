@@ -225,28 +225,6 @@ def check_length(base: BaseModel, tokens: int, *, key: str) -> None:
         raise UserError(f"{key}: {tokens} is over what {base.name} was made for ({limit} tokens); lower it")
 
 
-def check_attention(base: BaseModel) -> None:
-    """Our attention is plain causal attention and logits are the output head's; a model that needs more would be
-    computed wrongly without a word."""
-    check_attention_config(read_json(base.directory / "config.json"), name=base.name)
-
-
-def check_attention_config(config: dict[str, Any], *, name: str) -> None:
-    config = config.get("text_config", config)
-    layers = config.get("layer_types") or []
-    sliding = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
-    found = {kind.replace("_", " "): True for kind in layers if kind != "full_attention"} | {
-        "sliding-window attention": not layers and sliding,
-        "attention logit soft-capping": config.get("attn_logit_softcapping") is not None,
-        "final logit soft-capping": config.get("final_logit_softcapping") is not None,
-        "scaled logits": any(config.get(key) not in (None, 1, 1.0) for key in ("logits_scaling", "logit_scale")),
-        "attention sinks": config.get("model_type") == "gpt_oss",
-    }
-    for what, present in found.items():
-        if present:
-            raise UserError(f"base_model: {name} uses {what}, which ftray does not compute yet; choose another base")
-
-
 def load_tokenizer(base: BaseModel) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked later by Ray; the fast tokenizer would warn
     from transformers import AutoTokenizer

@@ -3,13 +3,17 @@ appendix B). Recomputed activations and the small LoRA matmuls are not counted: 
 """
 
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ftray.model.families import LayerKind, layer_kinds
 from ftray.model.hardware import Hardware
+from ftray.model.heads import CAUSAL_LM, Head
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 GEMM_REPEATS = 8
@@ -19,35 +23,50 @@ GEMM_REPEATS = 8
 class ModelFlops:
     linear_parameters: int  # of all decoder layers: 2 FLOPs a token each, forward
     head_parameters: int  # output head: at trained positions alone
-    attention_size: int  # layers x query heads x head dimension
+    layers: tuple[LayerKind, ...]  # their attention
 
-    def forward(self, *, num_tokens: int, num_trained: int, sum_squared_lengths: int) -> float:
-        """Causal attention reads half of the squared length, in two matmuls."""
+    def as_object(self) -> dict[str, float]:
+        """For JSON; `attention_size` is layers x query heads x head dimension."""
+        attention = sum(layer.flops({1: 1}) for layer in self.layers) / 2
+        return {
+            "linear_parameters": self.linear_parameters,
+            "head_parameters": self.head_parameters,
+            "attention_size": attention,
+        }
+
+    def forward(self, *, num_tokens: int, num_trained: int, lengths: Mapping[float, float]) -> float:
+        """`lengths`: how many sequences there are of each."""
         matmuls = 2.0 * (self.linear_parameters * num_tokens + self.head_parameters * num_trained)
-        return matmuls + 2.0 * self.attention_size * sum_squared_lengths
+        times = Counter(self.layers)
+        return matmuls + sum(layer.flops(lengths) * count for layer, count in times.items())
 
     def step(
-        self, *, num_tokens: int, num_trained: int, sum_squared_lengths: int, trains_base: bool, reference: bool
+        self,
+        *,
+        num_tokens: int,
+        num_trained: int,
+        lengths: Mapping[float, float],
+        trains_base: bool,
+        reference: bool,
     ) -> float:
         """Backward costs a forward for the activations' gradients, and one more for those of trained weights."""
-        once = self.forward(num_tokens=num_tokens, num_trained=num_trained, sum_squared_lengths=sum_squared_lengths)
+        once = self.forward(num_tokens=num_tokens, num_trained=num_trained, lengths=lengths)
         return once * (2 + trains_base + reference)
 
 
-def count_flops(model: Any) -> ModelFlops:
+def count_flops(model: Any, head: Head = CAUSAL_LM) -> ModelFlops:
     """Of a causal LM before or after PEFT's injection, sharded by ZeRO-3 or quantised or not."""
     config = model.config.get_text_config()
-    head = model.get_output_embeddings()
+    lm_head = model.get_output_embeddings()
     linear = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name and "lm_head" not in name
+        if isinstance(module, nn.Linear) and module is not lm_head and ".lora_" not in name and "lm_head" not in name
     ]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelFlops(
         linear_parameters=sum(module.in_features * module.out_features for module in linear),
-        head_parameters=config.vocab_size * config.hidden_size,
-        attention_size=config.num_hidden_layers * config.num_attention_heads * head_dim,
+        head_parameters=head.parameters(config),
+        layers=layer_kinds(config),
     )
 
 

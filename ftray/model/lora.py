@@ -19,6 +19,7 @@ from ftray.config.adapter import AdapterConfig
 from ftray.errors import AdapterError
 from ftray.model.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter_config
 from ftray.model.base import BaseModel
+from ftray.model.heads import CAUSAL_LM, Head
 from ftray.storage import write_json, write_manifest
 
 # PiSSA by a randomised SVD of 16 power iterations: near the exact one, at a fraction of its time.
@@ -26,7 +27,9 @@ INITIALIZATIONS: dict[str, Any] = {"default": True, "pissa": "pissa_niter_16"}
 TIED = ("embed_tokens", "lm_head")
 
 
-def inject_lora(model: Any, config: AdapterConfig, *, seed: int, on_meta: bool = False) -> dict[str, Tensor] | None:
+def inject_lora(
+    model: Any, config: AdapterConfig, *, seed: int, head: Head = CAUSAL_LM, on_meta: bool = False
+) -> dict[str, Tensor] | None:
     """Freezes the base and adds trainable LoRA layers. Returns PiSSA's initial A and B, which it took out of the base
     weights, by parameter name; else None. `on_meta`: the new layers have no values either."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; on a CPU it tells of a missing kernel
@@ -45,9 +48,9 @@ def inject_lora(model: Any, config: AdapterConfig, *, seed: int, on_meta: bool =
         use_rslora=config.variant == "rslora",
         use_dora=config.variant == "dora",
         init_lora_weights=INITIALIZATIONS[config.initialization],
-        modules_to_save=list(config.modules_to_save) or None,
+        modules_to_save=[*config.modules_to_save, *head.saved_modules] or None,
         ensure_weight_tying=ties and any(name in TIED for name in config.modules_to_save),
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType(head.task_type),
     )
     torch.manual_seed(seed)  # the same start on every rank and at every world size
     try:
@@ -161,6 +164,7 @@ def write_adapter(
     base: BaseModel,
     *,
     metadata: dict,
+    head: Head = CAUSAL_LM,
     initial: dict[str, Tensor] | None = None,
     ties_embeddings: bool = False,
 ) -> None:
@@ -175,7 +179,7 @@ def write_adapter(
     for key in embeddings:
         tensors[f"{PREFIX}lm_head.weight"] = tensors[key].clone()
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(directory / CONFIG_FILE, describe(tensors, config, base, growth=growth, ties=bool(embeddings)))
+    write_json(directory / CONFIG_FILE, describe(tensors, config, base, head, growth=growth, ties=bool(embeddings)))
     write_manifest(directory, metadata={**metadata, "base_model": base.name, "base_fingerprint": base.fingerprint})
 
 
@@ -196,7 +200,7 @@ def relative_to_base(weights: dict[str, Tensor], initial: dict[str, Tensor]) -> 
 
 
 def describe(
-    tensors: dict[str, Tensor], config: AdapterConfig, base: BaseModel, *, growth: int, ties: bool
+    tensors: dict[str, Tensor], config: AdapterConfig, base: BaseModel, head: Head, *, growth: int, ties: bool
 ) -> dict[str, Any]:
     """adapter_config.json. With `growth` times the rank, alpha grows so that the scale stays."""
     adapted = sorted({key.removeprefix(PREFIX).split(".lora_")[0] for key in tensors if ".lora_" in key})
@@ -205,7 +209,7 @@ def describe(
     alpha_growth = growth**0.5 if config.variant == "rslora" else growth
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": head.task_type,
         "base_model_name_or_path": base.name,
         "r": config.rank * growth,
         "lora_alpha": config.alpha * alpha_growth,
@@ -213,7 +217,7 @@ def describe(
         "target_modules": suffixes if plain else adapted,
         "rank_pattern": {key: rank * growth for key, rank in config.rank_pattern.items()},
         "alpha_pattern": {key: alpha * alpha_growth for key, alpha in config.alpha_pattern.items()},
-        "modules_to_save": list(config.modules_to_save) or None,
+        "modules_to_save": [*config.modules_to_save, *head.saved_modules] or None,
         "ensure_weight_tying": ties,
         "use_rslora": config.variant == "rslora",
         "use_dora": config.variant == "dora",

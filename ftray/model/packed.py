@@ -3,6 +3,7 @@
 Shapes: T tokens in the row, N trained positions, V vocabulary, E hidden size.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -15,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ftray.config.run import MemoryConfig
 from ftray.errors import UserError
+from ftray.model.families import layer_kinds
+from ftray.model.heads import CAUSAL_LM, Head
 from ftray.model.packed_attention import (
     PACKED,
-    Attend,
     PackedLayout,
     attention_forward,
-    packed_causal_attention,
     register_attention,
 )
 from ftray.model.sequence_parallel import SequenceRanks, share_row
@@ -57,31 +58,43 @@ class PackedRow:
 class PackedCausalLM(nn.Module):
     """Wraps a transformers causal LM (PEFT-injected or not) loaded with the packed attention."""
 
-    def __init__(self, model: Any, *, num_logit_chunks: int | None = None, ranks: SequenceRanks | None = None):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        head: Head = CAUSAL_LM,
+        num_logit_chunks: int | None = None,
+        ranks: SequenceRanks | None = None,
+    ):
         """`num_logit_chunks`: the output head is called that often for every row; None: once for each `LOGIT_ROWS`.
         ZeRO-3 communicates in every call, and ranks that call it another number of times would wait for ever.
         `ranks`: which share every row."""
         super().__init__()
         self.model = model
+        self.head = head
         self.num_logit_chunks = num_logit_chunks
         self.ranks = ranks
+        kinds = layer_kinds(model.config.get_text_config())
+        # Of each layer, over whole rows or over those that ranks share.
+        self._attend = [kind.attend_packed if ranks is None else ranks.attention(kind.attend_packed) for kind in kinds]
 
     def forward(self, row: PackedRow, *, predict: bool = False) -> Tensor:
-        """Log-probabilities [N] of the targets, float32, or with `predict` the likeliest tokens [N] instead.
+        """What the head makes of the targets [N], float32: their log-probabilities; or with `predict` the likeliest
+        tokens [N] instead.
 
         Logits exist at trained positions only, a chunk at a time.
         """
-        at_targets = self._likeliest if predict else self._log_probs
+        at_targets = self._likeliest if predict else functools.partial(self.head, self.model)
         if self.ranks is None:
-            hidden_TE = self._decode(row.ids_T, row.positions_T, row.layout, packed_causal_attention)
+            hidden_TE = self._decode(row.ids_T, row.positions_T, row.layout)
             return self._at_rows(at_targets, hidden_TE, row.rows_N, row.targets_N)
         share = share_row(row.ids_T, row.positions_T, row.rows_N, row.layout, self.ranks)
-        hidden_tE = self._decode(share.ids_t, share.positions_t, share.layout, self.ranks.attention)
+        hidden_tE = self._decode(share.ids_t, share.positions_t, share.layout)
         mine = share.mine_N
         own = self._at_rows(at_targets, hidden_tE, row.rows_N[mine] - share.first, row.targets_N[mine])
         return self.ranks.sum(own.new_zeros(len(row.rows_N)).index_add(0, mine, own))
 
-    def _decode(self, ids: Tensor, positions: Tensor, layout: PackedLayout, attend: Attend) -> Tensor:
+    def _decode(self, ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor:
         """Hidden states [tokens, E].
 
         use_cache stays off: with a cache transformers would see one sequence. The mask says nothing; one of four
@@ -93,7 +106,7 @@ class PackedCausalLM(nn.Module):
             attention_mask=ids.new_ones(1, 1, 1, 1),
             use_cache=False,
             layout=layout,
-            attend=attend,
+            attend=self._attend,
         )
         return output.last_hidden_state[0]
 
@@ -114,10 +127,6 @@ class PackedCausalLM(nn.Module):
         pairs = zip(hidden_NE.split(size), targets_N.split(size), strict=True)
         parts = [checkpoint(compute, hidden, targets, use_reentrant=False) for hidden, targets in pairs]
         return torch.cat(parts)[:count]  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-    def _log_probs(self, hidden_NE: Tensor, targets_N: Tensor) -> Tensor:
-        logits_NV = self.model.get_output_embeddings()(hidden_NE).float()
-        return -torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
 
     def _likeliest(self, hidden_NE: Tensor, _: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden_NE).argmax(-1)

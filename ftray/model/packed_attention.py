@@ -101,11 +101,12 @@ def attention_forward(
     *,
     scaling: float,
     layout: PackedLayout,
-    attend: Attend = packed_causal_attention,
+    attend: Sequence[Attend],  # of each layer
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D] -> ([1, T, H, D], no weights)."""
-    return attend(query[0], key[0], value[0], layout, scaling=scaling).unsqueeze(0), None
+    mixed = attend[module.layer_idx](query[0], key[0], value[0], layout, scaling=scaling)
+    return mixed.unsqueeze(0), None
 
 
 def register_attention(name: str, forward: Any) -> None:

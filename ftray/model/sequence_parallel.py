@@ -7,6 +7,7 @@ the ranks are data-parallel ones whose gradients add up.
 Shapes: T tokens in the row, t = T / n on this rank, H query heads, K key/value heads, D head dimension, N targets.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce, all_to_all_single
 
 from ftray.errors import UserError
-from ftray.model.packed_attention import PackedLayout, packed_causal_attention, packed_layout
+from ftray.model.packed_attention import Attend, PackedLayout, packed_layout
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,25 @@ class SequenceRanks:
         received: Tensor = all_to_all_single(torch.empty_like(sent), sent, group=self.group)
         return received.transpose(0, 1).reshape(tokens // self.size, self.size * heads, width)
 
-    def attention(
-        self, query_HtD: Tensor, key_KtD: Tensor, value_KtD: Tensor, layout: PackedLayout, *, scaling: float
+    def attention(self, attend: Attend) -> Attend:
+        """Of a layer, over the whole row: what comes in and goes out are this rank's tokens."""
+        return functools.partial(self._attend, attend)
+
+    def _attend(
+        self,
+        attend: Attend,
+        query_HtD: Tensor,
+        key_KtD: Tensor,
+        value_KtD: Tensor,
+        layout: PackedLayout,
+        *,
+        scaling: float,
     ) -> Tensor:
-        """Packed causal attention over the whole row; returns [t, H, D]."""
+        """[t, H, D]."""
         copies = math.lcm(key_KtD.shape[0], self.size) // key_KtD.shape[0]  # so that every rank gets key/value heads
         key_KtD, value_KtD = (x.repeat_interleave(copies, dim=0) for x in (key_KtD, value_KtD))
         query, key, value = (self.heads_for_tokens(x) for x in (query_HtD, key_KtD, value_KtD))
-        return self.tokens_for_heads(packed_causal_attention(query, key, value, layout, scaling=scaling))
+        return self.tokens_for_heads(attend(query, key, value, layout, scaling=scaling))
 
     def sum(self, x: Tensor) -> Tensor:
         """Over the ranks; gradients too."""

@@ -4,7 +4,8 @@ import importlib.util
 from typing import Any
 
 from ftray.errors import UserError
-from ftray.model.base import BaseModel, check_attention
+from ftray.model.base import BaseModel
+from ftray.model.families import check_layers
 from ftray.model.hardware import Hardware
 
 NF4_BLOCK = 64  # weights that share one quantisation constant
@@ -15,7 +16,7 @@ def load_weights(base: BaseModel, hardware: Hardware, *, attention: str, quantiz
 
     `quantize="nf4"`: linear layers in 4 bits, with quantised constants (Dettmers et al. 2023, arXiv 2305.14314).
     """
-    check_attention(base)
+    check_layers(base)
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -66,6 +66,7 @@ class Objective:
     shape: Shape
     unit: Literal["token", "example"] = "token"  # what the step's loss is a mean over
     needs_reference: bool = False  # log-probabilities under a frozen reference
+    head: str = "causal_lm"  # of model/heads, or module:NAME of a `Head` of one's own
 
     @property
     def sequences_per_example(self) -> int:

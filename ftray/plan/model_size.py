@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ftray.config.adapter import AdapterConfig
 from ftray.errors import UserError
-from ftray.model.base import EMBEDDED, check_attention_config, is_hub_id, prepare_base
+from ftray.model.base import EMBEDDED, is_hub_id, prepare_base
+from ftray.model.families import check_config
 from ftray.model.flops import ModelFlops, count_flops
 from ftray.model.lora import inject_lora
 from ftray.model.packed import register_packed_attention
@@ -72,7 +73,7 @@ def read_model_config(name: str) -> Any:
 
 def measure_model(config: Any, adapter: AdapterConfig | None, *, dtype: torch.dtype) -> ModelSize:
     """`config`: what `read_model_config` returned. Weights and activations are taken to be of `dtype`."""
-    check_attention_config(config.to_dict(), name=config.model_type)
+    check_config(config.to_dict(), name=config.model_type)
     try:
         return count_model(config, adapter, dtype=dtype)
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, ValueError) as error:
@@ -153,7 +154,7 @@ def kept_bytes(model: Any, num_tokens: int) -> tuple[int, int]:
             attention_mask=ids.new_ones(1, 1, 1, 1),
             use_cache=False,
             layout=packed_layout([num_tokens]).to(torch.device("meta")),
-            attend=attend_on_meta,
+            attend=[attend_on_meta] * len(model.get_decoder().layers),
         )
     del output
     activations = [size for size, tensor in kept.values() if num_tokens in tensor.shape]

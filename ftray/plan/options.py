@@ -72,10 +72,11 @@ def step_seconds(
     stage, width = config.zero.stage, gpu.dtype.itemsize
     shares = workers / config.memory.sequence_parallel
     micro_batches = max(1.0, -(-work.tokens / shares // config.batch.tokens_per_micro_batch))
+    length = work.tokens_per_example / work.sequences_per_example
     counts = {
         "num_tokens": int(work.tokens),
         "num_trained": int(work.tokens * work.trained_share),
-        "sum_squared_lengths": int(work.tokens * work.tokens_per_example / work.sequences_per_example),
+        "lengths": {length: work.tokens / length},
     }
     reference = objective_of(config.objective).needs_reference
     flops = size.flops.step(**counts, trains_base=config.adapter is None, reference=reference)

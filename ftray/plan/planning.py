@@ -38,7 +38,7 @@ class Plan:
     def as_object(self) -> dict[str, Any]:
         """For machines."""
         return {
-            "model": vars(self.size) | {"flops": vars(self.size.flops)},
+            "model": vars(self.size) | {"flops": self.size.flops.as_object()},
             "gpu": self.gpu.name,
             "workers": self.workers,
             "steps": self.num_steps,

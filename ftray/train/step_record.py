@@ -2,6 +2,7 @@
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class FlopsMeter:
         return self.model.step(
             num_tokens=sum(example.length for example in examples),
             num_trained=sum(example.num_trained for example in examples),
-            sum_squared_lengths=sum(len(ids) ** 2 for example in examples for ids, _ in example.sequences),
+            lengths=Counter(len(ids) for example in examples for ids, _ in example.sequences),
             trains_base=self.trains_base,
             reference=self.reference,
         )

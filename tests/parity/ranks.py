@@ -251,15 +251,15 @@ def forget_world_size(engine: Any) -> None:
 
 def neighbours_leak(engine: Any) -> None:
     """The row is one sequence to the attention: examples see those before them."""
-    import ftray.model.packed as packed
+    import ftray.model.families.full_attention as family
     from ftray.model.packed_attention import packed_layout
 
-    real = packed.packed_causal_attention
+    real = family.packed_causal_attention
 
     def leaky(query, key, value, layout, *, scaling):
         return real(query, key, value, packed_layout([sum(layout.lengths)]), scaling=scaling)
 
-    packed.packed_causal_attention = leaky
+    family.packed_causal_attention = leaky
 
 
 def forget_moments(engine: Any) -> None:

@@ -25,6 +25,7 @@ from ftray.infer.torch_engine.decoder import rotate_
 from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, KVCache
 from ftray.infer.torch_engine.lora.batch import StepRuns
 from ftray.infer.torch_engine.lora.slots import Factors, Place, Segment, Slab
+from ftray.model.families import FullSpec
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -85,7 +86,7 @@ def test_gated_product_of_extremes(kernels):
 )
 def test_rotation_and_attention(kernels, num_heads, num_kv_heads, width):
     lengths = [1, PAGE_TOKENS, 3 * PAGE_TOKENS + 5, 40]
-    cache = KVCache(num_layers=1, num_kv_heads=num_kv_heads, head_dim=width, num_tokens=256, like=torch.zeros(0))
+    cache = KVCache([FullSpec(num_kv_heads, width)], num_tokens=256, like=torch.zeros(0))
     layer = cache.layers[0].copy_(drawn(*cache.layers[0].shape, seed=3))
     pages = [[7], [2, 9], [4, 1, 12, 6], [3, 5, 11]]
     heads = drawn(4, num_heads + 2 * num_kv_heads, width, seed=4)
@@ -120,7 +121,7 @@ def test_rotation_and_attention(kernels, num_heads, num_kv_heads, width):
 def test_a_sequence_does_not_depend_on_others_nor_on_threads(kernels):
     """Nor on what is in a page behind its last token."""
     lengths, threads = [70, 1, 16, 47, 5], torch.get_num_threads()
-    cache = KVCache(num_layers=1, num_kv_heads=3, head_dim=64, num_tokens=256, like=torch.zeros(0))
+    cache = KVCache([FullSpec(3, 64)], num_tokens=256, like=torch.zeros(0))
     layer = cache.layers[0].copy_(drawn(*cache.layers[0].shape, seed=3))
     pages = [[7, 2, 9, 4, 1], [12], [6], [3, 5, 11], [8]]
     query = drawn(5, 9, 64, seed=4)
@@ -146,7 +147,7 @@ def test_a_sequence_does_not_depend_on_others_nor_on_threads(kernels):
 
 def test_one_head_as_transformers_lays_it_out(kernels):
     """torch calls its strides contiguous whatever they are."""
-    cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=64, num_tokens=64, like=torch.zeros(0))
+    cache = KVCache([FullSpec(1, 64)], num_tokens=64, like=torch.zeros(0))
     layer, query = (
         cache.layers[0].copy_(drawn(*cache.layers[0].shape, seed=3)),
         drawn(1, 20, 64, seed=4).transpose(0, 1),
@@ -187,7 +188,7 @@ def prompts_of(pages: list[list[int]], befores: list[int], counts: list[int]) ->
 def test_attention_of_prompts(kernels, num_heads, num_kv_heads, width):
     """Whole prompts and pieces of others, over many pages and more queries than are computed at once."""
     like = torch.zeros(0)
-    cache = KVCache(num_layers=1, num_kv_heads=num_kv_heads, head_dim=width, num_tokens=1024, like=like)
+    cache = KVCache([FullSpec(num_kv_heads, width)], num_tokens=1024, like=like)
     befores, counts = [0, 0, 37, 100], [5, 90, 2, 33]
     pages = [[7], [2, 9, 1, 12, 6, 30], [4, 8, 3], [3, 5, 11, 13, 14, 15, 16, 17, 18]]
     layer = cache.layers[0]
@@ -212,7 +213,7 @@ def test_attention_of_prompts(kernels, num_heads, num_kv_heads, width):
 def test_a_prompts_token_does_not_depend_on_others_nor_on_threads(kernels):
     """Nor on the piece that it comes in, nor on what is behind its prompt's last."""
     length, threads, layer = 150, torch.get_num_threads(), drawn(20, PAGE_TOKENS, 2, 3, 64, seed=3)
-    cache = KVCache(num_layers=1, num_kv_heads=3, head_dim=64, num_tokens=19 * PAGE_TOKENS, like=torch.zeros(0))
+    cache = KVCache([FullSpec(3, 64)], num_tokens=19 * PAGE_TOKENS, like=torch.zeros(0))
     layer = cache.layers[0].copy_(layer)
     pages, query = [7, 2, 9, 4, 1, 12, 6, 3, 5, 11], drawn(length, 9, 64, seed=4)
 
@@ -234,7 +235,7 @@ def test_a_prompts_token_does_not_depend_on_others_nor_on_threads(kernels):
 
 @pytest.mark.parametrize("width", [24, 528])
 def test_heads_that_the_registers_do_not_fit_are_left_to_torch(kernels, width):
-    cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=width, num_tokens=64, like=torch.zeros(0))
+    cache = KVCache([FullSpec(1, width)], num_tokens=64, like=torch.zeros(0))
     assert isinstance(decode_context([[1]], [3], cache, kernels), DecodeContext)
     assert isinstance(prompt_context([([1], 0, 3)], cache, kernels), Prompts)
 

@@ -140,7 +140,8 @@ def test_fingerprints_tell_models_apart(tmp_path, tiny_model, tiny_base):
 
 def test_models_that_would_be_computed_wrongly_are_refused(tmp_path, tiny_model):
     from ftray.errors import UserError
-    from ftray.model.base import check_attention, check_length
+    from ftray.model.base import check_length
+    from ftray.model.families import check_layers
 
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
     plain = json.loads((copy / "config.json").read_text())
@@ -153,10 +154,10 @@ def test_models_that_would_be_computed_wrongly_are_refused(tmp_path, tiny_model)
     ):
         (copy / "config.json").write_text(json.dumps(plain | change))
         with pytest.raises(UserError, match=message):
-            check_attention(prepare_base(str(copy)))
+            check_layers(prepare_base(str(copy)))
     (copy / "config.json").write_text(json.dumps(plain | {"sliding_window": 64, "use_sliding_window": False}))
     base = prepare_base(str(copy))
-    check_attention(base)
+    check_layers(base)
     check_length(base, 4096, key="engine.context_tokens")
     with pytest.raises(UserError, match=r"engine\.context_tokens: 4097 is over"):
         check_length(base, 4097, key="engine.context_tokens")

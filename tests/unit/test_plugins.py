@@ -2,23 +2,33 @@
 
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny import write_jsonl
 
 from ftray.config import load_config, parse_config
+from ftray.config.adapter import AdapterConfig
 from ftray.config.data import DataConfig
 from ftray.config.serve import ServeConfig
+from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.errors import ConfigError, DataError, InterruptedRunError, UserError
 from ftray.evaluate.task import Evaluation, judged
 from ftray.infer.engines import check_engine, generate, make_engine
 from ftray.infer.protocol import Request
 from ftray.model.base import BaseModel
+from ftray.model.families import KINDS, FullSpec, check_config, layer_kinds
+from ftray.model.flops import count_flops
 from ftray.model.hardware import choose_hardware
+from ftray.model.heads import head_of
+from ftray.model.lora import describe
+from ftray.model.packed import PackedCausalLM, register_packed_attention
+from ftray.model.weights import load_weights
 from ftray.objectives import LogProbs, make_loss, objective_of, sft_loss
 from ftray.plugins import load_plugin
 from ftray.submit.own_code import check_own_code, own_code_in
@@ -82,6 +92,31 @@ def read(row):
 QUIZ = Format("conversation", read)
 TEXTS = Format("document", lambda row: row["q"])
 '''
+TOY_HEAD = '''
+"""The first number of each hidden state."""
+
+from ftray.objectives import Objective, sft_loss
+from ftray.schema import Strict
+
+
+class First:
+    task_type, saved_modules = "SEQ_CLS", ("score",)
+
+    def __call__(self, model, hidden_NE, targets_N):
+        return hidden_NE[:, 0].float()
+
+    def parameters(self, config):
+        return 1
+
+
+class Section(Strict):
+    type: str
+
+
+FIRST = First()
+SCORED = Objective(Section, lambda config: sft_loss, shape="conversation", head="toy_head:FIRST")
+NUMBER = 3
+'''
 TOY_ENGINE = '''
 """Answers everything with the same token."""
 
@@ -141,12 +176,13 @@ def toy(tmp_path, monkeypatch):
     (tmp_path / "toy_task.py").write_text(TOY_TASK)
     (tmp_path / "toy_format.py").write_text(TOY_FORMAT)
     (tmp_path / "toy_engine.py").write_text(TOY_ENGINE)
+    (tmp_path / "toy_head.py").write_text(TOY_HEAD)
     (tmp_path / "toy_code.py").write_text(TOY_CODE)
     (tmp_path / "broken_objective.py").write_text("import no_such_package_at_all\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for name in ("toy_objective", "toy_task", "toy_format", "toy_code", "toy_engine", "broken_objective"):
+    for name in ("toy_objective", "toy_task", "toy_format", "toy_code", "toy_engine", "toy_head", "broken_objective"):
         sys.modules.pop(name, None)
 
 
@@ -354,3 +390,67 @@ def test_an_engine_of_ones_own_is_one_file(toy):
 def test_what_an_engine_cannot_do_is_refused(toy, overrides, problem):
     with pytest.raises(ConfigError, match=problem):
         serve(overrides)
+
+
+def test_a_head_of_ones_own_is_one_file(toy, tiny_base, tmp_path):
+    head = head_of(objective_of(parse("{type: 'toy_head:SCORED'}").objective).head)
+    model = load_weights(tiny_base, choose_hardware(), attention=register_packed_attention())
+    row = pack([Sentence()])
+    scores_N = PackedCausalLM(model, head=head)(row)
+    hidden_TE = model(row.ids_T[None], output_hidden_states=True, **plain(row)).hidden_states[-1][0]
+    torch.testing.assert_close(scores_N, hidden_TE[row.rows_N, 0])
+    assert count_flops(model, head).head_parameters == 1
+    described = describe({}, AdapterConfig(modules_to_save=["norm"]), tiny_base, head, growth=1, ties=False)
+    assert (described["task_type"], described["modules_to_save"]) == ("SEQ_CLS", ["norm", "score"])
+    with pytest.raises(UserError, match="is of type int, and must be of type Head"):
+        head_of("toy_head:NUMBER")
+
+
+def plain(row) -> dict:
+    """transformers' own call of the packed model."""
+    kinds = layer_kinds(FakeConfig())
+    return {"layout": row.layout, "attend": [kind.attend_packed for kind in kinds], "use_cache": False}
+
+
+class FakeConfig:
+    layer_types, num_hidden_layers, num_attention_heads, head_dim = None, 8, 1, 1
+
+
+@dataclass(frozen=True)
+class Sentence:
+    number, row, length, num_trained, extras = 0, 1, 6, 3, {}
+    sequences = ((np.arange(1, 7), np.array([False, False, False, True, True, True])),)
+
+
+@dataclass(frozen=True)
+class Local:
+    """A layer kind of one file: a token sees itself and the one before."""
+
+    cache = FullSpec(1, 1)
+
+    def attend_packed(self, query_HTD, key_KTD, value_KTD, layout, *, scaling):
+        mixed = value_KTD.clone()
+        mixed[:, 1:] = (value_KTD[:, 1:] + value_KTD[:, :-1]) / 2
+        return mixed.repeat_interleave(len(query_HTD) // len(key_KTD), 0).transpose(0, 1)
+
+    def flops(self, lengths):
+        return 2.0 * sum(length * count for length, count in lengths.items())
+
+
+def test_a_kind_of_layer_is_one_file(tiny_base, monkeypatch):
+    """Each layer attends as its kind does, and is counted so."""
+    model = load_weights(tiny_base, choose_hardware(), attention=register_packed_attention())
+    row = pack([Sentence()])
+    whole, flops = PackedCausalLM(model)(row), count_flops(model)
+    monkeypatch.setitem(KINDS, "local", lambda config: Local())
+    config = model.config.get_text_config()
+    names = ["full_attention"] * (config.num_hidden_layers - 1) + ["local"]
+    monkeypatch.setattr(config, "layer_types", names, raising=False)
+    assert not torch.allclose(PackedCausalLM(model)(row), whole)
+    changed = count_flops(model)
+    assert changed.layers[:-1] == flops.layers[:-1]
+    once = {"num_tokens": 0, "num_trained": 0, "lengths": {6: 1}}
+    assert changed.forward(**once) == flops.forward(**once) - flops.layers[0].flops({6: 1}) + 12.0
+    check_config({"layer_types": ["local"]}, name="m")
+    with pytest.raises(UserError, match="uses elsewhere"):
+        check_config({"layer_types": ["elsewhere"]}, name="m")

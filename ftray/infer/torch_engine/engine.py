@@ -28,7 +28,7 @@ from ftray.infer.torch_engine.attention import (
 )
 from ftray.infer.torch_engine.cpu.frozen_linear import FrozenLinear
 from ftray.infer.torch_engine.decoder import make_stack
-from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, KVCache
+from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, make_cache
 from ftray.infer.torch_engine.lora.bank import LoraBank
 from ftray.infer.torch_engine.lora.slots import HostAdapter
 from ftray.infer.torch_engine.pooling import Embedding, embedding_of
@@ -38,6 +38,7 @@ from ftray.infer.torch_engine.sequence import Piece, Sequence
 from ftray.model.adapter import check_rank, read_adapter
 from ftray.model.base import BaseModel, check_length, generation_stop_ids, load_tokenizer
 from ftray.model.chat import stop_token_ids
+from ftray.model.families import layer_kinds
 from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedRow, decoder_of
 from ftray.model.packed_attention import packed_layout
@@ -61,13 +62,7 @@ class TorchEngine:
         self._stack = make_stack(decoder_of(self.model), self._head)
         self._weight = next(self.model.parameters())
         self._grammars = Grammars(self.tokenizer, vocab_size=self.vocab_size, stop_ids=self.stop_ids)
-        self._cache = KVCache(
-            num_layers=shape.num_hidden_layers,
-            num_kv_heads=shape.num_key_value_heads,
-            head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads,
-            num_tokens=config.kv_cache_tokens,
-            like=self._weight,
-        )
+        self._cache = make_cache(layer_kinds(shape), num_tokens=config.kv_cache_tokens, like=self._weight)
         self._scheduler = Scheduler(
             self._cache.num_pages,
             max_sequences=config.max_sequences,

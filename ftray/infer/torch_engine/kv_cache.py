@@ -10,10 +10,13 @@ Shapes: P pages, K key/value heads, D head dimension.
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from ftray.errors import UserError
+from ftray.model.families import FullSpec, LayerKind
 
 PAGE_TOKENS = 16
 
@@ -21,10 +24,11 @@ PAGE_TOKENS = 16
 class KVCache:
     """The tensors. `layers[i]`: [P, PAGE_TOKENS, 2 (key, value), K, D]. Page 0 stays zero: it pads page tables."""
 
-    def __init__(self, *, num_layers: int, num_kv_heads: int, head_dim: int, num_tokens: int, like: Tensor):
+    def __init__(self, specs: Sequence[FullSpec], *, num_tokens: int, like: Tensor):
+        """`specs`: of each layer."""
         self.num_pages = 1 + pages_for(num_tokens)
-        shape = (self.num_pages, PAGE_TOKENS, 2, num_kv_heads, head_dim)
-        self.layers = [like.new_zeros(shape) for _ in range(num_layers)]
+        pages = (self.num_pages, PAGE_TOKENS, 2)
+        self.layers = [like.new_zeros(*pages, spec.num_kv_heads, spec.head_dim) for spec in specs]
 
     def clear(self, pages: list[int]) -> None:
         """For a new owner. What a broken adapter left, infinity or NaN, would come through the mask: 0 * NaN is NaN."""
@@ -32,6 +36,15 @@ class KVCache:
             index = torch.tensor(pages, device=self.layers[0].device)
             for layer in self.layers:
                 layer.index_fill_(0, index, 0)
+
+
+def make_cache(kinds: Sequence[LayerKind], *, num_tokens: int, like: Tensor) -> KVCache:
+    """Raises `UserError` for a layer that keeps what this engine has no manager for."""
+    specs = [kind.cache for kind in kinds]
+    for spec in specs:
+        if not isinstance(spec, FullSpec):
+            raise UserError(f"engine.type: torch keeps no {type(spec).__name__} of a layer; use type: vllm")
+    return KVCache(specs, num_tokens=num_tokens, like=like)
 
 
 class PagePool:

@@ -19,7 +19,9 @@ from torch import Tensor
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.model.base import BaseModel
+from ftray.model.heads import head_of
 from ftray.model.lora import write_adapter
+from ftray.objectives import objective_of
 from ftray.storage import FileEntry, list_files, write_json, write_manifest
 from ftray.train.checkpoints.listing import ADAPTER, TRAINER_STATE, TrainerState, read_state
 from ftray.train.engine.protocol import TrainingEngine
@@ -70,6 +72,7 @@ def write_snapshot(
             config.adapter,
             base,
             metadata=metadata,
+            head=head_of(objective_of(config.objective).head),
             initial=snapshot.initial_adapter,
             ties_embeddings=snapshot.ties_embeddings,
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 from ftray.config import RunConfig
 from ftray.model.base import BaseModel
 from ftray.model.hardware import Hardware, check_stage
+from ftray.model.heads import head_of
 from ftray.model.lora import inject_lora, load_weights_from
 from ftray.model.packed import (
     PackedCausalLM,
@@ -27,21 +28,22 @@ def make_engine(
     attention = register_packed_attention()
     quantize = config.adapter.quantize_base if config.adapter is not None else None
     model = load_weights(base, hardware, attention=attention, quantize=quantize)
+    objective = objective_of(config.objective)
+    head = head_of(objective.head)
     initial_adapter = None
     if config.adapter is not None:
-        initial_adapter = inject_lora(model, config.adapter, seed=config.seed)
+        initial_adapter = inject_lora(model, config.adapter, seed=config.seed, head=head)
         if init_from is not None:
             load_weights_from(init_from, model, config.adapter, label=str(config.adapter.init_from))
-    objective = objective_of(config.objective)
     num_heads = model.config.get_text_config().num_attention_heads
     ranks = make_sequence_ranks(config.memory.sequence_parallel, num_heads=num_heads)
     chunks = logit_chunks(config.batch.tokens_per_micro_batch, ranks) if config.zero.stage == 3 else None
     reference = None
     if objective.needs_reference and config.adapter is None:
         frozen = load_weights(base, hardware, attention=attention)
-        reference = PackedCausalLM(frozen, num_logit_chunks=chunks, ranks=ranks)
+        reference = PackedCausalLM(frozen, head=head, num_logit_chunks=chunks, ranks=ranks)
     return DeepSpeedEngine(
-        PackedCausalLM(prepare_layers(model, config.memory), num_logit_chunks=chunks, ranks=ranks),
+        PackedCausalLM(prepare_layers(model, config.memory), head=head, num_logit_chunks=chunks, ranks=ranks),
         objective,
         make_loss(config.objective),
         hardware,

@@ -73,7 +73,7 @@ class DeepSpeedEngine:
         self.ties_embeddings = bool(getattr(model.model.config.get_text_config(), "tie_word_embeddings", False))
         dist.barrier()  # all at once, as they will train: on one machine they share its cores
         self.meter = FlopsMeter(
-            count_flops(model.model),
+            count_flops(model.model, model.head),
             self.sum_over_ranks(measure_gemm_rate(hardware)),
             trains_base=config.adapter is None,
             reference=objective.needs_reference,

@@ -155,7 +155,7 @@ def worth_compiling(config: RunConfig, engine: DeepSpeedEngine, dataset: Tokeniz
     flops = engine.meter.model.step(
         num_tokens=tokens,
         num_trained=int(tokens * dataset.trained_lengths.sum() / len(dataset.ids)),
-        sum_squared_lengths=int(tokens * mean),
+        lengths={mean: tokens / mean},
         trains_base=engine.meter.trains_base,
         reference=engine.meter.reference,
     )

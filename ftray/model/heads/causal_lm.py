@@ -1,0 +1,21 @@
+"""The language model's own output head: log-probabilities of the next token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CausalLmHead:
+    task_type = "CAUSAL_LM"
+    saved_modules: tuple[str, ...] = ()
+
+    def __call__(self, model: Any, hidden_NE: Tensor, targets_N: Tensor) -> Tensor:
+        logits_NV = model.get_output_embeddings()(hidden_NE).float()
+        return -torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+
+    def parameters(self, config: Any) -> int:
+        return config.vocab_size * config.hidden_size
+
+
+CAUSAL_LM = CausalLmHead()
