@@ -35,6 +35,13 @@ def start_ray(*, join: bool = True, run: str | None = None) -> bool:
     return address is not None
 
 
+def logs_directory() -> str:
+    """Of the session that this process is in, on this machine."""
+    from ray._private.worker import _global_node  # no public one
+
+    return _global_node.get_logs_dir_path() if _global_node is not None else "Ray's session directory"
+
+
 @contextlib.contextmanager
 def own_address() -> Iterator[None]:
     """A session that starts in it has its own address in the environment of all its processes.

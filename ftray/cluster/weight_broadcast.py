@@ -34,6 +34,7 @@ class Holder:
         copies = local_copies(cache_directory())
         self._directory = copies.directory_of(url, objects)
         self._claim = copies.claim(url, objects, is_model_file, wait=False)
+        self._held = contextlib.ExitStack()  # the claim, from `begin` to `finish`
         self._filling: Filling | None = None
 
     def has(self) -> bool:
@@ -41,7 +42,7 @@ class Holder:
 
     def begin(self) -> bool:
         """Whether it wants the parts: its machine may have them by now, or another process that fetches them."""
-        self._filling = self._claim.__enter__()
+        self._filling = self._held.enter_context(self._claim)
         return self._filling is not None
 
     def read(self, key: str, start: int, length: int) -> bytes:
@@ -58,7 +59,7 @@ class Holder:
     def finish(self) -> None:
         assert self._filling is not None
         self._filling.finish()
-        self._claim.__exit__(None, None, None)
+        self._held.close()
 
 
 def broadcast_base(url: str, nodes: list[dict[str, Any]], *, log: Callable[[str], None]) -> None:

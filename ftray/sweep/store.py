@@ -6,9 +6,9 @@ keeps both alike:
     trials/     run directories, each with the store by itself (train/runs/store.py)
 """
 
-import _thread
 import contextlib
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -68,7 +68,9 @@ class StoredSweep:
         while not self._ended.wait(SYNC_S):
             with contextlib.suppress(FtrayError, OSError):  # the store does not answer, or the disk is full
                 if not lease.is_ours():
-                    _thread.interrupt_main()  # ends it as Ctrl-C does; `_end` tells why
+                    main = threading.main_thread().ident
+                    assert main is not None
+                    signal.pthread_kill(main, signal.SIGINT)  # ends it as Ctrl-C does; `_end` tells why
                     return
                 self._sync_once()
 

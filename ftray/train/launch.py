@@ -14,13 +14,13 @@ import ray
 
 from ftray.cluster.probe import check_nodes
 from ftray.cluster.resources import check_resources, nodes_for
-from ftray.cluster.session import start_ray
+from ftray.cluster.session import logs_directory, start_ray
 from ftray.cluster.signals import on_sigterm
 from ftray.cluster.weight_broadcast import broadcast_base
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.tokens import tokenize_source
-from ftray.errors import InterruptedRunError, TerminatedRunError
+from ftray.errors import FtrayError, InterruptedRunError, TerminatedRunError
 from ftray.model.base import BaseModel, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.objectives import objective_of
@@ -121,14 +121,15 @@ def make_job(run: RunHandle, base: BaseModel, data: PreparedData, *, init_from: 
     )
 
 
-def train_until_stopped(job: TrainJob, run: RunHandle, data: PreparedData, watcher: Watcher) -> Path | None:
+def train_until_stopped(job: TrainJob, run: RunHandle, data: PreparedData, watcher: Watcher) -> Path:
     """The last checkpoint of a run that came to its end. Raises `InterruptedRunError` where it was stopped before."""
     with stop_on_sigterm(run.path) as terminated:
         train_on_ray(job, run, watcher, num_steps=data.num_steps)
     checkpoint = run.newest_checkpoint()
+    if checkpoint is None:
+        raise FtrayError(f"{run.uri}: ended without a checkpoint; the workers' logs are in {logs_directory()}")
     if is_complete(checkpoint, data):
         return checkpoint
-    assert checkpoint is not None
     if read_state(checkpoint).step != job.until_step:
         record_driver_event(run.path, "stopped", by="SIGTERM" if terminated.is_set() else "ftray runs stop")
     stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError

@@ -211,7 +211,10 @@ class GroupReporter:
         run.stop_noting()
         if outcome == "finished":
             seconds = time.time() - self._began[member.name]
-            finalize_run(run.handle, run.last_checkpoint(), self._base, self._data, seconds=seconds)
+            checkpoint = run.last_checkpoint()
+            if checkpoint is None:
+                raise FtrayError(f"{run.handle.uri}: ended without a checkpoint")
+            finalize_run(run.handle, checkpoint, self._base, self._data, seconds=seconds)
             run.drop_checkpoints()
         run.leave()
         ray.get(self._job.coordinator.end.remote(member.name, outcome, message))

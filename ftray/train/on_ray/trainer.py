@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.cluster.fit_thread import Fit, last_line
+from ftray.cluster.session import logs_directory
 from ftray.cluster.worker_env import passed_secrets, worker_environment
 from ftray.config.run import WorkersConfig
 from ftray.errors import FtrayError
@@ -21,7 +22,6 @@ from ftray.train.hooks.watchdog import HangReader, clear_hangs
 from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, read_worker_error
 from ftray.train.on_ray.controller_notes import unkept_notes
 from ftray.train.on_ray.entry import run_in_worker
-from ftray.train.runs.finalize import ray_logs
 from ftray.train.runs.handle import RunHandle
 from ftray.train.runs.uri import is_stored
 
@@ -67,7 +67,7 @@ def train_on_ray(job: TrainJob, run: RunHandle, watcher: Watcher, *, num_steps: 
         if failure is None:
             return
         if tries_left == 0 or not isinstance(failure, ControllerError):
-            message = f"training failed: {last_line(failure)}; the workers' logs are in {ray_logs()}"
+            message = f"training failed: {last_line(failure)}; the workers' logs are in {logs_directory()}"
             raise FtrayError(message) from failure
         watcher.log(f"Ray Train stopped ({last_line(failure)}); tries again in {RETRY_S:.0f} s")
         time.sleep(RETRY_S)

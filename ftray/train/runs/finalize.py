@@ -9,7 +9,6 @@ from typing import Any
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.examples import dataset_source
-from ftray.errors import FtrayError
 from ftray.model.base import BaseModel
 from ftray.storage import verify_directory, write_json
 from ftray.tracking.report import write_report
@@ -32,12 +31,8 @@ def num_steps(config: RunConfig, dataset: TokenizedDataset) -> int:
     return dataset_source(config, dataset).num_steps
 
 
-def is_complete(checkpoint: Path | None, data: PreparedData) -> bool:
-    return checkpoint is None or read_state(checkpoint).step == data.num_steps
-
-
-def ray_logs() -> str:
-    return "/tmp/ray/session_latest/logs"
+def is_complete(checkpoint: Path, data: PreparedData) -> bool:
+    return read_state(checkpoint).step == data.num_steps
 
 
 def describe_interruption(run: RunHandle) -> str:
@@ -47,11 +42,9 @@ def describe_interruption(run: RunHandle) -> str:
 
 
 def finalize_run(
-    run: RunHandle, checkpoint: Path | None, base: BaseModel, data: PreparedData, *, seconds: float
+    run: RunHandle, checkpoint: Path, base: BaseModel, data: PreparedData, *, seconds: float
 ) -> dict[str, Any]:
     """Puts the last checkpoint's adapter (or model) at the top of the run directory and writes result.json last."""
-    if checkpoint is None:
-        raise FtrayError(f"{run.path}: the run ended without a checkpoint; the workers' logs are in {ray_logs()}")
     run.fetch_artifact(checkpoint, whole=run.config.adapter is None)
     put_artifact(run.artifact, checkpoint, base, run_name=run.config.name)
     result = result_of(run, checkpoint, base, data) | {"seconds": seconds}
