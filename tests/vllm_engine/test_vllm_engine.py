@@ -72,7 +72,7 @@ def test_a_whole_replica_answers_from_the_registry(base, adapters, tmp_path):
     async def scenario() -> None:
         job = GenerateJob([[5, 9, 33, 60, 7]], False, greedy(logprobs=2), "support@1")
         (first, *answer), (_, *again) = await asyncio.gather(events_of(replica, job), events_of(replica, job))
-        assert first["prompt_tokens"] == 5
+        assert first.prompt_tokens == 5
         assert [event.text for event in answer] == [event.text for event in again]
         assert len(answer) == 10
         assert all(len(event.logprobs) == 1 for event in answer)
