@@ -72,6 +72,8 @@ def cli_page() -> str:
     parts = ["# Commands\n", "Made from the code by `python docs/generate.py`. `ftray COMMAND --help` says the same.\n"]
     for path, command in commands_of(root, "ftray"):
         parts.append(f"## {path}\n\n{(command.help or '').strip()}\n")
+        if command.epilog:
+            parts.append(f"```\n{command.epilog.removeprefix('Example: ')}\n```\n")
         arguments = [row(parameter) for parameter in command.params if not getattr(parameter, "hidden", False)]
         arguments = [line for line in arguments if line and "--help" not in line]
         if arguments:
@@ -82,7 +84,8 @@ def cli_page() -> str:
 def commands_of(command: Any, path: str) -> list[tuple[str, Any]]:
     if not hasattr(command, "commands"):
         return [(path, command)]
-    return [found for name, child in command.commands.items() for found in commands_of(child, f"{path} {name}")]
+    children = [(name, command.commands[name]) for name in command.list_commands(None)]  # in the order of --help
+    return [found for name, child in children for found in commands_of(child, f"{path} {name}")]
 
 
 def row(parameter: Any) -> str:

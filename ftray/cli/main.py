@@ -2,9 +2,10 @@
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from ftray import __version__
 from ftray.cli import (
@@ -25,29 +26,49 @@ from ftray.cli import (
 )
 from ftray.errors import FtrayError, InterruptedRunError
 
+# In the order in which they are needed: what it is, in a line that is not cut, and an example.
+COMMANDS: dict[str, tuple[Any, str, str]] = {
+    "init": (init.init, "Write a starter project with configs and sample data.", "ftray init my-project"),
+    "quickstart": (quickstart.quickstart, "Fine-tune, measure, serve a small model here.", "ftray quickstart"),
+    "train": (train.train, "Fine-tune a model.", "ftray train run.yaml optimizer.learning_rate=5e-4"),
+    "plan": (plan.plan, "Memory, time and cost of a run beforehand.", "ftray plan run.yaml --gpu h100-80gb --count 8"),
+    "sweep": (sweep.app, "Search for the best rank, rate or any other key.", "ftray sweep sweep.yaml"),
+    "pipeline": (pipeline.pipeline, "Train in stages, measure, publish what passes.", "ftray pipeline pipeline.yaml"),
+    "eval": (evaluate.evaluate, "Exact match and loss on held-out rows.", "ftray eval run.yaml --adapter support@prod"),
+    "runs": (runs.app, "Run directories: list, show, compare, stop.", "ftray runs compare first second"),
+    "adapters": (adapters.app, "The registry of adapters and their versions.", "ftray adapters promote support@3 prod"),
+    "serve": (serve.serve, "Serve a base with every adapter of a registry.", "ftray serve serve.yaml port=8001"),
+    "chat": (chat.chat, "Talk with a model.", "ftray chat support@prod"),
+    "tenants": (tenants.app, "Who may use an endpoint, and how much.", "ftray tenants create acme"),
+    "usage": (tenants.usage, "Requests and tokens by tenant and version.", "ftray usage --database tenants.db"),
+    "submit": (
+        submit.submit,
+        "Run a config on a cluster and follow it.",
+        "ftray submit run.yaml --address http://head:8265",
+    ),
+    "doctor": (doctor.doctor, "What is wrong with this machine or a cluster.", "ftray doctor --address head:6379"),
+}
+
+
+class InOrder(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+
 app = typer.Typer(
     name="ftray",
+    cls=InOrder,
     help="Fine-tuning of language models on Ray: from a base model to a live, measured, swappable adapter.",
     epilog="--debug after any command shows the traceback of an error.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
 )
-app.command()(init.init)
-app.command()(train.train)
-app.command()(pipeline.pipeline)
-app.command()(plan.plan)
-app.command()(serve.serve)
-app.command()(submit.submit)
-app.command("eval")(evaluate.evaluate)
-app.add_typer(adapters.app, name="adapters")
-app.add_typer(sweep.app, name="sweep")
-app.add_typer(runs.app, name="runs")
-app.add_typer(tenants.app, name="tenants")
-app.command()(tenants.usage)
-app.command()(chat.chat)
-app.command()(quickstart.quickstart)
-app.command()(doctor.doctor)
+for name, (command, short, example) in COMMANDS.items():
+    about: dict[str, Any] = {"short_help": short, "epilog": f"Example: {example}"}
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=name, **about)
+    else:
+        app.command(name, **about)(command)
 
 
 def show_version(value: bool) -> None:
@@ -68,6 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if is_group(words):  # alone
+        words.append("--help")
     try:
         code = app(words, standalone_mode=False)
     except FtrayError as error:
@@ -82,6 +105,10 @@ def main(arguments: list[str] | None = None) -> None:
         fail(f"{type(error).__name__}: {error} (run again with --debug to see where)", code=1, debug=debug, error=error)
     else:
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def is_group(words: list[str]) -> bool:
+    return not words or (len(words) == 1 and isinstance(COMMANDS.get(words[0], (None,))[0], typer.Typer))
 
 
 def fail(message: str, *, code: int, debug: bool, error: BaseException | None) -> NoReturn:

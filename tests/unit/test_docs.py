@@ -4,13 +4,15 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import typer
 
-from ftray.cli.main import app
-from ftray.config import load_config, load_sweep
-from ftray.config.load import KINDS
+from ftray.cli.main import COMMANDS as MAIN_COMMANDS, app, main
+from ftray.config import RunConfig, load_config, load_sweep
+from ftray.config.load import KINDS, read_yaml
+from ftray.schema import Strict
 
 ROOT = Path(__file__).parents[2]
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -64,7 +66,8 @@ COMMANDS = sorted({tuple(command) for page in PAGES for command in commands(page
 
 def check_command(words: list[str]) -> None:
     """Raises where there is no such command or option, and where a config of ours refuses a key."""
-    command, given = typer.main.get_command(app), words[1:]
+    command: Any = typer.main.get_command(app)
+    given = words[1:]
     while hasattr(command, "commands"):
         name = given[0]
         command = command.commands.get(name) or command.commands["run"]
@@ -93,6 +96,44 @@ def command_names(name: str) -> set[str]:
 def test_commands_are_understood(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     check_command(list(words))
+
+
+@pytest.mark.parametrize("name", MAIN_COMMANDS)
+def test_every_command_has_an_example_and_a_line_that_is_not_cut(name, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    _, short, example = MAIN_COMMANDS[name]
+    check_command(shlex.split(example))
+    for words in ([], ["--help"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert not ended.value.code
+        printed = capsys.readouterr().out
+        assert re.search(rf"^  {name} +{re.escape(short)}$", printed, re.MULTILINE)
+    listed = re.findall(r"^  ([a-z]+)  ", printed, re.MULTILINE)
+    assert listed == list(MAIN_COMMANDS), "in the order in which they are needed"
+
+
+def test_the_config_with_every_key_has_every_key():
+    written = read_yaml((ROOT / "configs/run/support_intents.yaml").read_text(), source="it")
+    assert missing_keys(RunConfig, written) == []
+    del written["optimizer"]["betas"]
+    assert missing_keys(RunConfig, written) == ["optimizer.betas"]
+
+
+def missing_keys(model: type[Strict], written: dict, prefix: str = "") -> list[str]:
+    """Of a run's keys; `epochs` stands for `max_steps`, `columns` for `format`, an objective for the others."""
+    found = []
+    for key, field in model.model_fields.items():
+        section: Any = next((a for a in (field.annotation, *get_args(field.annotation)) if is_section(a)), None)
+        if key not in written and f"{prefix}{key}" not in ("max_steps", "data.format"):
+            found.append(f"{prefix}{key}")
+        elif section is not None and isinstance(written.get(key), dict) and key not in ("objective", "columns"):
+            found += missing_keys(section, written[key], f"{prefix}{key}.")
+    return found
+
+
+def is_section(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Strict)
 
 
 WRONG = ["ftray trian x", "ftray train x --drty-run", "ftray train configs/quickstart/run.yaml a.b=1"]
