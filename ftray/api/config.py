@@ -9,6 +9,7 @@ from typing import Any
 from ftray.config import load_config, parse_config, to_yaml
 from ftray.errors import UserError
 from ftray.storage import write_bytes
+from ftray.train.runs.uri import is_stored
 
 ROWS = ".rows"  # of a runs_dir: data that were given as Python objects
 
@@ -30,7 +31,7 @@ def rows_file(rows: Any, *, runs_dir: str, key: str) -> str:
     the runs' directory, named by its content, so that the same rows resume the same run."""
     if isinstance(rows, str | Path):
         return str(rows)
-    if "://" in runs_dir:
+    if is_stored(runs_dir):
         raise UserError(
             f"{key}: rows given from Python need a runs_dir on a disk; write them to a file and give its path"
         )

@@ -12,6 +12,7 @@ from ftray.config import RunConfig
 from ftray.errors import NotFoundError, UserError
 from ftray.storage import read_json
 from ftray.train.hooks.own_callbacks import Callback
+from ftray.train.runs.uri import is_stored
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def read_run(config: Any, overrides: Sequence[str], *, data: Any, eval_data: Any
     if isinstance(config, dict) and data is not None:  # which the schema asks for
         tree = config | {"data": {"train": "given", **config.get("data", {})}}
     run: RunConfig = read_config(tree, overrides, kind="run")
-    if "://" in run.runs_dir:
+    if is_stored(run.runs_dir):
         raise UserError("runs_dir: a run in a store is started with `ftray train`; give a directory here")
     given = {"train": data, "eval": eval_data}
     files = {key: rows_file(v, runs_dir=run.runs_dir, key=f"data.{key}") for key, v in given.items() if v is not None}

@@ -47,13 +47,9 @@ def submit(
         jobs.stop(job, runs_dir=loaded.runs_dir if kind == "run" else None, working_dir=root, runtime_env=environment)
         return
     submitted = jobs.submit(job, root, runtime_env=environment, retries=retries)
-    given = {
-        "--address": address,
-        "--runtime-env": runtime_env,
-        "--working-dir": None if working_dir == "." else working_dir,
-    }
-    options = [word for name, value in given.items() if value is not None for word in (name, value)]
-    again = shlex.join(["ftray", "submit", config, *words, *options])
+    where = None if working_dir == "." else working_dir
+    given = {"--address": address, "--runtime-env": runtime_env, "--working-dir": where}
+    again = command_again(config, words, given)
     if detach:
         print(f"follow it with: {again}")
         return
@@ -64,3 +60,9 @@ def submit(
             f"{name} goes on without you\n  follow it with: {again}\n  stop it with: {again} --stop"
         ) from None
     raise typer.Exit(code)
+
+
+def command_again(config: str, words: list[str], given: dict[str, str | None]) -> str:
+    """The same command, to be typed."""
+    options = [word for name, value in given.items() if value is not None for word in (name, value)]
+    return shlex.join(["ftray", "submit", config, *words, *options])

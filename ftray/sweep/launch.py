@@ -35,7 +35,7 @@ from ftray.train.checkpoints.checkpoint import data_digest
 from ftray.train.launch import TOKENS, prepare_data
 from ftray.train.runs.claim import refuse_changes, refuse_unwritable
 from ftray.train.runs.finalize import PreparedData
-from ftray.train.runs.store import run_store
+from ftray.train.runs.store import run_store, share_data
 
 DATA = "data.json"
 FUSED_SLOTS = 8
@@ -90,7 +90,7 @@ def search(directory: Path, study: Study, *, log: Log) -> None:
         run_groups(directory, study, fusing, *of_groups(fusing.example, study, base, data), log=log)
         study = Study(config, study.space, directory)  # the coordinator has written on
     if not study.is_over:
-        share_tokens(study, data)  # before several do it at once
+        share_data(run_store(study.trials_uri), data)  # before several do it at once
         run_apart(directory, study, reason=fusing.reason or "the rest", log=log)
     if config.compare is not None:
         measure_methods(study, directory, base, log=log)
@@ -154,7 +154,7 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
     num_groups = min([num_groups, *limits])
     slots = FUSED_SLOTS if wanted == "auto" else int(wanted)
     in_all = min([slots * num_groups, *limits])
-    train, evaluation = share_tokens(study, data)
+    train, evaluation = share_data(run_store(study.trials_uri), data)
     groups = f", in {num_groups} groups" if num_groups > 1 else ""
     log(f"fused: {in_all} at a time over one base, on {described(base_run.workers)}{groups}")
     job = {
@@ -177,14 +177,6 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
 
 def shares(whole: int, count: int) -> list[int]:
     return [whole // count + (number < whole % count) for number in range(count)]
-
-
-def share_tokens(study: Study, data: PreparedData) -> tuple[Path | str, Path | str | None]:
-    """Where workers find them: of the training data, and of the evaluation data where there are any."""
-    store = run_store(study.trials_uri)
-    train, evaluation = (tokens.directory if tokens is not None else None for tokens in (data.train, data.eval))
-    assert train is not None
-    return store.share(train), store.share(evaluation) if evaluation is not None else None
 
 
 def run_apart(directory: Path, study: Study, *, reason: str, log: Log) -> None:

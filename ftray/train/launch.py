@@ -36,7 +36,7 @@ from ftray.train.prepare import PreparedRun
 from ftray.train.runs.finalize import PreparedData, describe_interruption, finalize_run, is_complete, num_steps
 from ftray.train.runs.handle import RunHandle, check_same_data
 from ftray.train.runs.rank_directory import new_attempt
-from ftray.train.runs.store import run_store
+from ftray.train.runs.store import run_store, share_data
 
 Log = Callable[[str], None]
 
@@ -105,8 +105,7 @@ def check_and_prepare(run: RunHandle, log: Log) -> tuple[BaseModel, PreparedData
 
 def make_job(run: RunHandle, base: BaseModel, data: PreparedData, *, init_from: Path | str | None) -> TrainJob:
     """What the workers get."""
-    train, evaluation = (tokens.directory if tokens is not None else None for tokens in (data.train, data.eval))
-    assert train is not None, "the launch keeps its tokens"
+    train, evaluation = share_data(run_store(run.config.runs_dir), data)
     return TrainJob(
         config=run.config,
         uri=run.uri,
@@ -115,8 +114,8 @@ def make_job(run: RunHandle, base: BaseModel, data: PreparedData, *, init_from: 
         base_fingerprint=base.fingerprint,
         init_from=init_from,
         data_digest=data.digest,
-        train_data=run.share(train),
-        eval_data=run.share(evaluation) if evaluation is not None else None,
+        train_data=train,
+        eval_data=evaluation,
         attempt=new_attempt(),
     )
 

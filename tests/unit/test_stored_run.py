@@ -243,7 +243,7 @@ def test_notes_of_rank_0_reach_the_driver_and_a_request_to_stop_reaches_rank_0(u
         worker = tmp_path / "worker"
         worker.mkdir()
         notes = WorkerNotes(run.uri, worker, rank=0)
-        assert run.share(write_tokens(tmp_path / "tokens")) == f"{url}/.tokens/tokens"
+        assert run_store(url).share(write_tokens(tmp_path / "tokens")) == f"{url}/.tokens/tokens"
         job = notes.begin(a_job(train_data=f"{url}/.tokens/tokens"))
         assert (job.train_data / "ids.bin").read_bytes() == b"tokens"
         (worker / ".stop_request.x1").touch()  # of a write that is not finished

@@ -19,12 +19,9 @@ KINDS: dict[str, Callable[[Any], LayerKind]] = {FULL: make_full_attention}
 
 def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
     """Of each layer in its order. `config`: transformers' config of the text model."""
-    made = {name: KINDS[name](config) for name in {*layer_names(config)}}
-    return tuple(made[name] for name in layer_names(config))
-
-
-def layer_names(config: Any) -> list[str]:
-    return list(getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers)
+    names = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
+    made = {name: KINDS[name](config) for name in {*names}}
+    return tuple(made[name] for name in names)
 
 
 def check_layers(base: BaseModel) -> None:

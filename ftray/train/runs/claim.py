@@ -85,11 +85,11 @@ def lock_of(runs_dir: str | Path, name: str) -> Path:
     return Path(runs_dir).absolute() / LOCKS / name
 
 
-def refuse_running(config: RunConfig, *, stop_with: str | None = None) -> None:
+def refuse_running(config: RunConfig) -> None:
     """The quick look; the driver itself holds the lock as long as it works."""
     lock = lock_of(config.runs_dir, config.name)
     if not is_stored(config.runs_dir) and lock.exists():
-        with holding(lock, stop_with=stop_with):
+        with holding(lock):
             pass
 
 

@@ -27,9 +27,9 @@ class DiskRunStore:
         return self._runs_dir
 
     @contextlib.contextmanager
-    def open(self, config: RunConfig, *, fresh: bool = False, stop_with: str | None = None) -> Iterator["DiskRun"]:
+    def open(self, config: RunConfig, *, fresh: bool = False) -> Iterator["DiskRun"]:
         """The lock ends with the process that holds it."""
-        with holding(lock_of(self._runs_dir, config.name), stop_with=stop_with):
+        with holding(lock_of(self._runs_dir, config.name)):
             yield DiskRun(config, fresh=fresh)
 
     def share(self, tokens: Path) -> Path:
@@ -74,9 +74,6 @@ class DiskRun(RunHandle):
         return newest_whole_checkpoint(self.path)
 
     def sync(self, *, at_once: bool = False) -> None: ...
-
-    def share(self, tokens: Path) -> Path:
-        return tokens
 
     def fetch_artifact(self, checkpoint: Path, *, whole: bool) -> None: ...
 

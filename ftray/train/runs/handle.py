@@ -62,10 +62,6 @@ class RunHandle(ABC):
         the run over."""
 
     @abstractmethod
-    def share(self, tokens: Path) -> Path | str:
-        """Puts the directory of a dataset where workers find it, and says where."""
-
-    @abstractmethod
     def fetch_artifact(self, checkpoint: Path, *, whole: bool) -> None:
         """What the run's result is made of: the adapter of `newest_checkpoint`, or the `whole` of it."""
 

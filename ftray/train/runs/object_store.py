@@ -55,7 +55,7 @@ class ObjectRunStore:
         return None
 
     @contextlib.contextmanager
-    def open(self, config: RunConfig, *, fresh: bool = False, stop_with: str | None = None) -> Iterator["StoredRun"]:
+    def open(self, config: RunConfig, *, fresh: bool = False) -> Iterator["StoredRun"]:
         """One driver at a time, on whatever machine. What the store has of the run replaces what this machine had; what
         the driver wrote goes to the store at the end."""
         refusal = f"{config.name} is running already, by another driver"
@@ -115,10 +115,10 @@ class StoredRun(RunHandle):
     (sweep/fused/member_run.py)."""
 
     def __init__(self, config: RunConfig, *, fresh: bool = False, lease: Lease | None = None):
-        self._store = ObjectRunStore(config.runs_dir)
-        self._uri = self._store.uri(config.name)
+        store = ObjectRunStore(config.runs_dir)
+        self._uri = store.uri(config.name)
         self.checkpoints = StoredCheckpoints(self._uri)
-        self._mirror = Mirror(self._uri, self._store.local(config.name))
+        self._mirror = Mirror(self._uri, store.local(config.name))
         self._lease = lease
         self._next_sync = 0.0
         self._fetch()
@@ -163,9 +163,6 @@ class StoredRun(RunHandle):
             self._mirror.pull(FROM_WORKERS)
             self._mirror.take(self._mirror.store.keys(HANGS))
         self._next_sync = time.monotonic() + SYNC_S
-
-    def share(self, tokens: Path) -> str:
-        return self._store.share(tokens)
 
     def fetch_artifact(self, checkpoint: Path, *, whole: bool) -> None:
         if not is_whole(checkpoint):  # one that was made here is

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from ftray.config import RunConfig
 from ftray.train.runs.disk import DiskRunStore
+from ftray.train.runs.finalize import PreparedData
 from ftray.train.runs.handle import RunHandle
 from ftray.train.runs.object_store import ObjectRunStore
 from ftray.train.runs.uri import is_stored
@@ -25,12 +26,9 @@ class RunStore(Protocol):
         """The directory of the runs, where it lies on a disk which all nodes see."""
         ...
 
-    def open(
-        self, config: RunConfig, *, fresh: bool = False, stop_with: str | None = None
-    ) -> AbstractContextManager[RunHandle]:
+    def open(self, config: RunConfig, *, fresh: bool = False) -> AbstractContextManager[RunHandle]:
         """The run `config.name`, whose only driver this process is meanwhile: two would write over each other. `fresh`:
-        an earlier one is set aside. `stop_with`: what ends another driver; None: `ftray runs stop`. Raises `UserError`
-        where another drives it, or where it has another config."""
+        an earlier one is set aside. Raises `UserError` where another drives it, or where it has another config."""
         ...
 
     def share(self, tokens: Path) -> Path | str:
@@ -65,3 +63,10 @@ class RunStore(Protocol):
 
 def run_store(runs_dir: str) -> RunStore:
     return ObjectRunStore(runs_dir) if is_stored(runs_dir) else DiskRunStore(runs_dir)
+
+
+def share_data(store: RunStore, data: PreparedData) -> tuple[Path | str, Path | str | None]:
+    """Where workers find them: the training data, and the evaluation data where there are any."""
+    train, evaluation = (tokens.directory if tokens is not None else None for tokens in (data.train, data.eval))
+    assert train is not None, "the driver keeps its tokens"
+    return store.share(train), store.share(evaluation) if evaluation is not None else None
