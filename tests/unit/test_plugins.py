@@ -32,6 +32,7 @@ from ftray.model.weights import load_weights
 from ftray.objectives import LogProbs, make_loss, objective_of, sft_loss
 from ftray.plugins import load_plugin
 from ftray.submit.own_code import check_own_code, own_code_in
+from ftray.sweep.fused.eligibility import why_not
 from ftray.tasks import Question, find_task
 from ftray.train.hooks.own_callbacks import calling, own_callbacks
 from ftray.train.prepare import prepare
@@ -404,6 +405,13 @@ def test_a_head_of_ones_own_is_one_file(toy, tiny_base, tmp_path):
     assert (described["task_type"], described["modules_to_save"]) == ("SEQ_CLS", ["norm", "score"])
     with pytest.raises(UserError, match="is of type int, and must be of type Head"):
         head_of("toy_head:NUMBER")
+
+
+def test_an_objective_with_a_head_of_its_own_is_trained_apart(toy):
+    """A fused group computes the language model's head alone."""
+    own = parse("{type: 'toy_head:SCORED'}")
+    assert why_not(own) == "objective.type: toy_head:SCORED cannot be fused"
+    assert why_not(parse("{type: 'toy_objective:TIMES'}")) is None
 
 
 def plain(row) -> dict:

@@ -580,6 +580,7 @@ def test_what_can_be_fused_and_why_not(load):
         ({"space": "\n  adapter: [null]\n"}, "trains the base itself"),
         ({"more": "overrides: {zero.stage: 3}"}, "zero.stage"),
         ({"more": "overrides: {workers.count: [1, 2]}"}, "workers.count"),
+        ({"more": "overrides: {callbacks: ['own:f']}"}, "callbacks: ['own:f'] cannot be fused"),
         ({"search": "{algorithm: grid, fused: off}"}, "search.fused: off"),
         (
             {"search": "{algorithm: random, budget: {steps: 9}}", "space": "\n  adapter: [{rank: 4}, null]\n"},

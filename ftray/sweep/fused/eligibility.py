@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.config.adapter import AdapterConfig
 from ftray.config.space import value_at
+from ftray.objectives import objective_of
 
 # What members of a group share, and a space must therefore leave alone.
 SHARED = ("base_model", "data", "objective", "workers", "memory")
@@ -65,6 +66,8 @@ def why_not(run: RunConfig) -> str | None:
         "adapter.modules_to_save": not adapter.modules_to_save,
         "adapter.dropout": adapter.dropout == 0,  # its noise would depend on the company
         "adapter.init_from": adapter.init_from is None,
+        "objective.type": objective_of(run.objective).head == "causal_lm",  # the head that a group has
+        "callbacks": not run.callbacks,  # the driver of a run of its own calls them
         "optimizer.type": run.optimizer.type == "adamw",
         "zero.stage": run.zero.stage < 3,  # a sharded base under many adapters has not been tried
         "zero.offload": run.zero.offload == "none",
