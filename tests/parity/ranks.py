@@ -1,11 +1,13 @@
 """Trains on several gloo ranks without Ray: the loop, engine and checkpoints of the product, one process a rank.
 
     results = train_on_ranks(2, [Record(...), ...], tmp_path, base=..., train_file=...)
+    results = Trainings([Record(...), ...], tmp_path, base=..., train_file=...)   # each when it is asked for
 
 A group of processes runs every record of its world size, and on a CPU its processes are forked from one that has
 imported what they need: starting one anew costs eight seconds.
 """
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing.forkserver
@@ -13,8 +15,8 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ class Record:
     tokens_per_micro_batch: int = 4096
     steps: int = 4
     stop_after: int | None = None  # end early, as a crash would, after the checkpoint of this step
-    resume_from: str | None = None
+    resume_from: str | None = None  # a checkpoint; in `Trainings` the name of the record that made it
     full: bool = False
     dropout: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
@@ -70,15 +72,73 @@ def train_on_ranks(
     return {record.name: Trained(**torch.load(out / f"{record.name}.pt")) for record in records}
 
 
-def start_ranks(run: Callable[..., None], world_size: int, *args: Any, backend: str = "gloo") -> None:
-    """`run(rank, world_size, port, *args)` in a process for each rank."""
+class Trainings:
+    """Results by the name of their record. Each is trained when it is first asked for, so that one test trains what
+    it looks at; the ranks of a world size stay for the next."""
+
+    def __init__(self, records: list[Record], out: Path, **fixed: Any):
+        self._records = {record.name: record for record in records}
+        assert len(self._records) == len(records), "two records have the same name"
+        self._out, self._fixed = out, fixed
+        self._groups: dict[int, RankGroup] = {}
+        self._trained: dict[str, Trained] = {}
+
+    def __getitem__(self, name: str) -> Trained:
+        if name not in self._trained:
+            self._trained[name] = self._train(self._records[name])
+        return self._trained[name]
+
+    def _train(self, record: Record) -> Trained:
+        if record.resume_from is not None:
+            record = replace(record, resume_from=self[record.resume_from].checkpoint)
+        if record.break_it is not None:  # in ranks of its own: a sabotage stays in its process
+            return train_on_ranks(record.world_size, [record], self._out, **self._fixed)[record.name]
+        size = record.world_size
+        if size not in self._groups:
+            self._groups[size] = RankGroup(size, self._out, self._fixed)
+        return self._groups[size].train(record)
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            group.close()
+
+
+class RankGroup:
+    """Ranks that wait for the next record."""
+
+    def __init__(self, world_size: int, out: Path, fixed: dict[str, Any]):
+        context = multiprocessing.get_context("forkserver")
+        self._out = out
+        self._records = [context.SimpleQueue() for _ in range(world_size)]
+        self._done = context.SimpleQueue()
+        arguments = (self._records, self._done, out, fixed)
+        self._ranks = start_ranks(run_waiting_rank, world_size, *arguments, join=False)
+
+    def train(self, record: Record) -> Trained:
+        for queue in self._records:
+            queue.put(record)
+        while self._done.empty():
+            assert not self._ranks.join(timeout=0.02), "the ranks have ended"  # raises what one of them raised
+        return Trained(**torch.load(self._out / f"{self._done.get()}.pt"))
+
+    def close(self) -> None:
+        for queue in self._records:
+            queue.put(None)
+        while not self._ranks.join():
+            pass
+
+
+def start_ranks(run: Callable[..., None], world_size: int, *args: Any, backend: str = "gloo", join: bool = True) -> Any:
+    """`run(rank, world_size, port, *args)` in a process for each rank. Without `join` torch's `ProcessContext`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     if backend == "gloo":
         start_fork_server()
     method = "forkserver" if backend == "gloo" else "spawn"
-    torch.multiprocessing.start_processes(run, (world_size, port, *args), nprocs=world_size, start_method=method)
+    return torch.multiprocessing.start_processes(
+        run, (world_size, port, *args), nprocs=world_size, join=join, start_method=method
+    )
 
 
 @functools.cache
@@ -94,6 +154,23 @@ def start_fork_server() -> None:
 def run_rank(
     rank: int, world_size: int, port: int, records: list[Record], out: Path, backend: str, fixed: dict[str, Any]
 ) -> None:
+    with joined(rank, world_size, port, backend):
+        for record in records:
+            run_and_keep(record, rank, out, fixed)
+
+
+def run_waiting_rank(
+    rank: int, world_size: int, port: int, records: list[Any], done: Any, out: Path, fixed: dict[str, Any]
+) -> None:
+    with joined(rank, world_size, port, "gloo"):
+        while (record := records[rank].get()) is not None:
+            run_and_keep(record, rank, out, fixed)
+            if rank == 0:
+                done.put(record.name)
+
+
+@contextlib.contextmanager
+def joined(rank: int, world_size: int, port: int, backend: str) -> Iterator[None]:
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), HF_HUB_OFFLINE="1")
@@ -103,12 +180,15 @@ def run_rank(
 
     make_deterministic(num_threads=1)
     dist.init_process_group(backend, rank=rank, world_size=world_size)
-    for record in records:
-        result = run_record(record, rank, out / f"{record.name}-checkpoints", **fixed)
-        if rank == 0:
-            torch.save(result, out / f"{record.name}.pt")
+    yield
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run_and_keep(record: Record, rank: int, out: Path, fixed: dict[str, Any]) -> None:
+    result = run_record(record, rank, out / f"{record.name}-checkpoints", **fixed)
+    if rank == 0:
+        torch.save(result, out / f"{record.name}.pt")
 
 
 def config_of(record: Record, *, base_directory: str, train_file: str) -> Any:

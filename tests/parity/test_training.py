@@ -3,12 +3,11 @@ one by one; in one go or resumed. In float32 sums of another order differ in the
 and 1e-4 on the norm of the difference of the weights over the norm of the change."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
-from ranks import Record, Trained, train_on_ranks
+from ranks import Record, Trainings
 from tiny import pair_rows, write_jsonl
 
 LOSS_RTOL = 1e-5
@@ -86,53 +85,36 @@ REFERENCE_DPO = Record("reference-dpo", stage=0, settings=DPO)
 REFERENCE_FULL_DPO = Record("reference-full-dpo", stage=0, full=True, settings=DPO)
 
 
+RESTS = [
+    Record("rest-z2", world_size=2, stage=2, steps=10, resume_from="part-z2", dropout=0.1),
+    Record("rest-full", world_size=2, stage=2, steps=10, resume_from="part-full", full=True),
+    Record("rest-8bit", world_size=2, stage=2, steps=10, resume_from="part-8bit", full=True, settings=BITS),
+    Record("rest-8bit-z3", world_size=2, stage=3, steps=10, resume_from="part-8bit-z3", full=True, settings=BITS),
+    Record("rest-full-z3", world_size=2, stage=3, steps=10, resume_from="part-full-z3", full=True),
+    Record("rest-z3", world_size=2, stage=3, steps=10, resume_from="part-plain"),
+    Record("rest-pissa", world_size=2, stage=2, steps=10, resume_from="part-pissa", settings=PISSA),
+    Record("rest-1-rank", steps=10, resume_from="part-plain"),
+    Record("rest-8bit-1-rank", steps=10, resume_from="part-8bit", full=True, settings=BITS),
+    Record("rest-full-1-rank", stage=1, steps=10, resume_from="part-full", full=True),
+    Record("rest-4-ranks", world_size=4, stage=2, steps=10, resume_from="part-1-rank"),
+    Record("rest-full-4-ranks", world_size=4, stage=3, steps=10, resume_from="part-full-1-rank", full=True),
+    Record("rest-broken", steps=10, resume_from="part-plain", break_it="forget_moments"),
+]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_model, train_file):
     out = tmp_path_factory.mktemp("parity")
-    fixed = {"base_directory": str(tiny_model), "train_file": str(train_file)}
     pairs = write_jsonl(out / "pairs.jsonl", pair_rows(40))
-    first = [REFERENCE, REFERENCE_FULL, REFERENCE_DPO, REFERENCE_FULL_DPO]
-    every = [*first, *SAME, *SAME_FULL, *SAME_DPO, *SAME_FULL_DPO, *PARTS]
+    references = [REFERENCE, REFERENCE_FULL, REFERENCE_DPO, REFERENCE_FULL_DPO]
+    every = [*references, *SAME, *SAME_FULL, *SAME_DPO, *SAME_FULL_DPO, *BROKEN, *PARTS, *RESTS]
     every = [
         replace(r, settings=r.settings | ({"data.train": str(pairs)} if "data.train" in r.settings else {}))
         for r in every
     ]
-    results: dict[str, Trained] = {}
-
-    def train_groups(*groups: list[Record]) -> None:
-        """Two at a time: a group of one rank leaves a core idle, and starting takes seconds."""
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            for found in pool.map(lambda group: train_on_ranks(group[0].world_size, group, out, **fixed), groups):
-                results.update(found)
-
-    sabotaged = [[record] for record in BROKEN]  # each alone: a sabotage stays in its process
-    train_groups(*([r for r in every if r.world_size == size] for size in (2, 1)), *sabotaged)
-
-    def rest(name: str, of: str, **settings) -> Record:
-        return Record(name, steps=10, resume_from=results[of].checkpoint, **settings)
-
-    four = [
-        *(r for r in every if r.world_size == 4),
-        rest("rest-4-ranks", "part-1-rank", world_size=4, stage=2),
-        rest("rest-full-4-ranks", "part-full-1-rank", world_size=4, stage=3, full=True),
-    ]
-    two = [
-        rest("rest-z2", "part-z2", world_size=2, stage=2, dropout=0.1),
-        rest("rest-full", "part-full", world_size=2, stage=2, full=True),
-        rest("rest-8bit", "part-8bit", world_size=2, stage=2, full=True, settings=BITS),
-        rest("rest-8bit-z3", "part-8bit-z3", world_size=2, stage=3, full=True, settings=BITS),
-        rest("rest-full-z3", "part-full-z3", world_size=2, stage=3, full=True),
-        rest("rest-z3", "part-plain", world_size=2, stage=3),
-        rest("rest-pissa", "part-pissa", world_size=2, stage=2, settings=PISSA),
-    ]
-    one = [
-        rest("rest-1-rank", "part-plain", stage=0),
-        rest("rest-8bit-1-rank", "part-8bit", stage=0, full=True, settings=BITS),
-        rest("rest-full-1-rank", "part-full", stage=1, full=True),
-        rest("rest-broken", "part-plain", break_it="forget_moments"),  # last: the sabotage stays in the process
-    ]
-    train_groups(four, two, one)
-    return results
+    trainings = Trainings(every, out, base_directory=str(tiny_model), train_file=str(train_file))
+    yield trainings
+    trainings.close()
 
 
 @pytest.mark.parametrize("record", SAME, ids=str)
