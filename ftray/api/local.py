@@ -6,7 +6,7 @@ from typing import Any
 from ftray.errors import UserError
 from ftray.infer.engines import load_adapter, make_local_engine
 from ftray.infer.torch_engine.engine import TorchEngine
-from ftray.model.adapter import check_base, local_adapter
+from ftray.model.adapters.directory import check_base, local_adapter
 from ftray.model.base import EMBEDDED, BaseModel, is_hub_id, prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry

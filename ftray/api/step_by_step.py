@@ -19,7 +19,7 @@ from ftray.data.examples import Example, ExampleSource, dataset_source
 from ftray.data.micro_batches import divide
 from ftray.data.pack import pack_all
 from ftray.data.tokens import tokenize_source
-from ftray.model.adapter import local_adapter
+from ftray.model.adapters.directory import local_adapter
 from ftray.model.base import load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.errors import UserError
-from ftray.model.adapter import read_adapter, read_adapter_config
+from ftray.model.adapters.directory import read_adapter_config
 from ftray.registry import AdapterVersion, Registry
 from ftray.storage import read_json, verify_directory
 from ftray.storage.manifest import MANIFEST, build_manifest
@@ -17,6 +17,8 @@ def publish_adapter(
 ) -> AdapterVersion:
     """Checks that the directory is whole and can be served, then copies it in as the next version of `name`.
     `lineage`: where it comes from, beyond its run."""
+    from ftray.model.adapters.weights import read_adapter  # torch, which a driver does without until it publishes
+
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give a PEFT adapter directory, such as runs/NAME/adapter")
     metadata: dict[str, Any] = {}

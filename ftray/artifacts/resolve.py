@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 from ftray.config import RunConfig
-from ftray.model.adapter import check_base, local_adapter
+from ftray.model.adapters.directory import check_base, local_adapter
 from ftray.model.base import prepare_base
 from ftray.registry import Registry
 from ftray.registry.reference import parse_reference

@@ -61,7 +61,7 @@ def publish(
 
     parse_reference(name)
     from ftray.artifacts.publish import publish_adapter
-    from ftray.model.adapter import local_adapter
+    from ftray.model.adapters.directory import local_adapter
     from ftray.registry import Registry
 
     version = publish_adapter(Registry(registry), name, local_adapter(directory) or Path(directory))
@@ -82,9 +82,9 @@ def merge(
     registry: RegistryOption = "registry",
 ) -> None:
     """Add an adapter into its base for good: a model directory to train on or to serve."""
-    from ftray.model.adapter import check_base, local_adapter, read_adapter_config
+    from ftray.model.adapters.directory import check_base, local_adapter, read_adapter_config
+    from ftray.model.adapters.merge import merge_adapter
     from ftray.model.base import prepare_base
-    from ftray.model.merge import merge_adapter
     from ftray.registry import Registry
     from ftray.storage import verify_directory
     from ftray.storage.manifest import MANIFEST

@@ -123,7 +123,7 @@ def parse_changes(words: list[str]) -> dict[str, Any]:
 
 def publish_best(study: "Study") -> None:
     from ftray.artifacts.publish import publish_if_new
-    from ftray.model.adapter import local_adapter
+    from ftray.model.adapters.directory import local_adapter
     from ftray.registry import Registry
 
     run = study.best_run

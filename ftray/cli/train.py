@@ -75,10 +75,10 @@ def trace_of(run: RunConfig) -> str:
 
 
 def show_plan(run: RunConfig) -> None:
-    from ftray.train.launch import prepare_data
+    from ftray.train.prepared_data import prepare_data
 
     print(to_yaml(run))
-    base, data = prepare_data(run, lambda text: print(f"# {text}"))
+    base, data = prepare_data(run, log=lambda text: print(f"# {text}"))
     steps = data.num_steps
     method = "full fine-tuning" if run.adapter is None else f"LoRA of rank {run.adapter.rank}"
     gpus = (

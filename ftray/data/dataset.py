@@ -1,15 +1,18 @@
 """Tokenised examples as flat arrays in files, mapped into memory: a set of any size is read without being held."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ftray.storage import read_json, write_json, write_manifest
 
 COUNTS = "counts.json"
+DIGEST_ELEMENTS = 1 << 22  # read at a time
 ARRAYS = {"ids": np.int32, "trained": np.bool_, "lengths": np.int64, "rows": np.int64, "trained_lengths": np.int64}
 
 
@@ -29,6 +32,10 @@ class TokenizedDataset:
     num_dropped: int
     directory: Path | None = None  # where its files are
 
+    def __reduce__(self) -> Any:
+        """Sent to another process of this machine, it is opened there."""
+        return super().__reduce__() if self.directory is None else (open_dataset, (self.directory,))
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -46,6 +53,14 @@ class TokenizedDataset:
         first = index * self.sequences_per_example
         parts = [slice(self.offsets[j], self.offsets[j + 1]) for j in range(first, first + self.sequences_per_example)]
         return [(self.ids[part], self.trained[part]) for part in parts]
+
+    def digest(self) -> str:
+        """SHA-256 of what is trained on: two sets of the same digest give the same losses."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.trained, self.sequence_lengths):
+            for start in range(0, len(array), DIGEST_ELEMENTS):
+                digest.update(array[start : start + DIGEST_ELEMENTS].tobytes())
+        return digest.hexdigest()
 
     def counts(self) -> dict[str, int]:
         return {

@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def tokenize_source(
     if kept_in is None:
         with tempfile.TemporaryDirectory(prefix="ftray-tokens-") as scratch:
             tokenize(source, rows, Path(scratch) / "tokens", processes=processes, cancelled=cancelled)
-            return open_dataset(Path(scratch) / "tokens")  # a mapped file outlives its name
+            return replace(open_dataset(Path(scratch) / "tokens"), directory=None)  # a mapped file outlives its name
     name = source.digest(rows)
     directory = kept_in / name
     kept_in.mkdir(parents=True, exist_ok=True)

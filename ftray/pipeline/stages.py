@@ -9,7 +9,7 @@ from ftray.artifacts.resolve import resolve_start
 from ftray.config import PipelineConfig, RunConfig
 from ftray.errors import FtrayError, UserError
 from ftray.evaluate.scores import Score
-from ftray.model.adapter import local_adapter
+from ftray.model.adapters.directory import local_adapter
 from ftray.pipeline.check import check_pipeline, load_stage, points_of, start_from
 from ftray.pipeline.record import keep, read_record
 from ftray.pipeline.scores import Artifact, Condition, digest_of_weights, judge, measured_once

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ftray.config.adapter import AdapterConfig
 from ftray.errors import UserError
+from ftray.model.adapters.lora import inject_lora
 from ftray.model.base import EMBEDDED, is_hub_id, prepare_base
 from ftray.model.families import check_config
 from ftray.model.flops import ModelFlops, count_flops
-from ftray.model.lora import inject_lora
 from ftray.model.packed import register_packed_attention
 from ftray.model.packed_attention import packed_layout
 from ftray.storage import read_json

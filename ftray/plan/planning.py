@@ -95,9 +95,9 @@ def find_work(run: RunConfig, examples: int | None, example_tokens: int | None) 
     source = f"examples of {example_tokens} tokens"
     here = run.base_model in EMBEDDED or Path(run.base_model).exists()  # else its tokenizer comes with all its weights
     if example_tokens is None and here and Path(run.data.train).is_file():
-        from ftray.train.launch import prepare_data
+        from ftray.train.prepared_data import prepare_data
 
-        _, data = prepare_data(run, lambda text: None)
+        _, data = prepare_data(run, log=lambda text: None)
         counts = data.train.counts()
         examples = examples or counts["examples"]
         example_tokens = counts["tokens"] // counts["examples"]

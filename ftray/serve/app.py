@@ -1,10 +1,7 @@
 """The Ray Serve application: one ingress deployment over engine replicas. Ray is here and nowhere else in `serve/`."""
 
-import contextlib
 import logging
-import multiprocessing
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +26,15 @@ from ftray.serve.http.ports import check_port, reachable
 from ftray.serve.http.routes.paths import ANSWERING
 from ftray.serve.http.services import Services
 from ftray.serve.replica.process_memory import (
-    ask_for_huge_pages,
     give_back_free_memory,
     keep_few_arenas,
     keep_out_of_collections,
 )
-from ftray.serve.replica.replica import EngineReplica
 from ftray.serve.replica.resources import replica_resources
-from ftray.serve.replica.versions import check_preloaded
 from ftray.serve.routing.handles import RemoteLedger, ReplicaBackend
 from ftray.serve.routing.model_names import ModelNames
 from ftray.serve.telemetry.access_log import AccessLog
-from ftray.serve.telemetry.metrics import OF_REPLICAS, OF_REQUESTS
+from ftray.serve.telemetry.metrics import OF_REQUESTS
 from ftray.serve.telemetry.ray_meter import RayMeter
 from ftray.serve.telemetry.request_metrics import RequestMetrics
 from ftray.serve.tenants.accounts import Accounts
@@ -55,55 +49,14 @@ SPARE_REQUESTS = 64
 STATS_PERIOD_S = 1.0
 HEALTH_PERIOD_S = 5.0
 LOOK_BACK_S = 5.0  # the load is the mean of so long
-TELLING_S = 0.5  # between an engine's end and its process'
+# By name, imported in the replicas alone: driver, ingress and ledger run without torch.
+REPLICA = "ftray.serve.replica.deployment.ReplicaDeployment"
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
 class LedgerDeployment(RateLimiter):
     def __init__(self, database: str):
         super().__init__(Accounts(database))
-
-
-class ReplicaDeployment(EngineReplica):
-    def __init__(self, config: ServeConfig):
-        keep_few_arenas()
-        ask_for_huge_pages()
-        if config.engine.tensor_parallel > 1:  # vLLM's workers join this cluster; it would start one of its own
-            os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        super().__init__(config, meter=RayMeter(OF_REPLICAS), engine_failed=end_process)
-
-    async def reconfigure(self, _: Any) -> None:
-        """Ray Serve calls it before the replica takes requests."""
-        await self.preload()
-        keep_out_of_collections()
-
-    async def look(self) -> dict[str, Any]:
-        return await super().look() | {"id": serve.get_replica_context().replica_tag}
-
-    async def record_routing_stats(self) -> dict[str, Any]:
-        """Ray Serve asks every `STATS_PERIOD_S` and tells the routers."""
-        await self.measure()
-        return {"adapters": self.residency.resident_keys}
-
-    def check_health(self) -> None:
-        """Ray Serve calls it every few seconds."""
-        super().check_health()
-        give_back_free_memory()
-
-    def __del__(self) -> None:
-        """Ray Serve calls it when the replica goes."""
-        with contextlib.suppress(AttributeError):  # it was never whole
-            self.close()
-
-
-def end_process(error: BaseException) -> None:
-    """Of a replica whose engine has stopped, once its callers have heard it: Ray Serve replaces it. Until the health
-    checks failed it would be routed to as the least busy."""
-    log.critical("the engine has stopped", exc_info=error)
-    time.sleep(TELLING_S)
-    for child in multiprocessing.active_children():  # vLLM's, with the GPU's memory
-        child.kill()
-    os._exit(1)
 
 
 class IngressApp:
@@ -172,7 +125,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         "request_routing_stats_period_s": STATS_PERIOD_S,
     }
     engine = serve.deployment(
-        ReplicaDeployment,  # pyright: ignore[reportArgumentType]
+        REPLICA,  # pyright: ignore[reportArgumentType]
         name="engine",
         max_ongoing_requests=config.engine.max_sequences + config.engine.max_waiting + SPARE_REQUESTS,
         user_config={},
@@ -257,6 +210,8 @@ def check_endpoint(config: ServeConfig, *, in_session: bool = False) -> None:
     """Everything that can be known before ray starts: base, preloaded adapters, port. `in_session`: it has started."""
     check_base_name(config.base_model)
     if config.adapters.preload:
+        from ftray.serve.replica.versions import check_preloaded  # torch
+
         check_preloaded(config.adapters, Registry(config.adapters.registry), prepare_base(config.base_model))
     check_port(config.host, config.port, in_session=in_session)
 

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from ftray.child_process import in_child_process
 from ftray.cluster.probe import check_nodes
 from ftray.cluster.resources import check_resources, fitting_groups, nodes_for
 from ftray.cluster.session import ray_session
@@ -31,10 +32,9 @@ from ftray.sweep.study import Study
 from ftray.sweep.trials import SWEEP, trials_directory
 from ftray.tracking.environment import describe_environment
 from ftray.tracking.runs import differences
-from ftray.train.checkpoints.checkpoint import data_digest
-from ftray.train.launch import TOKENS, prepare_data
+from ftray.train.job import TOKENS
+from ftray.train.prepared_data import PreparedData, prepare_data_apart
 from ftray.train.runs.claim import refuse_changes, refuse_unwritable
-from ftray.train.runs.finalize import PreparedData
 from ftray.train.runs.store import run_store, share_data
 
 DATA = "data.json"
@@ -76,7 +76,7 @@ def search_in(directory: Path, study: Study, *, log: Log) -> None:
 def search(directory: Path, study: Study, *, log: Log) -> None:
     config, base_run = study.config, study.base_run
     fusing = fusing_of(config, study.space)
-    base, data = prepare_data(base_run, log, kept_in=run_store(study.trials_uri).local(TOKENS))
+    base, data = prepare_data_apart(base_run, log, kept_in=run_store(study.trials_uri).local(TOKENS))
     check_data_of_sweep(directory, data)
     check_generations(study, data)
     check_resources(base_run.workers, log=log)
@@ -85,7 +85,7 @@ def search(directory: Path, study: Study, *, log: Log) -> None:
     log(describe_plan(study))
     write_sweep_report(study, directory)
     log(f"as it goes: {study.uri}/{REPORT}")
-    check_general_text(study, base)
+    check_general_text(study, base, log=log)
     if fusing.example is not None and not study.is_over:
         run_groups(directory, study, fusing, *of_groups(fusing.example, study, base, data), log=log)
         study = Study(config, study.space, directory)  # the coordinator has written on
@@ -121,20 +121,24 @@ def of_groups(example: RunConfig, study: Study, base: BaseModel, data: PreparedD
     first = study.base_run
     if (example.base_model, example.data) == (first.base_model, first.data):
         return base, data
-    return prepare_data(example, lambda text: None, kept_in=run_store(study.trials_uri).local(TOKENS))
+    return prepare_data_apart(example, lambda text: None, kept_in=run_store(study.trials_uri).local(TOKENS))
 
 
-def check_general_text(study: Study, base: BaseModel) -> None:
+def check_general_text(study: Study, base: BaseModel, *, log: Log) -> None:
     """As it will be scored at the end, hours from now. Raises `UserError`."""
     compare = study.config.compare
     if compare is not None and compare.general_text is not None:
-        renderer, tokens = ChatRenderer(load_tokenizer(base)), study.base_run.data.max_example_tokens
-        tokenize_text(renderer, compare.general_text, max_example_tokens=tokens)
+        tokens = study.base_run.data.max_example_tokens
+        in_child_process(check_text, base, compare.general_text, tokens, log=log)
+
+
+def check_text(base: BaseModel, text: str, max_example_tokens: int, **_: object) -> None:
+    tokenize_text(ChatRenderer(load_tokenizer(base)), text, max_example_tokens=max_example_tokens)
 
 
 def check_data_of_sweep(directory: Path, data: PreparedData) -> None:
     """Trials on other data could not be compared with those that are done. Raises `UserError`."""
-    digests = {"train": data.digest, "eval": data_digest(data.eval) if data.eval is not None else None}
+    digests = {"train": data.digest, "eval": data.eval.digest() if data.eval is not None else None}
     if (directory / DATA).is_file() and read_json(directory / DATA) != digests:
         raise UserError(
             f"{directory}: its data have changed since its first trials (rows, template or tokenizer); put the old "

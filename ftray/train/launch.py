@@ -17,23 +17,18 @@ from ftray.cluster.resources import check_resources, nodes_for
 from ftray.cluster.session import logs_directory, start_ray
 from ftray.cluster.signals import on_sigterm
 from ftray.cluster.weight_broadcast import broadcast_base
-from ftray.config import RunConfig
-from ftray.data.dataset import TokenizedDataset
-from ftray.data.tokens import tokenize_source
 from ftray.errors import FtrayError, InterruptedRunError, TerminatedRunError
-from ftray.model.base import BaseModel, check_length, load_tokenizer, prepare_base
-from ftray.model.chat import ChatRenderer
-from ftray.objectives import objective_of
+from ftray.model.base import BaseModel
 from ftray.tracking.events import record_driver_event
 from ftray.tracking.runs import RESULT
-from ftray.train.checkpoints.checkpoint import data_digest
 from ftray.train.checkpoints.disk_space import check_disk
 from ftray.train.checkpoints.listing import read_state
 from ftray.train.hooks.own_callbacks import calling
 from ftray.train.job import STOP_REQUEST, TOKENS, TrainJob, request_stop
 from ftray.train.on_ray.trainer import Watcher, train_on_ray
 from ftray.train.prepare import PreparedRun
-from ftray.train.runs.finalize import PreparedData, describe_interruption, finalize_run, is_complete, num_steps
+from ftray.train.prepared_data import PreparedData, is_complete, prepare_data_apart
+from ftray.train.runs.finalize import describe_interruption, finalize_run
 from ftray.train.runs.handle import RunHandle, check_same_data
 from ftray.train.runs.rank_directory import new_attempt
 from ftray.train.runs.store import run_store, share_data
@@ -87,7 +82,7 @@ def check_and_prepare(run: RunHandle, log: Log) -> tuple[BaseModel, PreparedData
     """Base and data are made ready while Ray starts and its nodes are asked. Raises `UserError`."""
     config = run.config
     with ThreadPoolExecutor(max_workers=1) as pool, set_on_failure() as cancelled:
-        preparing = pool.submit(prepare_data, config, log, kept_in=run.path.parent / TOKENS, cancelled=cancelled)
+        preparing = pool.submit(prepare_data_apart, config, log, kept_in=run.path.parent / TOKENS, cancelled=cancelled)
         if not ray.is_initialized():
             start_ray(run=config.name)
         check_resources(config.workers, log=log)
@@ -148,37 +143,3 @@ def set_on_failure() -> Iterator[threading.Event]:
 def stop_on_sigterm(run_directory: Path) -> contextlib.AbstractContextManager[threading.Event]:
     """SIGTERM (a preempted machine, a scheduler's time limit) asks the workers to save and end at the next step."""
     return on_sigterm(lambda: request_stop(run_directory))
-
-
-def prepare_data(
-    config: RunConfig,
-    log: Log,
-    *,
-    kept_in: Path | None = None,
-    cancelled: threading.Event | None = None,
-) -> tuple[BaseModel, PreparedData]:
-    """`kept_in`: where tokens are kept, for the workers and for the next run on the same data; None: nowhere."""
-    base = prepare_base(config.base_model, log=log)
-    check_length(base, config.data.max_example_tokens, key="data.max_example_tokens")
-    renderer = ChatRenderer(load_tokenizer(base))
-
-    def tokens(key: str, source: str) -> TokenizedDataset:
-        shape = objective_of(config.objective).shape
-        return tokenize_source(key, source, config.data, renderer, shape=shape, kept_in=kept_in, cancelled=cancelled)
-
-    train = tokens("data.train", config.data.train)
-    evaluation = tokens("data.eval", config.data.eval) if config.data.eval is not None else None
-    log(f"base model: {base}")
-    log(f"training data: {describe_counts(train)}")
-    if evaluation is not None:
-        log(f"evaluation data: {describe_counts(evaluation)}")
-    return base, PreparedData(train, evaluation, data_digest(train), num_steps(config, train))
-
-
-def describe_counts(dataset: TokenizedDataset) -> str:
-    counts = dataset.counts()
-    lost = "".join(f", {counts[key]} {key}" for key in ("truncated", "dropped") if counts[key])
-    return (
-        f"{counts['examples']:,} examples{lost}, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained, "
-        f"longest {counts['longest']:,}"
-    )

@@ -46,9 +46,9 @@ def run_group(
 ) -> dict[str, dict[str, Any]]:
     from ftray.config.run import MemoryConfig
     from ftray.data.tokens import tokenize_source
+    from ftray.model.adapters.fused_lora import FusedLora
     from ftray.model.base import load_tokenizer, prepare_base
     from ftray.model.chat import ChatRenderer
-    from ftray.model.fused_lora import FusedLora
     from ftray.model.hardware import choose_hardware
     from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
     from ftray.model.weights import load_weights

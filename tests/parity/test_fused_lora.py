@@ -10,9 +10,9 @@ from ftray.data.examples import examples_of
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.errors import AdapterError
-from ftray.model.fused_lora import FusedLora
+from ftray.model.adapters.fused_lora import FusedLora
+from ftray.model.adapters.lora import inject_lora
 from ftray.model.hardware import choose_hardware
-from ftray.model.lora import inject_lora
 from ftray.model.packed import PackedCausalLM, register_packed_attention
 from ftray.model.weights import load_weights
 

@@ -20,8 +20,8 @@ from ftray.infer.engines import generate, load_adapter
 from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.infer.torch_engine.lora import batch as adapter_runs
+from ftray.model.adapters.lora import inject_lora, load_weights_from
 from ftray.model.hardware import choose_hardware
-from ftray.model.lora import inject_lora, load_weights_from
 from ftray.model.packed import PackedCausalLM, PackedRow, register_packed_attention
 from ftray.model.packed_attention import packed_layout
 from ftray.model.weights import load_weights

@@ -117,7 +117,7 @@ def test_a_preloaded_version_that_cannot_be_loaded_keeps_no_replica_from_startin
 def test_a_file_that_no_budget_holds_is_not_read(replica, monkeypatch):
     job = JOBS["an adapter"]
     assert not isinstance(asyncio.run(events_of(replica, job))[-1], Failed)  # the twin
-    monkeypatch.setattr("ftray.model.adapter.load", None)
+    monkeypatch.setattr("ftray.model.adapters.weights.load", None)
     replica.config = replica.config.model_copy(
         update={"adapters": replica.config.adapters.model_copy(update={"host_budget": 10})}
     )

@@ -10,10 +10,10 @@ from ftray.data.dataset import TokenizedDataset
 from ftray.data.examples import examples_of
 from ftray.data.pack import pack
 from ftray.errors import AdapterError, UserError
+from ftray.model.adapters.lora import inject_lora, load_weights_from, without_adapter, write_adapter
+from ftray.model.adapters.merge import merge_adapter
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
-from ftray.model.lora import inject_lora, load_weights_from, without_adapter, write_adapter
-from ftray.model.merge import merge_adapter
 from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
 from ftray.model.weights import load_weights
 from ftray.train.engine.adamw_8bit import AdamW8bit, dequantize, quantize

@@ -13,8 +13,8 @@ from ftray.config.data import DataConfig
 from ftray.data.examples import examples_of
 from ftray.data.pack import dummy_row, pack
 from ftray.data.tokens import tokenize_source
+from ftray.model.adapters.lora import inject_lora, without_adapter
 from ftray.model.hardware import choose_hardware
-from ftray.model.lora import inject_lora, without_adapter
 from ftray.model.packed import PackedCausalLM, register_packed_attention
 from ftray.model.weights import load_weights
 from ftray.objectives import OBJECTIVES, LogProbs, make_loss

@@ -65,9 +65,9 @@ def measure(nodes: int) -> dict:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from ftray.train.on_ray.trainer import set_poll_interval
+    from ftray.train.on_ray.trainer import set_ray_train
 
-    set_poll_interval(nodes)
+    set_ray_train(nodes)
     began = time.time()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20})
     for _ in range(nodes):

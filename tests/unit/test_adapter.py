@@ -11,10 +11,10 @@ from tiny import write_peft_adapter, write_tiny_model
 from ftray.config.adapter import AdapterConfig
 from ftray.errors import AdapterError
 from ftray.infer.torch_engine.lora.bank import LoraBank
-from ftray.model.adapter import read_adapter
+from ftray.model.adapters.lora import inject_lora, write_adapter
+from ftray.model.adapters.weights import read_adapter
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
-from ftray.model.lora import inject_lora, write_adapter
 from ftray.model.weights import load_weights
 
 

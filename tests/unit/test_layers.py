@@ -12,12 +12,13 @@ ROOT = Path(__file__).parents[2] / "ftray"
 TORCH = {"torch", "transformers"}
 # What every room may import: errors, value types, configs and files.
 GROUND = {"errors", "schema", "plugins", "objectives", "config", "storage"}
-MODELS = GROUND | {"tasks", "model", "registry", "tracking", "data", "infer", "cluster", "evaluate"}
+MODELS = GROUND | {"child_process", "tasks", "model", "registry", "tracking", "data", "infer", "cluster", "evaluate"}
 # room: (rooms of ftray it may import, packages it must not import). From the ground up.
 TABLE = {
     "errors": (set(), {"pydantic", "ray", "deepspeed", *TORCH}),
     "schema": ({"errors"}, {"ray", "deepspeed", *TORCH}),
     "plugins": ({"errors"}, {"ray", "deepspeed", *TORCH}),
+    "child_process": ({"errors"}, {"ray", "deepspeed", *TORCH}),
     "objectives": ({"errors", "schema", "plugins"}, {"ray", "deepspeed", "transformers", "torch.distributed"}),
     "config": ({"errors", "schema", "plugins", "objectives"}, {"ray", "deepspeed", *TORCH}),
     "storage": ({"errors"}, {"ray", "deepspeed", *TORCH}),
@@ -51,6 +52,7 @@ AT_HOME = {
     "sweep/fused/reporter.py": {"ray"},
     "sweep/fused/worker.py": {"ray"},
     "serve/app.py": {"ray"},
+    "serve/replica/deployment.py": {"ray"},
     "serve/telemetry/ray_meter.py": {"ray"},
     "serve/routing/handles.py": {"ray"},
     "serve/routing/router.py": {"ray"},

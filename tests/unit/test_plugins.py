@@ -21,12 +21,12 @@ from ftray.errors import ConfigError, DataError, InterruptedRunError, UserError
 from ftray.evaluate.task import Evaluation, judged
 from ftray.infer.engines import check_engine, generate, make_engine
 from ftray.infer.protocol import Request
+from ftray.model.adapters.lora import describe
 from ftray.model.base import BaseModel
 from ftray.model.families import KINDS, FullSpec, check_config, layer_kinds
 from ftray.model.flops import count_flops
 from ftray.model.hardware import choose_hardware
 from ftray.model.heads import head_of
-from ftray.model.lora import describe
 from ftray.model.packed import PackedCausalLM, register_packed_attention
 from ftray.model.weights import load_weights
 from ftray.objectives import LogProbs, make_loss, objective_of, sft_loss

@@ -14,9 +14,10 @@ from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine.kv_cache import PagePool, page_name
 from ftray.infer.torch_engine.lora.batch import matmul_runs
 from ftray.infer.torch_engine.lora.slots import AdapterSlots, Factors, HostAdapter, Segment
-from ftray.infer.torch_engine.scheduler import MAX_STEPS_CROWDED_OUT, Scheduler
+from ftray.infer.torch_engine.scheduler import Scheduler
 from ftray.infer.torch_engine.sequence import Sequence
 from ftray.infer.torch_engine.slot_rotation import MIN_STEPS
+from ftray.infer.torch_engine.starvation import MAX_STEPS_CROWDED_OUT, StarvationPolicy
 from ftray.infer.vllm_engine.engine import MAX_PASSED_OVER, VllmEngine
 from ftray.infer.vllm_engine.outputs import Answering
 
@@ -368,7 +369,7 @@ def test_of_its_own_flow_a_request_waits_for_the_end_of_an_answer():
 
 def test_with_admission_alone_it_would_wait_as_long(monkeypatch):
     """The twin."""
-    monkeypatch.setattr(Scheduler, "_make_way", lambda self: None)
+    monkeypatch.setattr(StarvationPolicy, "_free_place", lambda self: None)
     assert first_token_beside_long_answers(tenant="person", adapter="light@1")[0] > 450
 
 
@@ -447,12 +448,12 @@ def test_long_answers_that_hold_every_slot_give_one_up(num_waiting, places):
     """An adapter has its slot for so many steps, then the next that waits has it, two at a time."""
     waits, scheduler = waits_for_a_slot(num_waiting=num_waiting, places=places)
     assert max(waits) <= (MIN_STEPS + 3) * (1 + (num_waiting - 1) // 2)
-    assert scheduler.num_preemptions <= 2 * scheduler._num_steps // MIN_STEPS  # turns, no thrashing
+    assert scheduler.num_preemptions <= 2 * scheduler._starvation._step // MIN_STEPS  # turns, no thrashing
 
 
 def test_they_would_keep_them_to_their_end(monkeypatch):
     """The twin."""
-    monkeypatch.setattr(Scheduler, "_give_up_slots", lambda *_: None)
+    monkeypatch.setattr(StarvationPolicy, "_free_slots", lambda *_: None)
     assert min(waits_for_a_slot(num_waiting=1)[0]) > 550
 
 
@@ -519,8 +520,8 @@ def wide_beside_streams() -> int:
 
 def test_who_is_starved_and_lacks_pages_too_gets_both(monkeypatch):
     assert wide_beside_streams() <= 300
-    give_up = Scheduler._give_up_slots
-    monkeypatch.setattr(Scheduler, "_give_up_slots", lambda *arguments: give_up(*arguments) or True)  # the twin
+    give_up = StarvationPolicy._free_slots
+    monkeypatch.setattr(StarvationPolicy, "_free_slots", lambda *arguments: give_up(*arguments) or True)  # the twin
     assert wide_beside_streams() > 1000
 
 

@@ -9,7 +9,7 @@ from fake_endpoint import ask, make_client
 
 from ftray.errors import AdapterError, FtrayError, UserError
 from ftray.infer.protocol import EngineStats, Request, TokenEvent
-from ftray.model.adapter import check_base
+from ftray.model.adapters.directory import check_base
 from ftray.registry import Registry
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.protocol import Failed

@@ -13,7 +13,8 @@ from s3 import s3_server
 from ftray.artifacts.publish import publish_adapter
 from ftray.config import RunConfig, parse_config
 from ftray.errors import DamagedError, FtrayError, UserError
-from ftray.model.adapter import local_adapter, read_adapter
+from ftray.model.adapters.directory import local_adapter
+from ftray.model.adapters.weights import read_adapter
 from ftray.registry import Registry
 from ftray.storage import AlreadyExists, ObjectStore, lease, write_json, write_manifest
 from ftray.storage.lease import Lease, describe_process, held

@@ -35,7 +35,7 @@ from ftray.infer.torch_engine.pooling import Embedding, embedding_of
 from ftray.infer.torch_engine.sampler import TokenSampler, logprobs_of, sample
 from ftray.infer.torch_engine.scheduler import Scheduler
 from ftray.infer.torch_engine.sequence import Piece, Sequence
-from ftray.model.adapter import check_rank, read_adapter
+from ftray.model.adapters.weights import check_rank, read_adapter
 from ftray.model.base import BaseModel, check_length, generation_stop_ids, load_tokenizer
 from ftray.model.chat import stop_token_ids
 from ftray.model.families import layer_kinds

@@ -3,35 +3,18 @@
 Everything that runs goes first: a decoding sequence with its newest token, a prompt with its next piece (chunked
 prefill, Agrawal et al. 2024, arXiv 2403.02310), so that a long prompt never stops the others. Then waiting ones come
 in, as `fair_queue.py` orders them. When the cache is full the newest sequence, of who has most of it, gives its pages
-back and waits at the front of its flow; its tokens are computed again later, or found in the cache. So does the newest
-of an owner (or of a flow) that has several places when another has long been next and has none, and so do all sequences
-of an adapter whose turn at a slot is over (`slot_rotation.py`): long answers keep nobody out of a place or a slot.
+back and waits at the front of its flow; its tokens are computed again later, or found in the cache. So do those who
+have kept others out of a place or a slot for too long (`starvation.py`).
 """
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from typing import Protocol
 
-from ftray.infer.fair_queue import FairQueue, FlowKey
+from ftray.infer.fair_queue import FairQueue
 from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, PagePool, page_name, pages_for
 from ftray.infer.torch_engine.sequence import Piece, Sequence
-from ftray.infer.torch_engine.slot_rotation import SlotRotation, owners_of_adapters
-
-# An adapter that lacks a slot is starved after so many steps: no other gets a slot before it, and turns end for it.
-MAX_STEPS_WITHOUT_SLOT = 64
-# While every place is taken, who is next and has none waits so many steps; then who has several gives one up.
-MAX_STEPS_CROWDED_OUT = 64
-
-
-class DeviceAdapters(Protocol):
-    """`infer/torch_engine/lora/bank.py`'s bank: adapters have to be acquired to take part in a forward pass."""
-
-    def acquire(self, key: str) -> bool: ...
-
-    def release(self, key: str) -> None: ...
-
-    def is_on_device(self, key: str) -> bool: ...
+from ftray.infer.torch_engine.slot_rotation import owners_of_adapters
+from ftray.infer.torch_engine.starvation import DeviceAdapters, StarvationPolicy, can_bring
 
 
 class Scheduler:
@@ -47,23 +30,26 @@ class Scheduler:
         self.running: list[Sequence] = []  # in the order they came in
         self.waiting: FairQueue[Sequence] = FairQueue()
         self.num_preemptions = 0
-        self._num_steps = 0
-        self._slot_rotation = SlotRotation()
-        self._starved: tuple[FlowKey, Sequence] | None = None  # in this step: the first that lacks a slot for too long
         self._max_sequences = max_sequences
         self._max_prefill_tokens = max_prefill_tokens
         self._adapters = adapters
+        self._starvation = StarvationPolicy(
+            self.running,
+            self.waiting,
+            self.pool,
+            adapters,
+            max_sequences=max_sequences,
+            max_prefill_tokens=max_prefill_tokens,
+            preempt=self._preempt,
+        )
 
     def add(self, sequence: Sequence, *, front: bool = False) -> None:
         self.waiting.push(sequence.request.flow, sequence, front=front, weight=sequence.request.priority)
 
     def plan(self) -> list[Piece]:
         pieces: list[Piece] = []
-        self._num_steps += 1
         room = self._max_prefill_tokens
-        self._make_way()
-        self._starved = self._find_starved()
-        lacks_pages = self._starved is not None and not self._give_up_slots(*self._starved)
+        others_may_come = self._starvation.begin_step()
         preemptions = self.num_preemptions
         for sequence in list(self.running):
             is_prompt = sequence.num_pending > 1
@@ -72,7 +58,7 @@ class Scheduler:
                 pieces.append(Piece(sequence, count))
                 room -= count if is_prompt else 0
         pieces = [piece for piece in pieces if piece.sequence in self.running]  # some may have given their pages up
-        if self.num_preemptions == preemptions and not lacks_pages:
+        if self.num_preemptions == preemptions and others_may_come:
             self._admit(pieces, room)
             self._look_ahead()
         return pieces
@@ -89,7 +75,7 @@ class Scheduler:
             number = len(sequence.names) - 1
             self.pool.name(sequence.pages[number], sequence.names[number])
         if sequence.num_pending == 0 and sequence.request.adapter is not None:
-            self._slot_rotation.drew(sequence.request.adapter, self._num_steps)
+            self._starvation.drew(sequence.request.adapter)
 
     def remove(self, sequence: Sequence) -> None:
         """It has ended or was cancelled."""
@@ -98,78 +84,6 @@ class Scheduler:
             self.waiting.stop(sequence.request.flow)
         elif any(other is sequence for other in self.waiting):
             self.waiting.remove(sequence.request.flow, sequence)
-
-    def _make_way(self) -> None:
-        """For the one that is next, if a place is all that it lacks."""
-        first = next(self.waiting.in_order(), None)
-        if first is None:
-            return
-        flow, sequence = first
-        newest = self._newest_of_crowd(flow) if len(self.running) == self._max_sequences else None
-        if newest is None or not self._would_fit(sequence, beside=newest):
-            sequence.crowded_out_since = None
-        elif sequence.crowded_out_since is None:
-            sequence.crowded_out_since = self._num_steps
-        elif self._num_steps - sequence.crowded_out_since >= MAX_STEPS_CROWDED_OUT:
-            self._preempt(newest)
-
-    def _find_starved(self) -> tuple[FlowKey, Sequence] | None:
-        """All who need a slot lack one if the first of them does; if not, a larger one still may."""
-        held = owners_of_adapters(self.running)
-        needing: list[tuple[FlowKey, Sequence]] = []
-        for key, sequence in self.waiting.in_order():
-            if sequence.request.adapter in (None, *held):
-                sequence.slotless_since = None
-            else:
-                needing.append((key, sequence))
-        lacks = bool(needing) and not self._brings(needing[0][1].request.adapter)
-        for key, sequence in needing:
-            if sequence.slotless_since is None:
-                sequence.slotless_since = self._num_steps if lacks else None
-            elif self._num_steps - sequence.slotless_since >= MAX_STEPS_WITHOUT_SLOT:
-                if not self._brings(sequence.request.adapter):
-                    return key, sequence
-                sequence.slotless_since = None
-        return None
-
-    def _give_up_slots(self, key: FlowKey, starved: Sequence) -> bool:
-        """For the one that is starved, if pages and a share of the step's prompt tokens can be had with them. False: it
-        has lacked pages as well for so long that nobody else may come in."""
-        givers = self._slot_rotation.givers(self.running, owner=key[0], step=self._num_steps)
-        leaving = [other for other in self.running if other.request.adapter in givers]
-        kept = {page for s in self.running if s not in leaving for page in s.pages}
-        freed = {page for s in leaving for page in s.pages} - kept
-        num_pages = pages_for(len(starved.tokens) + 1)
-        num_prompt = sum(s.num_pending for s in self.running if s.num_pending > 1 and s not in leaving)
-        if self.pool.num_available + len(freed) < num_pages:
-            assert starved.slotless_since is not None
-            return self._num_steps - starved.slotless_since < 2 * MAX_STEPS_WITHOUT_SLOT
-        for giver in givers if num_prompt < self._max_prefill_tokens else []:
-            if self._brings(starved.request.adapter) and self.pool.num_available >= num_pages:
-                break
-            for other in reversed(leaving):  # so that the oldest is the first of its flow
-                if other.request.adapter == giver:
-                    self._preempt(other)
-        return True
-
-    def _newest_of_crowd(self, flow: FlowKey) -> Sequence | None:
-        giver = self.waiting.crowded_beside(flow)
-        return next((other for other in reversed(self.running) if other.request.flow == giver), None)
-
-    def _would_fit(self, sequence: Sequence, *, beside: Sequence) -> bool:
-        """In the place of the other: its pages and its adapter can be had."""
-        if self.pool.num_available + len(beside.pages) < pages_for(len(sequence.tokens) + 1):
-            return False
-        return self._brings(sequence.request.adapter)
-
-    def _brings(self, adapter: str | None) -> bool:
-        """To the device, if it is not there and a slot can be had."""
-        if adapter is None or self._adapters.is_on_device(adapter):
-            return True
-        if not self._adapters.acquire(adapter):
-            return False
-        self._adapters.release(adapter)
-        return True
 
     def _admit(self, pieces: list[Piece], room: int) -> None:
         while room > 0 and len(self.running) < self._max_sequences:
@@ -186,8 +100,8 @@ class Scheduler:
         """Lets one waiting sequence in: the first whose pages and adapter can be had. While one is starved for a slot,
         others come in that need none."""
         held = owners_of_adapters(self.running)
-        for flow, sequence in self._in_turn():
-            if sequence.request.adapter not in (None, *held) and not self._may_take_slot(sequence):
+        for flow, sequence in self._starvation.in_turn():
+            if sequence.request.adapter not in (None, *held) and not self._starvation.may_take_slot(sequence):
                 continue
             found = self._find_prefix(sequence)
             kept = sum(1 for page in found if not self.pool.is_used(page))
@@ -205,28 +119,16 @@ class Scheduler:
             if sequence.num_found is None:
                 sequence.num_found = sequence.num_cached
                 sequence.queued_s = time.monotonic() - sequence.added_at
-            sequence.slotless_since = sequence.crowded_out_since = None
-            if self._starved is not None and sequence is self._starved[1]:
-                self._starved = None
+            self._starvation.admitted(sequence)
             self.running.append(self.waiting.start(flow))
             return sequence
         return None
 
-    def _may_take_slot(self, sequence: Sequence) -> bool:
-        """It can have one, and nobody is starved for one, or it is."""
-        is_its_turn = self._starved is None or sequence is self._starved[1]
-        return is_its_turn and self._brings(sequence.request.adapter)
-
-    def _in_turn(self) -> Iterator[tuple[FlowKey, Sequence]]:
-        if self._starved is not None:
-            yield self._starved
-        yield from self.waiting.in_order()
-
     def _look_ahead(self) -> None:
         """The adapter whose turn is next goes to the device while others are computed."""
-        for _, sequence in self._in_turn():
+        for _, sequence in self._starvation.in_turn():
             if sequence.request.adapter is not None:
-                self._brings(sequence.request.adapter)
+                can_bring(self._adapters, sequence.request.adapter)
                 return
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
@@ -290,4 +192,4 @@ class Scheduler:
         if adapter is not None:
             self._adapters.release(adapter)
             if adapter not in owners_of_adapters(self.running):
-                self._slot_rotation.left(adapter)
+                self._starvation.left(adapter)

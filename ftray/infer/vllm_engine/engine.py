@@ -32,7 +32,7 @@ from ftray.infer.structure import Grammars
 from ftray.infer.torch_engine.sampler import GREEDY_BELOW
 from ftray.infer.vllm_engine.arguments import WORKER_GPUS, linear_shapes, slot_bytes, slots_within, vllm_arguments
 from ftray.infer.vllm_engine.outputs import Answering, token_events
-from ftray.model.adapter import check_rank, check_shapes, read_adapter
+from ftray.model.adapters.weights import check_rank, check_shapes, read_adapter
 from ftray.model.base import BaseModel, check_length, generation_stop_ids, load_tokenizer, text_config
 from ftray.model.chat import stop_token_ids
 from ftray.model.hardware import Hardware

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from ftray.config.serve import AdaptersConfig
 from ftray.errors import AdapterError
-from ftray.model.adapter import WEIGHTS_FILE, check_base, check_rank, read_adapter
+from ftray.model.adapters.directory import WEIGHTS_FILE, check_base
+from ftray.model.adapters.weights import check_rank, read_adapter
 from ftray.model.base import BaseModel
 from ftray.registry import Registry
 

@@ -13,7 +13,7 @@ import ray
 from ray._private.state import available_resources_per_node  # no public one
 from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray.cluster.fit_thread import Fit, last_line
@@ -31,7 +31,8 @@ from ftray.sweep.study import Study
 from ftray.sweep.trials import Outcome, Report
 from ftray.train.hooks.watchdog import HangReader
 from ftray.train.on_ray.controller_notes import unkept_notes
-from ftray.train.on_ray.trainer import bundle_of, set_poll_interval
+from ftray.train.on_ray.process_group import ProcessGroupConfig
+from ftray.train.on_ray.trainer import bundle_of, set_ray_train
 from ftray.train.runs.rank_directory import HangsOfGroup, new_attempt
 from ftray.train.runs.uri import is_stored
 
@@ -213,13 +214,13 @@ class Group:
         return [f"{self._job.directory.name}: {hang}; its workers start again"] if hang is not None else []
 
 
-def make_group(job: FusedJob) -> TorchTrainer:
+def make_group(job: FusedJob) -> DataParallelTrainer:
     workers = job.base_run.workers
-    set_poll_interval(workers.max_count)
-    return TorchTrainer(
+    set_ray_train(workers.max_count)
+    return DataParallelTrainer(
         run_fused_in_worker,
         train_loop_config={"job": job, "secrets": passed_secrets()},
-        torch_config=TorchConfig(backend="nccl" if workers.gpus_each else "gloo"),
+        backend_config=ProcessGroupConfig("nccl" if workers.gpus_each else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers.max_count, use_gpu=workers.gpus_each > 0, resources_per_worker=bundle_of(workers)
         ),

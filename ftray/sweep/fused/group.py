@@ -17,7 +17,7 @@ from ftray.data.dataset import TokenizedDataset
 from ftray.data.examples import Example, examples_of
 from ftray.data.micro_batches import divide
 from ftray.data.pack import pack
-from ftray.model.fused_lora import FusedLora, Span
+from ftray.model.adapters.fused_lora import FusedLora, Span
 from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedCausalLM
 from ftray.objectives import LogProbs, Loss, LossFunction, Objective

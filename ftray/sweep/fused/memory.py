@@ -9,8 +9,8 @@ import torch
 
 from ftray.config.adapter import AdapterConfig
 from ftray.errors import AdapterError
+from ftray.model.adapters.lora import num_lora_parameters
 from ftray.model.hardware import Hardware
-from ftray.model.lora import num_lora_parameters
 
 BYTES_EACH = 4 * 4  # of a parameter: weight, gradient, two moments
 BYTES_REDUCED = 2 * 4  # more where several workers add their gradients up: the flat copy, and what it is made of

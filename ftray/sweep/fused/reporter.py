@@ -25,7 +25,8 @@ from ftray.train.hooks.callbacks import SAVE_FAILED
 from ftray.train.hooks.recorder import Recorder
 from ftray.train.job import STOP_REQUEST
 from ftray.train.loss_guard import recent_losses
-from ftray.train.runs.finalize import PreparedData, finalize_run, num_steps
+from ftray.train.prepared_data import PreparedData, num_steps
+from ftray.train.runs.finalize import finalize_run
 from ftray.train.runs.handle import check_same_data
 from ftray.train.step_record import FlopsMeter, record_step
 

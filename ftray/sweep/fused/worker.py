@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.errors import FtrayError
+from ftray.model.adapters.fused_lora import FusedLora
 from ftray.model.base import prepare_base
 from ftray.model.flops import count_flops, measure_gemm_rate
-from ftray.model.fused_lora import FusedLora
 from ftray.model.hardware import choose_hardware, make_deterministic
 from ftray.model.packed import PackedCausalLM, prepare_layers, register_packed_attention
 from ftray.model.weights import load_weights
@@ -26,7 +26,7 @@ from ftray.sweep.fused.member import Member, make_member
 from ftray.sweep.fused.memory import MemoryBudget
 from ftray.sweep.fused.reporter import Assignment, GroupReporter, SilentReporter
 from ftray.train.hooks.watchdog import Watchdog
-from ftray.train.runs.finalize import PreparedData, num_steps
+from ftray.train.prepared_data import PreparedData, num_steps
 from ftray.train.runs.rank_directory import directory_of_rank, local_copy
 from ftray.train.step_record import FlopsMeter
 

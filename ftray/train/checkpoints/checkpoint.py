@@ -8,7 +8,6 @@
 Nothing in it depends on the world size or ZeRO stage, so any resumes any other.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from ftray.config import RunConfig
-from ftray.data.dataset import TokenizedDataset
+from ftray.model.adapters.lora import write_adapter
 from ftray.model.base import BaseModel
 from ftray.model.heads import head_of
-from ftray.model.lora import write_adapter
 from ftray.objectives import objective_of
 from ftray.storage import FileEntry, list_files, write_json, write_manifest
 from ftray.train.checkpoints.listing import ADAPTER, TRAINER_STATE, TrainerState, read_state
 from ftray.train.engine.protocol import TrainingEngine
 from ftray.train.engine.state import Shard, ShardedState, write_shard
-
-DIGEST_ELEMENTS = 1 << 22  # read at a time
 
 
 @dataclass(frozen=True)
@@ -91,11 +87,3 @@ def metadata_of(config: RunConfig, state: TrainerState) -> dict[str, Any]:
 
 def restore(directory: Path, engine: TrainingEngine) -> None:
     engine.restore(ShardedState(directory), step=read_state(directory).step)
-
-
-def data_digest(dataset: TokenizedDataset) -> str:
-    digest = hashlib.sha256()
-    for array in (dataset.ids, dataset.trained, dataset.sequence_lengths):
-        for start in range(0, len(array), DIGEST_ELEMENTS):
-            digest.update(array[start : start + DIGEST_ELEMENTS].tobytes())
-    return digest.hexdigest()

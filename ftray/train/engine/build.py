@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from ftray.config import RunConfig
+from ftray.model.adapters.lora import inject_lora, load_weights_from
 from ftray.model.base import BaseModel
 from ftray.model.hardware import Hardware, check_stage
 from ftray.model.heads import head_of
-from ftray.model.lora import inject_lora, load_weights_from
 from ftray.model.packed import (
     PackedCausalLM,
     logit_chunks,

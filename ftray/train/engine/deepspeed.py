@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ftray.config import RunConfig
 from ftray.errors import FtrayError
+from ftray.model.adapters.lora import without_adapter
 from ftray.model.flops import count_flops, measure_gemm_rate
 from ftray.model.hardware import Hardware
-from ftray.model.lora import without_adapter
 from ftray.model.packed import PackedCausalLM, PackedRow
 from ftray.objectives import LogProbs, Loss, LossFunction, Objective
 from ftray.train.engine.adamw_8bit import AdamW8bit

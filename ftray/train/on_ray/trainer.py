@@ -35,6 +35,8 @@ RESIZE_CHECK_S = 30.0
 POLL_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 POLL_INTERVAL_BY_USER = POLL_INTERVAL in os.environ
 WORKERS_ASKED_PER_S = 128
+# A process of Ray's for each run, which tells workers of a spot node's end; nobody listens to it here.
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,17 @@ def train_on_ray(job: TrainJob, run: RunHandle, watcher: Watcher, *, num_steps: 
 
 def make_trainer(job: TrainJob) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # TorchTrainer's base
+
+    from ftray.train.on_ray.process_group import ProcessGroupConfig
 
     workers, guard = job.config.workers, job.config.guard
-    set_poll_interval(workers.max_count)
+    set_ray_train(workers.max_count)
     skips = guard.max_skips if guard.on_bad_loss == "skip" else 0  # each is a restart
-    return TorchTrainer(
+    return DataParallelTrainer(
         run_in_worker,
         train_loop_config={"job": job, "secrets": passed_secrets()},
-        torch_config=TorchConfig(backend="nccl" if workers.gpus_each else "gloo"),
+        backend_config=ProcessGroupConfig("nccl" if workers.gpus_each else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers.count if isinstance(workers.count, int) else (workers.min_count, workers.max_count),
             use_gpu=workers.gpus_each > 0,
@@ -103,7 +107,9 @@ def make_trainer(job: TrainJob) -> Any:
     )
 
 
-def set_poll_interval(num_workers: int) -> None:
+def set_ray_train(num_workers: int) -> None:
+    """Ray Train's settings, which it reads from the environment."""
+    os.environ.setdefault(PREEMPTION_WATCHER, "0")
     if not POLL_INTERVAL_BY_USER:
         os.environ[POLL_INTERVAL] = f"{min(2.0, max(0.25, num_workers / WORKERS_ASKED_PER_S)):g}"
 

@@ -14,7 +14,7 @@ from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.examples import dataset_source
 from ftray.errors import DamagedError, FtrayError, UserError
-from ftray.model.adapter import local_adapter
+from ftray.model.adapters.directory import local_adapter
 from ftray.model.base import BaseModel, prepare_base
 from ftray.model.hardware import Hardware, choose_hardware, make_deterministic
 from ftray.model.packed import (

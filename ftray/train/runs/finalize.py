@@ -2,37 +2,17 @@
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftray.config import RunConfig
-from ftray.data.dataset import TokenizedDataset
-from ftray.data.examples import dataset_source
 from ftray.model.base import BaseModel
 from ftray.storage import verify_directory, write_json
 from ftray.tracking.report import write_report
 from ftray.tracking.runs import RESULT, read_run
-from ftray.train.checkpoints.export import export_model
 from ftray.train.checkpoints.listing import ADAPTER, read_state
 from ftray.train.job import SCRATCH
+from ftray.train.prepared_data import PreparedData
 from ftray.train.runs.handle import RunHandle
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    train: TokenizedDataset
-    eval: TokenizedDataset | None
-    digest: str
-    num_steps: int  # of the run
-
-
-def num_steps(config: RunConfig, dataset: TokenizedDataset) -> int:
-    return dataset_source(config, dataset).num_steps
-
-
-def is_complete(checkpoint: Path, data: PreparedData) -> bool:
-    return read_state(checkpoint).step == data.num_steps
 
 
 def describe_interruption(run: RunHandle) -> str:
@@ -61,6 +41,8 @@ def put_artifact(artifact: Path, checkpoint: Path, base: BaseModel, *, run_name:
     if artifact.name == ADAPTER:
         shutil.copytree(checkpoint / ADAPTER, staging)
     else:
+        from ftray.train.checkpoints.export import export_model  # torch, which a driver of adapters does without
+
         export_model(checkpoint, staging, base, metadata={"run": run_name, "step": read_state(checkpoint).step})
     verify_directory(staging)
     shutil.rmtree(artifact, ignore_errors=True)

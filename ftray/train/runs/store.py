@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ftray.config import RunConfig
+from ftray.train.prepared_data import PreparedData
 from ftray.train.runs.disk import DiskRunStore
-from ftray.train.runs.finalize import PreparedData
 from ftray.train.runs.handle import RunHandle
 from ftray.train.runs.object_store import ObjectRunStore
 from ftray.train.runs.uri import is_stored

@@ -21,7 +21,7 @@ from ftray.infer.torch_engine.cpu.huge_pages import HugePages
 from ftray.infer.torch_engine.cpu.kernels import Layers, RmsNorm, in_blocks, kernels_for
 from ftray.infer.torch_engine.lora.batch import Span, StepRuns
 from ftray.infer.torch_engine.lora.slots import AdapterSlots, Factors, HostAdapter, Segment
-from ftray.model.adapter import Adapter, check_shapes
+from ftray.model.adapters.weights import Adapter, check_shapes
 
 
 class LoraBank:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ftray.config.adapter import AdapterConfig
 from ftray.errors import AdapterError
-from ftray.model.lora import inject_lora
+from ftray.model.adapters.lora import inject_lora
 
 Span = tuple[str, int]  # an adapter and its number of tokens
 

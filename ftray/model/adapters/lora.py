@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ftray.config.adapter import AdapterConfig
 from ftray.errors import AdapterError
-from ftray.model.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter_config
+from ftray.model.adapters.directory import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter_config
 from ftray.model.base import BaseModel
 from ftray.model.heads import CAUSAL_LM, Head
 from ftray.storage import write_json, write_manifest
