@@ -124,8 +124,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         "request_router_kwargs": {"spread_at": config.engine.max_sequences},
         "request_routing_stats_period_s": STATS_PERIOD_S,
     }
-    engine = serve.deployment(
-        REPLICA,  # pyright: ignore[reportArgumentType]
+    as_replica = serve.deployment(
         name="engine",
         max_ongoing_requests=config.engine.max_sequences + config.engine.max_waiting + SPARE_REQUESTS,
         user_config={},
@@ -136,6 +135,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         **replica_resources(config),
         **scaling,
     )
+    engine = as_replica(REPLICA)  # pyright: ignore[reportArgumentType]  Ray Serve takes an import path as well
     ingress = serve.deployment(
         serve.ingress()(IngressApp),  # pyright: ignore[reportArgumentType]
         name="ingress",
