@@ -6,14 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ftray.model.families import LayerKind, layer_kinds
-from ftray.model.hardware import Hardware
 from ftray.model.heads import CAUSAL_LM, Head
+
+if TYPE_CHECKING:  # what is counted once is kept, and read without torch (plan/measure.py)
+    from ftray.model.hardware import Hardware
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 GEMM_REPEATS = 8
@@ -56,6 +55,8 @@ class ModelFlops:
 
 def count_flops(model: Any, head: Head = CAUSAL_LM) -> ModelFlops:
     """Of a causal LM before or after PEFT's injection, sharded by ZeRO-3 or quantised or not."""
+    from torch import nn
+
     config = model.config.get_text_config()
     lm_head = model.get_output_embeddings()
     linear = [
@@ -70,8 +71,10 @@ def count_flops(model: Any, head: Head = CAUSAL_LM) -> ModelFlops:
     )
 
 
-def measure_gemm_rate(hardware: Hardware) -> float:
+def measure_gemm_rate(hardware: "Hardware") -> float:
     """FLOPs a second of a large square matmul on this worker's device, in its dtype; the best of a few."""
+    import torch
+
     size = GEMM_SIZE[hardware.device.type]
     a = torch.randn(size, size, device=hardware.device, dtype=hardware.dtype)
     out = torch.empty_like(a)
@@ -85,6 +88,8 @@ def measure_gemm_rate(hardware: Hardware) -> float:
     return 2.0 * size**3 / best
 
 
-def synchronize(hardware: Hardware) -> None:
+def synchronize(hardware: "Hardware") -> None:
+    import torch
+
     if hardware.device.type == "cuda":
         torch.cuda.synchronize(hardware.device)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ftray.errors import UserError
-
 
 @dataclass(frozen=True)
 class Hardware:
@@ -39,11 +37,6 @@ def choose_hardware(*, use_gpu: bool = True, gpu_share: float = 1.0) -> Hardware
         "gloo",
         f"{'no GPU' if use_gpu else 'no GPU asked for'}, {os.cpu_count()} cores",
     )
-
-
-def check_stage(stage: int, dtype: torch.dtype) -> None:
-    if stage == 0 and dtype == torch.bfloat16:
-        raise UserError("zero.stage: 0 has no float32 master weights and diverges in bfloat16; use stage 1, 2 or 3")
 
 
 def make_deterministic(*, num_threads: int) -> None:

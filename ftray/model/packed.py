@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ftray.config.run import MemoryConfig
 from ftray.errors import UserError
 from ftray.model.families import layer_kinds
-from ftray.model.heads import CAUSAL_LM, Head
+from ftray.model.heads import CAUSAL_LM, LOGIT_ROWS, Head
 from ftray.model.packed_attention import (
     PACKED,
     PackedLayout,
@@ -27,8 +27,6 @@ from ftray.model.packed_attention import (
 from ftray.model.sequence_parallel import SequenceRanks, share_row
 from ftray.storage.cache import cache_directory
 
-# Rows of logits that exist at one time: 1,024 rows of a 150k vocabulary in float32 are 600 MB.
-LOGIT_ROWS = 1024
 AtTargets = Callable[[Tensor, Tensor], Tensor]
 
 

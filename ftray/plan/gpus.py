@@ -1,8 +1,7 @@
 """What the usual chips have, from their makers' data sheets: dense bfloat16 rates, memory, links."""
 
 from dataclasses import dataclass
-
-import torch
+from typing import Literal
 
 from ftray.errors import UserError
 
@@ -14,11 +13,15 @@ class Gpu:
     tflops: float  # dense bfloat16, without sparsity
     link_gb_s: float  # to a neighbour on the same node, each way
     network_gb_s: float  # to another node, each way, a GPU's share
-    dtype: torch.dtype = torch.bfloat16
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     context_gib: float = 1.2  # CUDA's context, NCCL's buffers and what the allocator cannot use
 
+    @property
+    def bytes_per_weight(self) -> int:
+        return 2 if self.dtype == "bfloat16" else 4
 
-CPU = Gpu("cpu", 16, 0.1, 5, 1, dtype=torch.float32, context_gib=0)
+
+CPU = Gpu("cpu", 16, 0.1, 5, 1, dtype="float32", context_gib=0)
 GPUS = {
     gpu.name: gpu
     for gpu in (

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from ftray.config import RunConfig
-from ftray.model.packed import LOGIT_ROWS
+from ftray.model.heads import LOGIT_ROWS
 from ftray.objectives import objective_of
 from ftray.plan.gpus import Gpu
 from ftray.plan.model_size import ModelSize, frozen_bytes
-from ftray.train.engine.zero import bucket_elements
+from ftray.train.engine.stages import bucket_elements
 
 LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
 USABLE = 0.95  # of a GPU's memory: the allocator cannot use the rest
@@ -42,7 +40,7 @@ class Memory:
 
 def plan_memory(config: RunConfig, size: ModelSize, gpu: Gpu, *, workers: int) -> Memory:
     stage, offload = config.zero.stage, config.zero.offload == "cpu"
-    width = gpu.dtype.itemsize
+    width = gpu.bytes_per_weight
     tokens = config.batch.tokens_per_micro_batch / config.memory.sequence_parallel
     shards = workers if stage == 3 else 1
     sharded = workers if stage > 0 else 1
@@ -53,7 +51,7 @@ def plan_memory(config: RunConfig, size: ModelSize, gpu: Gpu, *, workers: int) -
     bucket = bucket_elements(size.trained) * width
     buffers = size.widest_bytes_per_token * tokens * 3  # gradients of a layer's inner activations
     if stage in (1, 2):
-        buffers += bucket * (2 if stage == 2 and gpu.dtype == torch.bfloat16 else 1)
+        buffers += bucket * (2 if stage == 2 and gpu.dtype == "bfloat16" else 1)
     if stage == 3:
         live = min(size.total, max(LIVE_ELEMENTS, 2 * size.layer))
         buffers += bucket + live * width

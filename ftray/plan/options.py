@@ -1,6 +1,6 @@
 """`ftray plan`: what a run needs of each GPU, how long a step takes, and what fits, before a GPU is touched.
 
-Memory is counted part by part from the real modules (`plan/model_size.py`) and from how ftray's engine uses DeepSpeed;
+Memory is counted part by part from the real modules (`plan/counting.py`) and from how ftray's engine uses DeepSpeed;
 tests/parity/test_memory.py compares it with measured peaks. Time is FLOPs over a share of the chip's rate and bytes
 over its links: good for comparing settings, not for promises.
 """
@@ -8,7 +8,6 @@ over its links: good for comparing settings, not for promises.
 import itertools
 from dataclasses import dataclass
 
-import torch
 from pydantic import ValidationError
 
 from ftray.config import RunConfig
@@ -69,7 +68,7 @@ def step_seconds(
 ) -> float:
     """The longer of computing at `mfu` of the chip's rate and of moving weights and gradients, which overlap; plus what
     happens once a step."""
-    stage, width = config.zero.stage, gpu.dtype.itemsize
+    stage, width = config.zero.stage, gpu.bytes_per_weight
     shares = workers / config.memory.sequence_parallel
     micro_batches = max(1.0, -(-work.tokens / shares // config.batch.tokens_per_micro_batch))
     length = work.tokens_per_example / work.sequences_per_example
@@ -102,7 +101,7 @@ def options(
 ) -> list[Option]:
     """Every stage, offload and activation checkpointing, each with the largest micro-batch that fits, or, where none
     does, with the smallest there can be."""
-    stages = (0, 1, 2, 3) if gpu.dtype == torch.float32 else (1, 2, 3)
+    stages = (0, 1, 2, 3) if gpu.dtype == "float32" else (1, 2, 3)
     found = []
     for stage, offload, checkpointing in itertools.product(stages, ("none", "cpu"), (False, True)):
         changed = changed_config(config, stage=stage, offload=offload, checkpointing=checkpointing)

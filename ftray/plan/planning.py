@@ -7,11 +7,12 @@ from typing import Any
 from ftray.config import RunConfig
 from ftray.errors import UserError
 from ftray.model.base import EMBEDDED, check_base_name
-from ftray.model.hardware import check_stage
 from ftray.objectives import objective_of
 from ftray.plan.gpus import Gpu, find_gpu
-from ftray.plan.model_size import ModelSize, measure_model, read_model_config
+from ftray.plan.measure import measure_model
+from ftray.plan.model_size import ModelSize, read_model_config
 from ftray.plan.options import Option, Work, cheapest, options, plan_option
+from ftray.train.engine.stages import check_stage
 
 GIB = 2**30
 

@@ -137,11 +137,12 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 def planned(world_size: int, settings: dict[str, Any], base: Path) -> Any:
     from ftray.plan.gpus import CPU
+    from ftray.plan.measure import measure_model
     from ftray.plan.memory import plan_memory
-    from ftray.plan.model_size import measure_model, read_model_config
+    from ftray.plan.model_size import read_model_config
 
     config = make_config(settings, str(base), world_size)
-    size = measure_model(read_model_config(str(base)), config.adapter, dtype=torch.float32)
+    size = measure_model(read_model_config(str(base)), config.adapter, dtype="float32")
     return plan_memory(config, size, CPU, workers=world_size)
 
 

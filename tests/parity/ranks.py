@@ -331,15 +331,15 @@ def forget_world_size(engine: Any) -> None:
 
 def neighbours_leak(engine: Any) -> None:
     """The row is one sequence to the attention: examples see those before them."""
-    import ftray.model.families.full_attention as family
+    import ftray.model.packed_attention as attention
     from ftray.model.packed_attention import packed_layout
 
-    real = family.packed_causal_attention
+    real = attention.packed_causal_attention
 
     def leaky(query, key, value, layout, *, scaling):
         return real(query, key, value, packed_layout([sum(layout.lengths)]), scaling=scaling)
 
-    family.packed_causal_attention = leaky
+    attention.packed_causal_attention = leaky
 
 
 def forget_moments(engine: Any) -> None:

@@ -73,3 +73,16 @@ def test_a_cluster_that_is_not_there(config):
     code, message = refused("train", config, RAY_ADDRESS="127.0.0.1:1")
     assert code == "2"
     assert "RAY_ADDRESS: 127.0.0.1:1: no Ray cluster answers there" in message
+
+
+def test_a_plan_of_a_kept_shape_imports_no_torch(tmp_path):
+    """The first counts with torch; the second reads what the first has kept, and says the same."""
+    environment = os.environ | {"HF_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", PROGRAM, "plan", "configs/run/llama31_70b_lora.yaml", "--json"]
+    outputs = [
+        subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout for _ in range(2)
+    ]
+    (plan, first), (again, second) = (output.strip().rsplit("\n", 1) for output in outputs)
+    assert "torch" in first
+    assert second == "0"
+    assert plan == again

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ftray.model.families.protocol import FullSpec
-from ftray.model.packed_attention import PackedLayout, packed_causal_attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ftray.model.packed_attention import PackedLayout
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,10 @@ class FullAttention:
         return FullSpec(self.num_kv_heads, self.head_dim)
 
     def attend_packed(
-        self, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, layout: PackedLayout, *, scaling: float
-    ) -> Tensor:
+        self, query_HTD: "Tensor", key_KTD: "Tensor", value_KTD: "Tensor", layout: "PackedLayout", *, scaling: float
+    ) -> "Tensor":
+        from ftray.model.packed_attention import packed_causal_attention
+
         return packed_causal_attention(query_HTD, key_KTD, value_KTD, layout, scaling=scaling)
 
     def flops(self, lengths: Mapping[float, float]) -> float:

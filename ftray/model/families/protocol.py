@@ -5,11 +5,12 @@ Shapes: T tokens in the row, H query heads, K key/value heads, D head dimension.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # a plan counts FLOPs without torch
+    from torch import Tensor
 
-from ftray.model.packed_attention import PackedLayout
+    from ftray.model.packed_attention import PackedLayout
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class LayerKind(Protocol):
     def cache(self) -> CacheSpec: ...
 
     def attend_packed(
-        self, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, layout: PackedLayout, *, scaling: float
-    ) -> Tensor:
+        self, query_HTD: "Tensor", key_KTD: "Tensor", value_KTD: "Tensor", layout: "PackedLayout", *, scaling: float
+    ) -> "Tensor":
         """[T, H, D], of sequences that lie end to end and see each other never."""
         ...
 

@@ -1,18 +1,20 @@
 """The language model's own output head: log-probabilities of the next token."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CausalLmHead:
     task_type = "CAUSAL_LM"
     saved_modules: tuple[str, ...] = ()
 
-    def __call__(self, model: Any, hidden_NE: Tensor, targets_N: Tensor) -> Tensor:
+    def __call__(self, model: Any, hidden_NE: "Tensor", targets_N: "Tensor") -> "Tensor":
+        from torch.nn.functional import cross_entropy
+
         logits_NV = model.get_output_embeddings()(hidden_NE).float()
-        return -torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+        return -cross_entropy(logits_NV, targets_N, reduction="none")
 
     def parameters(self, config: Any) -> int:
         return config.vocab_size * config.hidden_size

@@ -3,9 +3,10 @@
 Shapes: N rows, E hidden size.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @runtime_checkable
@@ -22,7 +23,7 @@ class Head(Protocol):
         """Names of the model's modules that are trained whole beside an adapter, and saved with it."""
         ...
 
-    def __call__(self, model: Any, hidden_NE: Tensor, targets_N: Tensor) -> Tensor:
+    def __call__(self, model: Any, hidden_NE: "Tensor", targets_N: "Tensor") -> "Tensor":
         """[N], float32: what the objective gets as its log-probabilities."""
         ...
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from ftray.config import RunConfig
 from ftray.model.adapters.lora import inject_lora, load_weights_from
 from ftray.model.base import BaseModel
-from ftray.model.hardware import Hardware, check_stage
+from ftray.model.hardware import Hardware
 from ftray.model.heads import head_of
 from ftray.model.packed import (
     PackedCausalLM,
@@ -17,13 +17,14 @@ from ftray.model.sequence_parallel import make_sequence_ranks
 from ftray.model.weights import load_weights
 from ftray.objectives import make_loss, objective_of
 from ftray.train.engine.deepspeed import DeepSpeedEngine
+from ftray.train.engine.stages import check_stage
 from ftray.train.engine.zero import shard_while_loading
 
 
 def make_engine(
     config: RunConfig, base: BaseModel, hardware: Hardware, *, init_from: Path | None = None
 ) -> DeepSpeedEngine:
-    check_stage(config.zero.stage, hardware.dtype)
+    check_stage(config.zero.stage, str(hardware.dtype).removeprefix("torch."))
     sharding = shard_while_loading(config.zero, hardware)
     attention = register_packed_attention()
     quantize = config.adapter.quantize_base if config.adapter is not None else None

@@ -20,20 +20,14 @@ from torch import Tensor, nn
 
 from ftray.config.run import ZeroConfig
 from ftray.model.hardware import Hardware
+from ftray.train.engine.stages import MAX_BUCKET_ELEMENTS, bucket_elements
 from ftray.train.engine.state import MASTER, MOMENTS, ShardedState
-
-# Communication buckets are allocated whole; DeepSpeed's default of 5e8 elements is 2 GB for a 5 MB adapter.
-MAX_BUCKET_ELEMENTS = 50_000_000
 
 
 def skip_unused_builds() -> None:
     """On CPU DeepSpeed compiles a shared-memory all-reduce at start, for tensor-parallel inference alone: half a minute
     and a compiler, for something that training never calls."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def bucket_elements(num_trainable: int) -> int:
-    return max(1_000_000, min(MAX_BUCKET_ELEMENTS, num_trainable))
 
 
 def zero_settings(
