@@ -55,7 +55,8 @@ def serve(config: ServeConfig | dict[str, Any] | str | Path, *overrides: str) ->
 
     from ftray.cluster.session import start_ray
     from ftray.infer.engines import check_engine
-    from ftray.serve.app import check_endpoint, is_deployed, start_endpoint, stop_endpoint
+    from ftray.serve.app import is_deployed, start_endpoint, stop_endpoint
+    from ftray.serve.checks import check_endpoint
 
     check_engine(settings.engine)
     owns_ray = not ray.is_initialized()

@@ -25,9 +25,11 @@ def serve(
     """Serve a base model and every adapter of a registry over an OpenAI-compatible API, until Ctrl-C."""
     settings: ServeConfig = load_config(config, overrides or (), kind="serve")
     from ftray.infer.engines import check_engine
-    from ftray.serve.app import check_endpoint, deploy_schema
+    from ftray.serve.checks import check_endpoint
 
     if print_deploy:
+        from ftray.serve.app import deploy_schema
+
         print(to_yaml(deploy_schema(settings)), end="")
         return
     if not dry_run:  # a plan needs no engine

@@ -15,14 +15,13 @@ from ray.serve.schema import ServeDeploySchema
 
 from ftray.config import ServeConfig
 from ftray.errors import FtrayError, UserError
-from ftray.model.base import check_base_name, prepare_base
 from ftray.registry import Registry
 from ftray.serve.http.api import make_api
 from ftray.serve.http.context import Watcher
 from ftray.serve.http.embeddings import Embeddings
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.http.playground import Overview, RecentTraffic
-from ftray.serve.http.ports import check_port, reachable
+from ftray.serve.http.ports import reachable
 from ftray.serve.http.routes.paths import ANSWERING
 from ftray.serve.http.services import Services
 from ftray.serve.replica.process_memory import (
@@ -204,16 +203,6 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
             ),
         }
     )
-
-
-def check_endpoint(config: ServeConfig, *, in_session: bool = False) -> None:
-    """Everything that can be known before ray starts: base, preloaded adapters, port. `in_session`: it has started."""
-    check_base_name(config.base_model)
-    if config.adapters.preload:
-        from ftray.serve.replica.versions import check_preloaded  # torch
-
-        check_preloaded(config.adapters, Registry(config.adapters.registry), prepare_base(config.base_model))
-    check_port(config.host, config.port, in_session=in_session)
 
 
 def start_endpoint(config: ServeConfig) -> str:

@@ -12,7 +12,8 @@ from ftray.artifacts.publish import publish_adapter
 from ftray.config import parse_config
 from ftray.errors import UserError
 from ftray.registry import Registry
-from ftray.serve.app import check_endpoint, start_endpoint, stop_endpoint
+from ftray.serve.app import start_endpoint, stop_endpoint
+from ftray.serve.checks import check_endpoint
 
 NAMES = ["r4", "r8", "r16", "qv"]
 

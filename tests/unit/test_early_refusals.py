@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -73,6 +74,20 @@ def test_a_cluster_that_is_not_there(config):
     code, message = refused("train", config, RAY_ADDRESS="127.0.0.1:1")
     assert code == "2"
     assert "RAY_ADDRESS: 127.0.0.1:1: no Ray cluster answers there" in message
+
+
+def test_a_port_that_is_taken(tmp_path, tiny_model):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        path = tmp_path / "serve.yaml"
+        path.write_text(
+            f"kind: serve\nbase_model: {tiny_model}\nport: {port}\nadapters: {{registry: {tmp_path}/registry}}\n"
+        )
+        code, message = refused("serve", path)
+    assert code == "2"
+    assert f"port: {port} on 127.0.0.1 is in use; choose another" in message
 
 
 def test_a_plan_of_a_kept_shape_imports_no_torch(tmp_path):
