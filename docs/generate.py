@@ -1,5 +1,8 @@
-"""`python docs/generate.py`: the reference pages that are made from the code. A test checks that they are current."""
+"""`python docs/generate.py`: the pages that are made from the code and from kept measurements. A test checks that they
+are current."""
 
+import ast
+import functools
 import json
 import sys
 from pathlib import Path
@@ -13,7 +16,8 @@ from ftray.cli.main import app
 from ftray.config.editor import json_schema
 from ftray.config.load import KINDS
 
-REFERENCE = Path(__file__).parent / "reference"
+DOCS = Path(__file__).parent
+ROOT, BENCHMARKS = DOCS.parent, DOCS / "benchmarks"
 WHAT = {"run": "`ftray train`", "sweep": "`ftray sweep`", "serve": "`ftray serve`", "pipeline": "`ftray pipeline`"}
 
 
@@ -98,13 +102,58 @@ def row(parameter: Any) -> str:
     return f"| `{name}` | {text} |"
 
 
-PAGES = {"config.md": config_page, "cli.md": cli_page}
+def benchmark_page(path: Path) -> str:
+    """Of what `jobs/bench.py` has kept: what each side is, how it was run, and its medians."""
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    command = f"python jobs/bench.py {kept['bench']}"
+    versions = ", ".join(f"{name} {version}" for name, version in kept["versions"].items())
+    parts = [
+        f"# Benchmark: {path.stem}\n",
+        f"`{command}`, {kept['date']}. Hardware: {kept['hardware']}. Versions: {versions}.\n",
+        f"Every turn is in [{path.name}]({path.name}), from which `python docs/generate.py` makes this page.",
+        "[All benchmarks](index.md)\n",
+    ]
+    sides = kept["median"]
+    parts += [f"- **{side}**: {what_it_is(side)}" for side in sides]
+    names = list(dict.fromkeys(name for figures in sides.values() for name in figures))
+    parts += ["", "| median | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
+    for name in names:
+        cells = [figure(figures.get(name)) for figures in sides.values()]
+        parts.append(f"| {name} | " + " | ".join(cells) + " |")
+    if ratios := kept.get("ratios_of_tokens_per_s"):
+        parts += [
+            "",
+            "| ratio of tokens/s | |",
+            "|---|---|",
+            *(f"| {pair} | {value:g} |" for pair, value in ratios.items()),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def what_it_is(side: str) -> str:
+    tree = ast.parse((ROOT / "jobs" / "bench_sides" / f"{side}.py").read_text(encoding="utf-8"))
+    return " ".join((ast.get_docstring(tree) or "").split())
+
+
+def figure(value: float | str | None) -> str:
+    return "-" if value is None else f"{value:,.6g}" if isinstance(value, float | int) else str(value)
+
+
+def benchmarks() -> list[Path]:
+    """Those with sides."""
+    return [path for path in sorted(BENCHMARKS.glob("*.json")) if "median" in json.loads(path.read_text())]
+
+
+# By path below docs/.
+PAGES = {"reference/config.md": config_page, "reference/cli.md": cli_page} | {
+    f"benchmarks/{path.stem}.md": functools.partial(benchmark_page, path) for path in benchmarks()
+}
 
 
 def main() -> None:
     for name, make in PAGES.items():
-        (REFERENCE / name).write_text(make(), encoding="utf-8")
-        print(f"written: docs/reference/{name}")
+        (DOCS / name).write_text(make(), encoding="utf-8")
+        print(f"written: docs/{name}")
 
 
 if __name__ == "__main__":

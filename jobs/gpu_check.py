@@ -65,7 +65,7 @@ RECORDS = [
     train("train-full-z2", "full fine-tuning, ZeRO-2", "adapter=null", "zero.stage=2"),
     decode("torch", "1", "16", "64", seconds=70),
     test("test_mixed_adapters_generate_with_vllm", "vLLM's mixed adapters have PEFT's log-probabilities", 90, "vllm"),
-    train("train-compiled", "memory.compile on a GPU", "memory.compile=true", seconds=90),
+    train("train-compiled", "compile on a GPU", "compile=true", seconds=90),
     train("train-lora-z3", "LoRA, ZeRO-3", "zero.stage=3"),
     train("train-full-z3", "full fine-tuning, ZeRO-3", "adapter=null", "zero.stage=3"),
     train("train-qlora", "a base in nf4", "adapter.quantize_base=nf4", needs="bitsandbytes"),

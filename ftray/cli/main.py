@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import typer
@@ -24,6 +25,7 @@ from ftray.cli import (
     tenants,
     train,
 )
+from ftray.config.renamed import RenamedWarning
 from ftray.errors import FtrayError, InterruptedRunError
 
 # In the order in which they are needed: what it is, in a line that is not cut, and an example.
@@ -71,6 +73,9 @@ for name, (command, short, example) in COMMANDS.items():
         app.command(name, **about)(command)
 
 
+SHOW_WARNING = warnings.showwarning
+
+
 def show_version(value: bool) -> None:
     if value:
         print(f"ftray {__version__}")
@@ -91,6 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     if is_group(words):  # alone
         words.append("--help")
+    warnings.simplefilter("always", RenamedWarning)
+    warnings.showwarning = show_note
     try:
         code = app(words, standalone_mode=False)
     except FtrayError as error:
@@ -105,6 +112,14 @@ def main(arguments: list[str] | None = None) -> None:
         fail(f"{type(error).__name__}: {error} (run again with --debug to see where)", code=1, debug=debug, error=error)
     else:
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def show_note(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    """Of ours the line alone."""
+    if issubclass(category, RenamedWarning):
+        print(f"note: {message}", file=sys.stderr, flush=True)
+    else:
+        SHOW_WARNING(message, category, filename, lineno, *rest)
 
 
 def is_group(words: list[str]) -> bool:

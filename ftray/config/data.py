@@ -17,7 +17,7 @@ class ColumnsConfig(Strict):
     completion: Text | None = None
     system: Text | None = None
     text: Text | None = None
-    """Objective domain."""
+    """Objective text."""
     chosen: Text | None = None
     """Objective dpo, after `prompt` or `messages`."""
     rejected: Text | None = None
@@ -53,7 +53,7 @@ class DataConfig(Strict):
     """module:NAME of a function of one's own: a row in, the row to be read out, or None to drop it."""
     max_example_tokens: int = Field(default=2048, ge=2)
     overlong: Literal["error", "truncate", "drop", "split"] = "error"
-    """split: documents (objective domain) only."""
+    """split: documents (objective text) only."""
     shuffle: bool = True
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ import difflib
 import io
 import json
 import typing
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from ftray.config.pipeline import PipelineConfig
+from ftray.config.renamed import RenamedWarning, old_names
 from ftray.config.run import RunConfig
 from ftray.config.serve import ServeConfig
 from ftray.config.sweep import SweepConfig
@@ -50,6 +52,9 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source:
         fix = f"; this is a file for `ftray {'train' if known == 'run' else known}`" if known else ""
         problems.append(f"kind: {found!r} must be {kind!r}{fix}")
         tree = {**tree, "kind": kind}
+    if kind == "run":
+        for line in old_names(tree):
+            warnings.warn(f"{source}: {line}", RenamedWarning, stacklevel=2)
     model = KINDS[kind]
     config = None
     try:

@@ -6,6 +6,7 @@ from pydantic import Field, PlainValidator, model_validator
 
 from ftray.config.adapter import AdapterConfig
 from ftray.config.data import DataConfig
+from ftray.config.renamed import with_new_names
 from ftray.objectives import ObjectiveConfig, SftConfig, objective_of
 from ftray.plugins import PluginName
 from ftray.schema import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
@@ -59,9 +60,6 @@ class ZeroConfig(Strict):
 class MemoryConfig(Strict):
     activation_checkpointing: bool = False
     """Keeps one activation a layer and computes the rest again in the backward."""
-    compile: bool | Literal["auto"] = "auto"
-    """torch.compile of the decoder layers: faster once warm, after a minute of compiling. auto: in long runs, not at
-    ZeRO-3."""
     liger_kernels: bool = False
     """Fused Triton kernels for norms, rotary embedding and MLP; GPUs only."""
     sequence_parallel: PositiveInt = 1
@@ -145,6 +143,9 @@ class RunConfig(Strict):
     batch: BatchConfig = BatchConfig()
     zero: ZeroConfig = ZeroConfig()
     memory: MemoryConfig = MemoryConfig()
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile of the decoder layers: faster once warm, after a minute of compiling. auto: in long runs, not at
+    ZeRO-3."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     workers: WorkersConfig = WorkersConfig()
@@ -154,6 +155,11 @@ class RunConfig(Strict):
     tracking: TrackingConfig = TrackingConfig()
     runs_dir: Text = "runs"
     registry: Text = "registry"
+
+    @model_validator(mode="before")
+    @classmethod
+    def rename(cls, tree: Any) -> Any:
+        return with_new_names(tree)
 
     @model_validator(mode="after")
     def agree(self):
@@ -176,7 +182,7 @@ def one_length(run: RunConfig) -> str | None:
 
 def split_is_for_documents(run: RunConfig) -> str | None:
     if run.data.overlong == "split" and objective_of(run.objective).shape != "document":
-        return f"data.overlong: split is for documents (objective domain), not {run.objective.type}"
+        return f"data.overlong: split is for documents (objective text), not {run.objective.type}"
     return None
 
 

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, field_validator, model_validator
 
 from ftray.config.domains import Choice, Range, as_yaml, expression_order, parse_domain
 from ftray.config.expression import Expression
+from ftray.config.renamed import by_new_keys
 from ftray.schema import Name, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
 
 SpaceValue = Annotated[Any, PlainValidator(parse_domain), PlainSerializer(as_yaml)]
@@ -143,6 +144,11 @@ class SweepConfig(Strict):
     """Not given: the run's own."""
     search: SearchConfig
     compare: CompareConfig | None = None
+
+    @field_validator("overrides", "space", mode="before")
+    @classmethod
+    def rename(cls, settings: Any) -> Any:
+        return by_new_keys(settings)
 
     @model_validator(mode="after")
     def agree(self):

@@ -9,11 +9,11 @@ from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import UserError
 from ftray.infer.protocol import Engine, Request
 from ftray.model.base import BaseModel, context_limit
-from ftray.model.hardware import Hardware
 from ftray.plugins import load_plugin
 
-if TYPE_CHECKING:  # importing it loads the model code
+if TYPE_CHECKING:  # importing them loads torch and the model code
     from ftray.infer.torch_engine.engine import TorchEngine
+    from ftray.model.hardware import Hardware
 
 LOCAL_KV_CACHE_TOKENS = 16384
 
@@ -30,13 +30,13 @@ def has_engine(config: EngineConfig) -> bool:
     return package is None or importlib.util.find_spec(package) is not None
 
 
-def make_engine(base: BaseModel, hardware: Hardware, config: EngineConfig, adapters: AdaptersConfig) -> Engine:
+def make_engine(base: BaseModel, hardware: "Hardware", config: EngineConfig, adapters: AdaptersConfig) -> Engine:
     check_engine(config)
     made = load_plugin(engine_kind(config.type).path, type, key="engine.type")
     return made(base, hardware, config, adapters)
 
 
-def make_local_engine(base: BaseModel, hardware: Hardware, *, context_tokens: int) -> "TorchEngine":
+def make_local_engine(base: BaseModel, hardware: "Hardware", *, context_tokens: int) -> "TorchEngine":
     """For one thread's own questions, with the context that is asked for as far as the model has it."""
     from ftray.infer.torch_engine.engine import TorchEngine
 

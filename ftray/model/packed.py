@@ -140,14 +140,14 @@ def decoder_of(model: Any) -> Any:
     return model.get_decoder()
 
 
-def prepare_layers(model: Any, config: MemoryConfig) -> Any:
+def prepare_layers(model: Any, config: MemoryConfig, *, compiled: bool = False) -> Any:
     """Fused kernels, activation checkpointing and compiled decoder layers, where the config asks for them."""
     if config.liger_kernels:
         apply_liger_kernels(model)
     if config.activation_checkpointing:
         # Not reentrant: with a frozen base no input of a layer asks for a gradient, and the reentrant kind needs one.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.compile is True:
+    if compiled:
         compile_layers(model)
     return model
 
@@ -160,7 +160,7 @@ def compile_layers(model: Any) -> None:
     """The attention stays as it is. What was compiled is kept in the user's cache for the next start."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "compiled"))
     if not can_compile(model):
-        raise UserError("memory.compile: the layers of this base are not where they are expected; leave it off")
+        raise UserError("compile: the layers of this base are not where they are expected; leave it off")
     for layer in decoder_of(model).layers:
         layer.compile(dynamic=True)
 

@@ -11,16 +11,16 @@ from pydantic import Discriminator, Tag
 from ftray.objectives.dpo import DPO, DpoConfig
 from ftray.objectives.plugin import PLUGIN, PluginConfig, tag_of
 from ftray.objectives.protocol import LogProbs, Loss, LossFunction, Objective, Shape
-from ftray.objectives.sft import DOMAIN, SFT, DomainConfig, SftConfig, sft_loss
+from ftray.objectives.sft import SFT, TEXT, SftConfig, TextConfig, sft_loss
 from ftray.plugins import load_plugin
 from ftray.schema import Strict
 
 # By `objective.type`.
-OBJECTIVES: dict[str, Objective] = {"sft": SFT, "domain": DOMAIN, "dpo": DPO}
+OBJECTIVES: dict[str, Objective] = {"sft": SFT, "text": TEXT, "dpo": DPO}
 
 ObjectiveConfig = Annotated[
     Annotated[SftConfig, Tag("sft")]
-    | Annotated[DomainConfig, Tag("domain")]
+    | Annotated[TextConfig, Tag("text")]
     | Annotated[DpoConfig, Tag("dpo")]
     | Annotated[PluginConfig, Tag(PLUGIN)],
     Discriminator(tag_of),

@@ -13,10 +13,10 @@ class SftConfig(Strict):
     type: Literal["sft"] = "sft"
 
 
-class DomainConfig(Strict):
+class TextConfig(Strict):
     """Documents: every token is trained."""
 
-    type: Literal["domain"]
+    type: Literal["text"]
 
 
 def sft_loss(log_probs: LogProbs, row: Row) -> Loss:
@@ -29,4 +29,4 @@ def make_loss(config: Strict) -> LossFunction:
 
 
 SFT = Objective(SftConfig, make_loss, shape="conversation")
-DOMAIN = Objective(DomainConfig, make_loss, shape="document")
+TEXT = Objective(TextConfig, make_loss, shape="document")

@@ -62,7 +62,7 @@ def check_conditions(config: PipelineConfig, points: list[RunConfig]) -> None:
     if not asks and any(".accuracy" in text for text in config.require):
         raise UserError(f"require: accuracy needs questions: {config.train[-1]} has no data.eval with objective sft")
     if not all(map(has_loss, points)) and any(".loss" in text for text in config.require):
-        raise UserError(f"require: loss needs data.eval and objective sft or domain in {config.train[-1]}")
+        raise UserError(f"require: loss needs data.eval and objective sft or text in {config.train[-1]}")
 
 
 def check_publishing(config: PipelineConfig, points: list[RunConfig]) -> None:

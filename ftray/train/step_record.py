@@ -15,7 +15,7 @@ from ftray.model.flops import ModelFlops
 @dataclass(frozen=True)
 class StepRecord:
     step: int  # 1 for the first
-    loss: float  # mean over the step's trained tokens (sft, domain) or pairs (dpo), before its update
+    loss: float  # mean over the step's trained tokens (sft, text) or pairs (dpo), before its update
     learning_rate: float
     grad_norm: float  # before clipping
     num_tokens: int

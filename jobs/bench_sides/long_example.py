@@ -31,7 +31,7 @@ name: bench
 base_model: smollm2-135m
 max_steps: {STEPS}
 data: {{train: {write_document()}, columns: {{text: text}}, max_example_tokens: {TOKENS}}}
-objective: {{type: domain}}
+objective: {{type: text}}
 adapter: {{rank: {RANK}, alpha: {ALPHA}}}
 optimizer: {{learning_rate: {LEARNING_RATE}, schedule: constant}}
 batch: {{examples_per_step: 1, tokens_per_micro_batch: {TOKENS}}}

@@ -3,4 +3,4 @@
 import bare_loop
 
 if __name__ == "__main__":
-    bare_loop.run("memory.compile=true")
+    bare_loop.run("compile=true")

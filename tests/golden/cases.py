@@ -16,7 +16,7 @@ from ranks import Record, train_on_ranks
 from tiny import chat_rows, pair_rows, write_jsonl, write_tiny_model
 
 LOSSES = Path(__file__).parent / "losses.json"
-OBJECTIVES = {"sft": "{type: sft}", "domain": "{type: domain}", "dpo": "{type: dpo, beta: 0.2}"}
+OBJECTIVES = {"sft": "{type: sft}", "domain": "{type: text}", "dpo": "{type: dpo, beta: 0.2}"}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "qlora": {"settings": {"adapter.quantize_base": "nf4"}},

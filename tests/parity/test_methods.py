@@ -190,16 +190,17 @@ def tiny_dataset() -> TokenizedDataset:
 
 @pytest.mark.parametrize("way", ["activation_checkpointing", "compile"])
 def test_memory_settings_change_nothing_but_memory(tiny_base, way):
-    def loss_and_gradients(config):
+    def loss_and_gradients(config, *, compiled=False):
         model = load_weights(tiny_base, choose_hardware(), attention=register_packed_attention())
         inject_lora(model, AdapterConfig(rank=4, alpha=8), seed=0)
-        packed = PackedCausalLM(prepare_layers(model, config)).train()
+        packed = PackedCausalLM(prepare_layers(model, config, compiled=compiled)).train()
         loss = -packed(pack(examples_of(tiny_dataset(), [0, 1]))).mean()
         loss.backward()
         return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
     loss, gradients = loss_and_gradients(MemoryConfig())
-    other, other_gradients = loss_and_gradients(MemoryConfig(**{way: True}))
+    checkpointed = MemoryConfig(activation_checkpointing=way == "activation_checkpointing")
+    other, other_gradients = loss_and_gradients(checkpointed, compiled=way == "compile")
     assert other == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-4, atol=1e-6)

@@ -200,7 +200,7 @@ def test_domain_loss_and_gradient_are_trls(tiny_base, renderer, tmp_path):
     expected.backward()
     gradients = {n.removeprefix("base_model.model."): p.grad for n, p in model.named_parameters() if p.requires_grad}
     path = write_jsonl(tmp_path / "documents.jsonl", DOCUMENTS)
-    loss, _, ours = our_loss_and_gradients(tiny_base, renderer, path, "domain", adapter=True)
+    loss, _, ours = our_loss_and_gradients(tiny_base, renderer, path, "text", adapter=True)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=1e-5)

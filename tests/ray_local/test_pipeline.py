@@ -33,7 +33,7 @@ def files(tiny_model, train_file, eval_file, tmp_path):
         "batch: {examples_per_step: 4}\noptimizer: {learning_rate: 1e-2, schedule: constant}\n"
     )
     (tmp_path / "domain.yaml").write_text(
-        f"{shared}name: domain\nobjective: {{type: domain}}\ndata: {{train: {text}, columns: {{text: text}}}}\n"
+        f"{shared}name: domain\nobjective: {{type: text}}\ndata: {{train: {text}, columns: {{text: text}}}}\n"
     )
     (tmp_path / "chat.yaml").write_text(f"{shared}name: chat\ndata: {{train: {train_file}, eval: {eval_file}}}\n")
 

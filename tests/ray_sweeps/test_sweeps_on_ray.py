@@ -168,7 +168,7 @@ def test_lora_and_full_fine_tuning_side_by_side(ray_session, sweep_file, eval_fi
 
 
 def loss_of_text(tmp_path: Path, general: Path) -> float:
-    """transformers' own, of the base: bos, the text and eos as objective domain encodes them."""
+    """transformers' own, of the base: bos, the text and eos as objective text encodes them."""
     import json
 
     import torch

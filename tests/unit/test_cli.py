@@ -225,7 +225,7 @@ def test_eval_lists_the_losing_examples(run, config, adapters, tmp_path):
     base_loss = json.loads(out_file.read_text())["loss"]
     run("eval", config, "--output", out_file)
     assert json.loads(out_file.read_text())["loss"] != base_loss
-    code, _, err = run("eval", config, "objective={type: domain}")
+    code, _, err = run("eval", config, "objective={type: text}")
     assert (code, "`ftray eval` asks questions and compares answers" in err) == (2, True)
     code, _, err = run("eval", config, "data.eval=null")
     assert (code, "data.eval: not given" in err) == (2, True)

@@ -7,7 +7,9 @@ import pytest
 
 from ftray.config import RunConfig, ServeConfig, load_config, load_sweep, parse_config, to_yaml
 from ftray.config.advice import advise
+from ftray.config.renamed import RenamedWarning
 from ftray.errors import ConfigError
+from ftray.train.runs.claim import config_changes
 
 ROOT = Path(__file__).parents[2]
 GOOD = "kind: run\nname: a\nbase_model: smollm2-135m\nepochs: 1\ndata: {train: x.jsonl}\n"
@@ -27,6 +29,39 @@ def test_every_shipped_config_loads(path, monkeypatch):
         assert list(load_sweep(path)[1].free)
     config = load_config(path, kind=kind)
     assert parse_config(to_yaml(config), kind=kind, source="again") == config if kind == "run" else config
+
+
+def test_old_names_are_read_with_a_line_that_says_so():
+    text = GOOD + "memory: {compile: true}\nobjective: {type: domain}\n"
+    with pytest.warns(RenamedWarning) as told:
+        old = parse_config(text, kind="run", source="x.yaml")
+    new = parse_config(GOOD + "compile: true\nobjective: {type: text}\n", kind="run", source="x.yaml")
+    assert old == new
+    assert (new.compile, new.objective.type) == (True, "text")
+    assert sorted(str(warning.message) for warning in told) == [
+        "x.yaml: memory.compile is called compile now; the old name is read until ftray 0.3",
+        "x.yaml: objective.type: domain is called text now; the old name is read until ftray 0.3",
+    ]
+
+
+def test_a_run_that_began_under_old_names_goes_on():
+    config = parse_config(GOOD + "compile: true\nobjective: {type: text}\n", kind="run", source="x.yaml")
+    kept = config.model_dump(mode="json")
+    kept["memory"]["compile"] = kept.pop("compile")
+    kept["objective"]["type"] = "domain"
+    assert config_changes(kept, config.model_dump(mode="json")) == ([], [])
+    kept["memory"]["compile"] = False
+    assert config_changes(kept, config.model_dump(mode="json"))[0] == ["compile: was false, is true"]
+
+
+def test_a_sweep_over_an_old_name(tmp_path):
+    (tmp_path / "run.yaml").write_text(GOOD)
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        f"kind: sweep\nname: s\nrun: {tmp_path}/run.yaml\nspace: {{memory.compile: [true, false]}}\n"
+        "search: {algorithm: grid, metric: loss}\n"
+    )
+    assert list(load_sweep(sweep)[1].free) == ["compile"]
 
 
 def test_every_problem_is_in_one_report():
@@ -65,12 +100,12 @@ def test_every_problem_is_in_one_report():
         ("objective.typ=dpo", "objective: type is required, but not given"),
         (
             "objective.type=dop",
-            "objective.type: 'dop' is refused: Input should be 'sft', 'domain', 'dpo', 'module:NAME'; did you mean",
+            "objective.type: 'dop' is refused: Input should be 'sft', 'text', 'dpo', 'module:NAME'; did you mean",
         ),
         ("objective={type: dpo, betta: 0.1}", "objective.betta: unknown key; did you mean 'beta'?"),
         ("objective={type: dpo, beta: -1}", "objective.beta: -1 is refused: Input should be greater than 0"),
         ("objective={type: sft, beta: 0.1}", "objective.beta: unknown key; known keys here: type"),
-        ("data.overlong=split", "split is for documents (objective domain), not sft"),
+        ("data.overlong=split", "split is for documents (objective text), not sft"),
         ("data.columns={chosen: a}", "`chosen` and `rejected` go together"),
         ("data.columns={text: a, system: b}", "`text` stands alone"),
         ("adapter={initialization: pissa, variant: dora}", "pissa does not go with variant dora"),

@@ -20,7 +20,7 @@ from ftray.data.tokens import tokenize_source
 from ftray.errors import ConfigError, DataError, InterruptedRunError, UserError
 from ftray.evaluate.task import Evaluation, judged
 from ftray.infer.engines import check_engine, generate, make_engine
-from ftray.infer.protocol import Request
+from ftray.infer.protocol import Request, SamplingParams
 from ftray.model.adapters.lora import describe
 from ftray.model.base import BaseModel
 from ftray.model.families import KINDS, FullSpec, check_config, layer_kinds
@@ -373,6 +373,14 @@ def test_an_engine_of_ones_own_is_one_file(toy):
     assert generate(engine, [Request("r", [1]), Request("s", [2])]) == {"r": "me too", "s": "me too"}
     with pytest.raises(UserError, match="no_such_package_at_all is not installed"):
         check_engine(serve(["engine.type=toy_engine:ABSENT"]).engine)
+
+
+def test_the_example_of_an_own_engine_tells_of_slow_steps(tiny_base, monkeypatch, caplog):
+    config = load_config("configs/own_code/serve.yaml", ["engine.kv_cache_tokens=1024"], kind="serve")
+    monkeypatch.setattr("configs.own_code.watched_engine.SLOW_S", 0)
+    engine = make_engine(tiny_base, choose_hardware(), config.engine, config.adapters)
+    assert generate(engine, [Request("r", [1, 2, 3], SamplingParams(max_tokens=2))])["r"] is not None
+    assert "a step of 1 tokens took" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -596,7 +596,7 @@ def test_what_can_be_fused_and_why_not(load):
         ({"space": "\n  adapter.variant: [lora, dora]\n"}, "adapter.variant: dora cannot be fused"),
         ({"space": "\n  adapter.dropout: [0.0, 0.1]\n"}, "adapter.dropout"),
         ({"space": "\n  adapter.targets: [[q_proj], [q_proj, lm_head]]\n"}, "adapter.targets"),
-        ({"space": "\n  objective: [{type: sft}, {type: domain}]\n"}, "objective: it is shared"),
+        ({"space": "\n  objective: [{type: sft}, {type: text}]\n"}, "objective: it is shared"),
         ({"space": "\n  base_model: [a, b]\n"}, "base_model: it is shared"),
     ):
         loaded = load(**how)

@@ -7,11 +7,11 @@ from ftray.errors import DataError
 
 
 def text_reader(columns: ColumnsConfig | None, have: Sequence[str], *, key: str) -> Callable[[dict], str]:
-    """Documents, for `objective.type: domain`."""
+    """Documents, for `objective.type: text`."""
     column = columns.text if columns is not None else "text"
     if column is None or column not in have:
         raise DataError(
-            f"{key}: objective domain trains on a text column; the data has {', '.join(have)}. "
+            f"{key}: objective text trains on a text column; the data has {', '.join(have)}. "
             f"Example: data.columns: {{text: {have[0]}}}"
         )
 

@@ -37,7 +37,11 @@ ADAPTER_WAIT = Metric(
     "ftray_adapter_wait_seconds", "histogram", "A request's wait for its adapter to be in memory", ASKED, SECONDS
 )
 QUEUE = Metric("ftray_queue_seconds", "histogram", "Wait in the engine's queue", ASKED, SECONDS)
-FIRST_TOKEN = Metric("ftray_first_token_seconds", "histogram", "From the request to its first token", ASKED, SECONDS)
+FIRST_TOKEN = Metric(
+    "ftray_time_to_first_token_seconds", "histogram", "From the request to its first token", ASKED, SECONDS
+)
+# Its name until 0.2, for one release more.
+FIRST_TOKEN_OLD = Metric("ftray_first_token_seconds", "histogram", "The old name, until 0.3", ASKED, SECONDS)
 PER_TOKEN = Metric("ftray_token_seconds", "histogram", "Mean time between an answer's tokens", ASKED, TOKEN_SECONDS)
 LATENCY = Metric("ftray_request_seconds", "histogram", "From the request to its end", ASKED, SECONDS)
 
@@ -64,6 +68,7 @@ OF_REQUESTS = (
     ADAPTER_WAIT,
     QUEUE,
     FIRST_TOKEN,
+    FIRST_TOKEN_OLD,
     PER_TOKEN,
     LATENCY,
 )

@@ -9,6 +9,7 @@ from ftray.serve.telemetry.metrics import (
     COMPLETION_TOKENS,
     CUT,
     FIRST_TOKEN,
+    FIRST_TOKEN_OLD,
     LATENCY,
     PER_TOKEN,
     PROMPT_TOKENS,
@@ -52,6 +53,7 @@ class RequestMetrics:
         if answer.queue_s is not None:
             self._meter.observe(QUEUE, answer.queue_s, **asked)
         if answer.first_token_s is not None:
-            self._meter.observe(FIRST_TOKEN, answer.first_token_s, **asked)
+            for metric in (FIRST_TOKEN, FIRST_TOKEN_OLD):
+                self._meter.observe(metric, answer.first_token_s, **asked)
         if answer.token_s is not None:
             self._meter.observe(PER_TOKEN, answer.token_s, **asked)

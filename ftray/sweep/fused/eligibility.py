@@ -71,7 +71,7 @@ def why_not(run: RunConfig) -> str | None:
         "optimizer.type": run.optimizer.type == "adamw",
         "zero.stage": run.zero.stage < 3,  # a sharded base under many adapters has not been tried
         "zero.offload": run.zero.offload == "none",
-        "memory.compile": run.memory.compile is not True,
+        "compile": run.compile is not True,
         "memory.sequence_parallel": run.memory.sequence_parallel == 1,
         "workers.count": isinstance(run.workers.count, int),
         "evaluation.samples": run.evaluation.samples == 0,

@@ -44,7 +44,12 @@ def make_engine(
         frozen = load_weights(base, hardware, attention=attention)
         reference = PackedCausalLM(frozen, head=head, num_logit_chunks=chunks, ranks=ranks)
     return DeepSpeedEngine(
-        PackedCausalLM(prepare_layers(model, config.memory), head=head, num_logit_chunks=chunks, ranks=ranks),
+        PackedCausalLM(
+            prepare_layers(model, config.memory, compiled=config.compile is True),
+            head=head,
+            num_logit_chunks=chunks,
+            ranks=ranks,
+        ),
         objective,
         make_loss(config.objective),
         hardware,

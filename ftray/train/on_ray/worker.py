@@ -145,10 +145,10 @@ def make_training(
 
 
 def worth_compiling(config: RunConfig, engine: DeepSpeedEngine, dataset: TokenizedDataset, *, num_steps: int) -> bool:
-    """`memory.compile: auto`. It depends on the run and the number of workers alone, so that a resumed run computes as
+    """`compile: auto`. It depends on the run and the number of workers alone, so that a resumed run computes as
     its first part did. At ZeRO-3 each layer's hooks would cut what is compiled.
     """
-    if config.memory.compile != "auto" or config.zero.stage == 3 or not can_compile(engine.model.model):
+    if config.compile != "auto" or config.zero.stage == 3 or not can_compile(engine.model.model):
         return False
     mean = len(dataset.ids) / len(dataset)
     tokens = int(mean * config.batch.examples_per_step * num_steps)

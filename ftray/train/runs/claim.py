@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ftray.config import RunConfig
+from ftray.config.renamed import with_new_names
 from ftray.errors import UnwritableError, UserError
 from ftray.storage import read_json
 from ftray.storage.job_directory import vanishes_with_the_job
@@ -57,7 +58,7 @@ def may_change(key: str) -> bool:
 
 def config_changes(earlier: dict[str, Any], config: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What differs from the config that a run began with: (what makes it another run, what may change)."""
-    changed = [(key, f"{key}: was {a}, is {b}") for key, a, b in differences(earlier, config)]
+    changed = [(key, f"{key}: was {a}, is {b}") for key, a, b in differences(with_new_names(earlier), config)]
     return [text for key, text in changed if not may_change(key)], [text for key, text in changed if may_change(key)]
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ftray.config import RunConfig
+from ftray.config.renamed import with_new_names
 from ftray.errors import FtrayError, UserError
 from ftray.storage import ObjectStore
 from ftray.storage.lease import Lease, held
@@ -95,7 +96,9 @@ class ObjectRunStore:
         """The last lines of a journal may be lost with its driver, and what then had this name may have been another
         point."""
         content = ObjectStore(self.uri(config.name)).read("config.json")
-        if content is not None and any(differences(json.loads(content), config.model_dump(mode="json"))):
+        if content is not None and any(
+            differences(with_new_names(json.loads(content)), config.model_dump(mode="json"))
+        ):
             self.forget(config.name)
 
     def forget_local_copy(self, name: str) -> None:
