@@ -182,4 +182,4 @@ def test_more_workers_than_the_cluster_has(ray_session, config):
 
 def test_a_mistake_found_in_the_workers_is_not_retried(ray_session, config):
     with pytest.raises(UserError, match=r"adapter.targets: .*nope"):
-        launch(prepare(config(adapter="{targets: [nope]}")), Recorder().watcher())
+        launch(prepare(config(adapter="{targets: [nope]}", workers__count=1)), Recorder().watcher())

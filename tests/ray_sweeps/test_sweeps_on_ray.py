@@ -28,15 +28,15 @@ def sweep_file(tiny_model, train_file, eval_file, tmp_path):
     path.write_text(
         f"kind: sweep\nname: s\nrun: {run}\n"
         "space:\n  adapter.rank: [4]\n  adapter.alpha: {expression: 2 * adapter.rank}\n"
-        "  optimizer.learning_rate: [5e-3, 1e-6, 1e+30]\n"
+        "  optimizer.learning_rate: [5e-3, 1e-6, 2e-6, 1e+30]\n"
         "search: {algorithm: grid, scheduler: asha, grace_steps: 20, reduction_factor: 2}\n"
     )
     return path
 
 
-def test_fused_trials_stop_diverge_and_go_on(ray_session, sweep_file, tmp_path, capsys):
+def test_fused_trials_stop_hand_their_slots_on_diverge_and_go_on(ray_session, sweep_file, tmp_path, capsys):
     how = ["search.fused=2"]
-    out = run_sweep_command(sweep_file, "search.trials=2", *how, capsys=capsys)
+    out = run_sweep_command(sweep_file, "search.trials=3", *how, capsys=capsys)
     assert "fused: 2 at a time over one base" in out
     assert "published s@1" in out
     assert "best: t000 (adapter.rank=4, optimizer.learning_rate=0.005)" in out
@@ -45,21 +45,16 @@ def test_fused_trials_stop_diverge_and_go_on(ray_session, sweep_file, tmp_path, 
     assert first["steps"] == 200
     assert last_evaluation(trials / "t001") < 200  # stopped at a rung
     assert not (trials / "t001/result.json").exists()
+    going_on, stopped, next_one = (read_metrics(trials / f"t00{n}") for n in range(3))
+    assert stopped[-1]["time"] < next_one[0]["time"] < going_on[-1]["time"], "its slot is filled while the other trains"
     # With more trials it goes on; what was done is not done again.
-    out = run_sweep_command(sweep_file, "search.trials=3", *how, capsys=capsys)
+    out = run_sweep_command(sweep_file, "search.trials=4", *how, capsys=capsys)
     assert read_json(trials / "t000/result.json") == first
     assert "t000  step" not in out
     assert "diverged: step" in out
     assert "published s@1" in out  # the same files: no second version
     with pytest.raises(UserError, match="another config"):
         run_sweep(*load_sweep(sweep_file, ["search.seed=3"]), log=print)
-
-
-def test_the_slot_of_a_stopped_trial_is_filled_while_the_others_train(ray_session, sweep_file, tmp_path, capsys):
-    out = run_sweep_command(sweep_file, "name=refilled", "search.fused=2", capsys=capsys)
-    assert "best: t000" in out
-    first, stopped, next_one = (read_metrics(tmp_path / "runs/refilled/trials" / f"t00{n}") for n in range(3))
-    assert stopped[-1]["time"] < next_one[0]["time"] < first[-1]["time"]
 
 
 def test_two_groups_share_the_trials(ray_session, sweep_file, tmp_path, capsys, monkeypatch):
