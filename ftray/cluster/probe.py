@@ -10,9 +10,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ftray.cluster.resources import nodes_for
+from ftray.cluster.resources import nodes_for, pinned_to
 from ftray.config.run import WorkersConfig
 from ftray.errors import UserError
 from ftray.tracking.environment import describe_environment
@@ -66,8 +65,8 @@ def ask_nodes(nodes: list[dict[str, Any]], question: Callable[..., Any], *argume
     ask: Any = ray.remote(num_cpus=0, max_retries=0)(question)
     tasks = []
     for node in nodes:
-        affinity = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-        tasks.append(ask.options(scheduling_strategy=affinity).remote(node["NodeManagerAddress"], *arguments))
+        here = pinned_to(node["NodeID"])
+        tasks.append(ask.options(scheduling_strategy=here).remote(node["NodeManagerAddress"], *arguments))
     answered, _ = ray.wait(tasks, num_returns=len(tasks), timeout=PROBE_TIMEOUT_S)
     return [
         answer_of(task, node["NodeManagerAddress"]) if task in answered else unanswered(node["NodeManagerAddress"])

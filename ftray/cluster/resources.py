@@ -4,9 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray.config.run import WorkersConfig
 from ftray.errors import UserError
+
+
+def pinned_to(node_id: str) -> NodeAffinitySchedulingStrategy:
+    """For a task or an actor that is of no use on another node."""
+    return NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
 
 
 def check_resources(workers: WorkersConfig, *, log: Callable[[str], None]) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ftray.cluster.resources import pinned_to
 from ftray.cluster.worker_env import passed_environment, passed_secrets
 from ftray.errors import FtrayError
 from ftray.model.base import is_model_file
@@ -73,10 +73,7 @@ def broadcast_base(url: str, nodes: list[dict[str, Any]], *, log: Callable[[str]
         return
     actor = ray.remote(num_cpus=0, runtime_env={"env_vars": passed_environment()})(Holder)
     holders: list[Any] = [
-        actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False)).remote(
-            url, passed_secrets()
-        )
-        for node in ids
+        actor.options(scheduling_strategy=pinned_to(node)).remote(url, passed_secrets()) for node in ids
     ]
     try:
         there = ray.get([holder.has.remote() for holder in holders])

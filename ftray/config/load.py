@@ -87,16 +87,23 @@ def apply_override(tree: dict, item: str) -> str | None:
         value = YAML(typ="safe", pure=True).load(text)
     except YAMLError:
         return f"override {item!r}: the value is not valid YAML"
-    *parents, last = path.split(".")
-    node = tree
-    for key in parents:
-        if node.get(key) is None:
-            node[key] = {}
-        node = node[key]
-        if not isinstance(node, dict):
-            return f"override {item!r}: {key} is a value, not a section"
-    node[last] = value
+    try:
+        set_at(tree, path, value)
+    except ValueError as error:
+        return f"override {item!r}: {str(error).partition(': ')[2]}"
     return None
+
+
+def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Raises ValueError where a parent is a value. A section that is null is made anew."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise ValueError(f"{key}: {parent} is a value, not a section")
+    tree[last] = value
 
 
 def problems_in(model: type[BaseModel], error: ValidationError) -> list[str]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ftray.config.domains import Choice, Domain, Range, expression_order
 from ftray.config.expression import Expression
-from ftray.config.load import KINDS, describe_problem, load_config, problems_in, read_yaml
+from ftray.config.load import KINDS, describe_problem, load_config, problems_in, read_yaml, set_at
 from ftray.config.run import RunConfig
 from ftray.config.sweep import NOT_SWEPT, SearchConfig, SweepConfig, is_variable
 from ftray.errors import ConfigError
@@ -112,18 +112,6 @@ def sample(domain: Choice | Range, chance: random.Random) -> Any:
     low, high = domain.low - half, domain.high + half
     value = math.exp(chance.uniform(math.log(low), math.log(high))) if domain.is_log else chance.uniform(low, high)
     return min(max(round(value), domain.low), domain.high) if domain.is_int else value
-
-
-def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Raises ValueError where a parent is a value. A section that is null is made anew."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree = tree[parent]
-        if not isinstance(tree, dict):
-            raise ValueError(f"{key}: {parent} is a value, not a section")
-    tree[last] = value
 
 
 def value_at(config: RunConfig | dict[str, Any], key: str) -> Any:

@@ -14,9 +14,9 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray.cluster.probe import MAX_CLOCK_DIFFERENCE_S, ask_nodes
+from ftray.cluster.resources import pinned_to
 from ftray.doctor.bandwidth import CONNECT_S, Peer, judge_links, rounds
 from ftray.doctor.checks import Finding, judge
 from ftray.doctor.machine import Machine, look, wandb_server
@@ -177,10 +177,7 @@ def measure_links(nodes: list[dict[str, Any]]) -> dict[tuple[str, str], float | 
         return {}
     nonce, actor = os.urandom(16), ray.remote(num_cpus=0)(Peer)
     peers: list[Any] = [
-        actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)).remote(
-            name_of(node), nonce
-        )
-        for node in nodes
+        actor.options(scheduling_strategy=pinned_to(node["NodeID"])).remote(name_of(node), nonce) for node in nodes
     ]
     names = [name_of(node) for node in nodes]
     ports = answers_of([peer.port.remote() for peer in peers])

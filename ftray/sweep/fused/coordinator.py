@@ -14,10 +14,9 @@ from ray._private.state import available_resources_per_node  # no public one
 from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray.cluster.fit_thread import Fit, last_line
-from ftray.cluster.resources import fitting_groups
+from ftray.cluster.resources import fitting_groups, pinned_to
 from ftray.cluster.worker_env import passed_secrets, worker_environment
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.errors import FtrayError
@@ -174,7 +173,7 @@ def run_fused(
 
 def start_coordinator(study: Study, directory: Path) -> Any:
     """The actor's handle."""
-    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    here = pinned_to(ray.get_runtime_context().get_node_id())
     actor: Any = ray.remote(num_cpus=0, max_restarts=0)(TrialCoordinator)
     return actor.options(scheduling_strategy=here).remote(study.config, study.space, directory)
 
