@@ -15,7 +15,7 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from ftray.config.pipeline import PipelineConfig
-from ftray.config.renamed import RenamedWarning, old_names
+from ftray.config.renamed import KEYS, RenamedWarning, old_names, with_new_names
 from ftray.config.run import RunConfig
 from ftray.config.serve import ServeConfig
 from ftray.config.sweep import SweepConfig
@@ -44,6 +44,12 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source:
     tree = read_yaml(text, source=source)
     if not isinstance(tree, dict):
         raise ConfigError(source, ["the file must be a mapping of keys to values"])
+    told = told_names(tree, overrides, kind=kind)
+    if kind == "run":
+        try:
+            tree = with_new_names(tree)  # before the overrides, which replace what the file has by either name
+        except ValueError as error:
+            raise ConfigError(source, [str(error)]) from None
     problems = [problem for item in overrides if (problem := apply_override(tree, item))]
     keep_the_given_length(tree, overrides)
     found = tree.get("kind")
@@ -52,9 +58,8 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source:
         fix = f"; this is a file for `ftray {'train' if known == 'run' else known}`" if known else ""
         problems.append(f"kind: {found!r} must be {kind!r}{fix}")
         tree = {**tree, "kind": kind}
-    if kind == "run":
-        for line in old_names(tree):
-            warnings.warn(f"{source}: {line}", RenamedWarning, stacklevel=2)
+    for line in told:
+        warnings.warn(f"{source}: {line}", RenamedWarning, stacklevel=2)
     model = KINDS[kind]
     config = None
     try:
@@ -64,6 +69,23 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source:
     if problems or config is None:
         raise ConfigError(source, problems)
     return config
+
+
+def told_names(tree: dict[str, Any], overrides: Sequence[str], *, kind: str) -> list[str]:
+    """A line for each old name of a run's key or value, in the file or in an override."""
+    if kind == "sweep":
+        given = [section for key in ("space", "overrides") if isinstance(section := tree.get(key), dict)]
+    elif kind == "run":
+        settings: dict[str, Any] = {}
+        for path, _, value in (item.partition("=") for item in overrides):
+            settings[path] = value
+            if path.count(".") == 1 and path not in KEYS:
+                section, key = path.split(".")
+                settings[section] = {key: value}
+        given = [tree, settings]
+    else:
+        given = []
+    return list(dict.fromkeys(line for section in given for line in old_names(section)))
 
 
 def read_yaml(text: str, *, source: str) -> Any:
@@ -95,8 +117,8 @@ def apply_override(tree: dict, item: str) -> str | None:
 
 
 def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Raises ValueError where a parent is a value. A section that is null is made anew."""
-    *parents, last = key.split(".")
+    """By the key's new name. Raises ValueError where a parent is a value. A section that is null is made anew."""
+    *parents, last = KEYS.get(key, key).split(".")
     for parent in parents:
         if tree.get(parent) is None:
             tree[parent] = {}

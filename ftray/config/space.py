@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from ftray.config.domains import Choice, Domain, Range, expression_order
 from ftray.config.expression import Expression
 from ftray.config.load import KINDS, describe_problem, load_config, problems_in, read_yaml, set_at
+from ftray.config.renamed import with_new_names
 from ftray.config.run import RunConfig
 from ftray.config.sweep import NOT_SWEPT, SearchConfig, SweepConfig, is_variable
 from ftray.errors import ConfigError
@@ -143,7 +144,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[SweepCo
     """Raises `ConfigError` with every problem of the sweep's file, of its run's, and of the points."""
     config: SweepConfig = load_config(path, overrides, kind="sweep")
     load_config(config.run, kind="run")
-    tree = read_yaml(Path(config.run).read_text(encoding="utf-8"), source=config.run)
+    tree = with_new_names(read_yaml(Path(config.run).read_text(encoding="utf-8"), source=config.run))
     try:
         space = Space(merged(tree, config.overrides), config.space)
     except ValueError as error:

@@ -145,7 +145,7 @@ class SweepConfig(Strict):
     search: SearchConfig
     compare: CompareConfig | None = None
 
-    @field_validator("overrides", "space", mode="before")
+    @field_validator("space", mode="before")
     @classmethod
     def rename(cls, settings: Any) -> Any:
         return by_new_keys(settings)

@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ftray.child_process import in_child_process
 from ftray.cluster.probe import check_nodes
@@ -13,6 +14,7 @@ from ftray.cluster.session import ray_session
 from ftray.cluster.signals import handled, on_sigterm
 from ftray.cluster.weight_broadcast import broadcast_base
 from ftray.config import RunConfig, Space, SweepConfig
+from ftray.config.renamed import with_new_names
 from ftray.config.run import WorkersConfig
 from ftray.errors import InterruptedRunError, NotFoundError, TerminatedRunError, UserError
 from ftray.evaluate.scores import tokenize_text
@@ -205,9 +207,15 @@ def look_into(directory: Path) -> Study:
         near = sorted(path.parent.name for path in directory.parent.glob(f"*/{SWEEP}"))
         have = f"; {directory.parent} has {', '.join(near)}" if near else f"; {directory.parent} has none"
         raise NotFoundError(f"{directory.name}: no such sweep{have}")
-    described = read_json(directory / SWEEP)
+    described = read_description(directory)
     config = SweepConfig.model_validate(described["sweep"])
     return Study(config, Space(described["run"], config.space), directory, is_driver=False)
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """The sweep and the run's tree that it began with."""
+    described = read_json(directory / SWEEP)
+    return described | {"run": with_new_names(described["run"])}
 
 
 def refresh(study: Study, directory: Path) -> None:
@@ -225,7 +233,7 @@ def claim_directory(directory: Path, prepared: PreparedSweep) -> None:
     refuse_unwritable(trials_directory(directory) / "scratch" if store.shared_disk is not None else directory)
     described = {"sweep": prepared.config.model_dump(mode="json"), "run": prepared.space.run}
     if (directory / SWEEP).is_file():
-        changed = list(differences(read_json(directory / SWEEP), described))
+        changed = list(differences(read_description(directory), described))
         refused = [f"{key}: was {a}, is {b}" for key, a, b in changed if not key.startswith(MAY_CHANGE)]
         refuse_changes(where, refused, what="sweep", can_start_over=store.shared_disk is not None)
     write_json(directory / SWEEP, described)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftray.config.renamed import with_new_names
 from ftray.errors import NotFoundError
 from ftray.storage import read_json
 from ftray.tracking.events import read_events
@@ -64,7 +65,7 @@ def read_run(path: Path) -> RunSummary:
         name=path.name,
         path=path,
         status="finished" if finished else "stopped" if stopped else "unfinished",
-        config=read_json(path / "config.json"),
+        config=with_new_names(read_json(path / "config.json")),
         steps=[record for record in metrics if "loss" in record],
         evaluations=[record for record in metrics if "eval_loss" in record],
         events=events,

@@ -44,6 +44,26 @@ def test_old_names_are_read_with_a_line_that_says_so():
     ]
 
 
+@pytest.mark.parametrize(
+    ("file", "override"),
+    [("compile: auto\n", "memory.compile=true"), ("memory: {compile: auto}\n", "compile=true")],
+)
+def test_an_override_replaces_the_files_value_by_either_name(file, override):
+    with pytest.warns(RenamedWarning, match="memory.compile is called compile now"):
+        assert parse_config(GOOD + file, [override], kind="run", source="x.yaml").compile is True
+
+
+def test_an_old_value_in_an_override_is_told():
+    with pytest.warns(RenamedWarning, match="objective.type: domain is called text now"):
+        config = parse_config(GOOD, ["objective.type=domain"], kind="run", source="x.yaml")
+    assert config.objective.type == "text"
+
+
+def test_both_names_are_refused():
+    found = problems(GOOD + "compile: auto\nmemory: {compile: true}\n")
+    assert found == ["memory.compile is called compile now, and both are given; leave memory.compile out"]
+
+
 def test_a_run_that_began_under_old_names_goes_on():
     config = parse_config(GOOD + "compile: true\nobjective: {type: text}\n", kind="run", source="x.yaml")
     kept = config.model_dump(mode="json")
@@ -54,6 +74,18 @@ def test_a_run_that_began_under_old_names_goes_on():
     assert config_changes(kept, config.model_dump(mode="json"))[0] == ["compile: was false, is true"]
 
 
+@pytest.mark.parametrize("overrides", ["{memory.compile: true}", "{memory: {compile: true}}"])
+def test_a_sweeps_override_by_an_old_name_replaces_the_runs(tmp_path, overrides):
+    (tmp_path / "run.yaml").write_text(GOOD + "compile: auto\n")
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        f"kind: sweep\nname: s\nrun: {tmp_path}/run.yaml\noverrides: {overrides}\n"
+        "space: {optimizer.learning_rate: [1e-3]}\nsearch: {algorithm: grid, metric: loss}\n"
+    )
+    with pytest.warns(RenamedWarning, match="memory.compile is called compile now"):
+        assert load_sweep(sweep)[1].first_run(load_sweep(sweep)[0]).compile is True
+
+
 def test_a_sweep_over_an_old_name(tmp_path):
     (tmp_path / "run.yaml").write_text(GOOD)
     sweep = tmp_path / "sweep.yaml"
@@ -61,7 +93,8 @@ def test_a_sweep_over_an_old_name(tmp_path):
         f"kind: sweep\nname: s\nrun: {tmp_path}/run.yaml\nspace: {{memory.compile: [true, false]}}\n"
         "search: {algorithm: grid, metric: loss}\n"
     )
-    assert list(load_sweep(sweep)[1].free) == ["compile"]
+    with pytest.warns(RenamedWarning, match="memory.compile is called compile now"):
+        assert list(load_sweep(sweep)[1].free) == ["compile"]
 
 
 def test_every_problem_is_in_one_report():
