@@ -44,7 +44,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source:
     tree = read_yaml(text, source=source)
     if not isinstance(tree, dict):
         raise ConfigError(source, ["the file must be a mapping of keys to values"])
-    told = told_names(tree, overrides, kind=kind)
+    notes = old_names_given(tree, overrides, kind=kind)
     if kind == "run":
         try:
             tree = with_new_names(tree)  # before the overrides, which replace what the file has by either name
@@ -58,7 +58,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source:
         fix = f"; this is a file for `ftray {'train' if known == 'run' else known}`" if known else ""
         problems.append(f"kind: {found!r} must be {kind!r}{fix}")
         tree = {**tree, "kind": kind}
-    for line in told:
+    for line in notes:
         warnings.warn(f"{source}: {line}", RenamedWarning, stacklevel=2)
     model = KINDS[kind]
     config = None
@@ -71,7 +71,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source:
     return config
 
 
-def told_names(tree: dict[str, Any], overrides: Sequence[str], *, kind: str) -> list[str]:
+def old_names_given(tree: dict[str, Any], overrides: Sequence[str], *, kind: str) -> list[str]:
     """A line for each old name of a run's key or value, in the file or in an override."""
     if kind == "sweep":
         given = [section for key in ("space", "overrides") if isinstance(section := tree.get(key), dict)]

@@ -14,9 +14,13 @@ class Hardware:
     reason: str
     gpu_share: float = 1.0  # of the chip: others have the rest
 
+    @property
+    def dtype_name(self) -> str:
+        """Such as "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.device.type}, {dtype}, packed sdpa attention, {self.backend} ({self.reason})"
+        return f"{self.device.type}, {self.dtype_name}, packed sdpa attention, {self.backend} ({self.reason})"
 
 
 def choose_hardware(*, use_gpu: bool = True, gpu_share: float = 1.0) -> Hardware:

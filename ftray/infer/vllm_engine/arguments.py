@@ -33,7 +33,7 @@ def vllm_arguments(
     block_tokens = 16 if on_gpu else 32  # the smallest that its kernels take
     return {
         "model": str(base.directory),
-        "dtype": str(hardware.dtype).removeprefix("torch."),
+        "dtype": hardware.dtype_name,
         "max_model_len": config.context_tokens,
         "max_num_seqs": config.max_sequences,
         "max_num_batched_tokens": config.max_prefill_tokens + config.max_sequences,

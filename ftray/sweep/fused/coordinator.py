@@ -30,7 +30,7 @@ from ftray.sweep.study import Study
 from ftray.sweep.trials import Outcome, Report
 from ftray.train.hooks.watchdog import HangReader
 from ftray.train.on_ray.controller_notes import unkept_notes
-from ftray.train.on_ray.process_group import ProcessGroupConfig
+from ftray.train.on_ray.process_group import process_group_of
 from ftray.train.on_ray.trainer import bundle_of, set_ray_train
 from ftray.train.runs.rank_directory import HangsOfGroup, new_attempt
 from ftray.train.runs.uri import is_stored
@@ -219,7 +219,7 @@ def make_group(job: FusedJob) -> DataParallelTrainer:
     return DataParallelTrainer(
         run_fused_in_worker,
         train_loop_config={"job": job, "secrets": passed_secrets()},
-        backend_config=ProcessGroupConfig("nccl" if workers.gpus_each else "gloo"),
+        backend_config=process_group_of(workers),
         scaling_config=ScalingConfig(
             num_workers=workers.max_count, use_gpu=workers.gpus_each > 0, resources_per_worker=bundle_of(workers)
         ),

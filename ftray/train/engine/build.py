@@ -24,7 +24,7 @@ from ftray.train.engine.zero import shard_while_loading
 def make_engine(
     config: RunConfig, base: BaseModel, hardware: Hardware, *, init_from: Path | None = None
 ) -> DeepSpeedEngine:
-    check_stage(config.zero.stage, str(hardware.dtype).removeprefix("torch."))
+    check_stage(config.zero.stage, hardware.dtype_name)
     sharding = shard_while_loading(config.zero, hardware)
     attention = register_packed_attention()
     quantize = config.adapter.quantize_base if config.adapter is not None else None

@@ -81,7 +81,7 @@ def make_trainer(job: TrainJob) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # TorchTrainer's base
 
-    from ftray.train.on_ray.process_group import ProcessGroupConfig
+    from ftray.train.on_ray.process_group import process_group_of
 
     workers, guard = job.config.workers, job.config.guard
     set_ray_train(workers.max_count)
@@ -89,7 +89,7 @@ def make_trainer(job: TrainJob) -> Any:
     return DataParallelTrainer(
         run_in_worker,
         train_loop_config={"job": job, "secrets": passed_secrets()},
-        backend_config=ProcessGroupConfig("nccl" if workers.gpus_each else "gloo"),
+        backend_config=process_group_of(workers),
         scaling_config=ScalingConfig(
             num_workers=workers.count if isinstance(workers.count, int) else (workers.min_count, workers.max_count),
             use_gpu=workers.gpus_each > 0,
