@@ -3,6 +3,7 @@ driver dies, a sweep, an endpoint; a link that is slow and one that is closed.""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -224,7 +225,9 @@ def test_base_data_and_run_directory_lie_in_an_object_store(cluster, project, ti
             )
 
         process = start()
-        wait_for(lambda: "manifest.json" in stored(cluster, store, f"{name}-runs/stored/checkpoints/"), process)
+        checkpoints = f"{name}-runs/stored/checkpoints/"  # an adapter has a manifest of its own, before the checkpoint's
+        whole = re.compile(rf"{checkpoints}step-\d+/manifest\.json")
+        wait_for(lambda: whole.search(stored(cluster, store, checkpoints)), process)
         process.kill()  # `ip` and `env` have become the driver
         out = process.communicate(timeout=60)[0]
         assert f"s3://bucket/{name} goes to 2 nodes, from node to node" in out
