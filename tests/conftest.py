@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 from tiny import chat_rows, write_jsonl, write_peft_adapter, write_tiny_model
+from warm_ray import forking_python
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +77,7 @@ def ray_session():
 
     settings = {"metrics_report_interval_ms": 1000}
     how = {"logging_level": logging.ERROR, "log_to_driver": False, "_system_config": settings}
-    with own_address():  # as `start_ray` does
+    with own_address(), forking_python():  # as `start_ray` does
         ray.init(address="local", num_cpus=4, **how)
     yield ray
     ray.shutdown()

@@ -225,7 +225,9 @@ def test_base_data_and_run_directory_lie_in_an_object_store(cluster, project, ti
             )
 
         process = start()
-        checkpoints = f"{name}-runs/stored/checkpoints/"  # an adapter has a manifest of its own, before the checkpoint's
+        checkpoints = (
+            f"{name}-runs/stored/checkpoints/"  # an adapter has a manifest of its own, before the checkpoint's
+        )
         whole = re.compile(rf"{checkpoints}step-\d+/manifest\.json")
         wait_for(lambda: whole.search(stored(cluster, store, checkpoints)), process)
         process.kill()  # `ip` and `env` have become the driver
