@@ -3,7 +3,9 @@
 import logging
 import os
 import socket
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 from tiny import chat_rows, write_jsonl, write_peft_adapter, write_tiny_model
-from warm_ray import forking_python
+from warm_ray import warm_python
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +79,10 @@ def ray_session():
 
     settings = {"metrics_report_interval_ms": 1000}
     how = {"logging_level": logging.ERROR, "log_to_driver": False, "_system_config": settings}
-    with own_address(), forking_python():  # as `start_ray` does
-        ray.init(address="local", num_cpus=4, **how)
-    yield ray
-    ray.shutdown()
+    with warm_python() as python, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ftray.child_process.sys", SimpleNamespace(executable=python, path=sys.path))
+        with own_address(), pytest.MonkeyPatch.context() as starting:  # as `start_ray` does
+            starting.setattr(sys, "executable", python)
+            ray.init(address="local", num_cpus=4, **how)
+        yield ray
+        ray.shutdown()

@@ -1,14 +1,16 @@
-"""Ray's workers, forked from a process that has imported what they import: one of Ray Train that starts anew spends
-eight seconds of CPU on that, an actor without torch two. What a worker then runs is Ray's own program, unchanged.
+"""Ray's workers and the product's child processes, forked from a process that has imported what they import: a worker
+of Ray Train that starts anew spends eight seconds of CPU on that, a process that prepares data five, an actor without
+torch two. What they then run is the same program.
 
-Raylets start workers by `sys.executable`. `forking_python` puts a small program in its place that hands the command,
-environment, directory and open files to the warm process; what is not a worker goes on as the real Python.
+Both are started by a path to Python. `warm_python` gives that of a small program which hands its command, environment,
+directory and open files to the warm process; what is neither goes on as the real Python.
 """
 
 import contextlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,44 +43,49 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "uvicorn",
 )
+CHILD = "ftray.child_process"
 SETUP, WORKER = "setup_worker.py", "default_worker.py"
 CONTEXT = "--serialized-runtime-env-context="
 
-# Started by the raylet for each process: no site-packages, so that it starts in 20 ms.
+# Without site-packages, so that it starts in 20 ms. It is there as long as what it started, and passes SIGTERM on.
 SHIM = """#!{python} -ISE
-import json, os, socket, sys
+import json, os, signal, socket, sys
 command = [{python!r}, *sys.argv[1:]]
-if len(command) > 1 and command[1].endswith({setup!r}):
+if command[1:2] and command[1].endswith({setup!r}) or command[1:3] == ["-m", {child!r}]:
     with socket.socket(socket.AF_UNIX) as warm:
         warm.connect({address!r})
         asked = json.dumps([command, dict(os.environ), os.getcwd()]).encode()
         socket.send_fds(warm, [len(asked).to_bytes(8, "little")], [0, 1, 2])
         warm.sendall(asked)
-        warm.recv(1)
+        process = int.from_bytes(warm.recv(8), "little")
+        signal.signal(signal.SIGTERM, lambda number, _: os.kill(process, number))
+        if command[1] == "-m":
+            warm.recv(1)
 else:
     os.execv({python!r}, command)
 """
 
 
 @contextlib.contextmanager
-def forking_python() -> Iterator[None]:
-    """Sessions that start in it fork their workers, as long as this process lives."""
+def warm_python() -> Iterator[str]:
+    """Its path; what it started lives on, and it works as long as this process lives."""
     directory = Path(tempfile.mkdtemp(prefix="ftray-warm-"))
-    address = str(directory / "socket")
-    real, shim = sys.executable, directory / "python"
-    shim.write_text(SHIM.format(python=real, setup=SETUP, address=address))
+    address, shim = str(directory / "socket"), directory / "python"
+    shim.write_text(SHIM.format(python=sys.executable, setup=SETUP, child=CHILD, address=address))
     shim.chmod(0o755)
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}  # DeepSpeed reads it when it is imported
-    subprocess.Popen([real, __file__, address], env=environment, stdin=subprocess.PIPE)  # ends with our end of the pipe
-    end = time.monotonic() + 120
-    while not os.path.exists(address):
-        assert time.monotonic() < end, "the warm process did not start"
-        time.sleep(0.05)
-    sys.executable = str(shim)
+    warm = subprocess.Popen([sys.executable, __file__, address], env=environment)
     try:
-        yield
+        end = time.monotonic() + 120
+        while not os.path.exists(address):
+            assert warm.poll() is None, "the warm process has ended"
+            assert time.monotonic() < end, "the warm process did not start"
+            time.sleep(0.05)
+        yield str(shim)
     finally:
-        sys.executable = real
+        warm.terminate()
+        warm.wait()
+        shutil.rmtree(directory)
 
 
 def serve(address: str) -> None:
@@ -99,12 +106,12 @@ def serve(address: str) -> None:
                 asking, _ = listening.accept()
                 if os.fork() == 0:
                     listening.close()
-                    become_worker(asking)
+                    become(asking)
                 asking.close()
 
 
-def become_worker(asking: socket.socket) -> None:
-    """In the forked process: what setup_worker.py does, and then Ray's worker."""
+def become(asking: socket.socket) -> None:
+    """In the forked process: the program that was asked for."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     length, files, *_ = socket.recv_fds(asking, 8, 3)
     left, parts = int.from_bytes(length, "little"), []
@@ -112,13 +119,24 @@ def become_worker(asking: socket.socket) -> None:
         parts.append(asking.recv(left))
         left -= len(parts[-1])
     command, environment, directory = json.loads(b"".join(parts))
-    asking.close()
+    asking.sendall(os.getpid().to_bytes(8, "little"))  # and stays open until this process ends
     for target, file in enumerate(files):
         os.dup2(file, target)
         os.close(file)
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
+    if command[1] == "-m":
+        sys.path[:] = [*environment["PYTHONPATH"].split(os.pathsep)]
+        sys.argv = command[2:]
+        runpy.run_module(CHILD, run_name="__main__")
+    else:
+        run_worker(command)
+    sys.exit(0)
+
+
+def run_worker(command: list[str]) -> None:
+    """What setup_worker.py does, and then Ray's worker."""
     context = next((json.loads(word[len(CONTEXT) :]) for word in command if word.startswith(CONTEXT)), {})
     worker = next((i for i, word in enumerate(command) if word.endswith(WORKER)), None)
     if worker is None or context.get("command_prefix") or context.get("override_worker_entrypoint"):
@@ -128,11 +146,9 @@ def become_worker(asking: socket.socket) -> None:
         import torch
 
         torch.set_num_threads(int(threads))
-    sys.argv = command[worker:]
-    sys.argv = [word for word in sys.argv if not word.startswith((CONTEXT, "--language="))]
+    sys.argv = [word for word in command[worker:] if not word.startswith((CONTEXT, "--language="))]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
-    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -243,3 +243,12 @@ def plain_torch_loop(base, train_file):
         optimizer.step()
         losses.append(loss.item())
     return losses, norms
+
+
+def test_deepspeed_compiles_nothing_that_training_never_calls():
+    """Its shared-memory all-reduce of a CPU: half a minute of the first run, wherever its communication begins."""
+    from deepspeed.comm.torch import build_shm_op
+
+    import ftray.train.engine.zero  # noqa: F401
+
+    assert build_shm_op() is None

@@ -27,7 +27,6 @@ from ftray.train.engine.zero import (
     link_moments,
     local_fragment,
     restore_state,
-    skip_unused_builds,
     zero_settings,
 )
 from ftray.train.step_record import FlopsMeter
@@ -66,7 +65,6 @@ class DeepSpeedEngine:
         self.micro_batch_losses: list[float] = []  # means of the last step's, on this rank
         if self.stage == 0:
             optimizer.register_step_pre_hook(self._clip_reduced_gradients)
-        skip_unused_builds()
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self._reference_model = freeze(reference, settings, stage=self.stage) if reference is not None else None

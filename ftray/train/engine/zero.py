@@ -23,11 +23,9 @@ from ftray.model.hardware import Hardware
 from ftray.train.engine.stages import MAX_BUCKET_ELEMENTS, bucket_elements
 from ftray.train.engine.state import MASTER, MOMENTS, ShardedState
 
-
-def skip_unused_builds() -> None:
-    """On CPU DeepSpeed compiles a shared-memory all-reduce at start, for tensor-parallel inference alone: half a minute
-    and a compiler, for something that training never calls."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# DeepSpeed compiles a shared-memory all-reduce where its communication begins on a CPU (at ZeRO-3 while the weights are
+# loaded), for tensor-parallel inference alone: half a minute and a compiler, for what training never calls.
+setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  a name that its type does not have
 
 
 def zero_settings(
