@@ -9,7 +9,7 @@ import typer
 
 from ftray.cli import rollout
 from ftray.cli.arguments import RegistryOption
-from ftray.errors import UserError
+from ftray.errors import DamagedError, UserError
 
 app = typer.Typer(help="The registry of adapters: numbered versions that never change, and aliases that move.")
 
@@ -28,7 +28,11 @@ def list_adapters(registry: RegistryOption = "registry") -> None:
             pointing = [alias for alias, target in aliases.items() if target == number]
             pointing += [f"{c.percent:g}% of {a}" for a, c in store.canaries(name).items() if c.number == number]
             pointing += [f"#{tag}" for tag in store.tags(name, number)]
-            metadata = store.get(f"{name}@{number}").metadata
+            try:
+                metadata = store.get(f"{name}@{number}").metadata
+            except DamagedError as error:
+                print(f"{name}@{number:<4} damaged: {error}  {', '.join(pointing)}".rstrip())
+                continue
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(metadata["published_at"]))
             base = f"rank {metadata.get('rank')}  {metadata.get('base_model')}"
             print(f"{name}@{number:<4} {when}  {base}  {', '.join(pointing)}".rstrip())
@@ -48,6 +52,35 @@ def show(reference: str, registry: RegistryOption = "registry") -> None:
         "history": store.history(version.name),
     }
     print(json.dumps(described, indent=2))
+
+
+@app.command()
+def verify(
+    registry: RegistryOption = "registry",
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make the journal anew from the versions that are there.")
+    ] = False,
+) -> None:
+    """Look at everything: the journal's entries as a chain, and each version's files byte for byte."""
+    from ftray.registry.verify import rebuild_journal, verify_registry
+    from ftray.storage import ObjectStore
+
+    if not ObjectStore(registry).exists:
+        raise UserError(f"{registry}: there is no registry")
+    if rebuild:
+        journal = rebuild_journal(registry)
+        print(f"the journal is made anew: {journal.last_seq} entries; the old one is kept as journal-before-...")
+        for (name, alias), number in sorted(journal.aliases.items()):
+            print(f"  {name}@{alias} is {name}@{number}")
+        print("look at the aliases: moves after the damage are lost; start endpoints again, they know the old journal")
+    found = verify_registry(registry)
+    print(f"{registry}: {found.entries} entries, {found.versions} versions")
+    for problem in found.problems:
+        print(f"  - {problem}")
+    if found.problems:
+        count = len(found.problems)
+        raise DamagedError(f"{registry}: {count} problem{'s' if count != 1 else ''}")
+    print("all whole")
 
 
 @app.command()

@@ -9,6 +9,8 @@ import typer
 from ftray.cli.arguments import RegistryOption
 from ftray.errors import FtrayError, UserError
 
+Reason = Annotated[str | None, typer.Option("--reason", help="Kept in the journal, beside who did it.")]
+Force = Annotated[bool, typer.Option("--force", help="Without a look at its files and base.")]
 WARM_TIMEOUT_S = 120.0
 API_KEY = "FTRAY_API_KEY"
 Version = Annotated[str, typer.Argument(metavar="NAME@N")]
@@ -25,28 +27,35 @@ def promote(
         int | None, typer.Option("--expected", help="Refuse if the alias does not stand at this version now.")
     ] = None,
     endpoint: Endpoint = None,
+    reason: Reason = None,
+    force: Force = False,
 ) -> None:
-    """Point an alias at a version: requests for NAME@ALIAS are answered by it from then on. With --endpoint every
-    replica has loaded it before the alias moves."""
+    """Point an alias at a version: requests for NAME@ALIAS are answered by it from then on. Its files are verified and
+    it is loaded before the alias moves; with --endpoint every replica has loaded it."""
     from ftray.registry import Registry
 
     store = Registry(registry)
     exact = store.resolve(reference)
+    if not force:
+        check_loadable(store, exact)
     if endpoint is not None:
         count = ask_endpoint(endpoint, "warm", {"model": str(exact)})["replicas"]
         print(f"{exact} is loaded on {count} replica{'s' if count != 1 else ''}")
-    store.promote(str(exact), alias, expected=expected)
+    store.promote(str(exact), alias, expected=expected, reason=reason, force=force)
     print(f"{exact.name}@{alias} is {exact}")
 
 
 def rollback(
-    reference: Annotated[str, typer.Argument(metavar="NAME[@ALIAS]")], registry: RegistryOption = "registry"
+    reference: Annotated[str, typer.Argument(metavar="NAME[@ALIAS]")],
+    registry: RegistryOption = "registry",
+    reason: Reason = None,
+    force: Force = False,
 ) -> None:
     """Point an alias at the version it stood at before its last promotion; again, at the one before that."""
     from ftray.registry import Registry
 
     name, alias = alias_of(reference)
-    left, now = Registry(registry).rollback(name, alias)
+    left, now = Registry(registry).rollback(name, alias, reason=reason, force=force)
     print(f"{name}@{alias} is {now} again (was {left})")
 
 
@@ -82,6 +91,7 @@ def canary(
     exact = store.resolve(f"{name}@{found[1]}")
     if endpoint is not None:
         ask_endpoint(endpoint, "warm", {"model": str(exact)})
+    check_loadable(store, exact)
     limits = CanaryLimits(max_error_rate, max_latency_ratio, min_requests)
     store.set_canary(str(exact), alias, float(found[2]), limits)
     print(f"{exact} gets {float(found[2]):g}% of the requests for {name}@{alias}")
@@ -105,22 +115,25 @@ def delete(
     registry: RegistryOption = "registry",
     endpoint: Endpoint = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Aliases and canaries that stand on it go with it.")] = False,
 ) -> None:
-    """Delete a version's files for good. Refused while an alias or a canary stands on it; with --endpoint also while
-    requests use it."""
+    """Delete a version's files for good, damaged or whole. Refused while an alias or a canary stands on it; with
+    --endpoint also while requests use it."""
     from ftray.registry import Registry
 
     store = Registry(registry)
     exact = store.resolve(reference)
     if str(exact) != reference:
         raise UserError(f"{reference}: name the version itself ({exact}) to delete it")
+    if not force:
+        store.refuse_used(exact)
     if not yes and not typer.confirm(f"delete {exact} for good?"):
         raise typer.Abort
     if endpoint is not None:
         in_use = ask_endpoint(endpoint, "in_use", {"model": str(exact)})["requests"]
         if in_use:
             raise UserError(f"{exact}: {in_use} running requests use it; try again when they have ended")
-    store.delete(str(exact))
+    store.delete(str(exact), force=force)
     print(f"{exact} is deleted")
 
 
@@ -131,6 +144,15 @@ def card(reference: Version, registry: RegistryOption = "registry") -> None:
 
     store = Registry(registry)
     print(model_card(store, store.get(reference)), end="")
+
+
+def check_loadable(store: Any, exact: Any) -> None:
+    """As an endpoint loads it. Raises `DamagedError` or `AdapterError`."""
+    version = store.get(exact)
+    directory = store.directory(version)
+    from ftray.model.adapters.weights import read_adapter
+
+    read_adapter(directory, label=str(exact))
 
 
 def alias_of(reference: str) -> tuple[str, str]:

@@ -1,16 +1,60 @@
 """What the journal's entries add up to: versions, aliases with their history, canaries, tags.
 
-An entry is a JSON object with a `type`:
+An entry is a JSON object with a `type`, and may have an author, a reason, and a link to the entry before (chain.py):
 
     publish   name, number
-    delete    name, number                        the number is never used again
+    delete    name, number                        the number is never used again; aliases that stood on it go with it
     alias     name, alias, number, previous, op   op: promote | rollback
     canary    name, alias, number, percent, ...   percent 0 ends it, with a reason
     tag       name, number, add, remove
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+
+class Publish(BaseModel):
+    type: Literal["publish"]
+    name: str
+    number: int
+
+
+class Delete(BaseModel):
+    type: Literal["delete"]
+    name: str
+    number: int
+
+
+class Alias(BaseModel):
+    type: Literal["alias"]
+    name: str
+    alias: str
+    number: int
+    op: str = "promote"
+
+
+class CanaryMove(BaseModel):
+    type: Literal["canary"]
+    name: str
+    alias: str
+    number: int
+    percent: float
+    max_error_rate: float = 0.05
+    max_latency_ratio: float = 2.0
+    min_requests: int = 20
+
+
+class Tag(BaseModel):
+    type: Literal["tag"]
+    name: str
+    number: int
+    add: list[str]
+    remove: list[str]
+
+
+SHAPES = {"publish": Publish, "delete": Delete, "alias": Alias, "canary": CanaryMove, "tag": Tag}
 
 
 @dataclass(frozen=True)
@@ -44,9 +88,20 @@ class Journal:
     _stacks: dict[tuple[str, str], list[int]] = field(default_factory=dict)  # what rollback goes back through
 
     def apply(self, seq: int, entry: dict[str, Any]) -> None:
-        handle = HANDLERS.get(entry["type"])
-        if handle is not None:  # another type is a later ftray's: kept in the history, means nothing here
-            handle(self, seq, entry)
+        """Whole or not at all. Raises `ValueError`: another shape, or a version that is not there."""
+        shape = SHAPES.get(entry["type"])
+        if shape is not None:  # another type is a later ftray's: kept in the history, means nothing here
+            try:
+                read = shape.model_validate(entry)
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            known = self.has(read.name, read.number)
+            if known == isinstance(read, Publish) and not isinstance(read, Tag):  # its version may be deleted meanwhile
+                raise ValueError(
+                    f"{read.type} of {read.name}@{read.number}, which is {'there' if known else 'not there'}"
+                )
+            HANDLERS[read.type](self, seq, read)
         self.entries.append({"seq": seq, **entry})
         self.last_seq = seq
 
@@ -68,39 +123,44 @@ class Journal:
         ]
         return sorted(aliases) + sorted(canaries)
 
-    def _publish(self, _: int, entry: dict[str, Any]) -> None:
-        self.versions.setdefault(entry["name"], []).append(entry["number"])
+    def _publish(self, _: int, entry: Publish) -> None:
+        self.versions.setdefault(entry.name, []).append(entry.number)
 
-    def _delete(self, _: int, entry: dict[str, Any]) -> None:
-        self.versions[entry["name"]].remove(entry["number"])
-        self.deleted.add((entry["name"], entry["number"]))
+    def _delete(self, _: int, entry: Delete) -> None:
+        self.versions[entry.name].remove(entry.number)
+        self.deleted.add((entry.name, entry.number))
+        for key in [key for key, number in self.aliases.items() if (key[0], number) == (entry.name, entry.number)]:
+            del self.aliases[key]
+            self.canaries.pop(key, None)
+        for key in [key for key, c in self.canaries.items() if (key[0], c.number) == (entry.name, entry.number)]:
+            del self.canaries[key]
 
-    def _alias(self, _: int, entry: dict[str, Any]) -> None:
-        key, number = (entry["name"], entry["alias"]), entry["number"]
+    def _alias(self, _: int, entry: Alias) -> None:
+        key = entry.name, entry.alias
         stack = self._stacks.setdefault(key, [])
-        if entry.get("op") == "rollback":
-            while stack and stack[-1] != number:
+        if entry.op == "rollback":
+            while stack and stack[-1] != entry.number:
                 stack.pop()
-        elif not stack or stack[-1] != number:
-            stack.append(number)
-        self.aliases[key] = number
+        elif not stack or stack[-1] != entry.number:
+            stack.append(entry.number)
+        self.aliases[key] = entry.number
         self.canaries.pop(key, None)  # it was to be compared with the version before
 
-    def _canary(self, seq: int, entry: dict[str, Any]) -> None:
-        key = entry["name"], entry["alias"]
-        if entry["percent"] == 0:
+    def _canary(self, seq: int, entry: CanaryMove) -> None:
+        key = entry.name, entry.alias
+        if entry.percent == 0:
             self.canaries.pop(key, None)
         else:
-            limits = CanaryLimits(entry["max_error_rate"], entry["max_latency_ratio"], entry["min_requests"])
-            self.canaries[key] = Canary(entry["number"], entry["percent"], limits, seq)
+            limits = CanaryLimits(entry.max_error_rate, entry.max_latency_ratio, entry.min_requests)
+            self.canaries[key] = Canary(entry.number, entry.percent, limits, seq)
 
-    def _tag(self, _: int, entry: dict[str, Any]) -> None:
-        key = entry["name"], entry["number"]
-        kept = [tag for tag in self.tags.get(key, []) if tag not in entry["remove"]]
-        self.tags[key] = sorted({*kept, *entry["add"]})
+    def _tag(self, _: int, entry: Tag) -> None:
+        key = entry.name, entry.number
+        kept = [tag for tag in self.tags.get(key, []) if tag not in entry.remove]
+        self.tags[key] = sorted({*kept, *entry.add})
 
 
-HANDLERS = {
+HANDLERS: dict[str, Any] = {
     "publish": Journal._publish,
     "delete": Journal._delete,
     "alias": Journal._alias,

@@ -1,7 +1,6 @@
 """Reading a registry: following its journal, resolving names, and verified local directories."""
 
 import difflib
-import json
 import logging
 import re
 import shutil
@@ -14,7 +13,8 @@ from typing import Any
 from filelock import FileLock
 from pydantic import ValidationError
 
-from ftray.errors import FtrayError, NotFoundError, UserError
+from ftray.errors import DamagedError, FtrayError, NotFoundError, UserError
+from ftray.registry.chain import Chain, digest_of, entry_key
 from ftray.registry.journal import Canary, Journal
 from ftray.registry.reference import Reference, parse_reference
 from ftray.storage import Manifest, ObjectStore, build_manifest, write_bytes
@@ -23,6 +23,9 @@ from ftray.storage.job_directory import vanishes_with_the_job
 from ftray.storage.manifest import MANIFEST
 
 NEWS_S = 0.5
+CONFIRMED_EVERY_S = 10.0  # by an endpoint: that the journal it knows is the one that is there
+ENTRY = re.compile(r"journal/([1-9]\d*)\.json")
+VERSION = re.compile(r"[1-9]\d{0,8}")
 
 log = logging.getLogger("ftray.registry")
 
@@ -50,6 +53,9 @@ class RegistryReader:
         self._refreshing = threading.Lock()  # an endpoint asks from several threads
         self._objects = ObjectStore(location)
         self._journal = Journal()
+        self._chain = Chain(location)
+        self._confirmed_at = float("-inf")
+        self._logged: str | None = None
         self._tolerant = tolerant
         self._max_age_s = NEWS_S if tolerant and self._objects.local_root is None else 0.0
         self._looked_at = float("-inf")
@@ -66,22 +72,49 @@ class RegistryReader:
                 return self._journal
             try:
                 self._read_on()
+                self._logged = None
             except FtrayError as error:
                 if not self._tolerant or self._journal.last_seq == 0:
                     raise
-                log.warning("the registry does not answer, its last known state is used: %s", error)
+                if str(error) != self._logged:  # once, not with every request
+                    log.warning("the registry's last known state is used: %s", error)
+                self._logged = str(error)
             self._looked_at = time.monotonic()
         return self._journal
 
-    def _catch_up(self) -> Journal:
-        """To the journal's end, whatever the store answers."""
-        with self._refreshing:
-            self._read_on()
-        return self._journal
-
     def _read_on(self) -> None:
-        while (content := self._objects.read(f"journal/{self._journal.last_seq + 1}.json")) is not None:
-            self._journal.apply(self._journal.last_seq + 1, json.loads(content))
+        """Raises `DamagedError` where the journal has a gap, or an entry that does not follow; nothing is applied on
+        top of either."""
+        began = self._journal.last_seq
+        self._follow()
+        if began == 0:
+            self._refuse_gap()
+        elif self._tolerant and time.monotonic() - self._confirmed_at > CONFIRMED_EVERY_S:
+            self._confirm()
+
+    def _follow(self) -> None:
+        while (content := self._objects.read(entry_key(self._journal.last_seq + 1))) is not None:
+            self._chain.follow(self._journal, content)
+
+    def _refuse_gap(self) -> None:
+        """One listing, when the journal is first read."""
+        last = max(self._entries(), default=0)
+        self._follow()  # what was written while it was listed
+        missing = self._journal.last_seq + 1
+        if last >= missing:
+            raise self._chain.damaged(missing, f"is missing, and there are entries after it (the last is {last}.json)")
+
+    def _confirm(self) -> None:
+        """The last entry that this reader knows is the one that is there. Raises `DamagedError`."""
+        seq = self._journal.last_seq
+        content = self._objects.read(entry_key(seq)) if seq else None
+        if seq and (content is None or digest_of(content) != self._chain.last):
+            raise self._chain.damaged(seq, "is not what this process read there: the journal was put back or replaced")
+        self._confirmed_at = time.monotonic()
+
+    def _entries(self) -> list[int]:
+        """The numbers of the journal's entries that are there. Other names are passed over."""
+        return [int(found[1]) for key in self._objects.keys("journal") if (found := ENTRY.fullmatch(key))]
 
     def names(self) -> list[str]:
         return sorted(self.refresh().versions)
@@ -136,11 +169,11 @@ class RegistryReader:
         assert exact.number is not None
         content = self._objects.read(f"{version_prefix(exact.name, exact.number)}/{MANIFEST}")
         if content is None:
-            raise FtrayError(f"{exact}: its {MANIFEST} is gone from {self.location}; restore it or publish again")
+            raise DamagedError(f"{exact}: its {MANIFEST} is gone from {self.location}; restore it or publish again")
         try:
             return AdapterVersion(exact.name, exact.number, Manifest.model_validate_json(content))
         except ValidationError:
-            raise FtrayError(f"{exact}: its {MANIFEST} in {self.location} is damaged; publish again") from None
+            raise DamagedError(f"{exact}: its {MANIFEST} in {self.location} is damaged; publish again") from None
 
     def directory(self, version: AdapterVersion) -> Path:
         """A verified local directory with the files: in place for a local registry, else a cached download."""
@@ -167,7 +200,7 @@ class RegistryReader:
         for entry in version.manifest.files:
             content = self._objects.read(f"{files_prefix(version.name, version.number)}/{entry.path}")
             if content is None:
-                raise FtrayError(f"{version}: {entry.path} is gone from {self.location}; publish again")
+                raise DamagedError(f"{version}: {entry.path} is gone from {self.location}; publish again")
             write_bytes(directory / entry.path, content)
 
     def _near(self, name: str) -> str:
@@ -200,4 +233,4 @@ def has_files(directory: Path, version: AdapterVersion) -> bool:
 
 def verify_files(directory: Path, version: AdapterVersion) -> None:
     if not has_files(directory, version):
-        raise FtrayError(f"{version}: files in {directory} differ from their manifest; publish the adapter again")
+        raise DamagedError(f"{version}: files in {directory} differ from their manifest; publish the adapter again")

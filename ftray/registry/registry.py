@@ -8,6 +8,7 @@
 The only primitive it needs is exclusive create, which local disks, S3, GCS and Azure all have.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -17,12 +18,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ftray.errors import ConflictError, NotFoundError, UserError
+from ftray.errors import ConflictError, DamagedError, NotFoundError, UserError
+from ftray.registry.chain import SEQ, entry_key
 from ftray.registry.journal import Canary, CanaryLimits, Journal
-from ftray.registry.reader import AdapterVersion, RegistryReader, files_prefix, version_prefix
+from ftray.registry.reader import VERSION, AdapterVersion, RegistryReader, files_prefix, version_prefix
 from ftray.registry.reference import Reference, check_alias, check_tag, parse_reference
 from ftray.storage import AlreadyExists, build_manifest
 from ftray.storage.manifest import MANIFEST
+from ftray.storage.owner import user_name
 
 
 class Registry(RegistryReader):
@@ -39,23 +42,38 @@ class Registry(RegistryReader):
         self._append(lambda _: {"type": "publish", "name": name, "number": number})
         return AdapterVersion(name, number, manifest)
 
-    def promote(self, reference: str, alias: str, *, expected: int | None = None) -> Reference:
-        """Points NAME@alias at a version. With `expected`, a compare-and-swap: refused if the alias moved meanwhile."""
+    def promote(
+        self,
+        reference: str,
+        alias: str,
+        *,
+        expected: int | None = None,
+        reason: str | None = None,
+        force: bool = False,
+    ) -> Reference:
+        """Points NAME@alias at a version, once its files are those that were published and its base is that of the
+        version before (`force`: without a look). With `expected`, a compare-and-swap: refused if the alias moved
+        meanwhile. Raises `DamagedError` or `UserError`; the alias then stands where it stood."""
         exact = self.resolve(reference)
         check_alias(alias, alias)
 
         def move(journal: Journal) -> dict[str, Any]:
             refuse_deleted(journal, exact)
+            if not force:
+                self._check_servable(exact, alias, journal)
             now = journal.aliases.get((exact.name, alias))
             if expected is not None and now != expected:
                 raise ConflictError(f"{exact.name}@{alias}: stands at {now}, expected {expected}; look and try again")
             return alias_entry(exact.name, alias, number=exact.number, previous=now, op="promote")
 
-        self._append(move)
+        self._append(move, reason=reason)
         return exact
 
-    def rollback(self, name: str, alias: str) -> tuple[Reference, Reference]:
-        """Points the alias at the version it stood at before; again, at the one before that. Returns (from, to)."""
+    def rollback(
+        self, name: str, alias: str, *, reason: str | None = None, force: bool = False
+    ) -> tuple[Reference, Reference]:
+        """Points the alias at the version it stood at before; again, at the one before that. Returns (from, to). It is
+        looked at as `promote` does."""
         moved: list[int] = []
 
         def move(journal: Journal) -> dict[str, Any]:
@@ -65,10 +83,12 @@ class Registry(RegistryReader):
                 raise NotFoundError(f"{name}@{alias}: no such alias")
             if before is None:
                 raise UserError(f"{name}@{alias}: has only ever stood at {now}; there is nothing to go back to")
+            if not force:
+                self._check_servable(Reference(name, number=before), alias, journal)
             moved[:] = [now, before]
             return alias_entry(name, alias, number=before, previous=now, op="rollback")
 
-        self._append(move)
+        self._append(move, reason=reason)
         return Reference(name, number=moved[0]), Reference(name, number=moved[1])
 
     def set_canary(self, reference: str, alias: str, percent: float, limits: CanaryLimits) -> Reference:
@@ -82,6 +102,7 @@ class Registry(RegistryReader):
                 raise NotFoundError(f"{exact.name}@{alias}: no such alias; promote a version to it first")
             if stable == exact.number:
                 raise UserError(f"{exact}: is what {exact.name}@{alias} stands at; a canary is another version")
+            self._check_servable(exact, alias, journal)
             return canary_entry(exact.name, alias, number=exact.number, percent=percent) | asdict(limits)
 
         if not 0 < percent < 100:
@@ -110,20 +131,29 @@ class Registry(RegistryReader):
         for tag in (*add, *remove):
             check_tag(tag)
         entry = {"type": "tag", "name": exact.name, "number": exact.number, "add": list(add), "remove": list(remove)}
-        self._append(lambda _: entry)
+
+        def mark(journal: Journal) -> dict[str, Any]:
+            refuse_deleted(journal, exact)
+            return entry
+
+        self._append(mark)
         return self.tags(exact.name, exact.number)
 
-    def delete(self, reference: str) -> Reference:
-        """For good: the files go, the number is never used again. Refused while an alias or a canary stands on it."""
+    def refuse_used(self, exact: Reference) -> None:
+        """Raises `UserError` while an alias or a canary stands on it."""
+        refuse_used(self.refresh(), exact)
+
+    def delete(self, reference: str, *, force: bool = False) -> Reference:
+        """For good: the files go, the number is never used again. Refused while an alias or a canary stands on it;
+        with `force` those go too."""
         exact = self.resolve(reference)
         assert exact.number is not None
         name, number = exact.name, exact.number
 
         def remove(journal: Journal) -> dict[str, Any]:
             refuse_deleted(journal, exact)
-            uses = journal.uses_of(name, number)
-            if uses:
-                raise UserError(f"{exact}: {' and '.join(uses)} stand(s) on it; move or end that first")
+            if not force:
+                refuse_used(journal, exact)
             return {"type": "delete", "name": name, "number": number}
 
         self._append(remove)
@@ -135,8 +165,8 @@ class Registry(RegistryReader):
 
     def _claim(self, name: str) -> int:
         prefix = f"adapters/{name}/versions/"
-        taken = [int(key.removeprefix(prefix).split("/")[0]) for key in self._objects.keys(prefix)]
-        number = max(taken, default=0) + 1
+        found = (key.removeprefix(prefix).split("/")[0] for key in self._objects.keys(prefix))
+        number = max((int(name) for name in found if VERSION.fullmatch(name)), default=0) + 1
         owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}).encode()
         while True:
             try:
@@ -145,18 +175,43 @@ class Registry(RegistryReader):
             except AlreadyExists:
                 number += 1
 
-    def _append(self, make_entry: Callable[[Journal], dict[str, Any]]) -> None:
+    def _check_servable(self, exact: Reference, alias: str, journal: Journal) -> None:
+        """Raises `DamagedError` where its files are not those that were published, `UserError` where the version that
+        the alias stands at has another base."""
+        version = self.get(exact)
+        self.directory(version)  # verified
+        now = journal.aliases.get((exact.name, alias))
+        with contextlib.suppress(DamagedError):  # what stands there now is not known: nothing to compare with
+            before = self.get(Reference(exact.name, number=now)).metadata if now is not None else {}
+            ours, theirs = (metadata.get("base_fingerprint") for metadata in (version.metadata, before))
+            if ours and theirs and ours != theirs:
+                raise UserError(
+                    f"{exact}: was trained on {version.metadata.get('base_model')}, and {exact.name}@{alias} stands at "
+                    f"version {now}, whose base is {before.get('base_model')}: an endpoint has one of them; "
+                    "choose another alias, or --force where the endpoint's base changes as well"
+                )
+
+    def _append(self, make_entry: Callable[[Journal], dict[str, Any]], *, reason: str | None = None) -> None:
         """Appends to the journal; `make_entry` sees the journal as it stands just before the entry."""
+        said = {"author": author()} | ({"reason": reason} if reason else {})
         while True:
-            journal = self._catch_up()
-            seq = journal.last_seq + 1  # before the entry is made: another thread may read on meanwhile
-            entry = {**make_entry(journal), "time": time.time()}
+            with self._refreshing:  # another thread may read on afterwards: then this number is taken
+                self._read_on()
+                self._confirm()
+                link = self._chain.link(self._journal.last_seq + 1)
+            entry = {**make_entry(self._journal), "time": time.time(), **said, **link}
             try:
-                self._objects.create(f"journal/{seq}.json", json.dumps(entry).encode())
+                self._objects.create(entry_key(link[SEQ]), json.dumps(entry).encode())
             except AlreadyExists:
                 continue
-            self._catch_up()
+            with self._refreshing:
+                self._read_on()
             return
+
+
+def author() -> str:
+    """USER@HOST, as the journal keeps it."""
+    return f"{user_name()}@{socket.gethostname()}"
 
 
 def alias_entry(name: str, alias: str, *, number: int | None, previous: int | None, op: str) -> dict[str, Any]:
@@ -165,6 +220,13 @@ def alias_entry(name: str, alias: str, *, number: int | None, previous: int | No
 
 def canary_entry(name: str, alias: str, *, number: int | None, percent: float) -> dict[str, Any]:
     return {"type": "canary", "name": name, "alias": alias, "number": number, "percent": percent}
+
+
+def refuse_used(journal: Journal, exact: Reference) -> None:
+    assert exact.number is not None
+    if uses := journal.uses_of(exact.name, exact.number):
+        standing = f"{' and '.join(uses)} stand{'s' if len(uses) == 1 else ''} on it"
+        raise UserError(f"{exact}: {standing}; move or end that first, or take it away as well with --force")
 
 
 def refuse_deleted(journal: Journal, exact: Reference) -> None:

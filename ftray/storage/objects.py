@@ -13,6 +13,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import LocalStore, from_url
 
 from ftray.errors import FtrayError, StoreError
+from ftray.storage.atomic import create_bytes, write_bytes
 
 PART_BYTES = 64 << 20  # of an object, read at a time
 PARTS_AT_A_TIME = 8
@@ -60,10 +61,13 @@ class ObjectStore:
             raise StoreError(f"{self.location}: cannot be used as a store: {first_line(error)}") from None
 
     def create(self, key: str, content: bytes | Path) -> State:
-        """Writes a key that must not exist; exactly one of several racing writers succeeds."""
+        """Writes a key that must not exist; exactly one of several racing writers succeeds. It is on the disk then."""
         try:
+            if self.local_root is not None:
+                create_bytes(self.local_root / key, content)
+                return {}
             return state_of(obstore.put(self._store, key, content, mode="create", use_multipart=False))
-        except (AlreadyExistsError, PreconditionError):
+        except (AlreadyExistsError, FileExistsError, PreconditionError):
             raise AlreadyExists(f"{self.location}/{key}: exists already") from None
         except (BaseError, OSError) as error:
             raise StoreError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
@@ -78,9 +82,12 @@ class ObjectStore:
             raise StoreError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
 
     def write(self, key: str, content: bytes | Path) -> None:
-        """Writes a key under a prefix this writer has claimed."""
+        """Writes a key under a prefix this writer has claimed. It is on the disk then."""
         try:
-            obstore.put(self._store, key, content)
+            if self.local_root is not None:
+                write_bytes(self.local_root / key, content)
+            else:
+                obstore.put(self._store, key, content)
         except (BaseError, OSError) as error:
             raise StoreError(f"{self.location}/{key}: cannot be written: {first_line(error)}") from None
 

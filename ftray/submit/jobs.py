@@ -5,7 +5,6 @@ here: whoever has the config can follow or stop the job from any machine.
 """
 
 import asyncio
-import getpass
 import hashlib
 import json
 import logging
@@ -19,6 +18,7 @@ from typing import Any
 
 from ftray import __version__
 from ftray.errors import FtrayError, UserError
+from ftray.storage.owner import user_name
 
 NAME, KIND, OWNER, DIGEST, VERSION = "ftray_name", "ftray_kind", "ftray_owner", "ftray_config", "ftray_version"
 COMMANDS = {"run": "train", "sweep": "sweep", "serve": "serve", "pipeline": "pipeline"}
@@ -54,7 +54,7 @@ class Job:
         return {
             NAME: self.name,
             KIND: self.kind,
-            OWNER: getpass.getuser(),
+            OWNER: user_name(),
             DIGEST: self.digest,
             VERSION: __version__,
         }
@@ -190,7 +190,7 @@ class Jobs:
             asking = self._client.submit_job(
                 entrypoint=shlex.join(["python", "-m", "ftray", "runs", "stop", job.name, "--runs-dir", runs_dir]),
                 runtime_env=runtime_env | {"working_dir": str(working_dir)},
-                metadata={NAME: f"{job.name}/stop", OWNER: getpass.getuser()},
+                metadata={NAME: f"{job.name}/stop", OWNER: user_name()},
             )
             self._log(f"{found} is asked to save and end")
             self._wait(asking, timeout_s=GRACE_S)

@@ -30,7 +30,7 @@ TABLE = {
     "infer": (GROUND | {"model"}, {"ray", "deepspeed", "vllm"}),
     "cluster": (GROUND | {"model", "tracking"}, {"deepspeed", *TORCH}),
     "evaluate": (GROUND | {"tasks", "model", "data", "infer", "tracking"}, {"ray", "deepspeed"}),
-    "submit": ({"errors", "plugins", "config"}, {"deepspeed", *TORCH}),
+    "submit": ({"errors", "plugins", "config", "storage"}, {"deepspeed", *TORCH}),
     "train": (MODELS, {"ray", "deepspeed"}),
     "plan": (GROUND | {"model", "train"}, {"ray", "deepspeed"}),
     "artifacts": (GROUND | {"model", "registry", "train"}, {"ray", "deepspeed"}),

@@ -154,7 +154,7 @@ def test_delete_is_for_good_and_refused_while_an_alias_stands_there(registry, lo
     for _ in range(2):
         registry.publish("a", adapter, metadata={})
     registry.promote("a@1", "prod")
-    with pytest.raises(UserError, match=r"a@1: a@prod stand\(s\) on it"):
+    with pytest.raises(UserError, match=r"a@1: a@prod stands on it"):
         registry.delete("a@1")
     registry.delete("a@2")
     for reader in (registry, Registry(location)):
