@@ -49,6 +49,10 @@ class DamagedError(FtrayError):
     """A directory is not what its manifest says: cut short, changed, or never completed."""
 
 
+class IncompleteError(DamagedError):
+    """It has no manifest: a writer died before its end, and nobody counts on it."""
+
+
 class StoreError(FtrayError):
     """An object store or disk did not do what was asked of it; another time it may."""
 

@@ -73,13 +73,10 @@ class Run:
         return str(publish_once(store, given, self.adapter, alias=alias))
 
     def resume(self, *, callbacks: Sequence[Callback] = (), log: Callable[[str], None] = print) -> "Run":
-        """Goes on from the last checkpoint, as the same command would; a finished run stays as it is."""
-        if (Path(self.config.runs_dir) / self.config.name).absolute() != self.directory:
-            raise UserError(
-                f"{self.directory}: its runs_dir is {self.config.runs_dir!r}, which from here is another directory; "
-                "resume it from where it was started"
-            )
-        return train(self.config, callbacks=callbacks, log=log)
+        """Goes on from the last checkpoint, as the same command would, also where the directory was moved; a finished
+        run stays as it is."""
+        place = {"runs_dir": str(self.directory.parent), "name": self.directory.name}
+        return train(self.config.model_copy(update=place), callbacks=callbacks, log=log)
 
 
 def train(

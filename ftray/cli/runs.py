@@ -2,30 +2,87 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ftray.tracking.runs import RunSummary
 
 app = typer.Typer(help="Run directories: what is there, how two differ, and stopping one.")
 RunsDir = Annotated[str, typer.Option("--runs-dir", help="Where the run directories are, also s3://BUCKET/RUNS.")]
 
 
 @app.command("list")
-def list_runs(runs_dir: RunsDir = "runs") -> None:
-    """Every run, newest first."""
-    from ftray.tracking.runs import find_runs
+def list_runs(
+    runs_dir: RunsDir = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Everything known of each, as JSON.")] = False,
+) -> None:
+    """Every run, newest first, with what it does now; then sweeps and pipelines."""
+    import time
 
-    runs = find_runs(notes_of(runs_dir))
-    if not runs:
+    from ftray.tracking.jobs import find_jobs
+    from ftray.tracking.runs import find_runs
+    from ftray.train.runs.store import run_store
+
+    seen, is_driven = notes_of(runs_dir), run_store(runs_dir).is_driven
+    runs, jobs = find_runs(seen, is_driven=is_driven), find_jobs(seen, is_driven=is_driven)
+    if as_json:
+        print(json.dumps({"runs": [line_of(run) for run in runs], "jobs": [vars(job) for job in jobs]}, indent=2))
+        return
+    if not runs and not jobs:
         print(f"{runs_dir} has no runs; `ftray train CONFIG` makes one")
         return
-    width = max(len(run.name) for run in runs)
-    print(f"{'name':<{width}}  {'status':<10}  {'steps':>6}  {'loss':>8}  {'eval loss':>9}  {'tokens/s':>8}  base")
+    now = time.time()
+    width = max([4, *(len(found.name) for found in [*runs, *jobs])])
+    print(
+        f"{'name':<{width}}  {'status':<11}  {'steps':>9}  {'loss':>8}  {'eval loss':>9}  {'tokens/s':>8}  "
+        f"{'began':>8}  {'left':>7}  base"
+    )
     for run in runs:
+        if run.status == "damaged":
+            print(f"{run.name:<{width}}  {run.status:<11}  {run.problem}")
+            continue
+        total = run.driver.get("num_steps")
+        steps = f"{run.num_steps}/{total}" if total else str(run.num_steps)
         print(
-            f"{run.name:<{width}}  {run.status:<10}  {run.num_steps:>6}  {number(run.final_loss):>8}  "
-            f"{number(run.final_eval_loss):>9}  {run.tokens_per_s:>8.0f}  {run.config['base_model']}"
+            f"{run.name:<{width}}  {run.status:<11}  {steps:>9}  {number(run.final_loss):>8}  "
+            f"{number(run.final_eval_loss):>9}  {run.tokens_per_s:>8.0f}  {age(now, run.began):>8}  "
+            f"{duration(run.seconds_left):>7}  {run.config['base_model']}"
         )
+    for job in jobs:
+        print(f"{job.name:<{width}}  {job.status:<11}  {job.kind}, {age(now, job.began)}: {job.done}")
+
+
+def line_of(run: "RunSummary") -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "status": run.status,
+        "problem": run.problem,
+        "steps": run.num_steps,
+        "num_steps": run.driver.get("num_steps"),
+        "final_loss": run.final_loss,
+        "final_eval_loss": run.final_eval_loss,
+        "tokens_per_s": run.tokens_per_s,
+        "began": run.began,
+        "seconds": run.seconds,
+        "seconds_left": run.seconds_left,
+        "base_model": run.config.get("base_model"),
+    }
+
+
+def age(now: float, began: float | None) -> str:
+    return "-" if began is None else f"{duration(now - began)} ago"
+
+
+def duration(seconds: float | None) -> str:
+    """Two digits of it at most: 45s, 12m, 3h, 5d."""
+    if seconds is None:
+        return "-"
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(0, seconds):.0f}s"
 
 
 @app.command()
@@ -33,16 +90,13 @@ def show(name: str, runs_dir: RunsDir = "runs") -> None:
     """One run as JSON: result, events, and the last records."""
     from ftray.storage import read_json
     from ftray.tracking.runs import RESULT, read_run
+    from ftray.train.runs.store import run_store
 
-    run = read_run(notes_of(runs_dir) / checked(name))
+    run = read_run(notes_of(runs_dir) / checked(name), is_driven=run_store(runs_dir).is_driven(name))
     result = run.path / RESULT
     described = {
         "name": run.name,
-        "status": run.status,
-        "steps": run.num_steps,
-        "final_loss": run.final_loss,
-        "final_eval_loss": run.final_eval_loss,
-        "seconds": round(run.seconds, 1),
+        **line_of(run),
         "last_step": run.steps[-1] if run.steps else None,
         "events": run.events,
         "result": read_json(result) if result.is_file() else None,
@@ -89,6 +143,28 @@ def compare(
 
 
 @app.command()
+def report(
+    name: str,
+    runs_dir: RunsDir = "runs",
+    output: Annotated[str | None, typer.Option(help="Where to write it; without it, into the run's directory.")] = None,
+) -> None:
+    """Draw a run's report.html as it stands: curves, samples, events, configuration."""
+    from ftray.errors import UserError
+    from ftray.storage import write_bytes
+    from ftray.tracking.report import render_report, write_report
+    from ftray.tracking.runs import read_run
+
+    run = read_run(notes_of(runs_dir) / checked(name))
+    if output is None and "://" in runs_dir:
+        raise UserError(f"{runs_dir} is a store: give the file to write with --output FILE")
+    if output is None:
+        print(write_report(run.path))
+    else:
+        write_bytes(Path(output).absolute(), render_report(run.path).encode())
+        print(output)
+
+
+@app.command()
 def stop(name: str, runs_dir: RunsDir = "runs") -> None:
     """Ask a running run to save at its next step and end. The same `ftray train` goes on from there."""
     from ftray.errors import UserError
@@ -96,9 +172,12 @@ def stop(name: str, runs_dir: RunsDir = "runs") -> None:
     from ftray.train.runs.store import run_store
 
     run = read_run(notes_of(runs_dir) / checked(name))
+    store = run_store(runs_dir)
     if run.status == "finished":
         raise UserError(f"{name}: is finished; there is nothing to stop")
-    run_store(runs_dir).ask_to_stop(name)
+    if not store.is_driven(name):
+        raise UserError(f"{name}: no process works on it; there is nothing to stop (`ftray train` goes on with it)")
+    store.ask_to_stop(name)
     print(f"{name}: asked to save and stop at the end of the step it is in")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ftray.errors import DamagedError
+from ftray.errors import DamagedError, IncompleteError
 from ftray.storage.atomic import write_bytes
 
 MANIFEST = "manifest.json"
@@ -59,7 +59,7 @@ def write_manifest(directory: Path, *, metadata: dict[str, Any], files: Sequence
 def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not path.is_file():
-        raise DamagedError(f"{directory}: no {MANIFEST}; the directory was never completed")
+        raise IncompleteError(f"{directory}: no {MANIFEST}; the directory was never completed")
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError:

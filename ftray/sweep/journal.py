@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ftray.errors import DamagedError
 from ftray.storage import write_bytes
 
 
@@ -14,14 +15,25 @@ class Journal:
         self._path = path
 
     def read(self, *, repair: bool) -> list[dict[str, Any]]:
-        """`repair`: what follows the last newline was being written, and is taken away."""
+        """`repair`: what follows the last newline was being written, and is taken away. Raises `DamagedError`."""
         if not self._path.is_file():
             return []
         lines = self._path.read_bytes().split(b"\n")
         whole = [line for line in lines[:-1] if line]
         if repair and lines[-1]:
             write_bytes(self._path, b"".join(line + b"\n" for line in whole))
-        return [json.loads(line) for line in whole]
+        return [self._parse(number, line) for number, line in enumerate(whole, start=1)]
+
+    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            event = json.loads(line)
+            assert isinstance(event["event"], str)
+        except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
+            raise DamagedError(
+                f"{self._path}: line {number} is no event of a sweep: it was cut short or overwritten; put the file "
+                "back from a copy, or start over with --fresh"
+            ) from None
+        return event
 
     def append(self, event: dict[str, Any]) -> None:
         """On the disk when it returns. Raises `OSError`, and nothing of the event is there then."""

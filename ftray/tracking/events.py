@@ -4,6 +4,7 @@ The workers write them there and the driver into driver_events.jsonl: in an obje
 """
 
 import contextlib
+import heapq
 import json
 import os
 import time
@@ -33,15 +34,19 @@ def append_event(path: Path, kind: str, fields: dict[str, Any]) -> None:
 
 
 def read_events(run_directory: Path) -> list[dict[str, Any]]:
-    """Of all who write them, in the order of time."""
-    found = [event for name in (EVENTS, DRIVER_EVENTS) for event in read_whole_lines(run_directory / name)]
-    return sorted(found, key=lambda event: event["time"])
+    """Of all who write them, in the order of time; of one file in its own, also where a clock was set back."""
+    files = []
+    for name in (EVENTS, DRIVER_EVENTS):
+        latest = 0.0
+        found = [event for event in read_whole_lines(run_directory / name) if {"time", "event"} <= event.keys()]
+        files.append([(latest := max(latest, event["time"]), event) for event in found])
+    return [event for _, event in heapq.merge(*files, key=lambda timed: timed[0])]
 
 
 def read_whole_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, without those that a crash or a full disk cut short; none without a file."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
-    return found
+    return [value for value in found if isinstance(value, dict)]

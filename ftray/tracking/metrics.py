@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ftray.errors import DamagedError
 from ftray.storage import write_bytes
 
 METRICS = "metrics.jsonl"
@@ -20,7 +21,8 @@ class MetricsLog:
 
     def __init__(self, run_directory: Path, *, resume_step: int):
         self.path = run_directory / METRICS
-        kept = [record for record in read_metrics(run_directory) if record["step"] <= resume_step]
+        records = read_metrics(run_directory, until_step=resume_step)
+        kept = [record for record in records if record["step"] <= resume_step]
         write_bytes(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = self.path.open("ab", buffering=0)
         self._waiting = b""
@@ -42,15 +44,29 @@ class MetricsLog:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
-def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
-    path = run_directory / METRICS
-    return list(parse_lines(path.read_text(encoding="utf-8"))) if path.is_file() else []
+def read_metrics(run_directory: Path, *, until_step: int | None = None) -> list[dict[str, Any]]:
+    """Raises `DamagedError` where a line is none; not after the record of `until_step`, where one is given: what comes
+    after it is forgotten anyway."""
+    path, found, step = run_directory / METRICS, [], 0
+    for number, record in enumerate(parse_lines(path.read_bytes()) if path.is_file() else [], start=1):
+        if record is not None:
+            step = record["step"]
+            found.append(record)
+        elif until_step is None or step < until_step:
+            raise DamagedError(
+                f"{path}: line {number} is no record: it was cut short or overwritten; put the file back from a copy, "
+                "or delete the line"
+            )
+    return found
 
 
-def parse_lines(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n"):  # the last line may still be being written
-            yield json.loads(line)
+def parse_lines(content: bytes) -> Iterator[dict[str, Any] | None]:
+    """None for a line that is no record. The last may still be being written, and is left out without its newline."""
+    for line in content.split(b"\n")[:-1]:
+        record = None
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+        yield record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 class MetricsFollower:
@@ -73,4 +89,4 @@ class MetricsFollower:
             file.seek(self._offset)
             whole, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
-        return list(parse_lines((whole + newline).decode()))
+        return [record for record in parse_lines(whole + newline) if record is not None]

@@ -5,18 +5,20 @@ import io
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from ftray.storage import read_json, write_bytes
+from ftray.storage import read_json, write_bytes, write_json
 from ftray.tracking.events import read_events
 from ftray.tracking.metrics import read_metrics
 from ftray.tracking.runs import RESULT, RunSummary
 from ftray.tracking.samples import read_samples
 
+REPORT = "report.html"
+ANSWERS = "answers.json"  # kept, so that the report can be drawn again
 TEMPLATE = Path(__file__).with_name("report.html")
 SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "memory_gib", "reward_margin", "reward_accuracy")
 COMPARED = ("loss", "eval_loss", "tokens_per_s")
@@ -43,10 +45,22 @@ class AnswerTable:
 
 
 def write_report(run_directory: Path, *, answers: AnswerTable | None = None) -> Path:
+    path = run_directory / REPORT
+    write_bytes(path, render_report(run_directory, answers=answers).encode())
+    return path
+
+
+def render_report(run_directory: Path, *, answers: AnswerTable | None = None) -> str:
+    """A page. Answers that are given once are kept for the next."""
+    kept = run_directory / ANSWERS
+    if answers is not None:
+        write_json(kept, asdict(answers))
+    elif kept.is_file():
+        answers = AnswerTable(**read_json(kept))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     metrics = read_metrics(run_directory)
     result_file = run_directory / RESULT
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         config=read_json(run_directory / "config.json"),
         environment=read_json(run_directory / "environment.json"),
         result=read_json(result_file) if result_file.is_file() else None,
@@ -55,9 +69,6 @@ def write_report(run_directory: Path, *, answers: AnswerTable | None = None) -> 
         answers=answers,
         samples=tabulate(read_samples(run_directory)),
     )
-    path = run_directory / "report.html"
-    write_bytes(path, page.encode())
-    return path
 
 
 def tabulate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

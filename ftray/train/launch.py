@@ -21,6 +21,7 @@ from ftray.errors import FtrayError, InterruptedRunError, TerminatedRunError
 from ftray.model.base import BaseModel
 from ftray.tracking.events import record_driver_event
 from ftray.tracking.runs import RESULT
+from ftray.tracking.status import QUEUED, write_status
 from ftray.train.checkpoints.disk_space import check_disk
 from ftray.train.checkpoints.listing import read_state
 from ftray.train.hooks.own_callbacks import calling
@@ -28,8 +29,11 @@ from ftray.train.job import STOP_REQUEST, TOKENS, TrainJob, request_stop
 from ftray.train.on_ray.trainer import Watcher, train_on_ray
 from ftray.train.prepare import PreparedRun
 from ftray.train.prepared_data import PreparedData, is_complete, prepare_data_apart
-from ftray.train.runs.finalize import describe_interruption, finalize_run
+from ftray.train.runs.claim import PLACES
+from ftray.train.runs.finalize import describe_interruption, finalize_run, remake_artifact
 from ftray.train.runs.handle import RunHandle, check_same_data
+from ftray.train.runs.inputs import check_inputs
+from ftray.train.runs.live_report import live_report
 from ftray.train.runs.rank_directory import new_attempt
 from ftray.train.runs.store import run_store, share_data
 
@@ -47,17 +51,22 @@ def launch(
     began = time.time()
     config = prepared.config
     with run_store(config.runs_dir).open(config, fresh=prepared.fresh) as run:
+        for note in run.notes:
+            watcher.log(note)
         if run.finished is not None:
-            result = run.uri_of(run.path / RESULT)
-            watcher.log(f"{config.name} is finished already; its result stands ({result})")
-            return run.finished
+            return standing_result(run, watcher.log)
         for change in run.changes:
             watcher.log(f"goes on with a changed setting: {change}")
         (run.path / STOP_REQUEST).unlink(missing_ok=True)
         stop = functools.partial(request_stop, run.path)
-        with calling(prepared.callbacks, stop=stop) as on_metrics, session(run):
-            watcher = watcher.calling_also(on_metrics)
+        with (
+            live_report(run.path) as on_record,
+            calling(prepared.callbacks, stop=stop) as on_metrics,
+            session(run),
+        ):
+            watcher = watcher.calling_also(on_metrics).calling_also(on_record)
             base, data = check_and_prepare(run, watcher.log)
+            write_status(run.path, QUEUED, num_steps=data.num_steps)
             job = make_job(run, base, data, init_from=prepared.init_from)
             job = replace(job, profile_steps=profile_steps, until_step=until_step)
             checkpoint = train_until_stopped(job, run, data, watcher)
@@ -92,10 +101,22 @@ def check_and_prepare(run: RunHandle, log: Log) -> tuple[BaseModel, PreparedData
     is_done = run.resume_from is not None and is_complete(run.resume_from, data)
     if run.shared_disk is not None and not is_done:
         check_disk(config, base, run.shared_disk)
+    check_inputs(run, base, data)
     if run.resume_from is not None:
         check_same_data(run.resume_from, data.digest)
         log(f"resumes from {run.uri_of(run.resume_from)}")
     return base, data
+
+
+def standing_result(run: RunHandle, log: Log) -> dict[str, Any]:
+    """Of a run that is finished: its inputs are those that it had, where they lie elsewhere now, and what it left is
+    there, or made again."""
+    if any(change.partition(":")[0] in PLACES for change in run.changes):
+        check_inputs(run, *prepare_data_apart(run.config, log, kept_in=run.path.parent / TOKENS))
+    remake_artifact(run, log)
+    assert run.finished is not None
+    log(f"{run.config.name} is finished already; its result stands ({run.uri_of(run.path / RESULT)})")
+    return run.finished | {"output": run.uri_of(run.artifact)}
 
 
 def make_job(run: RunHandle, base: BaseModel, data: PreparedData, *, init_from: Path | str | None) -> TrainJob:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import secrets
+import shutil
 import signal
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def files_with(secret: str, *places: Path) -> list[Path]:
     return [path for path in files if secret.encode() in path.read_bytes()]
 
 
-def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path, monkeypatch):
+def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path, monkeypatch, train_file):
     secret = secrets.token_hex(20)
     monkeypatch.setenv("WANDB_API_KEY", secret)
     settings = {"tracking.wandb": "offline", "tracking.tensorboard": "true", "evaluation.samples": 3}
@@ -81,6 +82,26 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path, monkey
     again = Recorder()
     assert launch(prepare(config(**settings)), again.watcher()) == result
     assert "finished already" in again.lines[0]
+
+    # what it left is lost or damaged: made again from the last checkpoint
+    weights = run / "adapter/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for damage in (lambda: shutil.rmtree(run / "adapter"), lambda: weights.write_bytes(whole[:-1])):
+        damage()
+        again = Recorder()
+        assert launch(prepare(config(**settings)), again.watcher()) == result
+        assert "it is made again from" in again.lines[0]
+        assert weights.read_bytes() == whole
+
+    # moved, and its data as well: the same run, and not with other data
+    moved = tmp_path / "moved/renamed"
+    shutil.copytree(run, moved)
+    place = {"runs_dir": moved.parent, "name": "renamed", "data__train": shutil.copy(train_file, tmp_path)}
+    found = launch(prepare(config(**settings | place)), Recorder().watcher())
+    assert found == result | {"output": str(moved / "adapter")}
+    others = write_jsonl(tmp_path / "others.jsonl", chat_rows(40, seed=9))
+    with pytest.raises(UserError, match=r"data\.train: the data differ"):
+        launch(prepare(config(**settings | place | {"data__train": others})), Recorder().watcher())
 
     # another config under the same name: refused before any work, nothing lost
     with pytest.raises(UserError, match=r"optimizer.learning_rate: was 0.005, is 0.1\n.*--fresh"):

@@ -99,18 +99,22 @@ def test_what_ray_ships_may_name_the_package():
     assert cloudpickle.loads(cloudpickle.dumps(remote))()[1] is room
 
 
-def test_a_run_is_resumed_from_where_it_was_started(tmp_path, monkeypatch):
+def test_a_run_is_resumed_where_it_lies(tmp_path, monkeypatch):
+    """Moved, renamed, from another directory: by its own place, not by the one that its config names."""
     import json
 
     from ftray.config import parse_config
 
     text = "kind: run\nname: r\nbase_model: b\nmax_steps: 1\ndata: {train: t}\n"
     config = parse_config(text, kind="run", source="test")
-    (tmp_path / "here" / "runs" / "r").mkdir(parents=True)
-    (tmp_path / "here" / "runs" / "r" / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    directory = tmp_path / "here" / "moved" / "q"
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="resume it from where it was started"):
-        ftray.Run.open(tmp_path / "here" / "runs" / "r").resume()
+    started = []
+    monkeypatch.setattr("ftray.api.run.train", lambda config, **_: started.append(config))
+    ftray.Run.open(directory).resume()
+    assert [(c.runs_dir, c.name, c.max_steps) for c in started] == [(str(directory.parent), "q", 1)]
 
 
 def test_configs_and_rows_may_hold_paths_and_arrays(tiny_model, tmp_path):

@@ -12,6 +12,7 @@ from tiny import write_jsonl
 from ftray.artifacts.publish import publish_adapter
 from ftray.cli.main import main
 from ftray.registry import Registry
+from ftray.train.runs.claim import holding, lock_of
 
 
 @pytest.fixture
@@ -322,15 +323,19 @@ def test_runs_are_listed_compared_and_stopped(run, tmp_path):
     make("fast", 0.2, finished=False)
     listed = run("runs", "list", *flag)[1].splitlines()
     assert [line.split()[:5] for line in listed[1:]] in (
-        [["fast", "unfinished", "3", "1.4000", "1.5000"], ["slow", "finished", "3", "1.7000", "1.5000"]],
-        [["slow", "finished", "3", "1.7000", "1.5000"], ["fast", "unfinished", "3", "1.4000", "1.5000"]],
+        [["fast", "interrupted", "3", "1.4000", "1.5000"], ["slow", "finished", "3", "1.7000", "1.5000"]],
+        [["slow", "finished", "3", "1.7000", "1.5000"], ["fast", "interrupted", "3", "1.4000", "1.5000"]],
     )
     out = run("runs", "compare", "slow", "fast", "--output", tmp_path / "c.html", *flag)[1]
     assert "optimizer.learning_rate                   0.1                   0.2" in out
     assert "betas" not in out
     assert (tmp_path / "c.html").read_text().count("<svg") == 2
-    assert json.loads(run("runs", "show", "fast", *flag)[1])["status"] == "unfinished"
-    assert "asked to save and stop" in run("runs", "stop", "fast", *flag)[1]
+    assert json.loads(run("runs", "show", "fast", *flag)[1])["status"] == "interrupted"
+    assert "no process works on it" in run("runs", "stop", "fast", *flag)[2]
+    assert not (tmp_path / "runs" / "fast" / "stop_request").exists()
+    with holding(lock_of(tmp_path / "runs", "fast")):
+        assert json.loads(run("runs", "show", "fast", *flag)[1])["status"] == "running"
+        assert "asked to save and stop" in run("runs", "stop", "fast", *flag)[1]
     assert (tmp_path / "runs" / "fast" / "stop_request").is_file()
     assert run("runs", "stop", "slow", *flag)[::2] == (2, "error: slow: is finished; there is nothing to stop\n")
     for command in (("show", "../runs/fast"), ("stop", "../runs/fast"), ("compare", "fast", "../runs/slow")):

@@ -56,6 +56,7 @@ def test_names_and_files(config, override, message):
 def test_a_run_of_another_config(config, tmp_path):
     (tmp_path / "runs" / "r").mkdir(parents=True)
     (tmp_path / "runs" / "r" / "config.json").write_text(json.dumps({"seed": 7}))
+    (tmp_path / "runs" / "r" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     code, message = refused("train", config)
     assert code == "2"
     assert "holds a run of this name with another config" in message

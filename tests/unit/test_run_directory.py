@@ -36,11 +36,14 @@ def write_step(run, step):
 def test_a_name_belongs_to_one_config(tmp_path):
     run = DiskRun(make_config(tmp_path), fresh=False)
     assert (run.resume_from, run.finished, run.changes) == (None, None, [])
+    # A start that failed before its first step holds no name.
+    assert DiskRun(make_config(tmp_path, "seed=2"), fresh=False).changes == []
+    DiskRun(make_config(tmp_path), fresh=False)
+    write_step(run.path, 3)
     changed = DiskRun(make_config(tmp_path, "workers.count=4", "zero.stage=3"), fresh=False)
     assert changed.changes == ["workers.count: was 1, is 4", "zero.stage: was 2, is 3"]
     with pytest.raises(UserError, match=r"seed: was 0, is 1\n"):
         DiskRun(make_config(tmp_path, "seed=1"), fresh=False)
-    write_step(run.path, 3)
     fresh = DiskRun(make_config(tmp_path, "seed=1"), fresh=True)
     assert fresh.resume_from is None
     aside = [p for p in fresh.path.parent.iterdir() if p.name.startswith("demo.")]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ftray.errors import AdapterError, UserError
+from ftray.errors import AdapterError, DamagedError, UserError
 from ftray.model.base import BaseModel
 from ftray.storage import local_copies, read_json
 from ftray.storage.cache import cache_directory
@@ -50,7 +50,7 @@ def read_adapter_config(directory: Path, *, label: str) -> dict[str, Any]:
         config = read_json(directory / CONFIG_FILE)
     except FileNotFoundError:
         raise AdapterError(f"{label}: {directory} has no {CONFIG_FILE}; it is no PEFT adapter directory") from None
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
+    except DamagedError:  # no JSON, no UTF-8, or nested without end
         raise AdapterError(f"{label}: {CONFIG_FILE} is not JSON; the file is damaged") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{label}: {CONFIG_FILE} is no JSON object; publish a PEFT directory")

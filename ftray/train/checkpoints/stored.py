@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from ftray.errors import DamagedError, FtrayError
 from ftray.storage import Manifest, ObjectStore, local_copies
 from ftray.storage.cache import cache_directory
 from ftray.storage.manifest import MANIFEST
-from ftray.train.checkpoints.listing import ADAPTER, CHECKPOINTS, TRAINER_STATE
+from ftray.train.checkpoints.listing import ADAPTER, CHECKPOINTS, TRAINER_STATE, Log, check_step, none_whole, step_of
 
 
 class StoredCheckpoints:
@@ -54,17 +56,34 @@ class StoredCheckpoints:
         """This machine's copy, which one process fetches. Raises `FtrayError` where the manifest does not prove it."""
         return local_copies(cache_directory()).fetch(uri)
 
-    def newest(self, directory: Path) -> Path | None:
+    def newest(self, directory: Path, *, log: Log | None = None) -> Path | None:
         """What the driver needs to know of the newest whole one, as far as names and sizes tell: its manifest and
-        trainer.json, in `directory`/checkpoints/step-N."""
+        trainer.json, in `directory`/checkpoints/step-N. Raises `DamagedError` where none is whole."""
         sizes = {found.key: found.size for found in self._store.entries()}
+        damage: DamagedError | None = None
         for step in steps_of(sizes):
             name = f"step-{step}"
-            content = self._store.read(f"{name}/{MANIFEST}")
-            files = Manifest.model_validate_json(content).files if content is not None else []
-            if files and all(sizes.get(f"{name}/{entry.path}") == entry.size for entry in files):
-                return self._take(directory / CHECKPOINTS / name, [MANIFEST, TRAINER_STATE])
+            try:
+                self._check_sizes(name, sizes)
+                taken = self._take(directory / CHECKPOINTS / name, [MANIFEST, TRAINER_STATE])
+                check_step(taken)
+                return taken
+            except DamagedError as error:
+                damage = damage or error
+                if log is not None:
+                    log(f"passed over: {error}")
+        if damage is not None:
+            raise none_whole(damage)
         return None
+
+    def _check_sizes(self, name: str, sizes: dict[str, int]) -> None:
+        try:
+            files = Manifest.model_validate_json(self._store.read(f"{name}/{MANIFEST}") or b"").files
+        except ValidationError:
+            raise DamagedError(f"{self._url}/{name}/{MANIFEST}: not a manifest; the object is damaged") from None
+        for entry in files:
+            if sizes.get(f"{name}/{entry.path}") != entry.size:
+                raise DamagedError(f"{self._url}/{name}/{entry.path}: is missing, or not as long as {MANIFEST} says")
 
     def fetch_artifact(self, checkpoint: Path, *, whole: bool) -> None:
         """Fetches to where `newest` lies what the run's result is made of: the adapter, or the `whole` state."""
@@ -84,4 +103,4 @@ class StoredCheckpoints:
 def steps_of(keys: Iterable[str]) -> list[int]:
     """Of the manifests among them, newest first."""
     names = (key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}"))
-    return sorted((int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()), reverse=True)
+    return sorted((step for name in names if (step := step_of(name)) is not None), reverse=True)

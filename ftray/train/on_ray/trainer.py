@@ -17,6 +17,7 @@ from ftray.errors import FtrayError
 from ftray.storage import check_sizes, read_json
 from ftray.tracking.events import record_driver_event
 from ftray.tracking.metrics import MetricsFollower
+from ftray.tracking.status import RUNNING, write_status
 from ftray.train.checkpoints.listing import CHECKPOINTS, read_state
 from ftray.train.hooks.watchdog import HangReader, clear_hangs
 from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, read_worker_error
@@ -151,6 +152,7 @@ def fit_and_follow(trainer: Any, run: RunHandle, watcher: Watcher) -> BaseExcept
         run.sync(at_once=not thread.is_alive())
         if (run_directory / HARDWARE).is_file() and (found := read_json(run_directory / HARDWARE)) != workers:
             workers = found
+            write_status(run_directory, RUNNING)
             watcher.log(f"{found['world_size']} workers run on {found['hardware']}")
         watcher.on_metrics(follower.poll())
         if read_worker_error(run_directory) is not None:

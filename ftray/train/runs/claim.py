@@ -1,6 +1,7 @@
 """What can be refused of a run's directory before torch is imported: where it is, and whose config it holds."""
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,16 @@ from ftray.config.renamed import with_new_names
 from ftray.errors import UnwritableError, UserError
 from ftray.storage import read_json
 from ftray.storage.job_directory import vanishes_with_the_job
-from ftray.tracking.runs import differences
+from ftray.tracking.metrics import METRICS
+from ftray.tracking.runs import RESULT, differences
+from ftray.train.checkpoints.listing import CHECKPOINTS
 from ftray.train.runs.uri import is_stored, local_directory
 
 LOCKS = ".locks"
 # What may change between the parts of one run: where and how it runs, not what it computes.
 MAY_CHANGE = (
+    "name",  # the directory's
+    "runs_dir",
     "workers",
     "zero",
     "checkpoint",
@@ -52,14 +57,31 @@ def refuse_vanishing_directory(config: RunConfig) -> None:
         )
 
 
+# Where the inputs lie may change as well; that they are the same, their digests say (runs/inputs.py).
+PLACES = ("base_model", "data.train", "data.eval")
+
+
+def has_begun(path: Path) -> bool:
+    """The run in this directory has done a step: a start that failed before it leaves nothing that holds the name."""
+    metrics = path / METRICS
+    return (
+        (path / RESULT).is_file()
+        or (metrics.is_file() and metrics.stat().st_size > 0)
+        or any((path / CHECKPOINTS).glob("step-*"))
+    )
+
+
 def may_change(key: str) -> bool:
     return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
 
 
 def config_changes(earlier: dict[str, Any], config: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What differs from the config that a run began with: (what makes it another run, what may change)."""
-    changed = [(key, f"{key}: was {a}, is {b}") for key, a, b in differences(with_new_names(earlier), config)]
-    return [text for key, text in changed if not may_change(key)], [text for key, text in changed if may_change(key)]
+    refused, allowed = [], []
+    for key, a, b in differences(with_new_names(earlier), config):
+        moved = key in PLACES and "null" not in (a, b)
+        (allowed if may_change(key) or moved else refused).append(f"{key}: was {a}, is {b}")
+    return refused, allowed
 
 
 def refuse_changes(where: str, changes: list[str], *, can_start_over: bool, what: str = "run") -> None:
@@ -75,7 +97,7 @@ def refuse_changes(where: str, changes: list[str], *, can_start_over: bool, what
 def refuse_another_config(config: RunConfig) -> None:
     """As far as this machine's disk tells, and an alias in `adapter.init_from` aside, which is not resolved yet."""
     path = local_directory(config.runs_dir, config.name).absolute()
-    if is_stored(config.runs_dir) or not (path / "config.json").is_file():
+    if is_stored(config.runs_dir) or not (path / "config.json").is_file() or not has_begun(path):
         return
     changes, _ = config_changes(read_json(path / "config.json"), config.model_dump(mode="json"))
     start = "adapter.init_from:"
@@ -89,9 +111,27 @@ def lock_of(runs_dir: str | Path, name: str) -> Path:
 def refuse_running(config: RunConfig) -> None:
     """The quick look; the driver itself holds the lock as long as it works."""
     lock = lock_of(config.runs_dir, config.name)
-    if not is_stored(config.runs_dir) and lock.exists():
-        with holding(lock):
-            pass
+    if not is_stored(config.runs_dir) and is_held(lock):
+        raise UserError(running_message(lock))
+
+
+def is_held(lock: Path) -> bool:
+    """By a process that lives: the kernel lets go of it with its process. Nothing is made, and nobody disturbed."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or it is another user's
+        pass
+    return False
+
+
+def running_message(lock: Path, *, stop_with: str | None = None) -> str:
+    return (
+        f"{lock.name} is running already, by another process; "
+        f"stop it with {stop_with or f'`ftray runs stop {lock.name}`'}, or choose another name (name=...)"
+    )
 
 
 @contextlib.contextmanager
@@ -100,14 +140,13 @@ def holding(path: Path, *, stop_with: str | None = None) -> Iterator[None]:
     refuse_unwritable(path.parent)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0.3, poll_interval=0.05)  # somebody may just look whether it is held (`is_held`)
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory, where the run's lock file belongs; remove it") from None
     except PermissionError:
         raise UserError(f"{path}: another user's; choose another name (name=...) or runs_dir") from None
     except Timeout:
-        raise UserError(
-            f"{path.name} is running already, by another process; "
-            f"stop it with {stop_with or f'`ftray runs stop {path.name}`'}, or choose another name (name=...)"
-        ) from None
+        raise UserError(running_message(path, stop_with=stop_with)) from None
     try:
         yield
     finally:

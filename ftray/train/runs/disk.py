@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ftray.config import RunConfig
-from ftray.train.checkpoints.listing import CHECKPOINTS, newest_whole_checkpoint
+from ftray.errors import DamagedError
+from ftray.storage import verify_directory
+from ftray.train.checkpoints.listing import CHECKPOINTS, Log, newest_whole_checkpoint
 from ftray.train.job import request_stop
-from ftray.train.runs.claim import holding, lock_of
+from ftray.train.runs.claim import holding, is_held, lock_of
 from ftray.train.runs.handle import RunHandle, set_aside
 
 
@@ -51,6 +53,9 @@ class DiskRunStore:
     def forget_local_copy(self, name: str) -> None:
         """It is no copy."""
 
+    def is_driven(self, name: str) -> bool:
+        return is_held(lock_of(self._runs_dir, name))
+
     def look(self) -> Path:
         return self._runs_dir
 
@@ -70,10 +75,17 @@ class DiskRun(RunHandle):
     def set_aside(self) -> None:
         set_aside(self.path)
 
-    def newest_checkpoint(self) -> Path | None:
-        return newest_whole_checkpoint(self.path)
+    def newest_checkpoint(self, *, log: Log | None = None) -> Path | None:
+        return newest_whole_checkpoint(self.path, log=log)
 
     def sync(self, *, at_once: bool = False) -> None: ...
+
+    def artifact_problem(self) -> str | None:
+        try:
+            verify_directory(self.artifact)
+        except DamagedError as error:
+            return str(error)
+        return None
 
     def fetch_artifact(self, checkpoint: Path, *, whole: bool) -> None: ...
 

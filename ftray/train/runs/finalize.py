@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ftray.model.base import BaseModel
+from ftray.errors import DamagedError
+from ftray.model.base import BaseModel, prepare_base
 from ftray.storage import verify_directory, write_json
 from ftray.tracking.report import write_report
 from ftray.tracking.runs import RESULT, read_run
@@ -32,6 +34,21 @@ def finalize_run(
     write_report(run.path)
     run.keep_artifact(run.artifact)
     return result
+
+
+def remake_artifact(run: RunHandle, log: Callable[[str], None]) -> None:
+    """What a finished run left is whole, or made again from its last checkpoint. Raises `DamagedError`."""
+    problem = run.artifact_problem()
+    if problem is None:
+        return
+    checkpoint = run.newest_checkpoint(log=log)
+    assert run.finished is not None
+    if checkpoint is None or read_state(checkpoint).step != run.finished["steps"]:
+        raise DamagedError(f"{problem}, and its last checkpoint is gone as well; start over with --fresh")
+    log(f"{problem}; it is made again from {run.uri_of(checkpoint)}")
+    run.fetch_artifact(checkpoint, whole=run.config.adapter is None)
+    put_artifact(run.artifact, checkpoint, prepare_base(run.config.base_model), run_name=run.config.name)
+    run.keep_artifact(run.artifact)
 
 
 def put_artifact(artifact: Path, checkpoint: Path, base: BaseModel, *, run_name: str) -> None:

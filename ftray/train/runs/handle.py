@@ -10,10 +10,13 @@ from ftray.config import RunConfig
 from ftray.errors import UserError
 from ftray.storage import read_json, write_json
 from ftray.tracking.environment import describe_environment
+from ftray.tracking.metrics import read_metrics
 from ftray.tracking.runs import RESULT
-from ftray.train.checkpoints.listing import read_state
-from ftray.train.runs.claim import config_changes, refuse_changes, refuse_unwritable
+from ftray.train.checkpoints.listing import Log, read_state
+from ftray.train.runs.claim import config_changes, has_begun, refuse_changes, refuse_unwritable
 from ftray.train.runs.uri import artifact_name
+
+INPUTS = "inputs.json"
 
 
 class RunHandle(ABC):
@@ -28,10 +31,13 @@ class RunHandle(ABC):
         refuse_unwritable(path / "scratch")
         began_with, resolved = path / "config.json", config.model_dump(mode="json")
         self.changes: list[str] = []  # differences to the earlier part that are allowed, for the user to see
-        if began_with.is_file():
+        self.notes: list[str] = []  # what the user should know of its earlier part
+        self.resume_from = self.newest_checkpoint(log=self.notes.append)
+        self.has_begun = self.resume_from is not None or has_begun(path)
+        if began_with.is_file() and self.has_begun:
             refused, self.changes = config_changes(read_json(began_with), resolved)
             refuse_changes(self.uri, refused, can_start_over=self.shared_disk is not None)
-        self.resume_from = self.newest_checkpoint()
+        read_metrics(path, until_step=read_state(self.resume_from).step if self.resume_from is not None else 0)
         # The result of a run that is done.
         self.finished: dict[str, Any] | None = read_json(path / RESULT) if (path / RESULT).is_file() else None
         if self.finished is None:  # what a finished run was made with stays
@@ -53,13 +59,18 @@ class RunHandle(ABC):
         """Nothing is deleted: an old run of this name is kept under another."""
 
     @abstractmethod
-    def newest_checkpoint(self) -> Path | None:
-        """The newest whole one, or as much of it as a driver needs."""
+    def newest_checkpoint(self, *, log: Log | None = None) -> Path | None:
+        """The newest whole one, or as much of it as a driver needs; `log`: of those that were passed over. Raises
+        `DamagedError` where there are some and none is whole."""
 
     @abstractmethod
     def sync(self, *, at_once: bool = False) -> None:
         """With what the workers wrote. Cheap unless it is `at_once`. Raises `FtrayError` where another driver has taken
         the run over."""
+
+    @abstractmethod
+    def artifact_problem(self) -> str | None:
+        """Why what a finished run left cannot be used, where that is so."""
 
     @abstractmethod
     def fetch_artifact(self, checkpoint: Path, *, whole: bool) -> None:

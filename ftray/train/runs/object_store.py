@@ -17,27 +17,32 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from ftray.config import RunConfig
 from ftray.config.renamed import with_new_names
 from ftray.errors import FtrayError, UserError
-from ftray.storage import ObjectStore
-from ftray.storage.lease import Lease, held
+from ftray.storage import Manifest, ObjectStore
+from ftray.storage.lease import Lease, held, is_renewed
+from ftray.storage.manifest import MANIFEST
 from ftray.storage.mirror import Mirror
 from ftray.tracking.events import DRIVER_EVENTS, EVENTS
 from ftray.tracking.metrics import METRICS
+from ftray.tracking.report import REPORT
 from ftray.tracking.runs import RESULT, differences
 from ftray.tracking.samples import SAMPLES
-from ftray.train.checkpoints.listing import is_whole
+from ftray.tracking.status import STATUS
+from ftray.train.checkpoints.listing import Log, is_whole
 from ftray.train.checkpoints.stored import StoredCheckpoints
 from ftray.train.hooks.watchdog import HANGS
 from ftray.train.job import HARDWARE, STOP_REQUEST, TOKENS, WORKER_ERROR
-from ftray.train.runs.handle import RunHandle
+from ftray.train.runs.handle import INPUTS, RunHandle
 from ftray.train.runs.uri import local_directory, run_uri
 
 SYNC_S = 3.0
 LEASE = "driver.lease"
 FRESH_IN_STORE = "--fresh: {uri} would have to be moved in its store; choose another name (name=...)"
-FROM_DRIVER = ("config.json", "environment.json", DRIVER_EVENTS, STOP_REQUEST)
+FROM_DRIVER = ("config.json", "environment.json", INPUTS, STATUS, REPORT, DRIVER_EVENTS, STOP_REQUEST)
 FROM_WORKERS = (METRICS, EVENTS, SAMPLES, HARDWARE, WORKER_ERROR)
 
 
@@ -104,6 +109,9 @@ class ObjectRunStore:
     def forget_local_copy(self, name: str) -> None:
         shutil.rmtree(self.local(name), ignore_errors=True)
 
+    def is_driven(self, name: str) -> bool:
+        return is_renewed(ObjectStore(self.uri(name)), LEASE)
+
     def look(self) -> Path:
         seen = Path(tempfile.mkdtemp(prefix="ftray-runs-"))
         atexit.register(shutil.rmtree, seen, ignore_errors=True)
@@ -144,9 +152,9 @@ class StoredRun(RunHandle):
     def set_aside(self) -> None:
         raise UserError(FRESH_IN_STORE.format(uri=self.uri))
 
-    def newest_checkpoint(self) -> Path | None:
+    def newest_checkpoint(self, *, log: Log | None = None) -> Path | None:
         """What tells of it."""
-        return self.checkpoints.newest(self._mirror.directory)
+        return self.checkpoints.newest(self._mirror.directory, log=log)
 
     def push(self) -> None:
         self._mirror.push(FROM_DRIVER, at_once=True)
@@ -167,6 +175,17 @@ class StoredRun(RunHandle):
             self._mirror.take(self._mirror.store.keys(HANGS))
         self._next_sync = time.monotonic() + SYNC_S
 
+    def artifact_problem(self) -> str | None:
+        """As far as names and sizes tell."""
+        name = self.artifact.name
+        sizes = {found.key: found.size for found in self._mirror.store.entries()}
+        try:
+            files = Manifest.model_validate_json(self._mirror.store.read(f"{name}/{MANIFEST}") or b"").files
+        except ValidationError:
+            return f"{self.uri}/{name}: has no whole {MANIFEST}"
+        lost = [entry.path for entry in files if sizes.get(f"{name}/{entry.path}") != entry.size]
+        return f"{self.uri}/{name}/{lost[0]}: is missing, or not as long as {MANIFEST} says" if lost else None
+
     def fetch_artifact(self, checkpoint: Path, *, whole: bool) -> None:
         if not is_whole(checkpoint):  # one that was made here is
             self.checkpoints.fetch_artifact(checkpoint, whole=whole)
@@ -174,7 +193,7 @@ class StoredRun(RunHandle):
     def keep_artifact(self, artifact: Path) -> None:
         self.sync(at_once=True)  # where another driver has taken over, it ends here
         self._mirror.store.write_files(artifact, artifact.relative_to(self.path).as_posix())
-        self._mirror.push(["report.html", *FROM_DRIVER], at_once=True)
+        self._mirror.push(FROM_DRIVER, at_once=True)
         self._mirror.push([RESULT], at_once=True)
 
 

@@ -56,6 +56,10 @@ class RunStore(Protocol):
         """Of a run that has ended, where this machine has only a copy."""
         ...
 
+    def is_driven(self, name: str) -> bool:
+        """A process works on it now, or on the sweep or pipeline of that name."""
+        ...
+
     def look(self) -> Path:
         """The notes of all runs, as directories of this machine."""
         ...
