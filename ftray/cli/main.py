@@ -1,5 +1,6 @@
 """Entry point: one table of commands, and one place where errors become messages and exit codes."""
 
+import contextlib
 import os
 import sys
 import warnings
@@ -73,6 +74,7 @@ for name, (command, short, example) in COMMANDS.items():
         app.command(name, **about)(command)
 
 
+CTRL_C = 130  # what typer makes of it
 SHOW_WARNING = warnings.showwarning
 
 
@@ -111,6 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001  the last place: what arrives here is a bug of ours or a broken machine
         fail(f"{type(error).__name__}: {error} (run again with --debug to see where)", code=1, debug=debug, error=error)
     else:
+        if code == CTRL_C:
+            fail("stopped", code=1, debug=debug, error=None)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -132,7 +136,17 @@ def fail(message: str, *, code: int, debug: bool, error: BaseException | None) -
     print(f"error: {message}", file=sys.stderr, flush=True)
     if isinstance(error, InterruptedRunError):
         # A thread may still wait in Ray: taking Ray down under it can crash the process, which would change the exit
-        # code. The kernel ends the processes of a Ray session of our own with this one.
+        # code. The processes of a Ray session of our own end with this one, its agents only after a minute.
         sys.stdout.flush()
+        end_descendants()
         os._exit(code)
     sys.exit(code)
+
+
+def end_descendants() -> None:
+    """What this process started, by their ids."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()

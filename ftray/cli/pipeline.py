@@ -19,6 +19,7 @@ def pipeline(
     """Train in stages, measure, and publish what passes. The same command again goes on where it stood."""
     loaded: PipelineConfig = load_config(config, overrides or (), kind="pipeline")
     from ftray.cli.progress import TrainProgress
+    from ftray.cluster.address import check_address
     from ftray.pipeline.check import check_pipeline
     from ftray.pipeline.stages import run_pipeline
 
@@ -26,6 +27,7 @@ def pipeline(
         check_pipeline(loaded)
         print(to_yaml(loaded))
         return
+    check_address()
     try:
         with TrainProgress() as progress:
             announce = lambda text: print(text, flush=True)  # noqa: E731

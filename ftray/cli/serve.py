@@ -24,6 +24,7 @@ def serve(
 ) -> None:
     """Serve a base model and every adapter of a registry over an OpenAI-compatible API, until Ctrl-C."""
     settings: ServeConfig = load_config(config, overrides or (), kind="serve")
+    from ftray.cluster.address import check_address
     from ftray.infer.engines import check_engine
     from ftray.serve.checks import check_endpoint
 
@@ -33,6 +34,7 @@ def serve(
         print(to_yaml(deploy_schema(settings)), end="")
         return
     if not dry_run:  # a plan needs no engine
+        check_address()
         check_engine(settings.engine)
     check_endpoint(settings)
     if dry_run:
@@ -60,8 +62,10 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
             raise KeyboardInterrupt  # out of a start that may take minutes
 
     joined = start_ray()
-    for number in (signal.SIGINT, signal.SIGTERM):  # ray.init sets one for SIGTERM, by which a second ends the end
-        signal.signal(number, stop)
+    # ray.init sets one for SIGTERM, by which a second ends the end.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under `nohup`
+            signal.signal(number, stop)
     if detach and not joined:
         ray.shutdown()
         raise UserError("--detach: there is no running cluster to leave the endpoint on; `ray start --head` makes one")

@@ -50,6 +50,9 @@ def run(
     if dry_run:
         show_points(loaded, space)
         return
+    from ftray.cluster.address import check_address
+
+    check_address()
     from ftray.sweep.launch import look_into, run_sweep, uninterrupted
     from ftray.sweep.prepare import sweep_directory
     from ftray.sweep.report.report import REPORT, train_command

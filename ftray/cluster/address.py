@@ -4,22 +4,38 @@ import os
 import re
 import socket
 
+from ftray.cluster.temporary import settle_temporary_directory
 from ftray.errors import UserError
 
 ADDRESS = "RAY_ADDRESS"
-CONNECT_S = 5.0
+CONNECT_S = 3.0
+NATIVE = re.compile(r"\[?([\w.:-]+?)\]?:(\d{1,5})")
 
 
 def check_address() -> None:
-    """Raises `UserError` where it names a host and port at which nobody listens; that a cluster answers, Ray finds."""
+    """Its form, that somebody listens there, and without one that Ray can start a session here. That a cluster answers,
+    Ray finds. Raises `UserError`."""
     address = os.environ.get(ADDRESS, "")
-    found = re.fullmatch(r"(?:ray://)?\[?([\w.:-]+?)\]?:(\d+)", address)
-    if found is None:
+    if address in ("", "local"):
+        settle_temporary_directory()
         return
+    if address == "auto":
+        return
+    if address.startswith(("http://", "https://")):
+        raise refused(address, "is the address of a dashboard, for `ftray submit --address`; give the head's HOST:PORT")
+    if address.startswith("ray://"):
+        raise refused(address, "is one for Ray Client, which no command uses; run it on the cluster (`ftray submit`)")
+    found = NATIVE.fullmatch(address)
+    if found is None:
+        raise refused(address, "is none: give the head's HOST:PORT (Ray's own port, often 6379), auto, or nothing")
     try:
         socket.create_connection((found[1], int(found[2])), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise no_cluster(address, error) from None
+
+
+def refused(address: str, why: str) -> UserError:
+    return UserError(f"{ADDRESS}: {address} {why}")
 
 
 def no_cluster(address: str | None, error: Exception) -> UserError:

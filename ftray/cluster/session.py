@@ -5,16 +5,20 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 from ray.job_config import JobConfig
 from ray.util import get_node_ip_address
 
 from ftray.cluster.address import ADDRESS, no_cluster
+from ftray.cluster.temporary import settle_temporary_directory
 from ftray.config import RunConfig
-from ftray.errors import InterruptedRunError
+from ftray.errors import InterruptedRunError, UserError
+from ftray.storage.machine import usable_cores
 
 PORT = "RAY_GCS_SERVER_PORT"
+TIMED_OUT = "timed out during startup"
 
 
 def start_ray(*, join: bool = True, run: str | None = None) -> bool:
@@ -27,12 +31,37 @@ def start_ray(*, join: bool = True, run: str | None = None) -> bool:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs sees none
     address = os.environ.get(ADDRESS) if join else None
     described = JobConfig(metadata={"job_name": run} if run is not None else None)
+    how: dict[str, Any] = {"job_config": described, "logging_level": logging.ERROR, "log_to_driver": False}
     try:
-        with contextlib.nullcontext() if address else own_address():
-            ray.init(address=address or "local", job_config=described, logging_level=logging.ERROR, log_to_driver=False)
+        if address:
+            ray.init(address=address, **how)
+        else:
+            start_session(how)
     except ConnectionError as error:
         raise no_cluster(address, error) from None
     return address is not None
+
+
+def start_session(how: dict[str, Any]) -> None:
+    """One of our own. Ray gives its processes 30 s; on a busy machine that may be too short, and what it has read once
+    is in memory the second time. Raises `UserError`."""
+    settle_temporary_directory()
+    for is_last in (False, True):
+        try:
+            with own_address():
+                ray.init(address="local", **how)
+            return
+        except Exception as error:
+            if TIMED_OUT not in str(error):
+                raise
+            ray.shutdown()
+            if is_last:
+                load, cores = os.getloadavg()[0], usable_cores()
+                raise UserError(
+                    f"Ray did not start within 30 s, twice: this machine is busy (load {load:.0f} on {cores} cores); "
+                    "try again when other work has ended, or start a cluster beforehand (`ray start --head`) and set "
+                    "RAY_ADDRESS"
+                ) from None
 
 
 def logs_directory() -> str:

@@ -30,6 +30,7 @@ from ftray.errors import DataError, FtrayError
 from ftray.model.chat import ChatRenderer, Rendered
 from ftray.objectives import Shape
 from ftray.storage import verify_directory
+from ftray.storage.machine import usable_cores
 
 RowEncoder = Callable[[dict[str, Any]], list[Example]]  # of a raw row; one that data.transform drops has no example
 MAX_LISTED = 5
@@ -131,7 +132,7 @@ def tokenize_source(
 def tokenize(source: Source, rows: Any, directory: Path, *, processes: int | None, cancelled: threading.Event) -> None:
     """Writes the dataset's directory, or, when a row cannot be used, nothing."""
     encode = source.encoder(rows)  # says what is wrong with the columns
-    count = min(processes or os.cpu_count() or 1, len(rows) // ROWS_PER_PROCESS)
+    count = min(processes or usable_cores(), len(rows) // ROWS_PER_PROCESS)
     writer = DatasetWriter(directory)
     try:
         if count <= 1:

@@ -15,6 +15,7 @@ import httpx
 import psutil
 
 from ftray.storage.cache import cache_directory
+from ftray.storage.machine import usable_cores
 from ftray.tracking.environment import describe_environment
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -88,7 +89,7 @@ def look(shared: Path | None = None, *, wandb: str | None = None) -> Machine:
         python=described["python"],
         packages=described["packages"],
         clock=time.time(),
-        cpus=os.cpu_count() or 1,
+        cpus=usable_cores(),
         memory_gib=memory.total / 2**30,
         free_memory_gib=memory.available / 2**30,
         rooms={"cache disk": room(cache_directory()), "ray disk": room(Path("/tmp"))},

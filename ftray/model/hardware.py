@@ -1,9 +1,10 @@
 """The one place that chooses device, dtype and communication backend, and says why."""
 
-import os
 from dataclasses import dataclass
 
 import torch
+
+from ftray.storage.machine import usable_cores
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def choose_hardware(*, use_gpu: bool = True, gpu_share: float = 1.0) -> Hardware
         torch.device("cpu"),
         torch.float32,
         "gloo",
-        f"{'no GPU' if use_gpu else 'no GPU asked for'}, {os.cpu_count()} cores",
+        f"{'no GPU' if use_gpu else 'no GPU asked for'}, {usable_cores()} cores",
     )
 
 

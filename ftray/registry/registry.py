@@ -24,8 +24,8 @@ from ftray.registry.journal import Canary, CanaryLimits, Journal
 from ftray.registry.reader import VERSION, AdapterVersion, RegistryReader, files_prefix, version_prefix
 from ftray.registry.reference import Reference, check_alias, check_tag, parse_reference
 from ftray.storage import AlreadyExists, build_manifest
+from ftray.storage.machine import user_name
 from ftray.storage.manifest import MANIFEST
-from ftray.storage.owner import user_name
 
 
 class Registry(RegistryReader):

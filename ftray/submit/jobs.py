@@ -18,7 +18,7 @@ from typing import Any
 
 from ftray import __version__
 from ftray.errors import FtrayError, UserError
-from ftray.storage.owner import user_name
+from ftray.storage.machine import user_name
 
 NAME, KIND, OWNER, DIGEST, VERSION = "ftray_name", "ftray_kind", "ftray_owner", "ftray_config", "ftray_version"
 COMMANDS = {"run": "train", "sweep": "sweep", "serve": "serve", "pipeline": "pipeline"}

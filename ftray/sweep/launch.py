@@ -11,12 +11,12 @@ from ftray.child_process import in_child_process
 from ftray.cluster.probe import check_nodes
 from ftray.cluster.resources import check_resources, fitting_groups, nodes_for
 from ftray.cluster.session import ray_session
-from ftray.cluster.signals import handled, on_sigterm
+from ftray.cluster.signals import handled, stoppable
 from ftray.cluster.weight_broadcast import broadcast_base
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.config.renamed import with_new_names
 from ftray.config.run import WorkersConfig
-from ftray.errors import InterruptedRunError, NotFoundError, TerminatedRunError, UserError
+from ftray.errors import NotFoundError, UserError
 from ftray.evaluate.scores import tokenize_text
 from ftray.model.base import BaseModel, load_tokenizer
 from ftray.model.chat import ChatRenderer
@@ -66,13 +66,13 @@ def run_sweep(config: SweepConfig, space: Space, *, log: Log, fresh: bool = Fals
 
 
 def search_in(directory: Path, study: Study, *, log: Log) -> None:
-    with on_sigterm(interrupt) as terminated:
+    """A preempted machine or a scheduler's time limit ends a sweep as Ctrl-C does."""
+    with stoppable() as asked:
         try:
             search(directory, study, log=log)
         except KeyboardInterrupt:
             state = describe_state(look_into(directory))
-            stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
-            raise stopped(f"{study.config.name}: stopped; {state}") from None
+            raise asked.error(f"{study.config.name}: stopped; {state}") from None
 
 
 def search(directory: Path, study: Study, *, log: Log) -> None:
@@ -101,11 +101,6 @@ def search(directory: Path, study: Study, *, log: Log) -> None:
 def uninterrupted() -> contextlib.AbstractContextManager[None]:
     """A second Ctrl-C would cost the report, and the word of what goes on with the sweep."""
     return handled(signal.SIGINT, signal.SIG_IGN)
-
-
-def interrupt() -> None:
-    """A preempted machine or a scheduler's time limit ends a sweep as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def check_generations(study: Study, data: PreparedData) -> None:

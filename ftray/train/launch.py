@@ -15,9 +15,9 @@ import ray
 from ftray.cluster.probe import check_nodes
 from ftray.cluster.resources import check_resources, nodes_for
 from ftray.cluster.session import logs_directory, start_ray
-from ftray.cluster.signals import on_sigterm
+from ftray.cluster.signals import Stop, stoppable
 from ftray.cluster.weight_broadcast import broadcast_base
-from ftray.errors import FtrayError, InterruptedRunError, TerminatedRunError
+from ftray.errors import FtrayError
 from ftray.model.base import BaseModel
 from ftray.tracking.events import record_driver_event
 from ftray.tracking.runs import RESULT
@@ -60,40 +60,43 @@ def launch(
         (run.path / STOP_REQUEST).unlink(missing_ok=True)
         stop = functools.partial(request_stop, run.path)
         with (
+            stoppable() as asked,
             live_report(run.path) as on_record,
             calling(prepared.callbacks, stop=stop) as on_metrics,
-            session(run),
+            session(run, asked),
         ):
             watcher = watcher.calling_also(on_metrics).calling_also(on_record)
-            base, data = check_and_prepare(run, watcher.log)
+            base, data = check_and_prepare(run, watcher.log, asked)
             write_status(run.path, QUEUED, num_steps=data.num_steps)
             job = make_job(run, base, data, init_from=prepared.init_from)
             job = replace(job, profile_steps=profile_steps, until_step=until_step)
-            checkpoint = train_until_stopped(job, run, data, watcher)
+            checkpoint = train_until_stopped(job, run, data, watcher, asked)
         return finalize_run(run, checkpoint, base, data, seconds=time.time() - began)
 
 
 @contextlib.contextmanager
-def session(run: RunHandle) -> Iterator[None]:
+def session(run: RunHandle, asked: Stop) -> Iterator[None]:
     """Of Ray, where the process has none: `check_and_prepare` starts it, and it ends with the training."""
     own = not ray.is_initialized()
     try:
         yield
     except KeyboardInterrupt:
         own = False  # a thread still waits for Ray, which would end the process before its message is printed
-        raise InterruptedRunError(describe_interruption(run)) from None
+        record_driver_event(run.path, "stopped", by=asked.asked_by or "Ctrl-C")
+        raise asked.error(describe_interruption(run)) from None
     finally:
         if own:
             ray.shutdown()
 
 
-def check_and_prepare(run: RunHandle, log: Log) -> tuple[BaseModel, PreparedData]:
+def check_and_prepare(run: RunHandle, log: Log, asked: Stop) -> tuple[BaseModel, PreparedData]:
     """Base and data are made ready while Ray starts and its nodes are asked. Raises `UserError`."""
     config = run.config
     with ThreadPoolExecutor(max_workers=1) as pool, set_on_failure() as cancelled:
         preparing = pool.submit(prepare_data_apart, config, log, kept_in=run.path.parent / TOKENS, cancelled=cancelled)
         if not ray.is_initialized():
             start_ray(run=config.name)
+            asked.take_over()
         check_resources(config.workers, log=log)
         check_nodes(run.shared_disk, config.workers)
         base, data = preparing.result()
@@ -136,19 +139,22 @@ def make_job(run: RunHandle, base: BaseModel, data: PreparedData, *, init_from: 
     )
 
 
-def train_until_stopped(job: TrainJob, run: RunHandle, data: PreparedData, watcher: Watcher) -> Path:
+def train_until_stopped(job: TrainJob, run: RunHandle, data: PreparedData, watcher: Watcher, asked: Stop) -> Path:
     """The last checkpoint of a run that came to its end. Raises `InterruptedRunError` where it was stopped before."""
-    with stop_on_sigterm(run.path) as terminated:
-        train_on_ray(job, run, watcher, num_steps=data.num_steps)
+
+    def save_and_end() -> None:
+        request_stop(run.path)
+        watcher.log(f"{asked.asked_by}: saves at the end of the step it is in, and ends; Ctrl-C ends at once")
+
+    train_on_ray(job, run, watcher, num_steps=data.num_steps, on_workers=lambda: asked.saves_by(save_and_end))
     checkpoint = run.newest_checkpoint()
     if checkpoint is None:
         raise FtrayError(f"{run.uri}: ended without a checkpoint; the workers' logs are in {logs_directory()}")
     if is_complete(checkpoint, data):
         return checkpoint
     if read_state(checkpoint).step != job.until_step:
-        record_driver_event(run.path, "stopped", by="SIGTERM" if terminated.is_set() else "ftray runs stop")
-    stopped = TerminatedRunError if terminated.is_set() else InterruptedRunError
-    raise stopped(describe_interruption(run))
+        record_driver_event(run.path, "stopped", by=asked.asked_by or "ftray runs stop")
+    raise asked.error(describe_interruption(run))
 
 
 @contextlib.contextmanager
@@ -159,8 +165,3 @@ def set_on_failure() -> Iterator[threading.Event]:
     except BaseException:
         event.set()
         raise
-
-
-def stop_on_sigterm(run_directory: Path) -> contextlib.AbstractContextManager[threading.Event]:
-    """SIGTERM (a preempted machine, a scheduler's time limit) asks the workers to save and end at the next step."""
-    return on_sigterm(lambda: request_stop(run_directory))

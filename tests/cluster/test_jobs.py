@@ -5,9 +5,11 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from heads import RAY, TOKEN, answers, free_port, head_node, last_step, plain_environment, wait_for
 from tiny import write_tiny_model
@@ -16,6 +18,8 @@ from ftray.artifacts.publish import publish_adapter
 from ftray.registry import Registry
 from ftray.storage import read_json, verify_directory
 from ftray.tracking.events import read_events
+from ftray.tracking.status import RUNNING, read_status
+from ftray.train.checkpoints.listing import newest_whole_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,28 +113,43 @@ def test_serve_job_ends_with_its_job(head, tmp_path, adapters):
 
 
 def test_stopped_runs_go_on(tiny_model, train_file, tmp_path):
-    """SIGTERM, as a preempted machine sends it, saves at the next step; Ctrl-C ends at once, the last checkpoint
-    stands; the same command goes on after either."""
+    """SIGTERM (as schedulers send it: twice), a closed terminal and Ctrl-C save at the next step; a second Ctrl-C ends
+    at once, and the last checkpoint stands; the same command goes on after each."""
     config = tmp_path / "run.yaml"
     config.write_text(
         f"kind: run\nname: stopped\nbase_model: {tiny_model}\nmax_steps: 100000\nruns_dir: {tmp_path}/runs\n"
         f"data: {{train: {train_file}}}\nbatch: {{examples_per_step: 4}}\ncheckpoint: {{every: 100000}}\n"
     )
     run = tmp_path / "runs" / "stopped"
-    out, err = signalled(config, signal.SIGTERM, lambda: last_step(run) >= 3, exit_code=143)
-    saved = [path.name for path in (run / "checkpoints").glob("step-*") if (path / "manifest.json").is_file()]
-    assert saved == [f"step-{last_step(run)}"], out + err
-    assert read_events(run)[-1] | {"time": 0} == {"time": 0, "event": "stopped", "by": "SIGTERM"}
-    before = last_step(run)
-    out, err = signalled(config, signal.SIGINT, lambda: last_step(run) >= before + 3, exit_code=1)
-    assert f"resumes from {run / 'checkpoints' / saved[0]}" in out
-    assert saved[0] in err, "the checkpoint of the first part stands"
+    ends = (
+        ([signal.SIGTERM, signal.SIGTERM], 143, "SIGTERM"),
+        ([signal.SIGHUP], 143, "SIGHUP"),
+        ([signal.SIGINT], 1, "Ctrl-C"),
+    )
+    before = 0
+    for numbers, exit_code, by in ends:
+        out, err = signalled(config, numbers, lambda start=before: trains(run, after=start), exit_code=exit_code)
+        assert before == 0 or f"resumes from {run / 'checkpoints'}/step-{before}\n" in out
+        before = last_step(run)
+        assert newest_whole_checkpoint(run).name == f"step-{before}", out + err
+        assert read_events(run)[-1] | {"time": 0} == {"time": 0, "event": "stopped", "by": by}
+        assert f"{by}: saves at the end of the step" in out
+        assert (run / "report.html").is_file()
+    twice = [signal.SIGINT, signal.SIGINT]
+    out, err = signalled(config, twice, lambda: trains(run, after=before), exit_code=1, pause_s=0)
+    assert "stopped; the checkpoint" in err
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1)), "no step is missing or doubled"
 
 
-def signalled(config: Path, number: signal.Signals, when, *, exit_code: int) -> tuple[str, str]:
-    """Runs `ftray train`, sends it a signal, and returns what it printed."""
+def trains(run: Path, *, after: int) -> bool:
+    return last_step(run) >= after + 3 and read_status(run).get("state") == RUNNING
+
+
+def signalled(
+    config: Path, numbers: list[signal.Signals], when, *, exit_code: int, pause_s: float = 1
+) -> tuple[str, str]:
+    """Runs `ftray train`, sends it signals, and returns what it printed. Nothing of it is left 10 s after its end."""
     command = [str(Path(sys.executable).with_name("ftray")), "train", str(config)]
     process = subprocess.Popen(
         command,
@@ -141,11 +160,15 @@ def signalled(config: Path, number: signal.Signals, when, *, exit_code: int) -> 
         start_new_session=True,
     )
     wait_for(when, "the steps before the signal")
-    process.send_signal(number)
+    started = psutil.Process(process.pid).children(recursive=True)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(pause_s)
     out, err = process.communicate(timeout=90)
     assert process.returncode == exit_code, out + err
     assert "Traceback" not in err
     assert f"ftray train {config}" in err, err
+    wait_for(lambda: not any(found.is_running() for found in started), "all of its processes to end", timeout_s=10)
     return out, err
 
 

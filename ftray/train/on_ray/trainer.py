@@ -56,9 +56,12 @@ class Watcher:
         return replace(self, on_metrics=on_both)
 
 
-def train_on_ray(job: TrainJob, run: RunHandle, watcher: Watcher, *, num_steps: int) -> None:
-    """Ray Train replaces workers that fail; when its own controller fails (a full disk under its notes), it is started
-    again here, and the workers go on from the last checkpoint."""
+def train_on_ray(
+    job: TrainJob, run: RunHandle, watcher: Watcher, *, num_steps: int, on_workers: Callable[[], None]
+) -> None:
+    """`on_workers`: called when they have started, which takes as long as a cluster is full. Ray Train replaces workers
+    that fail; when its own controller fails (a full disk under its notes), it is started again here, and the workers go
+    on from the last checkpoint."""
     from ray.train import ControllerError
 
     (run.path / WORKER_ERROR).unlink(missing_ok=True)
@@ -66,7 +69,7 @@ def train_on_ray(job: TrainJob, run: RunHandle, watcher: Watcher, *, num_steps: 
     watcher.on_start(start, num_steps)
     for tries_left in reversed(range(job.config.workers.max_failures + 1)):
         clear_ray_notes(run.path / CHECKPOINTS)
-        failure = fit_and_follow(make_trainer(job), run, watcher)
+        failure = fit_and_follow(make_trainer(job), run, watcher, on_workers)
         if failure is None:
             return
         if tries_left == 0 or not isinstance(failure, ControllerError):
@@ -135,7 +138,9 @@ def clear_ray_notes(checkpoints: Path) -> None:
         notes.unlink()
 
 
-def fit_and_follow(trainer: Any, run: RunHandle, watcher: Watcher) -> BaseException | None:
+def fit_and_follow(
+    trainer: Any, run: RunHandle, watcher: Watcher, on_workers: Callable[[], None]
+) -> BaseException | None:
     """Returns Ray's failure, if there is one; raises what the workers themselves said.
 
     `fit` runs in a thread (in the main one it would take over Ctrl-C); here the metrics are followed meanwhile.
@@ -153,6 +158,7 @@ def fit_and_follow(trainer: Any, run: RunHandle, watcher: Watcher) -> BaseExcept
         if (run_directory / HARDWARE).is_file() and (found := read_json(run_directory / HARDWARE)) != workers:
             workers = found
             write_status(run_directory, RUNNING)
+            on_workers()
             watcher.log(f"{found['world_size']} workers run on {found['hardware']}")
         watcher.on_metrics(follower.poll())
         if read_worker_error(run_directory) is not None:
