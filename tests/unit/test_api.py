@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_signatures_stay(name):
     for part in name.split("."):
         found = getattr(found, part)
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in inspect.signature(found).parameters.values()]
-    text = str(inspect.Signature(plain)).replace("<built-in function print>", "print")
+    text = re.sub(r"<[^>]*print[^>]*>", "print", str(inspect.Signature(plain)))  # Ray puts its own in the place of it
     assert text == SIGNATURES[name]
 
 
