@@ -47,8 +47,8 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(ray_session, config, runs_dir, tm
 
     assert main_says(capsys, "runs", "list", "--runs-dir", runs_dir).split("\n")[1].split()[:3] == [
         "demo",
-        "unfinished",
-        "10",
+        "interrupted",
+        "10/16",
     ]
     with pytest.raises(UserError, match="--fresh"):
         launch(prepare(config(**settings), fresh=True), Recorder().watcher())
