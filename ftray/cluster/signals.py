@@ -57,7 +57,8 @@ class Stop:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[Stop]:
-    """The handlers of before come back at the end."""
+    """The handlers of before come back at the end; after SIGTERM or SIGHUP those two are ignored instead: schedulers send
+    them again while the process says how to go on."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -67,8 +68,9 @@ def stoppable() -> Iterator[Stop]:
     try:
         yield stop
     finally:
+        ends = stop.number in (signal.SIGTERM, signal.SIGHUP)
         for number, handler in earlier.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ends and number != signal.SIGINT else handler)
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ def trains(run: Path, *, after: int) -> bool:
 def signalled(
     config: Path, numbers: list[signal.Signals], when, *, exit_code: int, pause_s: float = 1
 ) -> tuple[str, str]:
-    """Runs `ftray train`, sends it signals, and returns what it printed. Nothing of it is left 10 s after its end."""
+    """Runs `ftray train`, sends it signals, and returns what it printed. Nothing of it is left soon after its end."""
     command = [str(Path(sys.executable).with_name("ftray")), "train", str(config)]
     process = subprocess.Popen(
         command,
@@ -168,7 +168,7 @@ def signalled(
     assert process.returncode == exit_code, out + err
     assert "Traceback" not in err
     assert f"ftray train {config}" in err, err
-    wait_for(lambda: not any(found.is_running() for found in started), "all of its processes to end", timeout_s=10)
+    wait_for(lambda: not any(found.is_running() for found in started), "all of its processes to end", timeout_s=30)
     return out, err
 
 

@@ -9,6 +9,14 @@ from ftray.cluster.signals import SIGNALS, stoppable
 from ftray.errors import InterruptedRunError, TerminatedRunError
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_before_the_work_any_ends_it_at_once(number):
     error, code = (InterruptedRunError, 1) if number == signal.SIGINT else (TerminatedRunError, 143)
@@ -18,7 +26,7 @@ def test_before_the_work_any_ends_it_at_once(number):
             os.kill(os.getpid(), number)
         found = stop.error("stopped")
         assert (type(found), found.exit_code) == (error, code)
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is (before if number == signal.SIGINT else signal.SIG_IGN)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
