@@ -57,8 +57,8 @@ class Stop:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[Stop]:
-    """The handlers of before come back at the end; after SIGTERM or SIGHUP those two are ignored instead: schedulers send
-    them again while the process says how to go on."""
+    """The handlers of before come back at the end. After SIGTERM or SIGHUP those two are ignored instead: schedulers
+    send them again while the process says how to go on."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
