@@ -124,3 +124,18 @@ def pair_rows(count: int, *, seed: int = 0) -> list[dict]:
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_checkpoint(run: Path, step: int) -> Path:
+    """checkpoints/step-N of a run directory, whole, as far as its manifest tells."""
+    import torch
+    from safetensors.torch import save_file
+
+    from ftray.storage import write_json, write_manifest
+
+    directory = run / "checkpoints" / f"step-{step}"
+    directory.mkdir(parents=True)
+    save_file({"x": torch.zeros(10)}, directory / "moments.safetensors")
+    write_json(directory / "trainer.json", {"step": step, "data_digest": "d", "world_size": 1, "zero_stage": 0})
+    write_manifest(directory, metadata={"step": step})
+    return directory

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,12 +37,10 @@ def promote(
 
     store = Registry(registry)
     exact = store.resolve(reference)
-    if not force:
-        check_loadable(store, exact)
     if endpoint is not None:
         count = ask_endpoint(endpoint, "warm", {"model": str(exact)})["replicas"]
         print(f"{exact} is loaded on {count} replica{'s' if count != 1 else ''}")
-    store.promote(str(exact), alias, expected=expected, reason=reason, force=force)
+    store.promote(str(exact), alias, expected=expected, reason=reason, force=force, loads=loads)
     print(f"{exact.name}@{alias} is {exact}")
 
 
@@ -55,7 +54,7 @@ def rollback(
     from ftray.registry import Registry
 
     name, alias = alias_of(reference)
-    left, now = Registry(registry).rollback(name, alias, reason=reason, force=force)
+    left, now = Registry(registry).rollback(name, alias, reason=reason, force=force, loads=loads)
     print(f"{name}@{alias} is {now} again (was {left})")
 
 
@@ -91,9 +90,8 @@ def canary(
     exact = store.resolve(f"{name}@{found[1]}")
     if endpoint is not None:
         ask_endpoint(endpoint, "warm", {"model": str(exact)})
-    check_loadable(store, exact)
     limits = CanaryLimits(max_error_rate, max_latency_ratio, min_requests)
-    store.set_canary(str(exact), alias, float(found[2]), limits)
+    store.set_canary(str(exact), alias, float(found[2]), limits, loads=loads)
     print(f"{exact} gets {float(found[2]):g}% of the requests for {name}@{alias}")
 
 
@@ -146,13 +144,11 @@ def card(reference: Version, registry: RegistryOption = "registry") -> None:
     print(model_card(store, store.get(reference)), end="")
 
 
-def check_loadable(store: Any, exact: Any) -> None:
-    """As an endpoint loads it. Raises `DamagedError` or `AdapterError`."""
-    version = store.get(exact)
-    directory = store.directory(version)
+def loads(directory: Path) -> None:
+    """A version, as an endpoint loads it. Raises `AdapterError`."""
     from ftray.model.adapters.weights import read_adapter
 
-    read_adapter(directory, label=str(exact))
+    read_adapter(directory, label=str(directory))
 
 
 def alias_of(reference: str) -> tuple[str, str]:

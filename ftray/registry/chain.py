@@ -21,6 +21,11 @@ def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def unlinked(entry: dict[str, Any]) -> dict[str, Any]:
+    """What it says, without its place."""
+    return {key: value for key, value in entry.items() if key not in (SEQ, REGISTRY, FOLLOWS)}
+
+
 def entry_key(seq: int) -> str:
     return f"journal/{seq}.json"
 
@@ -47,7 +52,7 @@ class Chain:
         elif self._is_linked:
             raise self.damaged(seq, f"does not say that it follows {seq - 1}.json: it is of another registry, or older")
         try:
-            journal.apply(seq, {key: value for key, value in entry.items() if key not in (SEQ, REGISTRY, FOLLOWS)})
+            journal.apply(seq, unlinked(entry))
         except ValueError as error:
             raise self.damaged(seq, f"cannot be applied: {error}") from None
         self.last = digest_of(content)

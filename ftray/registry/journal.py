@@ -9,10 +9,20 @@ An entry is a JSON object with a `type`, and may have an author, a reason, and a
     tag       name, number, add, remove
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
+
+
+@dataclass(frozen=True)
+class CanaryLimits:
+    """When an endpoint sends a canary's share back to the stable version by itself."""
+
+    max_error_rate: float = 0.05  # above that of the stable version
+    max_latency_ratio: float = 2.0  # of median times to the first token
+    min_requests: int = 20  # of the canary, before it is judged
 
 
 class Publish(BaseModel):
@@ -41,9 +51,9 @@ class CanaryMove(BaseModel):
     alias: str
     number: int
     percent: float
-    max_error_rate: float = 0.05
-    max_latency_ratio: float = 2.0
-    min_requests: int = 20
+    max_error_rate: float = CanaryLimits.max_error_rate
+    max_latency_ratio: float = CanaryLimits.max_latency_ratio
+    min_requests: int = CanaryLimits.min_requests
 
 
 class Tag(BaseModel):
@@ -52,18 +62,6 @@ class Tag(BaseModel):
     number: int
     add: list[str]
     remove: list[str]
-
-
-SHAPES = {"publish": Publish, "delete": Delete, "alias": Alias, "canary": CanaryMove, "tag": Tag}
-
-
-@dataclass(frozen=True)
-class CanaryLimits:
-    """When an endpoint sends a canary's share back to the stable version by itself."""
-
-    max_error_rate: float = 0.05  # above that of the stable version
-    max_latency_ratio: float = 2.0  # of median times to the first token
-    min_requests: int = 20  # of the canary, before it is judged
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,8 @@ class Journal:
 
     def apply(self, seq: int, entry: dict[str, Any]) -> None:
         """Whole or not at all. Raises `ValueError`: another shape, or a version that is not there."""
-        shape = SHAPES.get(entry["type"])
-        if shape is not None:  # another type is a later ftray's: kept in the history, means nothing here
+        if entry["type"] in TYPES:  # another type is a later ftray's: kept in the history, means nothing here
+            shape, handle = TYPES[entry["type"]]
             try:
                 read = shape.model_validate(entry)
             except ValidationError as error:
@@ -101,7 +99,7 @@ class Journal:
                 raise ValueError(
                     f"{read.type} of {read.name}@{read.number}, which is {'there' if known else 'not there'}"
                 )
-            HANDLERS[read.type](self, seq, read)
+            handle(self, seq, read)
         self.entries.append({"seq": seq, **entry})
         self.last_seq = seq
 
@@ -129,11 +127,13 @@ class Journal:
     def _delete(self, _: int, entry: Delete) -> None:
         self.versions[entry.name].remove(entry.number)
         self.deleted.add((entry.name, entry.number))
-        for key in [key for key, number in self.aliases.items() if (key[0], number) == (entry.name, entry.number)]:
-            del self.aliases[key]
-            self.canaries.pop(key, None)
-        for key in [key for key, c in self.canaries.items() if (key[0], c.number) == (entry.name, entry.number)]:
-            del self.canaries[key]
+        gone = entry.name, entry.number
+        self.aliases = {key: number for key, number in self.aliases.items() if (key[0], number) != gone}
+        self.canaries = {
+            key: canary
+            for key, canary in self.canaries.items()
+            if key in self.aliases and (key[0], canary.number) != gone
+        }
 
     def _alias(self, _: int, entry: Alias) -> None:
         key = entry.name, entry.alias
@@ -160,10 +160,10 @@ class Journal:
         self.tags[key] = sorted({*kept, *entry.add})
 
 
-HANDLERS: dict[str, Any] = {
-    "publish": Journal._publish,
-    "delete": Journal._delete,
-    "alias": Journal._alias,
-    "canary": Journal._canary,
-    "tag": Journal._tag,
+TYPES: dict[str, tuple[type[Publish | Delete | Alias | CanaryMove | Tag], Callable[[Journal, int, Any], None]]] = {
+    "publish": (Publish, Journal._publish),
+    "delete": (Delete, Journal._delete),
+    "alias": (Alias, Journal._alias),
+    "canary": (CanaryMove, Journal._canary),
+    "tag": (Tag, Journal._tag),
 }

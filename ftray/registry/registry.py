@@ -27,6 +27,9 @@ from ftray.storage import AlreadyExists, build_manifest
 from ftray.storage.machine import user_name
 from ftray.storage.manifest import MANIFEST
 
+# Loads a PEFT directory as an engine does; raises where it cannot. The rooms that know how are above this one.
+Loads = Callable[[Path], object]
+
 
 class Registry(RegistryReader):
     def publish(self, name: str, directory: Path, *, metadata: dict[str, Any]) -> AdapterVersion:
@@ -50,17 +53,18 @@ class Registry(RegistryReader):
         expected: int | None = None,
         reason: str | None = None,
         force: bool = False,
+        loads: Loads | None = None,
     ) -> Reference:
-        """Points NAME@alias at a version, once its files are those that were published and its base is that of the
-        version before (`force`: without a look). With `expected`, a compare-and-swap: refused if the alias moved
-        meanwhile. Raises `DamagedError` or `UserError`; the alias then stands where it stood."""
+        """Points NAME@alias at a version, once its files are those that were published, `loads` takes them, and its
+        base is that of the version before (`force`: without a look). With `expected`, a compare-and-swap: refused if
+        the alias moved meanwhile. Raises `DamagedError` or `UserError`; the alias then stands where it stood."""
         exact = self.resolve(reference)
         check_alias(alias, alias)
 
         def move(journal: Journal) -> dict[str, Any]:
             refuse_deleted(journal, exact)
             if not force:
-                self._check_servable(exact, alias, journal)
+                self._check_servable(exact, alias, journal, loads)
             now = journal.aliases.get((exact.name, alias))
             if expected is not None and now != expected:
                 raise ConflictError(f"{exact.name}@{alias}: stands at {now}, expected {expected}; look and try again")
@@ -70,7 +74,7 @@ class Registry(RegistryReader):
         return exact
 
     def rollback(
-        self, name: str, alias: str, *, reason: str | None = None, force: bool = False
+        self, name: str, alias: str, *, reason: str | None = None, force: bool = False, loads: Loads | None = None
     ) -> tuple[Reference, Reference]:
         """Points the alias at the version it stood at before; again, at the one before that. Returns (from, to). It is
         looked at as `promote` does."""
@@ -84,15 +88,18 @@ class Registry(RegistryReader):
             if before is None:
                 raise UserError(f"{name}@{alias}: has only ever stood at {now}; there is nothing to go back to")
             if not force:
-                self._check_servable(Reference(name, number=before), alias, journal)
+                self._check_servable(Reference(name, number=before), alias, journal, loads)
             moved[:] = [now, before]
             return alias_entry(name, alias, number=before, previous=now, op="rollback")
 
         self._append(move, reason=reason)
         return Reference(name, number=moved[0]), Reference(name, number=moved[1])
 
-    def set_canary(self, reference: str, alias: str, percent: float, limits: CanaryLimits) -> Reference:
-        """A share of the requests for NAME@alias goes to another version. `percent` in (0, 100)."""
+    def set_canary(
+        self, reference: str, alias: str, percent: float, limits: CanaryLimits, *, loads: Loads | None = None
+    ) -> Reference:
+        """A share of the requests for NAME@alias goes to another version, which is looked at as `promote` does.
+        `percent` in (0, 100)."""
         exact = self.resolve(reference)
 
         def start(journal: Journal) -> dict[str, Any]:
@@ -102,7 +109,7 @@ class Registry(RegistryReader):
                 raise NotFoundError(f"{exact.name}@{alias}: no such alias; promote a version to it first")
             if stable == exact.number:
                 raise UserError(f"{exact}: is what {exact.name}@{alias} stands at; a canary is another version")
-            self._check_servable(exact, alias, journal)
+            self._check_servable(exact, alias, journal, loads)
             return canary_entry(exact.name, alias, number=exact.number, percent=percent) | asdict(limits)
 
         if not 0 < percent < 100:
@@ -175,11 +182,13 @@ class Registry(RegistryReader):
             except AlreadyExists:
                 number += 1
 
-    def _check_servable(self, exact: Reference, alias: str, journal: Journal) -> None:
+    def _check_servable(self, exact: Reference, alias: str, journal: Journal, loads: Loads | None) -> None:
         """Raises `DamagedError` where its files are not those that were published, `UserError` where the version that
-        the alias stands at has another base."""
+        the alias stands at has another base, and what `loads` raises."""
         version = self.get(exact)
-        self.directory(version)  # verified
+        directory = self.directory(version)  # verified
+        if loads is not None:
+            loads(directory)
         now = journal.aliases.get((exact.name, alias))
         with contextlib.suppress(DamagedError):  # what stands there now is not known: nothing to compare with
             before = self.get(Reference(exact.name, number=now)).metadata if now is not None else {}

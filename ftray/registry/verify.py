@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ftray.errors import DamagedError
-from ftray.registry.chain import FOLLOWS, REGISTRY, SEQ, Chain, entry_key
+from ftray.registry.chain import Chain, entry_key, unlinked
 from ftray.registry.journal import Journal
 from ftray.registry.reader import VERSION, AdapterVersion, RegistryReader
 from ftray.registry.registry import author
@@ -93,8 +93,7 @@ def rebuild_journal(location: str) -> Journal:
 
 def interrupted(objects: ObjectStore) -> list[str]:
     """Directories of old journals from which a new one was not made to its end."""
-    root = objects.local_root
-    keys = objects.keys("") if root is None else (p.relative_to(root).as_posix() for p in root.glob(f"{ASIDE}*/*"))
+    keys = (found.key for found in objects.entries())
     return [key.partition("/")[0] for key in keys if key.startswith(ASIDE) and key.endswith(f"/{UNFINISHED}")]
 
 
@@ -126,10 +125,10 @@ def entries_of(objects: ObjectStore, known: Journal) -> Iterator[dict[str, Any]]
         made = {"type": "publish", "name": version.name, "number": version.number}
         made |= {"time": version.metadata.get("published_at", time.time())} | said
         earlier = published.get((version.name, version.number), {})
-        yield made | {key: value for key, value in earlier.items() if key not in (SEQ, REGISTRY, FOLLOWS)}
+        yield made | unlinked(earlier)
     for (name, number), tags in sorted(known.tags.items()):
         if (name, number) in whole and tags:
             yield {"type": "tag", "name": name, "number": number, "add": tags, "remove": [], "time": time.time()} | said
     for entry in known.entries:  # moves in their order, so that a rollback goes where it would have gone
         if entry["type"] == "alias" and (entry["name"], entry["number"]) in whole:
-            yield {key: value for key, value in entry.items() if key not in (SEQ, REGISTRY, FOLLOWS)}
+            yield unlinked(entry)

@@ -37,10 +37,14 @@ def held(store: ObjectStore, key: str, *, refusal: str) -> Iterator["Lease"]:
 def is_renewed(store: ObjectStore, key: str) -> bool:
     """Somebody holds it, and lives as far as the clocks of the two machines tell."""
     try:
-        holder = json.loads(store.read(key) or b"{}")
+        holder = holder_of(store, key)
     except (ValueError, FtrayError):
         return False
     return bool(holder) and not is_gone(holder) and time.time() - holder.get("at", 0) < LAPSES_S
+
+
+def holder_of(store: ObjectStore, key: str) -> dict[str, Any]:
+    return json.loads(store.read(key) or b"{}")
 
 
 class Lease:
@@ -101,7 +105,7 @@ class Lease:
                 self._state = found.state
 
     def _holder(self) -> dict[str, Any]:
-        return json.loads(self._store.read(self._key) or b"{}")
+        return holder_of(self._store, self._key)
 
     def _content(self) -> bytes:
         return json.dumps(describe_process() | {"holder": self._identity, "at": time.time()}).encode()

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ftray.errors import DamagedError, IncompleteError
 from ftray.storage.atomic import write_bytes
+from ftray.storage.objects import ObjectStore
 
 MANIFEST = "manifest.json"
 
@@ -84,6 +85,18 @@ def check_sizes(directory: Path) -> None:
     """The quick part of `verify_directory`: every file is there and as long as it should be."""
     for entry in read_manifest(directory).files:
         check_size(directory / entry.path, entry)
+
+
+def check_objects(store: ObjectStore, prefix: str, *, sizes: dict[str, int]) -> None:
+    """`check_sizes` of a directory in a store, whose objects have these `sizes` by key."""
+    where = f"{store.location}/{prefix}"
+    try:
+        files = Manifest.model_validate_json(store.read(f"{prefix}/{MANIFEST}") or b"").files
+    except ValidationError:
+        raise DamagedError(f"{where}: has no whole {MANIFEST}") from None
+    for entry in files:
+        if sizes.get(f"{prefix}/{entry.path}") != entry.size:
+            raise DamagedError(f"{where}/{entry.path}: is missing, or not as long as {MANIFEST} says")
 
 
 def check_size(path: Path, entry: FileEntry) -> None:

@@ -31,8 +31,9 @@ from ftray.sweep.report.report import REPORT, LivePage, write_sweep_report
 from ftray.sweep.report.text import describe_plan, describe_state
 from ftray.sweep.store import opened_sweep
 from ftray.sweep.study import Study
-from ftray.sweep.trials import SWEEP, trials_directory
+from ftray.sweep.trials import trials_directory
 from ftray.tracking.environment import describe_environment
+from ftray.tracking.jobs import SWEEP
 from ftray.tracking.runs import differences
 from ftray.train.job import TOKENS
 from ftray.train.prepared_data import PreparedData, prepare_data_apart

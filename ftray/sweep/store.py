@@ -18,8 +18,8 @@ from ftray.config import RunConfig
 from ftray.errors import FtrayError, NotFoundError, UserError
 from ftray.storage.lease import Lease
 from ftray.storage.mirror import Mirror
-from ftray.sweep.study import JOURNAL, REQUESTS
-from ftray.sweep.trials import SWEEP
+from ftray.sweep.study import REQUESTS
+from ftray.tracking.jobs import JOURNAL, SWEEP
 from ftray.train.runs.claim import holding, lock_of
 from ftray.train.runs.handle import set_aside
 from ftray.train.runs.object_store import FRESH_IN_STORE, fetch_notes, lease_of

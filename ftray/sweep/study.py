@@ -23,11 +23,11 @@ from ftray.sweep.search.population import RATE, Move, choose_moves, has_saved, t
 from ftray.sweep.search.schedulers import Arrival, make_scheduler
 from ftray.sweep.state import SweepState
 from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trial_name, trials_directory
+from ftray.tracking.jobs import JOURNAL
 from ftray.train.job import STOP_REQUEST
 from ftray.train.runs.store import run_store
 from ftray.train.runs.uri import artifact_name
 
-JOURNAL = "trials.jsonl"
 REQUESTS = "requests"  # of the user while the sweep runs: trials, and runs that are not to begin
 BY_USER = "by the user"
 

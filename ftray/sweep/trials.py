@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-SWEEP, TRIALS = "sweep.json", "trials"  # in a sweep's directory
+TRIALS = "trials"  # in a sweep's directory
 
 Outcome = Literal["finished", "stopped", "diverged", "failed"]
 

@@ -11,9 +11,8 @@ from ftray.tracking.events import read_whole_lines
 from ftray.tracking.runs import DAMAGED, FINISHED
 from ftray.tracking.status import INTERRUPTED, RUNNING
 
-# The file that makes a directory one: kind.
-KINDS = {"sweep.json": "sweep", "pipeline.json": "pipeline"}
-TRIALS = "trials.jsonl"
+SWEEP, JOURNAL, PIPELINE = "sweep.json", "trials.jsonl", "pipeline.json"
+KINDS = {SWEEP: "sweep", PIPELINE: "pipeline"}  # by the file that makes a directory one
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def summary_of(path: Path, kind: str, *, is_driven: bool) -> JobSummary:
 
 def sweep_progress(directory: Path, described: dict) -> tuple[str, bool]:
     """In words, and whether each of its runs has ended."""
-    events = Counter(event.get("event") for event in read_whole_lines(directory / TRIALS))
+    events = Counter(event.get("event") for event in read_whole_lines(directory / JOURNAL))
     runs = events["trial"] * len(described["sweep"]["seeds"])
     return f"{events['end']} of {runs} runs ended", 0 < runs <= events["end"]
 

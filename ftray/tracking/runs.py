@@ -84,13 +84,13 @@ def read_run(path: Path, *, is_driven: bool = False) -> RunSummary:
         raise NotFoundError(f"{path.name}: no such run{have}")
     events = read_events(path)
     metrics = read_metrics(path)
-    if (path / RESULT).is_file():
+    if is_finished := (path / RESULT).is_file():
         read_json(path / RESULT)
     driver = read_status(path)
     return RunSummary(
         name=path.name,
         path=path,
-        status=status_of(driver, is_finished=(path / RESULT).is_file(), is_driven=is_driven),
+        status=status_of(driver, is_finished=is_finished, is_driven=is_driven),
         config=with_new_names(read_json(path / "config.json")),
         steps=[record for record in metrics if "loss" in record],
         evaluations=[record for record in metrics if "eval_loss" in record],

@@ -31,7 +31,7 @@ from ftray.train.prepare import PreparedRun
 from ftray.train.prepared_data import PreparedData, is_complete, prepare_data_apart
 from ftray.train.runs.claim import PLACES
 from ftray.train.runs.finalize import describe_interruption, finalize_run, remake_artifact
-from ftray.train.runs.handle import RunHandle, check_same_data
+from ftray.train.runs.handle import RunHandle
 from ftray.train.runs.inputs import check_inputs
 from ftray.train.runs.live_report import live_report
 from ftray.train.runs.rank_directory import new_attempt
@@ -106,7 +106,6 @@ def check_and_prepare(run: RunHandle, log: Log, asked: Stop) -> tuple[BaseModel,
         check_disk(config, base, run.shared_disk)
     check_inputs(run, base, data)
     if run.resume_from is not None:
-        check_same_data(run.resume_from, data.digest)
         log(f"resumes from {run.uri_of(run.resume_from)}")
     return base, data
 

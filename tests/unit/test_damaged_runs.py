@@ -7,14 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from tiny import write_checkpoint
 from typer.testing import CliRunner
 
 from ftray.cli.main import app
 from ftray.config import parse_config
 from ftray.errors import DamagedError, UserError
-from ftray.storage import write_json, write_manifest
+from ftray.storage import write_json
 from ftray.sweep.journal import Journal
 from ftray.tracking.events import DRIVER_EVENTS, EVENTS, read_events
 from ftray.tracking.jobs import find_jobs
@@ -32,15 +31,6 @@ STEPS = [{"step": step, "loss": 3.0 - step / 10, "num_tokens": 10, "seconds": 0.
 def config_of(tmp_path, *overrides):
     text = "kind: run\nname: demo\nbase_model: m\nmax_steps: 6\ndata: {train: x.jsonl, eval: y.jsonl}\n"
     return parse_config(text, [f"runs_dir={tmp_path}/runs", *overrides], kind="run", source="x")
-
-
-def write_checkpoint(run: Path, step: int) -> Path:
-    directory = run / "checkpoints" / f"step-{step}"
-    directory.mkdir(parents=True)
-    save_file({"x": torch.zeros(10)}, directory / "moments.safetensors")
-    write_json(directory / "trainer.json", {"step": step, "data_digest": "d", "world_size": 1, "zero_stage": 0})
-    write_manifest(directory, metadata={"step": step})
-    return directory
 
 
 @pytest.fixture

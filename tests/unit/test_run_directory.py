@@ -3,12 +3,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from tiny import write_checkpoint
 
 from ftray.config import parse_config
 from ftray.config.run import OptimizerConfig
 from ftray.errors import UserError
-from ftray.storage import read_json, write_json, write_manifest
+from ftray.storage import read_json
 from ftray.tracking.metrics import MetricsFollower, MetricsLog, read_metrics
 from ftray.tracking.report import AnswerTable, write_report
 from ftray.tracking.wandb import choose_mode
@@ -24,22 +24,13 @@ def make_config(tmp_path, *overrides):
     return parse_config(text, overrides, kind="run", source="x")
 
 
-def write_step(run, step):
-    directory = run / "checkpoints" / f"step-{step}"
-    directory.mkdir(parents=True)
-    save_file({"x": torch.zeros(10)}, directory / "moments.safetensors")
-    write_json(directory / "trainer.json", {"step": step, "data_digest": "d", "world_size": 1, "zero_stage": 0})
-    write_manifest(directory, metadata={"step": step})
-    return directory
-
-
 def test_a_name_belongs_to_one_config(tmp_path):
     run = DiskRun(make_config(tmp_path), fresh=False)
     assert (run.resume_from, run.finished, run.changes) == (None, None, [])
     # A start that failed before its first step holds no name.
     assert DiskRun(make_config(tmp_path, "seed=2"), fresh=False).changes == []
     DiskRun(make_config(tmp_path), fresh=False)
-    write_step(run.path, 3)
+    write_checkpoint(run.path, 3)
     changed = DiskRun(make_config(tmp_path, "workers.count=4", "zero.stage=3"), fresh=False)
     assert changed.changes == ["workers.count: was 1, is 4", "zero.stage: was 2, is 3"]
     with pytest.raises(UserError, match=r"seed: was 0, is 1\n"):
@@ -52,7 +43,7 @@ def test_a_name_belongs_to_one_config(tmp_path):
 
 def test_the_newest_whole_checkpoint_is_used(tmp_path):
     for step in (5, 10, 100):
-        write_step(tmp_path, step)
+        write_checkpoint(tmp_path, step)
     assert newest_whole_checkpoint(tmp_path).name == "step-100"  # by number, not by name
     moments = tmp_path / "checkpoints" / "step-100" / "moments.safetensors"
     moments.write_bytes(moments.read_bytes()[:-1])

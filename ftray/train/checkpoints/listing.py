@@ -66,8 +66,9 @@ def step_of(name: str) -> int | None:
 
 def list_checkpoints(run_directory: Path) -> list[Path]:
     """Newest first, whole or not."""
-    steps = {path: step_of(path.name) for path in (run_directory / CHECKPOINTS).glob("step-*") if path.is_dir()}
-    return sorted((path for path in steps if steps[path] is not None), key=lambda path: steps[path] or 0, reverse=True)
+    found = [path for path in (run_directory / CHECKPOINTS).glob("step-*") if path.is_dir()]
+    steps = [(step, path) for path in found if (step := step_of(path.name)) is not None]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
 def check_step(checkpoint: Path) -> None:
@@ -98,12 +99,8 @@ def first_whole(places: list[str], *, opened: Callable[[str], Path], log: Log | 
             if log is not None:
                 log(f"passed over: {error}")
     if damage is not None:
-        raise none_whole(damage)
+        raise DamagedError(f"no checkpoint is whole: {damage}; put one back from a copy, or start over with --fresh")
     return None
-
-
-def none_whole(damage: DamagedError) -> DamagedError:
-    return DamagedError(f"no checkpoint is whole: {damage}; put one back from a copy, or start over with --fresh")
 
 
 def newest_whole_checkpoint(run_directory: Path, *, log: Log | None = None) -> Path | None:

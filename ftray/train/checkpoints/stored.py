@@ -3,13 +3,11 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from ftray.errors import DamagedError, FtrayError
 from ftray.storage import Manifest, ObjectStore, local_copies
 from ftray.storage.cache import cache_directory
-from ftray.storage.manifest import MANIFEST
-from ftray.train.checkpoints.listing import ADAPTER, CHECKPOINTS, TRAINER_STATE, Log, check_step, none_whole, step_of
+from ftray.storage.manifest import MANIFEST, check_objects
+from ftray.train.checkpoints.listing import ADAPTER, CHECKPOINTS, TRAINER_STATE, Log, check_step, first_whole, step_of
 
 
 class StoredCheckpoints:
@@ -60,30 +58,14 @@ class StoredCheckpoints:
         """What the driver needs to know of the newest whole one, as far as names and sizes tell: its manifest and
         trainer.json, in `directory`/checkpoints/step-N. Raises `DamagedError` where none is whole."""
         sizes = {found.key: found.size for found in self._store.entries()}
-        damage: DamagedError | None = None
-        for step in steps_of(sizes):
-            name = f"step-{step}"
-            try:
-                self._check_sizes(name, sizes)
-                taken = self._take(directory / CHECKPOINTS / name, [MANIFEST, TRAINER_STATE])
-                check_step(taken)
-                return taken
-            except DamagedError as error:
-                damage = damage or error
-                if log is not None:
-                    log(f"passed over: {error}")
-        if damage is not None:
-            raise none_whole(damage)
-        return None
 
-    def _check_sizes(self, name: str, sizes: dict[str, int]) -> None:
-        try:
-            files = Manifest.model_validate_json(self._store.read(f"{name}/{MANIFEST}") or b"").files
-        except ValidationError:
-            raise DamagedError(f"{self._url}/{name}/{MANIFEST}: not a manifest; the object is damaged") from None
-        for entry in files:
-            if sizes.get(f"{name}/{entry.path}") != entry.size:
-                raise DamagedError(f"{self._url}/{name}/{entry.path}: is missing, or not as long as {MANIFEST} says")
+        def taken(name: str) -> Path:
+            check_objects(self._store, name, sizes=sizes)
+            checkpoint = self._take(directory / CHECKPOINTS / name, [MANIFEST, TRAINER_STATE])
+            check_step(checkpoint)
+            return checkpoint
+
+        return first_whole([f"step-{step}" for step in steps_of(sizes)], opened=taken, log=log)
 
     def fetch_artifact(self, checkpoint: Path, *, whole: bool) -> None:
         """Fetches to where `newest` lies what the run's result is made of: the adapter, or the `whole` state."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ftray.config import RunConfig
-from ftray.errors import DamagedError
 from ftray.storage import verify_directory
 from ftray.train.checkpoints.listing import CHECKPOINTS, Log, newest_whole_checkpoint
 from ftray.train.job import request_stop
@@ -80,12 +79,8 @@ class DiskRun(RunHandle):
 
     def sync(self, *, at_once: bool = False) -> None: ...
 
-    def artifact_problem(self) -> str | None:
-        try:
-            verify_directory(self.artifact)
-        except DamagedError as error:
-            return str(error)
-        return None
+    def verify_artifact(self) -> None:
+        verify_directory(self.artifact)
 
     def fetch_artifact(self, checkpoint: Path, *, whole: bool) -> None: ...
 

@@ -38,9 +38,11 @@ def finalize_run(
 
 def remake_artifact(run: RunHandle, log: Callable[[str], None]) -> None:
     """What a finished run left is whole, or made again from its last checkpoint. Raises `DamagedError`."""
-    problem = run.artifact_problem()
-    if problem is None:
+    try:
+        run.verify_artifact()
         return
+    except DamagedError as error:
+        problem = error
     checkpoint = run.newest_checkpoint(log=log)
     assert run.finished is not None
     if checkpoint is None or read_state(checkpoint).step != run.finished["steps"]:

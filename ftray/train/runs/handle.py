@@ -69,8 +69,8 @@ class RunHandle(ABC):
         the run over."""
 
     @abstractmethod
-    def artifact_problem(self) -> str | None:
-        """Why what a finished run left cannot be used, where that is so."""
+    def verify_artifact(self) -> None:
+        """Raises `DamagedError` where what a finished run left cannot be used."""
 
     @abstractmethod
     def fetch_artifact(self, checkpoint: Path, *, whole: bool) -> None:

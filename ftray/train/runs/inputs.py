@@ -5,6 +5,7 @@ from typing import Any
 from ftray.errors import UserError
 from ftray.model.base import BaseModel
 from ftray.storage import read_json, write_json
+from ftray.train.checkpoints.listing import read_state
 from ftray.train.prepared_data import PreparedData
 from ftray.train.runs.handle import INPUTS, RunHandle
 
@@ -23,14 +24,23 @@ def inputs_of(base: BaseModel, data: PreparedData) -> dict[str, Any]:
 
 def check_inputs(run: RunHandle, base: BaseModel, data: PreparedData) -> None:
     """Keeps them at the run's first start. Raises `UserError` where they are others now."""
-    path, now = run.path / INPUTS, inputs_of(base, data)
-    if not run.has_begun or not path.is_file():
-        if run.finished is None:
-            write_json(path, now)
-        return
-    earlier = read_json(path)
+    now, earlier = inputs_of(base, data), inputs_before(run)
     for key, what in WHAT.items():
         if earlier.get(key) not in (None, now[key]) and now[key] is not None:
             raise UserError(
                 f"{key}: {what}; put the old ones back, choose another name (name=...), or start over with --fresh"
             )
+    if run.finished is None:
+        write_json(run.path / INPUTS, now)
+
+
+def inputs_before(run: RunHandle) -> dict[str, Any]:
+    """What is known of those of the run's earlier parts: nothing before its first step; of ftray 0.1's runs, which have
+    no such file, what checkpoint and result say."""
+    if not run.has_begun:
+        return {}
+    if (run.path / INPUTS).is_file():
+        return read_json(run.path / INPUTS)
+    result = run.finished or {}
+    trained_on = read_state(run.resume_from).data_digest if run.resume_from is not None else result.get("data_digest")
+    return {"base_model": result.get("base_fingerprint"), "data.train": trained_on}

@@ -17,14 +17,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from ftray.config import RunConfig
 from ftray.config.renamed import with_new_names
 from ftray.errors import FtrayError, UserError
-from ftray.storage import Manifest, ObjectStore
+from ftray.storage import ObjectStore
 from ftray.storage.lease import Lease, held, is_renewed
-from ftray.storage.manifest import MANIFEST
+from ftray.storage.manifest import check_objects
 from ftray.storage.mirror import Mirror
 from ftray.tracking.events import DRIVER_EVENTS, EVENTS
 from ftray.tracking.metrics import METRICS
@@ -175,16 +173,10 @@ class StoredRun(RunHandle):
             self._mirror.take(self._mirror.store.keys(HANGS))
         self._next_sync = time.monotonic() + SYNC_S
 
-    def artifact_problem(self) -> str | None:
+    def verify_artifact(self) -> None:
         """As far as names and sizes tell."""
-        name = self.artifact.name
         sizes = {found.key: found.size for found in self._mirror.store.entries()}
-        try:
-            files = Manifest.model_validate_json(self._mirror.store.read(f"{name}/{MANIFEST}") or b"").files
-        except ValidationError:
-            return f"{self.uri}/{name}: has no whole {MANIFEST}"
-        lost = [entry.path for entry in files if sizes.get(f"{name}/{entry.path}") != entry.size]
-        return f"{self.uri}/{name}/{lost[0]}: is missing, or not as long as {MANIFEST} says" if lost else None
+        check_objects(self._mirror.store, self.artifact.name, sizes=sizes)
 
     def fetch_artifact(self, checkpoint: Path, *, whole: bool) -> None:
         if not is_whole(checkpoint):  # one that was made here is
