@@ -191,6 +191,18 @@ class RegistryReader:
                 verify_files(directory, version)
         return directory
 
+    def verify(self, version: AdapterVersion) -> None:
+        """Byte for byte where it lies, whatever a cache here holds. Raises `DamagedError`."""
+        if self._objects.local_root is not None:
+            self.directory(version)
+            return
+        for entry in version.manifest.files:
+            content = self._objects.read(f"{files_prefix(version.name, version.number)}/{entry.path}")
+            if content is None or digest_of(content) != entry.sha256:
+                raise DamagedError(
+                    f"{version}: {entry.path} in {self.location} differs from its manifest; publish again"
+                )
+
     def place(self, version: AdapterVersion) -> str:
         """A path or URL of the files, for other machines."""
         return f"{self._objects.local_root or self.location.rstrip('/')}/{files_prefix(version.name, version.number)}"

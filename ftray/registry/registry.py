@@ -186,7 +186,8 @@ class Registry(RegistryReader):
         """Raises `DamagedError` where its files are not those that were published, `UserError` where the version that
         the alias stands at has another base, and what `loads` raises."""
         version = self.get(exact)
-        directory = self.directory(version)  # verified
+        self.verify(version)
+        directory = self.directory(version)
         if loads is not None:
             loads(directory)
         now = journal.aliases.get((exact.name, alias))

@@ -43,7 +43,7 @@ def verify_registry(location: str) -> Findings:
     for name, number in sorted((name, number) for name, numbers in journal.versions.items() for number in numbers):
         found.versions += 1
         try:
-            registry.directory(registry.get(f"{name}@{number}"))
+            registry.verify(registry.get(f"{name}@{number}"))
         except DamagedError as error:
             found.damaged.append(f"{name}@{number}")
             uses = journal.uses_of(name, number)

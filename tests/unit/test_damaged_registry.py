@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from s3 import s3_server
 from typer.testing import CliRunner
 
 from ftray.cli.main import app
-from ftray.errors import DamagedError, NotFoundError, UserError
+from ftray.errors import AdapterError, DamagedError, NotFoundError, UserError
 from ftray.registry import Registry
 from ftray.registry.verify import rebuild_journal, verify_registry
 from ftray.storage import ObjectStore, atomic
@@ -25,7 +26,7 @@ def adapter(tmp_path) -> Path:
     return directory
 
 
-def filled(location: Path, adapter: Path, *, name: str = "a") -> Registry:
+def filled(location: Path | str, adapter: Path, *, name: str = "a") -> Registry:
     """Entries 1 to 4: two versions, and both were @prod."""
     registry = Registry(str(location))
     for _ in range(2):
@@ -339,3 +340,31 @@ def test_a_filesystem_without_hard_links_takes_entries_too(tmp_path, monkeypatch
     with pytest.raises(Exception, match="exists already"):
         store.create("journal/1.json", b"other")
     assert store.read("journal/1.json") == b"{}"
+
+
+def test_a_copy_in_the_cache_does_not_speak_for_a_store(tmp_path, adapter, monkeypatch):
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / "cache"))
+    with s3_server("bucket") as url:
+        registry = filled(f"{url}/registry", adapter)
+        assert registry.directory(registry.get("a@1")).is_dir()  # the copy is whole, and stays so
+        assert not verify_registry(registry.location).problems
+        ObjectStore(registry.location).write("adapters/a/versions/1/files/adapter_model.safetensors", b"veights")
+        with pytest.raises(DamagedError, match=r"a@1: adapter_model\.safetensors in .* differs"):
+            registry.promote("a@1", "prod")
+        assert verify_registry(registry.location).damaged == ["a@1"]
+
+
+def test_a_version_that_cannot_be_loaded_is_moved_to_by_nothing(root):
+    def loads(directory: Path) -> None:
+        raise AdapterError(f"{directory}: rank 0")
+
+    registry = Registry(str(root))
+    for move in (
+        lambda: registry.promote("a@1", "prod", loads=loads),
+        lambda: registry.rollback("a", "prod", loads=loads),
+        lambda: registry.set_canary("a@1", "prod", 10, registry_limits(), loads=loads),
+    ):
+        with pytest.raises(AdapterError, match="rank 0"):
+            move()
+    assert str(registry.resolve("a@prod")) == "a@2"
+    assert str(registry.promote("a@1", "prod", force=True, loads=loads)) == "a@1"

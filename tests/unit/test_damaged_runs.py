@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import write_checkpoint
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from ftray.cli.main import app
 from ftray.config import parse_config
 from ftray.errors import DamagedError, UserError
+from ftray.model.base import BaseModel
 from ftray.storage import write_json
 from ftray.sweep.journal import Journal
 from ftray.tracking.events import DRIVER_EVENTS, EVENTS, read_events
@@ -21,8 +23,10 @@ from ftray.tracking.metrics import METRICS, MetricsLog, read_metrics
 from ftray.tracking.runs import find_runs, read_run
 from ftray.tracking.status import QUEUED, RUNNING, read_status, write_status
 from ftray.train.checkpoints.listing import list_checkpoints, newest_whole_checkpoint
+from ftray.train.prepared_data import PreparedData
 from ftray.train.runs.claim import has_begun, holding, lock_of
 from ftray.train.runs.disk import DiskRun
+from ftray.train.runs.inputs import check_inputs
 from ftray.train.runs.live_report import live_report
 
 STEPS = [{"step": step, "loss": 3.0 - step / 10, "num_tokens": 10, "seconds": 0.5} for step in range(1, 7)]
@@ -255,3 +259,27 @@ def test_a_report_is_there_from_the_first_evaluation_on_and_at_every_end(run):
     drawn = CliRunner().invoke(app, ["runs", "report", "demo", "--runs-dir", str(run.parent)])
     assert drawn.output.strip() == str(run / "report.html")
     assert "Curves" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("file", ["inputs.json", None], ids=["kept", "of an older ftray"])
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_goes_on_with_the_contents_that_it_had(run, tmp_path, file, is_finished):
+    def inputs(*, base: str = "b", train: str = "d", evaluation: str = "e") -> tuple[BaseModel, PreparedData]:
+        digest = SimpleNamespace(digest=lambda: evaluation)
+        return SimpleNamespace(fingerprint=base), SimpleNamespace(digest=train, eval=digest)  # pyright: ignore
+
+    write_json(run / "result.json", {"steps": 6, "data_digest": "d", "base_fingerprint": "b"})
+    if not is_finished:
+        (run / "result.json").unlink()
+    if file is not None:
+        write_json(run / file, {"base_model": "b", "data.train": "d", "data.eval": "e"})
+    opened = DiskRun(config_of(tmp_path))
+    check_inputs(opened, *inputs())
+    with pytest.raises(UserError, match=r"data\.train: the data differ .*--fresh"):
+        check_inputs(opened, *inputs(train="other"))
+    if file is not None or is_finished:
+        with pytest.raises(UserError, match=r"base_model: the base differs"):
+            check_inputs(opened, *inputs(base="other"))
+    if file is not None:
+        with pytest.raises(UserError, match=r"data\.eval: the data differ"):
+            check_inputs(opened, *inputs(evaluation="other"))
