@@ -17,7 +17,7 @@ from ftray.cluster.resources import check_resources, nodes_for
 from ftray.cluster.session import logs_directory, start_ray
 from ftray.cluster.signals import Stop, stoppable
 from ftray.cluster.weight_broadcast import broadcast_base
-from ftray.errors import FtrayError
+from ftray.errors import FtrayError, InterruptedRunError
 from ftray.model.base import BaseModel
 from ftray.tracking.events import record_driver_event
 from ftray.tracking.runs import RESULT
@@ -84,6 +84,9 @@ def session(run: RunHandle, asked: Stop) -> Iterator[None]:
         own = False  # a thread still waits for Ray, which would end the process before its message is printed
         record_driver_event(run.path, "stopped", by=asked.asked_by or "Ctrl-C")
         raise asked.error(describe_interruption(run)) from None
+    except InterruptedRunError:
+        own = False  # its caller ends Ray: within `ray.shutdown` a second SIGTERM would end this process unheard
+        raise
     finally:
         if own:
             ray.shutdown()
