@@ -29,6 +29,17 @@ class ConfigError(UserError):
         return "\n".join([head, *(f"  - {problem}" for problem in self.problems)])
 
 
+class RequestError(UserError):
+    """A request that an engine can never answer. `code` and `param`: as OpenAI's API names them."""
+
+    def __init__(self, message: str, code: str | None = None, param: str | None = None):
+        super().__init__(message, code, param)
+        self.code, self.param = code, param
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 class DataError(UserError):
     """A data file, or a row of one, cannot be used as it is."""
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 from fastapi.testclient import TestClient
 
-from ftray.config.serve import LimitsConfig
+from ftray.config import ServeConfig
 from ftray.serve.http.api import make_api
 from ftray.serve.http.embeddings import Embeddings
 from ftray.serve.http.ingress import Ingress
@@ -15,7 +15,7 @@ from ftray.serve.http.services import Services
 from ftray.serve.protocol import Event, Failed, GenerateJob, Started, TokenLogprob, Tokens
 from ftray.serve.tenants.rate_limits import RateLimiter
 
-LOGPROB = TokenLogprob("I", -0.5, (TokenLogprob("I", -0.5), TokenLogprob("\ufffd", -1.0)))
+LOGPROB = TokenLogprob("I", -0.5, (TokenLogprob("I", -0.5), TokenLogprob("\ufffd", -1.0, raw=b"\xe2\x82")))
 DIED = Failed("the replica died", 502, replica_died=True)
 
 
@@ -31,6 +31,7 @@ class EchoBackend:
         self.num_open = 0  # streams
         self.text = "I am "
         self.end: str | None = None  # after it; None: who answers
+        self.reason = "stop"
 
     async def stream(self, job: GenerateJob) -> AsyncIterator[Event]:
         self.num_open += 1
@@ -64,7 +65,7 @@ class EchoBackend:
                 yield DIED
                 return
             end = str(job.adapter) if self.end is None else self.end
-            yield Tokens(index, first, 1, end, finish_reason="stop", logprobs=(LOGPROB,))
+            yield Tokens(index, first, 1, end, finish_reason=self.reason, logprobs=(LOGPROB,))
 
 
 class LocalLedger:
@@ -83,14 +84,17 @@ class LocalLedger:
         self.keeper.record(usage)
 
 
-def make_client(ingress: Ingress, *, watchers=(), routes=ROUTES, **limits) -> TestClient:
+def make_client(ingress: Ingress, *, watchers=(), routes=ROUTES, settings=None, **limits) -> TestClient:
+    """`settings`: of the endpoint's config."""
     traffic = RecentTraffic()
     texts = Embeddings(ingress.names, ingress.backend, ingress.auth)
     overview = Overview(ingress.names, ingress.backend, ingress.auth, traffic)
     services = Services(ingress, texts, overview)
-    return TestClient(make_api(services, LimitsConfig(**limits), watchers=[traffic, *watchers], routes=routes))
+    given = {"kind": "serve", "base_model": "base-model", "limits": limits, **(settings or {})}
+    api = make_api(services, ServeConfig.model_validate(given), watchers=[traffic, *watchers], routes=routes)
+    return TestClient(api, base_url="http://127.0.0.1:8000")
 
 
-def ask(client, model, **more):
+def ask(client, model, *, headers=None, **more):
     body = {"model": model, "messages": [{"role": "user", "content": "hi"}], **more}
-    return client.post("/v1/chat/completions", json=body)
+    return client.post("/v1/chat/completions", json=body, headers=headers)

@@ -14,7 +14,8 @@ app = typer.Typer(help="Who may use an endpoint (kind: serve, tenants.database),
 Database = Annotated[str, typer.Option("--database", help="A file (SQLite), or postgresql://USER@HOST/NAME.")]
 Name = Annotated[str, typer.Argument(metavar="TENANT")]
 Adapters = Annotated[
-    str | None, typer.Option(help="Names of the adapters it may use, with commas; 'all' for every one.")
+    str | None,
+    typer.Option(help="Names of the adapters it may use, with commas; 'all' for every one. Without it the base alone."),
 ]
 RequestRate = Annotated[int | None, typer.Option(help="0: no limit.")]
 TokenRate = Annotated[int | None, typer.Option(help="Of prompts and answers; 0: no limit.")]
@@ -61,8 +62,11 @@ def create(
     from ftray.serve.tenants.accounts import Accounts, Tenant
 
     given = settings(adapters, requests_per_minute, tokens_per_minute, budget_tokens, priority)
-    key = Accounts(database).create(Tenant(name, is_admin=admin, **given))
-    print(f"{name} may now use endpoints with tenants.database: {database}", file=sys.stderr)
+    tenant = Tenant(name, is_admin=admin, **{"adapters": (), **given})
+    key = Accounts(database).create(tenant)
+    print(f"{described(tenant)}; at endpoints with tenants.database: {database}", file=sys.stderr)
+    if not tenant.adapters and adapters is None:
+        print(f"adapters: `ftray tenants set {name} --adapters NAME,NAME` (or all)", file=sys.stderr)
     print("its key, which is not shown again:", file=sys.stderr)
     print(key)
 

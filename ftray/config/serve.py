@@ -1,5 +1,6 @@
 """`kind: serve`: one endpoint, many adapters over one base."""
 
+import ipaddress
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -8,6 +9,15 @@ from ftray.config.engines import engine_kind, who_can
 from ftray.errors import UserError
 from ftray.plugins import PluginName
 from ftray.schema import ByteSize, NonNegativeFloat, PositiveFloat, PositiveInt, Strict, Text
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 class EngineConfig(Strict):
@@ -69,6 +79,14 @@ class ReplicasConfig(Strict):
 class TenantsConfig(Strict):
     database: Text | None = None
     """A file or postgresql://...: requests need keys (`ftray tenants`); None: open to all."""
+    shared_prompts: list[Text] = Field(default_factory=list)
+    """Adapters, or the base, whose prompts all tenants may have in common: their keys and values are computed once.
+    Else a tenant's stay its own, so that nobody can find out by `cached_tokens` or the time what others ask."""
+
+
+class CorsConfig(Strict):
+    origins: list[Text] = Field(default_factory=list)
+    """Web pages (https://chat.example.com) whose scripts may use this endpoint in a browser; "*": all of them."""
 
 
 class LimitsConfig(Strict):
@@ -78,6 +96,8 @@ class LimitsConfig(Strict):
     """A larger request is refused (413)."""
     body_timeout_s: PositiveFloat = 30
     """A client that sends its request more slowly is refused (408)."""
+    header_bytes: ByteSize = Field(default=64 * 2**10)
+    """More of them are refused (431)."""
 
 
 class TelemetryConfig(Strict):
@@ -97,9 +117,30 @@ class ServeConfig(Strict):
     engine: EngineConfig = EngineConfig()
     adapters: AdaptersConfig = AdaptersConfig()
     replicas: ReplicasConfig = ReplicasConfig()
+    open: bool = False
+    """Without tenants, listen on other addresses than this machine's own too: whoever reaches it may ask anything."""
+    allowed_hosts: list[Text] = Field(default_factory=list)
+    """Names beside localhost under which an endpoint without tenants is asked on this machine."""
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    """Of requests: parameters that this endpoint does not have. ignore: they are logged."""
+    cors: CorsConfig = CorsConfig()
     tenants: TenantsConfig = TenantsConfig()
     limits: LimitsConfig = LimitsConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+
+    @property
+    def is_local(self) -> bool:
+        """It listens where only this machine reaches it."""
+        return is_loopback(self.host)
+
+    @model_validator(mode="after")
+    def closed_by_default(self):
+        if not self.is_local and self.tenants.database is None and not self.open:
+            raise ValueError(
+                f"host: {self.host} is reached from other machines, and without keys anybody may ask; give "
+                "tenants.database (`ftray tenants`), host: 127.0.0.1, or open: true if that is meant"
+            )
+        return self
 
     @model_validator(mode="after")
     def engine_has_it(self):

@@ -3,7 +3,7 @@
 from collections.abc import Container, Iterable
 from typing import Any
 
-from ftray.errors import AdapterError, UserError
+from ftray.errors import AdapterError, RequestError, UserError
 from ftray.infer.protocol import Request, SamplingParams
 
 
@@ -16,20 +16,28 @@ def check_token_ids(ids: Iterable[Any], *, key: str, vocab_size: int) -> None:
 def check_request(request: Request, *, context_tokens: int, vocab_size: int, loaded: Container[str]) -> int:
     """Returns how many tokens the answer may have. Raises `UserError` for a request that can never run."""
     check_sampling(request.sampling)
-    num_prompt, wanted = len(request.prompt_ids), request.sampling.max_tokens
+    num_prompt = len(request.prompt_ids)
     if num_prompt == 0:
         raise UserError("the prompt is empty")
-    if num_prompt + (wanted or 1) > context_tokens:
-        raise UserError(
-            f"prompt of {num_prompt} tokens and max_tokens {wanted or 1} exceed this endpoint's context of "
-            f"{context_tokens} tokens (engine.context_tokens); shorten the prompt or lower max_tokens"
-        )
+    room = context_tokens - num_prompt
+    if room < 1:
+        raise too_long(f"{num_prompt}", context_tokens=context_tokens)
     extremes = [int(min(request.prompt_ids)), int(max(request.prompt_ids))]  # a tokenizer may have more than the model
     check_token_ids(extremes, key="prompt", vocab_size=vocab_size)
     check_token_ids(request.sampling.logit_bias, key="logit_bias", vocab_size=vocab_size)
     if request.adapter is not None and request.adapter not in loaded:
         raise UserError(f"{request.adapter}: not loaded in this engine")
-    return wanted if wanted is not None else context_tokens - num_prompt
+    return min(request.sampling.max_tokens or room, room)
+
+
+def too_long(tokens: str, *, context_tokens: int, param: str = "messages") -> RequestError:
+    """In OpenAI's words and with its code, by which clients know that a shorter prompt helps."""
+    return RequestError(
+        f"This model's maximum context length is {context_tokens} tokens (engine.context_tokens). However, your "
+        f"{param} resulted in {tokens} tokens, and an answer needs room too. Please reduce the length of the {param}.",
+        code="context_length_exceeded",
+        param=param,
+    )
 
 
 def check_sampling(sampling: SamplingParams) -> None:

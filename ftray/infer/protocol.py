@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-FinishReason = Literal["stop", "length", "error"]  # error: the engine lost this answer, and no other
+# error: the engine lost this answer, and no other; structure: what it must match is beyond the parser's limits.
+FinishReason = Literal["stop", "length", "error", "structure"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,13 @@ class StructuredOutput:
 
     kind: Literal["json_schema", "regex"]
     text: str
+    parts: tuple[tuple[str, str], ...] = ()
+    """(JSON pointer, what the caller calls what is there), for messages: a tool's parameters within all of them."""
+
+    @property
+    def label(self) -> str:
+        """As the request has it."""
+        return self.parts[0][1] if self.parts else "response_format"
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     n: int = 1  # answers to the one prompt
-    max_tokens: int | None = None  # None: to the end of the context
+    max_tokens: int | None = None  # at most, within the context; None: to its end
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False  # go on to max_tokens
     logprobs: int | None = None  # how many of the likeliest tokens are told beside the chosen one
@@ -49,6 +57,7 @@ class Request:
     tenant: str = ""  # who asks, if that is known: tenants and adapters share the engine fairly
     user: str = ""  # the name that an unknown caller gives
     priority: float = 1.0  # the share of this flow against others
+    cache_salt: str = ""  # pages of the prompt are shared with requests of the same one
 
     @property
     def flow(self) -> tuple[str, str]:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftray.errors import UserError
+from ftray.errors import RequestError, UserError
 from ftray.infer.protocol import StructuredOutput
+from ftray.infer.schema_problems import located
 
 KEPT = 64  # grammars that were prepared and not asked for yet
 
@@ -63,20 +64,36 @@ class Grammars:
             return self._table
 
     def _compile(self, structure: StructuredOutput) -> "GrammarMatcher":
-        from llguidance import LLMatcher
-
-        try:
-            if structure.kind == "regex":
-                grammar = LLMatcher.grammar_from_regex(structure.text)
-            else:  # without white space, which a weak model goes on with for ever
-                grammar = LLMatcher.grammar_from_json_schema(structure.text, overrides={"whitespace_flexible": False})
-            matcher = LLMatcher(self._tokenizer(), grammar)
-            problem = matcher.get_error()
-        except ValueError as error:
-            problem = str(error)
-        if problem:
-            raise UserError(f"response_format: {structure.kind}: {problem.strip().splitlines()[0]}")
+        table = self._tokenizer()
+        matcher, problem = begun(table, structure)
+        if matcher is None:
+            label = structure.label
+            if structure.kind == "json_schema":
+                problem = located(structure, problem, lambda part: begun(table, part)[1])
+            raise RequestError(f"{label}: {problem}", param=label.partition("[")[0].partition(".")[0])
         return GrammarMatcher(matcher)
+
+
+def begun(table: Any, structure: StructuredOutput) -> tuple[Any, str]:
+    """A matcher that has its first token before it; or None, and why there is none."""
+    from llguidance import LLMatcher
+
+    try:
+        if structure.kind == "regex":
+            grammar = LLMatcher.grammar_from_regex(structure.text)
+        else:  # without white space, which a weak model goes on with for ever
+            grammar = LLMatcher.grammar_from_json_schema(structure.text, overrides={"whitespace_flexible": False})
+        matcher = LLMatcher(table, grammar)
+        problem = matcher.get_error()
+    except ValueError as error:
+        return None, str(error).strip()
+    if problem:
+        return None, problem.strip()
+    trial = matcher.deep_copy()
+    trial.compute_bitmask()
+    if trial.is_error():  # a reference to itself, say
+        return None, "nothing can match it (does it refer to itself?), or it is beyond the parser's limits"
+    return matcher, ""
 
 
 @dataclass(eq=False)

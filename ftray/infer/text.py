@@ -11,6 +11,7 @@ class TextStream:
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]):
         self._tokenizer = tokenizer
         self._stop = stop
+        self._stop_ids = control_ids(tokenizer, stop)
         self._ids: list[int] = []
         self._decoded = 0  # ids whose text is in `_pending` or was shown
         self._pending = ""
@@ -18,6 +19,9 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Returns the text that is certain now; sets `stopped` when a stop string was met (it is not shown)."""
+        if token_id in self._stop_ids:
+            shown, self.stopped = self.finish(), True
+            return shown
         self._ids.append(token_id)
         first = max(0, self._decoded - CONTEXT_TOKENS)
         before = self._tokenizer.decode(self._ids[first : self._decoded], skip_special_tokens=True)
@@ -50,6 +54,14 @@ class TextStream:
         cut = len(self._pending) - held
         shown, self._pending = self._pending[:cut], self._pending[cut:]
         return shown
+
+
+def control_ids(tokenizer: Any, texts: tuple[str, ...]) -> set[int]:
+    """Of those texts that are control tokens: an answer's text never shows these."""
+    if not texts:
+        return set()
+    known = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return {known[text] for text in texts if text in known}
 
 
 def overlap(text: str, stop: str) -> int:

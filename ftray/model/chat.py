@@ -1,7 +1,8 @@
 """One chat renderer for training and serving, so that the prompts of both are the same token ids.
 
 The text is cut where an assistant turn starts and where it ends, and each piece is tokenised alone. A served
-prompt ends exactly at such a cut, so its ids are a prefix of the training ids by construction.
+prompt ends exactly at such a cut, so its ids are a prefix of the training ids by construction. Control tokens in the
+messages' own texts are text (`control_tokens.py`).
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import jinja2
 import numpy as np
 
 from ftray.errors import DataError
+from ftray.model.control_tokens import ControlTokens
 from ftray.model.tool_prompt import knows_tools, tools_in_text
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -27,9 +29,12 @@ class Rendered:
 
 
 class ChatRenderer:
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, *, remembers: bool = True):
+        """`remembers`: the token ids of short pieces, which recur in the rows of a data set."""
         self.tokenizer = tokenizer
+        self._remembers = remembers
         self.stop_ids = stop_token_ids(tokenizer)
+        self._control = ControlTokens(tokenizer)
         self._pieces: dict[str, list[int]] = {}
 
     def check_template(self) -> None:
@@ -40,6 +45,7 @@ class ChatRenderer:
         """The prompt that asks for the next assistant turn. `tools`: OpenAI's function tools, told as the template
         tells them, or else in text (`tool_prompt.py`)."""
         self.check_template()
+        messages, tools = self._control.hide_in_messages(messages), self._control.hide(list(tools))
         uses_tools = tools or any(message.get("tool_calls") for message in messages)
         if uses_tools and not knows_tools(self.tokenizer.chat_template):
             messages, tools = tools_in_text(messages, tools), ()
@@ -55,7 +61,7 @@ class ChatRenderer:
         """
         ids: list[int] = []
         trained: list[bool] = []
-        for text, turn in self._cut(messages, ask=False):
+        for text, turn in self._cut(self._control.hide_in_messages(messages), ask=False):
             piece = self._encode(text)
             num_trained = self._answer_length(piece) if turn is not None and turn >= train_from else 0
             ids += piece
@@ -103,8 +109,8 @@ class ChatRenderer:
         """Prompt heads and labels recur in every row: remember short pieces."""
         ids = self._pieces.get(text)
         if ids is None:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(text) <= SHORT_PIECE and len(self._pieces) < MAX_PIECES:
+            ids = self._control.encode(text)
+            if self._remembers and len(text) <= SHORT_PIECE and len(self._pieces) < MAX_PIECES:
                 self._pieces[text] = ids
         return ids
 

@@ -80,7 +80,7 @@ class IngressApp:
     def __serve_build_asgi_app__(self) -> Any:
         watchers = [self._traffic, *watchers_of(self._config)]
         services = Services(self._ingress, self._embeddings, self._overview)
-        return make_api(services, self._config.limits, watchers=watchers)
+        return make_api(services, self._config, watchers=watchers)
 
 
 def ray_log_directory() -> Path:

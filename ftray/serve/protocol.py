@@ -16,11 +16,13 @@ class GenerateJob:
     is_chat: bool
     sampling: SamplingParams
     adapter: str | None  # NAME@N
+    cache_salt: str = ""  # who may find what its prompts have left in the cache
     tenant: str = ""  # replicas share their time fairly among tenants and adapters
     user: str = ""  # the name that a caller who is no tenant gives
     priority: float = 1.0  # the tenant's share
     tools: tuple[dict[str, Any], ...] = ()  # told with chat messages
     echo: bool = False  # each answer begins with its prompt
+    is_prompt_only: bool = False  # and has nothing else
     every_s: float = 0.0  # tokens are told so often, together; 0: each at once
 
     @property
@@ -67,6 +69,7 @@ class TokenLogprob:
     token: str
     logprob: float | None  # None: of a prompt's first token nothing is known
     top: tuple["TokenLogprob", ...] = ()  # the likeliest in its place
+    raw: bytes | None = None  # where the token is no whole characters
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Failed:
 
     message: str
     status: int  # HTTP's
+    code: str | None = None  # OpenAI's, and the parameter that is wrong
+    param: str | None = None
     adapter_failed: bool = False  # the version is damaged
     replica_died: bool = False  # another may answer
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ftray.config import parse_config
 from ftray.errors import UserError
 from ftray.infer.torch_engine.pooling import embedding_of
+from ftray.model.chat import ChatRenderer
 from ftray.registry import Registry
 from ftray.serve.http.context import RequestContext
 from ftray.serve.http.embeddings import EmbeddingRequest, Embeddings
@@ -127,10 +128,12 @@ def test_a_chat_model_and_unknown_kinds_are_refused(base, tiny_model):
 def test_texts_too_long_are_refused_and_ids_are_told(replica, base):
     found = asyncio.run(replica.answer(EmbedJob(["word " * 500], None)))
     assert found.status == 400
-    assert "exceeds this endpoint's context" in found.message
+    assert (found.code, found.param) == ("context_length_exceeded", "input")
     reported = asyncio.run(replica.answer(TokenizeJob("hello", with_strings=True)))
     assert reported.ids == replica.engine.tokenizer("hello")["input_ids"]
     assert "".join(reported.strings) == "hello"
     assert asyncio.run(replica.answer(TokenizeJob(ids=reported.ids))) == PlainText("hello")
     chat = [{"role": "user", "content": "hello"}]
-    assert asyncio.run(replica.answer(TokenizeJob(messages=chat))).ids == replica.renderer.prompt_ids(chat)
+    assert asyncio.run(replica.answer(TokenizeJob(messages=chat))).ids == ChatRenderer(
+        replica.engine.tokenizer
+    ).prompt_ids(chat)

@@ -202,7 +202,8 @@ def parts() -> list[tuple[str, psutil.Process]]:
 def ledger_rows(database: Path) -> dict[str, tuple]:
     columns = "request_id, tenant, model, prompt_tokens, completion_tokens, outcome"
     with sqlite3.connect(database) as connection:
-        return {row[0]: row[1:] for row in connection.execute(f"SELECT {columns} FROM usage")}
+        rows = connection.execute(f"SELECT {columns} FROM usage")
+        return {row[0].rpartition(".")[0]: row[1:] for row in rows}
 
 
 def compare(soak: Soak, rows: dict[str, tuple]) -> dict[str, int]:

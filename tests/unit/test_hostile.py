@@ -71,9 +71,16 @@ def test_what_fails_inside_is_a_500_in_openais_shape_and_in_the_log(client, back
 
 
 def test_unknown_paths_and_methods_have_openais_shape(client):
-    for response in (client.get("/v1/nothing"), client.get("/v1/chat/completions")):
+    for response, asked in (
+        (client.get("/v1/nothing"), "GET /v1/nothing"),
+        (client.post("/v1/responses", json={}), "POST /v1/responses"),
+        (client.get("/v1/chat/completions"), "GET /v1/chat/completions"),
+    ):
+        error = response.json()["error"]
         assert response.status_code in (404, 405)
-        assert response.json()["error"]["type"] in ("not_found_error", "invalid_request_error")
+        assert error["type"] in ("not_found_error", "invalid_request_error")
+        assert (error["code"], error["param"]) == (None, None)  # a proxy would take it for a model that is gone
+        assert error["message"] == f"there is no {asked} here"
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "0", "soon"])
@@ -134,7 +141,7 @@ def test_no_text_of_a_client_gets_into_the_log(client, backend, log_file):
 
 def test_messages_that_are_not_as_they_should_be_are_named():
     for message, part in (
-        ({"role": "user", "content": ["my secret prompt"]}, "content of type str is not served"),
+        ({"role": "user", "content": ["my secret prompt"]}, "content of type 'str' is not served"),
         ({"role": "assistant", "tool_calls": 5}, "tool_calls must be a list"),
         ({"role": "assistant", "tool_calls": [5]}, "a tool call needs"),
     ):

@@ -1,7 +1,7 @@
 import pytest
 
 from ftray.config.serve import AdaptersConfig, EngineConfig
-from ftray.errors import AdapterError, UserError
+from ftray.errors import AdapterError, RequestError, UserError
 from ftray.infer.engines import generate, load_adapter
 from ftray.infer.protocol import Request, SamplingParams, StructuredOutput
 from ftray.infer.structure import GrammarMatcher
@@ -76,13 +76,22 @@ def engine(tiny_base):
 
 
 def test_requests_that_can_never_run_are_refused(engine):
-    with pytest.raises(UserError, match="prompt of 60 tokens and max_tokens 10 exceed this endpoint's context of 64"):
-        engine.add(Request("a", [5] * 60, SamplingParams(max_tokens=10)))
+    with pytest.raises(RequestError, match=r"maximum context length is 64 tokens .* resulted in 64 tokens") as error:
+        engine.add(Request("a", [5] * 64))
+    assert error.value.code == "context_length_exceeded"
     with pytest.raises(UserError, match="empty"):
         engine.add(Request("a", []))
     with pytest.raises(UserError, match="not loaded"):
         engine.add(Request("a", [5], adapter="ghost@1"))
     assert not engine.has_work
+
+
+def test_max_tokens_is_a_cap_within_the_context(engine):
+    engine.add(Request("a", [5] * 60, SamplingParams(max_tokens=4096, temperature=0, ignore_eos=True)))
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert (len(events), events[-1].finish_reason) == (4, "length")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +119,7 @@ def test_a_value_out_of_its_range_is_refused_and_ends_nobody_elses_answer(engine
     assert not engine.has_work
 
 
-def test_a_grammar_over_its_limits_ends_its_answer_as_an_error(engine, monkeypatch):
+def test_a_grammar_over_its_limits_ends_its_answer_as_no_answer(engine, monkeypatch):
     """And not as one that has stopped, with half of what was asked for."""
     answers = []
     for fails in (False, True):
@@ -125,7 +134,7 @@ def test_a_grammar_over_its_limits_ends_its_answer_as_an_error(engine, monkeypat
         while engine.has_work:
             events += engine.step()
         answers.append([event.finish_reason for event in events])
-    assert answers == [[None, None, None, "stop"], ["error"]]
+    assert answers == [[None, None, None, "stop"], ["structure"]]
 
 
 def test_an_answer_ends_at_its_limit_and_says_so(engine):

@@ -10,6 +10,7 @@ from fake_endpoint import LocalLedger, ask, make_client
 from ftray.errors import ConflictError, FtrayError, NotFoundError, UserError
 from ftray.registry import CanaryLimits, Registry
 from ftray.serve.http.ingress import Ingress
+from ftray.serve.protocol import Failed
 from ftray.serve.routing.canary import CanaryWatch, is_chosen
 from ftray.serve.routing.model_names import ModelNames
 from ftray.serve.tenants.accounts import Accounts, Tenant, Usage
@@ -59,13 +60,15 @@ def closed_client(names, backend, accounts):
 
 
 def answered_by(client, count: int, **more) -> list[str]:
-    return [ask(client, "support", user=f"user-{i}", **more).json()["model"] for i in range(count)]
+    """By the session of each caller."""
+    sessions = ({"X-Session-Id": f"session-{i}"} for i in range(count))
+    return [ask(client, "support", headers=headers, **more).json()["model"] for headers in sessions]
 
 
 # -- canaries ------------------------------------------------------------------------------------------------------
 
 
-def test_a_canary_gets_its_share_and_each_caller_the_same_version(open_client, registry):
+def test_a_canary_gets_its_share_and_each_session_the_same_version(open_client, registry):
     registry.set_canary("support@3", "prod", 30, LIMITS)
     first = answered_by(open_client, 200)
     assert first == answered_by(open_client, 200)
@@ -81,11 +84,33 @@ def test_a_canary_gets_its_share_and_each_caller_the_same_version(open_client, r
 def test_a_canary_that_cannot_be_loaded_harms_nobody_and_is_taken_back(open_client, registry, backend):
     registry.set_canary("support@3", "prod", 50, LIMITS)
     backend.broken = {"support@3"}
-    assert set(answered_by(open_client, 60)) == {"support@2"}  # every request is answered all the same
+    answered = {ask(open_client, "support").json()["model"] for _ in range(60)}
+    assert answered == {"support@2"}  # every request is answered all the same
     assert [job.adapter for job in backend.jobs].count("support@3") == 10  # then it was taken back
     ended = registry.history("support")[-1]
     assert (ended["type"], ended["percent"]) == ("canary", 0)
     assert "100% of 10 answers failed, against 0%" in ended["reason"]
+
+
+def test_no_caller_chooses_on_which_side_of_a_canary_it_counts(open_client, registry, backend):
+    registry.set_canary("support@3", "prod", 50, LIMITS)
+    side = {name: ask(open_client, "support", headers={"X-Session-Id": name}).json()["model"] for name in "abcdefgh"}
+    canarys = next(name for name, model in side.items() if model == "support@3")
+    backend.broken = {"support@3"}
+    for _ in range(40):  # a caller who has found out
+        ask(open_client, "support", headers={"X-Session-Id": canarys})
+    assert "prod" in registry.canaries("support")
+    by_user = {ask(open_client, "support", user="a").json()["model"] for _ in range(40)}
+    assert by_user == {"support@2"}
+    assert registry.canaries("support") == {}  # those count: chance sent them
+
+
+def test_what_a_request_causes_ends_no_canary(open_client, registry, backend):
+    registry.set_canary("support@3", "prod", 50, LIMITS)
+    backend.error = Failed("response_format: beyond the parser's limits", 400)
+    for _ in range(60):
+        assert ask(open_client, "support").status_code == 400
+    assert "prod" in registry.canaries("support")
 
 
 def test_streams_of_a_broken_canary_go_to_the_stable_version(open_client, registry, backend):
@@ -131,7 +156,7 @@ def test_two_ingresses_take_a_canary_back_once(registry):
 def test_without_a_caller_the_choice_is_by_chance(registry):
     registry.set_canary("support@3", "prod", 50, LIMITS)
     canary = registry.canaries("support")["prod"]
-    chosen = [is_chosen(canary, alias="support@prod", key=None) for _ in range(400)]
+    chosen = [is_chosen(canary, alias="support@prod", session=None) for _ in range(400)]
     assert 140 < sum(chosen) < 260
 
 

@@ -43,6 +43,7 @@ TOP = {"api", "cli", "quickstart", "__main__", "__init__"}  # may import everyth
 # Where a package that a room must not import is at home.
 AT_HOME = {
     "infer/vllm_engine/engine.py": {"vllm"},
+    "infer/vllm_engine/sampling.py": {"vllm"},
     "train/engine/deepspeed.py": {"deepspeed"},
     "train/engine/zero.py": {"deepspeed"},
     "train/launch.py": {"ray"},

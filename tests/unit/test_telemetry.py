@@ -109,7 +109,8 @@ def test_the_access_log_has_a_line_for_every_request_and_no_secret(client, log_f
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["status"] for line in lines] == [200, 429, 413]
     first, refused, _ = lines
-    assert first["request_id"] == answered.headers["x-ftray-request-id"]
+    assert first["request_id"] == answered.headers["x-request-id"]
+    assert answered.text.count(f'"chatcmpl-{first["request_id"]}"') > 1  # one id in all
     assert (first["model"], first["tenant"], first["asked_model"]) == ("support@2", "acme", "support")
     assert (first["prompt_tokens"], first["completion_tokens"], first["outcome"]) == (3, 2, "whole")
     assert "error" not in refused  # such messages quote what the client sent

@@ -8,8 +8,8 @@ from fake_endpoint import ask, make_client
 from ftray.errors import DataError
 from ftray.infer.protocol import StructuredOutput
 from ftray.serve.http.ingress import Ingress
+from ftray.serve.openai.calls import Call, CallFinder
 from ftray.serve.openai.messages import renderable
-from ftray.serve.openai.tools import Call, CallFinder
 from ftray.serve.routing.model_names import ModelNames
 from ftray.serve.tenants.auth import Authenticator
 
@@ -36,7 +36,7 @@ def found(text: str, size: int) -> list:
     finder = CallFinder(["weather", "time"])
     parts = [part for start in range(0, len(text), size) for part in finder.push(text[start : start + size])]
     joined: list = []
-    for part in [*parts, *finder.finish()]:
+    for part in [*parts, *finder.finish(is_cut=False)]:
         if isinstance(part, str) and joined and isinstance(joined[-1], str):
             joined[-1] += part
         else:
@@ -178,7 +178,7 @@ def test_without_tools_the_prompt_is_the_one_of_training(renderer):
     ("message", "problem"),
     [
         ({"role": "user", "content": [{"type": "image_url"}]}, "'image_url' is not served"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "x", "arguments": "{"}}]}, "a tool call needs"),
+        ({"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}, "a tool call needs"),
     ],
 )
 def test_messages_that_cannot_be_rendered_are_refused(message, problem):

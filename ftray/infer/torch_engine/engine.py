@@ -83,6 +83,8 @@ class TorchEngine:
         max_tokens = check_request(
             request, context_tokens=self.config.context_tokens, vocab_size=self.vocab_size, loaded=self._bank
         )
+        if request.id in self._sequences:
+            raise FtrayError(f"{request.id}: a request of that id is in this engine")
         structure = request.sampling.structure
         matcher = self._grammars.matcher(structure) if structure is not None else None
         first, *others = [self._sequence(request, index, max_tokens, matcher) for index in range(request.sampling.n)]
@@ -99,7 +101,7 @@ class TorchEngine:
             text=TextStream(self.tokenizer, request.sampling.stop),
             sampler=TokenSampler(request.sampling, index=index, matcher=matcher.copy() if matcher else None),
             max_tokens=max_tokens,
-            salt=self._salts[request.adapter],
+            salt=self._salts[request.adapter] + b"\0" + request.cache_salt.encode(),
             tokens=list(request.prompt_ids),
         )
 
@@ -196,7 +198,7 @@ class TorchEngine:
         reason: FinishReason | None = None
         text = ""
         if sequence.sampler.has_failed:
-            reason = "error"
+            reason = "structure"
         elif token in self.stop_ids and not sequence.request.sampling.ignore_eos:
             reason = "stop"
         else:

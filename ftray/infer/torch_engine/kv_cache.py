@@ -1,8 +1,8 @@
 """Keys and values of all sequences in pages of one pool (vLLM's scheme, Kwon et al. 2023, arXiv 2309.06180).
 
-A full page is known by a name: a digest of its tokens, of all tokens before them, and of the adapter version that
-computed them. Sequences with the same beginning share its pages; a page that nobody uses keeps its content until
-another needs the room, least recently used first.
+A full page is known by a name: a digest of its tokens, of all tokens before them, of the adapter version that computed
+them, and of the request's `cache_salt`: what one tenant asked another cannot find. Sequences with the same beginning
+share its pages; a page that nobody uses keeps its content until another needs the room, least recently used first.
 
 Shapes: P pages, K key/value heads, D head dimension.
 """
@@ -116,5 +116,5 @@ def pages_for(num_tokens: int) -> int:
 
 
 def page_name(parent: bytes, tokens: Iterable[int]) -> bytes:
-    """`parent` is the name of the page before, or for the first page the salt of the adapter version."""
+    """`parent` is the name of the page before, or for the first page the sequence's salt."""
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ftray.infer.protocol import SamplingParams, TokenLogprobs
+from ftray.infer.seeds import derived_seed
 
 # Dividing logits by less would overflow float32; the distribution is a single token long before.
 GREEDY_BELOW = 1e-5
@@ -36,7 +37,7 @@ def make_generator(sampling: SamplingParams, *, index: int = 0) -> torch.Generat
     if sampling.seed is None:
         generator.seed()
     else:
-        generator.manual_seed((sampling.seed + index) % 2**63)
+        generator.manual_seed(derived_seed(sampling.seed, index))
     return generator
 
 

@@ -17,7 +17,7 @@ class Sequence:
     text: TextStream
     sampler: TokenSampler
     max_tokens: int
-    salt: bytes  # of the adapter version
+    salt: bytes  # of the adapter version, and of who may share its pages
     tokens: list[int]
     num_cached: int = 0  # tokens whose keys and values are in the cache
     num_charged: int = 0  # tokens up to which its flow has paid, or found them

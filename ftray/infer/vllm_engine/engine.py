@@ -29,9 +29,10 @@ from ftray.infer.checks import check_request, check_unused
 from ftray.infer.fair_queue import FairQueue, FlowKey
 from ftray.infer.protocol import EngineStats, Request, StructuredOutput, TokenEvent
 from ftray.infer.structure import Grammars
-from ftray.infer.torch_engine.sampler import GREEDY_BELOW
+from ftray.infer.text import control_ids
 from ftray.infer.vllm_engine.arguments import WORKER_GPUS, linear_shapes, slot_bytes, slots_within, vllm_arguments
 from ftray.infer.vllm_engine.outputs import Answering, token_events
+from ftray.infer.vllm_engine.sampling import sampling_params
 from ftray.model.adapters.weights import check_rank, check_shapes, read_adapter
 from ftray.model.base import BaseModel, check_length, generation_stop_ids, load_tokenizer, text_config
 from ftray.model.chat import stop_token_ids
@@ -92,40 +93,12 @@ class VllmEngine:
         if request.sampling.structure is not None:
             self._grammars.matcher(request.sampling.structure)  # refused here rather than in the other process
         lora = self._loaded[request.adapter][0] if request.adapter is not None else None
-        answering = Answering(request, self._params(request, max_tokens), lora)
+        own_stops = control_ids(self.tokenizer, request.sampling.stop)
+        stop_ids = own_stops if request.sampling.ignore_eos else own_stops | self.stop_ids
+        answering = Answering(request, sampling_params(request.sampling, max_tokens, stop_ids), lora)
         self._answering[request.id] = answering
         self._waiting.push(answering.request.flow, answering, weight=answering.request.priority)
         self._start_waiting()
-
-    def _params(self, request: Request, max_tokens: int) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-
-        s = request.sampling
-        n_greedy = s.n > 1 and s.temperature < GREEDY_BELOW  # which vLLM refuses; the likeliest of one is the same
-        structure = None
-        if s.structure is not None:
-            field_of = {"json_schema": "json", "regex": "regex"}
-            structure = StructuredOutputsParams(**{field_of[s.structure.kind]: s.structure.text})
-        return SamplingParams(
-            n=s.n,
-            temperature=1.0 if n_greedy else s.temperature,
-            top_p=1.0 if n_greedy else s.top_p,
-            top_k=1 if n_greedy else s.top_k,
-            min_p=s.min_p,
-            frequency_penalty=s.frequency_penalty,
-            presence_penalty=s.presence_penalty,
-            repetition_penalty=s.repetition_penalty,
-            logit_bias=dict(s.logit_bias) or None,
-            seed=None if s.seed is None else s.seed % 2**63,
-            max_tokens=max_tokens,
-            stop=list(s.stop),
-            stop_token_ids=[] if s.ignore_eos else sorted(self.stop_ids),
-            ignore_eos=s.ignore_eos,
-            logprobs=s.logprobs,
-            structured_outputs=structure,
-            output_kind=RequestOutputKind.DELTA,
-        )
 
     def cancel(self, request_id: str) -> None:
         answering = self._answering.pop(request_id, None)
@@ -188,7 +161,9 @@ class VllmEngine:
 
     async def _follow(self, answering: Answering) -> None:
         request = answering.request
-        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_ids)}
+        if request.cache_salt:
+            prompt["cache_salt"] = request.cache_salt
         try:
             async for output in self._llm.generate(prompt, answering.params, request.id, lora_request=answering.lora):
                 self._outputs.put((request.id, output))

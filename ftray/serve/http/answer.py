@@ -1,6 +1,7 @@
 """What one request has come to so far: what the client, the ledger, a canary's watch and the metrics are told."""
 
 import asyncio
+import secrets
 import time
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ class Answer:
     model: ServedModel
     request_id: str
     began: float = field(default_factory=time.perf_counter)
+    nonce: str = field(default_factory=lambda: secrets.token_hex(4))  # a caller may give two requests one id
     prompt_tokens: int = 0
     cached: dict[int, int] = field(default_factory=dict)  # prompt tokens found, by each prompt's first answer
     completion_tokens: int = 0
@@ -62,7 +64,7 @@ class Answer:
 
     def usage(self) -> Usage:
         return Usage(
-            request_id=self.request_id,
+            request_id=f"{self.request_id}.{self.nonce}",
             tenant=self.caller.tenant.name,
             model=self.model.id,
             prompt_tokens=self.prompt_tokens,

@@ -4,6 +4,7 @@ however it ended: answered, refused, or left by its client."""
 import asyncio
 import contextvars
 import logging
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -44,6 +45,11 @@ class RequestContext:
 Watcher = Callable[[RequestContext], None]
 
 
+def given_id(headers: Headers) -> str:
+    """A caller's id for its request, or that of a proxy before us, as far as it can stand in a log."""
+    return re.sub(r"[^A-Za-z0-9._:-]", "", headers.get("x-request-id") or "")[:48]
+
+
 _detached: set["asyncio.Task[None]"] = set()  # an event loop alone would forget them
 
 
@@ -68,7 +74,10 @@ class Watched:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
+            del headers["authorization"]  # a proxy before us may have looked at the other one
         context = RequestContext(scope["method"], scope["path"], headers)
+        context.request_id = given_id(headers) or context.request_id
         scope.setdefault("state", {})["context"] = context
 
         begun = False
@@ -78,10 +87,11 @@ class Watched:
             if message["type"] == "http.response.start":
                 begun = True
                 context.status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", []),
-                    (b"x-ftray-request-id", context.request_id.encode()),
-                ]
+                if (
+                    "x-request-id" not in headers
+                ):  # else Ray Serve's proxy, which gave it or passed it on, answers with it
+                    own = (b"x-request-id", context.request_id.encode())
+                    message["headers"] = [*message.get("headers", []), own]
             await send(message)
 
         try:

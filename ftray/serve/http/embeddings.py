@@ -12,7 +12,9 @@ from pydantic import Field
 from ftray.serve.http.answer import Answer
 from ftray.serve.http.context import RequestContext, detached
 from ftray.serve.http.ingress import DEADLINE_PASSED, deadline_of, resolved
-from ftray.serve.openai.schemas import MAX_PROMPTS, Body, Inputs, as_list
+from ftray.serve.http.refusals import Refused
+from ftray.serve.openai.body import RequestBody
+from ftray.serve.openai.schemas import MAX_PROMPTS, Inputs, UserName, as_list
 from ftray.serve.openai.tools import Tool, as_given
 from ftray.serve.protocol import (
     EmbedJob,
@@ -32,17 +34,17 @@ from ftray.serve.tenants.auth import Authenticator
 T = TypeVar("T")
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(RequestBody):
     """OpenAI's."""
 
     model: str
     input: Inputs
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1)  # the first so many, normalised again (Matryoshka)
-    user: str | None = None
+    user: UserName | None = None
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(RequestBody):
     """vLLM's."""
 
     model: str | None = None  # all share one tokenizer
@@ -53,7 +55,7 @@ class TokenizeRequest(Body):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     model: str | None = None
     tokens: list[int]
 
@@ -74,8 +76,8 @@ class Embeddings:
     async def embed(self, request: EmbeddingRequest, context: RequestContext) -> dict[str, Any]:
         context.asked_model = request.model
         texts = checked(as_list(request.input))
-        caller = await self._auth.admit(context, user=request.user)
-        model = await resolved(self._names, request.model, key=caller.key, may_use=caller.tenant.may_use)
+        caller = await self._auth.admit(context)
+        model = await resolved(self._names, request.model, session=caller.session, may_use=caller.tenant.may_use)
         answer = context.answer = Answer(caller, model, context.request_id, context.began)
         job = EmbedJob(texts, model.adapter, request.dimensions, caller.tenant.name, request.user or "")
         found = await self._embedded(answer, job, deadline_of(context.headers, self._timeout_s))
@@ -113,7 +115,7 @@ class Embeddings:
     async def tokenize(self, request: TokenizeRequest, context: RequestContext) -> dict[str, Any]:
         if (request.prompt is None) == (request.messages is None):
             raise HTTPException(400, "prompt or messages: give one of them")
-        await self._auth.admit(context, user=None)
+        await self._auth.admit(context)
         job = TokenizeJob(
             request.prompt,
             request.messages,
@@ -134,14 +136,14 @@ class Embeddings:
         return vars(expect(TokenizerInfo, await self._replica.ask(TokenizerInfoJob())))
 
     async def detokenize(self, request: DetokenizeRequest, context: RequestContext) -> dict[str, Any]:
-        await self._auth.admit(context, user=None)
+        await self._auth.admit(context)
         return {"prompt": expect(PlainText, await self._replica.ask(TokenizeJob(ids=request.tokens))).text}
 
 
 def expect(kind: type[T], found: QuickAnswer) -> T:
     """Raises HTTP's error of one that failed."""
     if isinstance(found, Failed):
-        raise HTTPException(found.status, found.message)
+        raise Refused(found.status, found.message, param=found.param, code=found.code)
     assert isinstance(found, kind)
     return found
 

@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 from ftray.errors import FtrayError, NotFoundError
 from ftray.serve.http.answer import Answer
 from ftray.serve.http.context import RequestContext, detached
+from ftray.serve.http.refusals import Refused
 from ftray.serve.openai.responses import ChatResponses, CompletionResponses, Responses, server_event
 from ftray.serve.openai.schemas import ApiRequest, ChatRequest, CompletionRequest, error_body
 from ftray.serve.openai.tools import as_given
@@ -25,6 +26,8 @@ MAX_TRIES = 3
 DEADLINE_PASSED = "the request's deadline has passed"
 # How often a replica tells of an answer that nobody watches: enough to know what was computed if it is cut short.
 UNSEEN_EVERY_S = 0.5
+# A proxy in between neither keeps a stream nor holds its tokens back (the latter is nginx's).
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Backend(Protocol):
@@ -50,7 +53,11 @@ class Ingress:
 
     async def chat(self, request: ChatRequest, context: RequestContext) -> Any:
         tools = request.usable_tools
-        responses = ChatResponses([tool.function.name for tool in tools])
+        responses = ChatResponses(
+            [tool.function.name for tool in tools],
+            is_forced=request.must_call is not None,
+            max_calls=1 if request.parallel_tool_calls is False else None,
+        )
         return await self._answer(request, [request.messages], responses, context, tools=as_given(tools))
 
     async def completion(self, request: CompletionRequest, context: RequestContext) -> Any:
@@ -59,6 +66,11 @@ class Ingress:
     async def models(self, context: RequestContext) -> dict:
         tenant = await self.auth.tenant(context)
         return await asyncio.to_thread(self.names.listing, tenant.may_use)
+
+    async def model(self, name: str, context: RequestContext) -> dict:
+        tenant = await self.auth.tenant(context)
+        await resolved(self.names, name, may_use=tenant.may_use)
+        return self.names.entry(name)
 
     async def warm(self, adapter: str, context: RequestContext) -> dict:
         await self.auth.require_admin(context)
@@ -85,19 +97,21 @@ class Ingress:
     ) -> Any:
         context.asked_model, context.is_stream = request.model, bool(request.stream)
         deadline = deadline_of(context.headers, self.timeout_s)
-        caller = await self.auth.admit(context, user=request.user)
+        caller = await self.auth.admit(context)
         tenant = caller.tenant
-        model = await resolved(self.names, request.model, key=caller.key, may_use=tenant.may_use)
+        model = await resolved(self.names, request.model, session=caller.session, may_use=tenant.may_use)
         job = GenerateJob(
             prompts,
             is_chat=isinstance(responses, ChatResponses),
             sampling=request.sampling(),
             adapter=model.adapter,
+            cache_salt=request.cache_salt or "",
             tenant=tenant.name,
             user=request.user or "",
             priority=tenant.priority,
             tools=tools,
             echo=request.wants_echo,
+            is_prompt_only=not request.wants_answer,
             every_s=0.0 if request.stream else UNSEEN_EVERY_S,
         )
         answer = context.answer = Answer(caller, model, context.request_id, context.began)
@@ -107,7 +121,7 @@ class Ingress:
             context.on_end = lambda: self._end_stream(events, answer)
             answer.start(self._started(first, answer))
             chunks = self._chunks(events, answer, responses, deadline, include_usage=request.include_usage)
-            return StreamingResponse(chunks, media_type="text/event-stream")
+            return StreamingResponse(chunks, media_type="text/event-stream", headers=STREAM_HEADERS)
         choices = await self._whole(answer, job, deadline)
         await self._settle(answer)
         return head(answer, responses) | {
@@ -164,7 +178,7 @@ class Ingress:
         async for event in until(events, deadline):
             if isinstance(event, Failed):
                 answer.fail(event)
-                yield server_event(error_body(event.message, status=event.status))
+                yield server_event(error_body(event.message, event.status, param=event.param, code=event.code))
                 return
             assert isinstance(event, Tokens)
             answer.take(event)
@@ -202,16 +216,16 @@ class Ingress:
         """Raises HTTP's error of one that failed."""
         if isinstance(event, Failed):
             answer.fail(event)
-            raise HTTPException(event.status, event.message)
+            raise Refused(event.status, event.message, param=event.param, code=event.code)
         assert isinstance(event, Started)
         return event
 
 
 async def resolved(
-    names: ModelNames, name: str, *, key: str | None = None, may_use: MayUse = everything
+    names: ModelNames, name: str, *, session: str | None = None, may_use: MayUse = everything
 ) -> ServedModel:
     with registry_errors():
-        return await asyncio.to_thread(names.resolve, name, key=key, may_use=may_use)
+        return await asyncio.to_thread(names.resolve, name, session=session, may_use=may_use)
 
 
 @contextlib.contextmanager
@@ -220,7 +234,7 @@ def registry_errors() -> Iterator[None]:
     try:
         yield
     except NotFoundError as error:
-        raise HTTPException(404, str(error)) from None
+        raise Refused(404, str(error), param="model", code="model_not_found") from None
     except FtrayError as error:  # the registry's store does not answer, say
         raise HTTPException(503, str(error)) from None
 

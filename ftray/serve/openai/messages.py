@@ -1,4 +1,7 @@
-"""Chat messages as OpenAI's API has them, to what the renderer takes: text content, calls with their arguments."""
+"""Chat messages as OpenAI's API has them, to what the renderer takes: text content, calls with their arguments.
+
+Histories hold what models wrote, so a call whose arguments are no JSON is passed on as it was written.
+"""
 
 import json
 from collections.abc import Sequence
@@ -7,6 +10,14 @@ from typing import Any
 from ftray.errors import DataError
 
 Message = dict[str, Any]
+ROLES = {"developer": "system", "function": "tool"}  # a newer and an older word
+# Of a part, by its type: where its text is.
+TEXTS = {
+    "text": "text",
+    "refusal": "refusal",
+    "input_text": "text",
+    "output_text": "text",
+}
 
 
 def renderable(messages: Sequence[Message]) -> list[Message]:
@@ -18,12 +29,14 @@ def renderable_message(index: int, message: Message) -> Message:
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         raise DataError(f"message {index}: tool_calls must be a list")
+    if message.get("function_call"):  # before there were tools
+        calls = [*calls, {"function": message["function_call"]}]
     content = message.get("content")
     if isinstance(content, list):
         content = joined_text(index, content)
-    if content is None and calls:
-        content = ""
-    role = "system" if message.get("role") == "developer" else message.get("role")  # OpenAI's newer word for it
+    role = ROLES.get(message.get("role") or "", message.get("role"))
+    if content is None and role == "assistant":  # calls alone, a refusal, or an answer that had no token
+        content = message.get("refusal") or ""
     plain = {key: value for key, value in message.items() if key in ("name", "tool_call_id") and value is not None}
     if role is not None:
         plain["role"] = role
@@ -35,21 +48,28 @@ def renderable_message(index: int, message: Message) -> Message:
 def joined_text(index: int, parts: Sequence[Any]) -> str:
     texts = []
     for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = repr(part.get("type"))[:40] if isinstance(part, dict) else type(part).__name__
-            raise DataError(f"message {index}: content of type {kind} is not served here; only text")
-        texts.append(part["text"])
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        text = part.get(TEXTS.get(str(kind), "")) if isinstance(part, dict) else None
+        if not isinstance(text, str):
+            raise DataError(f"message {index}: content of type {repr(kind)[:40]} is not served here; only text")
+        texts.append(text)
     return "".join(texts)
 
 
 def call(index: int, entry: Any) -> dict[str, Any]:
-    """Templates want the arguments as an object; the API has them as text."""
+    function = entry.get("function") if isinstance(entry, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"message {index}: a tool call needs function.name and function.arguments (JSON as text)")
+    named = {"name": function["name"], "arguments": arguments(function.get("arguments"))}
+    return {"id": entry.get("id"), "type": "function", "function": named}
+
+
+def arguments(given: Any) -> Any:
+    """Templates want an object; the API has it as text. What is none, or was cut, stays the text that it is."""
+    if given is None or given == "":
+        return {}
     try:
-        function = entry["function"]
-        arguments = json.loads(function["arguments"])
-        name = function["name"]
-    except (KeyError, TypeError, ValueError):
-        raise DataError(
-            f"message {index}: a tool call needs function.name and function.arguments (JSON as text)"
-        ) from None
-    return {"id": entry.get("id"), "type": "function", "function": {"name": name, "arguments": arguments}}
+        read = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        return given
+    return read if isinstance(read, dict) else given if isinstance(given, str) else json.dumps(given)

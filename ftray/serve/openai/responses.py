@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from ftray.serve.openai.tools import Call, CallFinder, Part
+from ftray.serve.openai.calls import Arguments, Call, CallFinder, CallStart, Finder, ForcedCall, Part
 from ftray.serve.protocol import EchoedPrompt, TokenLogprob, Tokens
 
 
@@ -13,30 +13,36 @@ class ChatResponses:
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tools: Sequence[str] = ()):
-        """`tools`: names of the functions that the model may call."""
+    def __init__(self, tools: Sequence[str] = (), *, is_forced: bool = False, max_calls: int | None = None):
+        """`tools`: names of the functions that the model may call, or (`is_forced`) must. Of its calls `max_calls` are
+        given."""
         self._tools = tools
-        self._finders: dict[int, CallFinder] = {}
+        self._finder: type[CallFinder | ForcedCall] = ForcedCall if is_forced else CallFinder
+        self._max_calls = max_calls
+        self._finders: dict[int, Finder] = {}
         self._num_calls: Counter[int] = Counter()  # of each answer so far
 
     def choice(self, answer: Tokens) -> dict:
         parts = self._parts(answer)
         text = "".join(part for part in parts if isinstance(part, str))
-        calls = [part.body() for part in parts if isinstance(part, Call)]
+        calls = [part.body() for part in whole_calls(parts)]
         message = {"role": "assistant", "content": text if text or not calls else None}
         return self._around(answer, {"message": message | ({"tool_calls": calls} if calls else {})})
 
     def delta(self, answer: Tokens, *, first: bool) -> dict | None:
         """None where there is nothing to show yet."""
+        begun = self._num_calls[answer.index]
         parts = self._parts(answer)
         if not (parts or answer.finish_reason or answer.logprobs or first):
             return None
-        before = self._num_calls[answer.index] - sum(isinstance(part, Call) for part in parts)
         body: dict = {"role": "assistant"} if first else {}
-        calls = [
-            {"index": number, **part.body()}
-            for number, part in enumerate((part for part in parts if isinstance(part, Call)), start=before)
-        ]
+        calls = []
+        for part in parts:
+            if isinstance(part, Call | CallStart):
+                calls.append({"index": begun, **part.body()})
+                begun += 1
+            elif isinstance(part, Arguments):
+                calls.append({"index": begun - 1, "function": {"arguments": part.text}})
         text = "".join(part for part in parts if isinstance(part, str))
         if text or not calls:
             body["content"] = text
@@ -45,9 +51,17 @@ class ChatResponses:
     def _parts(self, answer: Tokens) -> list[Part]:
         if not self._tools:
             return [answer.text] if answer.text else []
-        finder = self._finders.setdefault(answer.index, CallFinder(self._tools))
-        parts = finder.push(answer.text) + (finder.finish() if answer.finish_reason else [])
-        self._num_calls[answer.index] += sum(isinstance(part, Call) for part in parts)
+        finder = self._finders.setdefault(answer.index, self._finder(self._tools))
+        found = finder.push(answer.text)
+        if answer.finish_reason:
+            found = found + finder.finish(is_cut=answer.finish_reason == "length")
+        parts: list[Part] = []
+        for part in found:
+            is_call = isinstance(part, Call | CallStart)
+            if is_call and self._num_calls[answer.index] == self._max_calls:
+                continue
+            self._num_calls[answer.index] += is_call
+            parts.append(part)
         return parts
 
     def _around(self, answer: Tokens, body: dict) -> dict:
@@ -101,13 +115,21 @@ class CompletionResponses:
 
 
 def token_body(entry: TokenLogprob) -> dict:
-    """`bytes` is null for a token that holds only part of a character."""
-    text = entry.token
-    return {
-        "token": text,
-        "logprob": entry.logprob,
-        "bytes": None if "\ufffd" in text else list(text.encode()),
-    }
+    """`bytes`: also of a token that holds only part of a character."""
+    text = entry.token.encode() if entry.raw is None else entry.raw
+    return {"token": entry.token, "logprob": entry.logprob, "bytes": list(text)}
+
+
+def whole_calls(parts: Sequence[Part]) -> list[Call]:
+    calls: list[Call] = []
+    for part in parts:
+        if isinstance(part, CallStart):
+            calls.append(Call(part.name, ""))
+        elif isinstance(part, Arguments):
+            calls[-1] = Call(calls[-1].name, calls[-1].arguments + part.text)
+        elif isinstance(part, Call):
+            calls.append(part)
+    return calls
 
 
 Responses = ChatResponses | CompletionResponses

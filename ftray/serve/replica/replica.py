@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -14,15 +15,14 @@ from typing import Any
 import torch
 
 from ftray.config import ServeConfig
-from ftray.errors import AdapterError, FtrayError, StoreError, UserError
-from ftray.infer.checks import check_token_ids
+from ftray.errors import AdapterError, FtrayError, RequestError, StoreError, UserError
+from ftray.infer.checks import check_token_ids, too_long
 from ftray.infer.engines import make_engine
 from ftray.infer.protocol import PreparedAdapter, Request, StructuredOutput
+from ftray.infer.token_bytes import TokenBytes
 from ftray.model.base import prepare_base
-from ftray.model.chat import ChatRenderer, check_messages
 from ftray.model.hardware import choose_hardware
 from ftray.registry import Registry
-from ftray.serve.openai.messages import renderable
 from ftray.serve.protocol import (
     EmbedJob,
     Event,
@@ -44,6 +44,7 @@ from ftray.serve.replica.admission import Admission
 from ftray.serve.replica.engine_thread import EngineRunner, merged
 from ftray.serve.replica.fair_semaphore import FairSemaphore
 from ftray.serve.replica.prefetch import Prefetcher
+from ftray.serve.replica.prompts import PromptReader
 from ftray.serve.replica.residency import AdapterResidency
 from ftray.serve.replica.token_events import echoed, tokens_of
 from ftray.serve.replica.versions import hosted_directory
@@ -52,6 +53,12 @@ from ftray.serve.telemetry.metrics import UNMETERED, AdapterMetrics, EngineMetri
 log = logging.getLogger("ftray.serve")
 
 ANY_TEXT = StructuredOutput("regex", ".*")
+TOO_COMPLEX = Failed(
+    "response_format: the schema or expression is beyond the parser's limits within this answer; simplify it (fewer "
+    "nested repetitions, branches that differ sooner)",
+    400,
+    param="response_format",
+)
 
 
 class EngineReplica:
@@ -69,7 +76,9 @@ class EngineReplica:
         hardware = choose_hardware(use_gpu=gpus > 0, gpu_share=min(1.0, gpus))
         engine = make_engine(self.base, hardware, config.engine, config.adapters)
         self.engine = engine
-        self.renderer = ChatRenderer(engine.tokenizer)
+        self._prompts = PromptReader(engine, context_tokens=config.engine.context_tokens)
+        self._token_bytes = TokenBytes(engine.tokenizer)
+        self._shared = frozenset(config.tenants.shared_prompts)
         self.runner = EngineRunner(engine, failed=engine_failed)
         self._compiling = FairSemaphore(1)  # one schema at a time: the decoder needs the cores
         self._embedding = FairSemaphore(1)  # one group of texts at a time: others decode in between
@@ -123,7 +132,12 @@ class EngineReplica:
         if job.sampling.structure is not None:
             async with self._compiling.one(owner(job)):
                 await asyncio.to_thread(self.engine.prepare_structured_output, job.sampling.structure, len(job.prompts))
-        return await asyncio.to_thread(lambda: [self._prompt_ids(prompt, job) for prompt in job.prompts])
+        read = self._prompts
+
+        def ids(prompt: Any) -> list[int]:
+            return read.chat(prompt, job.tools) if job.is_chat else read.text(prompt, key="prompt")
+
+        return await asyncio.to_thread(lambda: [ids(prompt) for prompt in job.prompts])
 
     async def answer(self, job: QuickJob) -> QuickAnswer:
         """What needs no queue."""
@@ -148,11 +162,11 @@ class EngineReplica:
             self._admission.give_back(owner(job), len(job.texts))
 
     async def _vectors(self, job: EmbedJob) -> Vectors:
-        texts = await asyncio.to_thread(lambda: [self._text_ids(text, key="input") for text in job.texts])
+        texts = await asyncio.to_thread(lambda: [self._prompts.text(text, key="input") for text in job.texts])
         context = self.config.engine.context_tokens
         longest = max(map(len, texts))
         if longest > context:
-            raise UserError(f"input: a text of {longest} tokens exceeds this endpoint's context of {context} tokens")
+            raise too_long(f"{longest}", context_tokens=context, param="input")
         vectors: list[list[float]] = []
         async with self._pinned(job):
             for group in groups_within(texts, self.config.engine.max_prefill_tokens):
@@ -172,9 +186,9 @@ class EngineReplica:
             check_token_ids(job.ids, key="tokens", vocab_size=self.engine.vocab_size)
             return PlainText(tokenizer.decode(job.ids))
         if job.messages is not None:
-            ids = self._chat_ids(job.messages, job.tools)
+            ids = self._prompts.chat(job.messages, job.tools)
         else:
-            ids = tokenizer(job.text, add_special_tokens=job.with_special)["input_ids"]
+            ids = self._prompts.text(job.text or "", key="prompt", with_special=job.with_special)
         strings = [tokenizer.decode([token]) for token in ids] if job.with_strings else None
         return TokenIds(ids, strings, context_tokens=self.config.engine.context_tokens)
 
@@ -223,26 +237,19 @@ class EngineReplica:
         if not self.runner.is_alive:
             raise RuntimeError(f"the engine has stopped: {self.runner.failure}")
 
-    def _prompt_ids(self, prompt: Any, job: GenerateJob) -> list[int]:
-        if job.is_chat:
-            return self._chat_ids(prompt, job.tools)
-        return self._text_ids(prompt, key="prompt")
-
-    def _chat_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
-        return self.renderer.prompt_ids(check_messages(renderable(messages)), tools)
-
-    def _text_ids(self, text: Any, *, key: str) -> list[int]:
-        if isinstance(text, str):
-            return self.engine.tokenizer(text)["input_ids"]
-        check_token_ids(text, key=key, vocab_size=self.engine.vocab_size)
-        return list(text)
+    def _cache_salt(self, job: GenerateJob) -> str:
+        """Prompts of different salts share nothing in the cache. A tenant's are its own."""
+        name = (job.adapter or "").partition("@")[0] or (self.config.served_name or self.config.base_model)
+        tenant = "" if name in self._shared else job.tenant
+        return json.dumps([tenant, job.cache_salt]) if tenant or job.cache_salt else ""
 
     async def _tokens(self, job: GenerateJob, prompts: list[list[int]], adapter_s: float) -> AsyncGenerator[Event]:
+        salt = self._cache_salt(job)
         requests = [
-            Request(uuid.uuid4().hex, ids, job.sampling, job.adapter, job.tenant, job.user, job.priority)
+            Request(uuid.uuid4().hex, ids, job.sampling, job.adapter, job.tenant, job.user, job.priority, salt)
             for ids in prompts
         ]
-        started, decode = False, self.engine.tokenizer.decode
+        started, decode, raw = False, self.engine.tokenizer.decode, self._token_bytes
         async with contextlib.aclosing(merged([self.runner.generate(request) for request in requests])) as events:
             async for number, event in events:
                 if not started:  # only now: a request that the engine refuses has no beginning
@@ -251,9 +258,14 @@ class EngineReplica:
                 if event.finish_reason == "error":
                     yield Failed("the engine could not finish this answer; try again", 500)
                     return
-                tokens = tokens_of(event, number * job.sampling.n + event.index, decode)
+                if event.finish_reason == "structure":
+                    yield TOO_COMPLEX
+                    return
+                tokens = tokens_of(event, number * job.sampling.n + event.index, decode, raw)
                 if job.echo and event.num_completion_tokens == 1 and event.token_id >= 0:
-                    tokens = replace(tokens, prompt=echoed(prompts[number], event.prompt_logprobs, decode))
+                    tokens = replace(tokens, prompt=echoed(prompts[number], event.prompt_logprobs, decode, raw))
+                if job.is_prompt_only:
+                    tokens = replace(tokens, num_tokens=0, text="", logprobs=(), finish_reason="length")
                 yield tokens
 
     def _pinned(self, job: GenerateJob | EmbedJob) -> contextlib.AbstractAsyncContextManager[None]:
@@ -285,6 +297,8 @@ class EngineReplica:
 def failed(error: FtrayError) -> Failed:
     if isinstance(error, AdapterError):
         return Failed(str(error), 400, adapter_failed=True)
+    if isinstance(error, RequestError):
+        return Failed(str(error), 400, code=error.code, param=error.param)
     return Failed(str(error), 400 if isinstance(error, UserError) else 503)
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 
 from ftray.infer.protocol import TokenEvent, TokenLogprobs
+from ftray.infer.token_bytes import TokenBytes
 from ftray.serve.protocol import EchoedPrompt, TokenLogprob, Tokens
 
 Decode = Callable[[list[int]], str]
 
 
-def tokens_of(event: TokenEvent, index: int, decode: Decode) -> Tokens:
+def tokens_of(event: TokenEvent, index: int, decode: Decode, raw: TokenBytes) -> Tokens:
     """`index`: of the answer among all of the request."""
     return Tokens(
         index=index,
@@ -17,18 +18,21 @@ def tokens_of(event: TokenEvent, index: int, decode: Decode) -> Tokens:
         text=event.text,
         finish_reason=event.finish_reason,
         cached_tokens=event.num_cached_prompt_tokens,
-        logprobs=() if event.logprobs is None else (logprob_of(event.token_id, event.logprobs, decode),),
+        logprobs=() if event.logprobs is None else (logprob_of(event.token_id, event.logprobs, decode, raw),),
     )
 
 
-def logprob_of(token_id: int, logprobs: TokenLogprobs, decode: Decode) -> TokenLogprob:
-    top = tuple(TokenLogprob(decode([token]), logprob) for token, logprob in logprobs.top)
-    return TokenLogprob(decode([token_id]), logprobs.chosen, top)
+def logprob_of(token_id: int, logprobs: TokenLogprobs, decode: Decode, raw: TokenBytes) -> TokenLogprob:
+    def of_one(token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        text = decode([token])
+        return TokenLogprob(text, logprob, top, raw.of(token) if "\ufffd" in text else None)
+
+    return of_one(token_id, logprobs.chosen, tuple(of_one(token, logprob) for token, logprob in logprobs.top))
 
 
-def echoed(ids: list[int], logprobs: Sequence[TokenLogprobs] | None, decode: Decode) -> EchoedPrompt:
+def echoed(ids: list[int], logprobs: Sequence[TokenLogprobs] | None, decode: Decode, raw: TokenBytes) -> EchoedPrompt:
     """A prompt's text, and its tokens if they are asked for."""
     if logprobs is None:
         return EchoedPrompt(decode(ids))
-    others = (logprob_of(token, of, decode) for token, of in zip(ids[1:], logprobs, strict=True))
+    others = (logprob_of(token, of, decode, raw) for token, of in zip(ids[1:], logprobs, strict=True))
     return EchoedPrompt(decode(ids), (TokenLogprob(decode(ids[:1]), None), *others))

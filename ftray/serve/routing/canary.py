@@ -16,12 +16,12 @@ MIN_STABLE = 5
 NOTICED_S = 0.05
 
 
-def is_chosen(canary: Canary, *, alias: str, key: str | None) -> bool:
-    """The same for every request of one key, on every ingress; those chosen at 10% are also chosen at 20%."""
-    if key is None:
-        share = random.random()  # no caller to be faithful to
+def is_chosen(canary: Canary, *, alias: str, session: str | None) -> bool:
+    """The same for every request of one session, on every ingress; those chosen at 10% are also chosen at 20%."""
+    if session is None:
+        share = random.random()
     else:
-        digest = hashlib.blake2b(f"{alias}:{canary.number}:{key}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{alias}:{canary.number}:{session}".encode(), digest_size=8).digest()
         share = int.from_bytes(digest) / 2**64
     return share * 100 < canary.percent
 

@@ -27,6 +27,7 @@ class ServedModel:
     alias: str | None = None  # NAME@ALIAS that was asked for
     canary: Canary | None = None  # that runs for the alias
     is_canary: bool = False
+    is_drawn: bool = True  # the side was chance's, and nobody's choice
     stable: str | None = None  # where the canary's request goes if the canary cannot answer
 
     @property
@@ -42,15 +43,15 @@ class ModelNames:
         self._started = int(time.time())
         self._watches: dict[str, CanaryWatch] = {}  # by alias
 
-    def resolve(self, name: str, *, key: str | None = None, may_use: MayUse = everything) -> ServedModel:
-        """An alias is looked up once, here; from then on the request is bound to one version. `key`: whose request it
-        is, for canaries. What a caller may not use is unknown to it."""
-        model = self._resolve(name, key=key, may_use=may_use)
+    def resolve(self, name: str, *, session: str | None = None, may_use: MayUse = everything) -> ServedModel:
+        """An alias is looked up once, here; from then on the request is bound to one version. `session`: what stays on
+        one side of a canary. What a caller may not use is unknown to it."""
+        model = self._resolve(name, session=session, may_use=may_use)
         if not may_use(model.adapter):
             raise self._unknown(name, "no adapter of that name", may_use)
         return model
 
-    def _resolve(self, name: str, *, key: str | None, may_use: MayUse) -> ServedModel:
+    def _resolve(self, name: str, *, session: str | None, may_use: MayUse) -> ServedModel:
         if name == self.base_model:
             return ServedModel(name, None)
         try:
@@ -65,14 +66,16 @@ class ModelNames:
             return ServedModel(exact, exact)
         alias = f"{wanted.name}@{wanted.alias}"
         canary = self.registry.known.canaries.get((wanted.name, wanted.alias))
-        if canary is not None and is_chosen(canary, alias=alias, key=key):
+        drawn = session is None
+        if canary is not None and is_chosen(canary, alias=alias, session=session):
             tried = f"{wanted.name}@{canary.number}"
-            return ServedModel(tried, tried, alias, canary, is_canary=True, stable=exact)
-        return ServedModel(exact, exact, alias, canary)
+            return ServedModel(tried, tried, alias, canary, is_canary=True, is_drawn=drawn, stable=exact)
+        return ServedModel(exact, exact, alias, canary, is_drawn=drawn)
 
     def note(self, model: ServedModel, *, failed: bool, first_token_s: float | None) -> None:
-        """An answer for an alias with a canary; takes the canary back when it does badly."""
-        if model.canary is None or model.alias is None:
+        """An answer for an alias with a canary; takes the canary back when it does badly. Answers of a session do not
+        count: whoever chooses its name chooses its side, and could burden one of them."""
+        if model.canary is None or model.alias is None or not model.is_drawn:
             return
         watch = self._watches.get(model.alias)
         if watch is None or watch.canary != model.canary:
@@ -122,8 +125,8 @@ class ModelNames:
         return found
 
     def listing(self, may_use: MayUse = everything) -> dict:
-        def entry(name: str) -> dict:
-            parent = {} if name == self.base_model else {"parent": self.base_model}
-            return {"id": name, "object": "model", "created": self._started, "owned_by": "ftray", **parent}
+        return {"object": "list", "data": [self.entry(name) for name in self.names(may_use)]}
 
-        return {"object": "list", "data": [entry(name) for name in self.names(may_use)]}
+    def entry(self, name: str) -> dict:
+        parent = {} if name == self.base_model else {"parent": self.base_model}
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "ftray", **parent}

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,8 +10,9 @@ from typing import Protocol
 from fastapi import HTTPException
 
 from ftray.errors import FtrayError
-from ftray.serve.tenants.accounts import Tenant, Usage
-from ftray.serve.tenants.rate_limits import WANTS_KEY, Refusal
+from ftray.serve.http.refusals import Refused
+from ftray.serve.tenants.accounts import Tenant, Usage, digest
+from ftray.serve.tenants.rate_limits import KEY_MEMORY_S, MAX_KEYS_REMEMBERED, WANTS_KEY, Refusal
 
 ANYBODY = Tenant("")
 
@@ -20,7 +22,7 @@ log = logging.getLogger("ftray.serve")
 @dataclass(frozen=True)
 class Caller:
     tenant: Tenant
-    key: str | None  # to whom a canary stays faithful: a session, or the tenant's own user
+    session: str | None  # a conversation that stays with one side of a canary, as its caller names it
 
 
 class Ledger(Protocol):
@@ -37,13 +39,27 @@ class Authenticator:
     def __init__(self, ledger: Ledger | None):
         """Without a ledger the endpoint is open, and nothing is counted."""
         self.ledger = ledger
+        self._good_until: dict[str, float] = {}  # by the key's digest
 
     @property
     def is_open(self) -> bool:
         return self.ledger is None
 
-    async def admit(self, context: "Asking", *, user: str | None) -> Caller:
-        """Raises 401 or 429. `user`: as the request names it."""
+    async def check_key(self, headers: "Headers") -> None:
+        """Before the body is read. Raises 401."""
+        key = bearer(headers)
+        if self.ledger is None or (key is not None and time.monotonic() < self._good_until.get(digest(key), 0.0)):
+            return
+        with ledger_errors():
+            tenant = await self.ledger.identify(key)
+        if tenant is None or key is None:
+            raise unknown_key()
+        if len(self._good_until) >= MAX_KEYS_REMEMBERED:
+            self._good_until.clear()
+        self._good_until[digest(key)] = time.monotonic() + KEY_MEMORY_S  # `admit` looks again, for the request itself
+
+    async def admit(self, context: "Asking") -> Caller:
+        """Raises 401 or 429."""
         headers = context.headers
         tenant = ANYBODY
         if self.ledger is not None:
@@ -51,14 +67,19 @@ class Authenticator:
                 admitted = await self.ledger.admit(bearer(headers))
             context.tenant = admitted.tenant if isinstance(admitted, Refusal) else admitted.name
             if isinstance(admitted, Refusal):
-                if admitted.status == 429 and admitted.retry_after_s is None:
-                    raise BudgetSpent(admitted.status, admitted.message)
-                retry = {} if admitted.retry_after_s is None else {"Retry-After": str(admitted.retry_after_s)}
-                raise HTTPException(admitted.status, admitted.message, headers=retry or None)
+                if admitted.status == 401:
+                    raise unknown_key()
+                if admitted.retry_after_s is None:  # to ask again does not help
+                    raise Refused(admitted.status, admitted.message, code="insufficient_quota")
+                raise Refused(
+                    admitted.status,
+                    admitted.message,
+                    code="rate_limit_exceeded",
+                    headers={"Retry-After": str(admitted.retry_after_s)},
+                )
             tenant = admitted
-        session = headers.get("x-session-id") or user
-        own = f"{tenant.name}/{session}" if session else tenant.name or None
-        return Caller(tenant, own)
+        session = headers.get("x-session-id")
+        return Caller(tenant, f"{tenant.name}/{session}" if session else None)
 
     async def tenant(self, context: "Asking") -> Tenant:
         """For what costs nothing: listing, looking. Raises 401."""
@@ -67,7 +88,7 @@ class Authenticator:
         with ledger_errors():
             tenant = await self.ledger.identify(bearer(context.headers))
         if tenant is None:
-            raise HTTPException(401, WANTS_KEY)
+            raise unknown_key()
         context.tenant = tenant.name
         return tenant
 
@@ -82,8 +103,8 @@ class Authenticator:
             await self.ledger.record(usage)
 
 
-class BudgetSpent(HTTPException):
-    """To ask again does not help."""
+def unknown_key() -> Refused:
+    return Refused(401, WANTS_KEY, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 @contextlib.contextmanager

@@ -14,6 +14,10 @@ def model_routes(services: Services) -> APIRouter:
     async def models(context: Context) -> Any:
         return await ingress.models(context)
 
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str, context: Context) -> Any:
+        return await ingress.model(name, context)
+
     @router.get("/healthz")
     async def health() -> Any:
         return {"status": "ok"}

@@ -1,0 +1,40 @@
+"""What a request asks, as token ids."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ftray.infer.checks import check_token_ids, too_long
+from ftray.infer.protocol import Engine
+from ftray.model.chat import ChatRenderer, check_messages
+from ftray.serve.openai.messages import renderable
+
+
+class PromptReader:
+    """For any thread: a text of megabytes takes seconds."""
+
+    def __init__(self, engine: Engine, *, context_tokens: int):
+        self._engine = engine
+        self._context_tokens = context_tokens
+        self._longest_token = max(map(len, engine.tokenizer.get_vocab()))
+        # Nothing is remembered: nobody may learn by the time what others have asked.
+        self._renderer = ChatRenderer(engine.tokenizer, remembers=False)
+
+    def chat(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
+        """Raises `UserError`."""
+        plain = check_messages(renderable(messages))
+        self._check_length(sum(len(message["content"]) for message in plain), param="messages")
+        return self._renderer.prompt_ids(plain, tools)
+
+    def text(self, text: str | list[int], *, key: str, with_special: bool = True) -> list[int]:
+        """Raises `UserError`, naming `key`."""
+        if isinstance(text, str):
+            self._check_length(len(text), param=key)
+            return self._engine.tokenizer(text, add_special_tokens=with_special)["input_ids"]
+        check_token_ids(text, key=key, vocab_size=self._engine.vocab_size)
+        return list(text)
+
+    def _check_length(self, num_characters: int, *, param: str) -> None:
+        """Before anything is tokenised: so many characters are more tokens than fit, whichever they are."""
+        least = num_characters // self._longest_token
+        if least > self._context_tokens:
+            raise too_long(f"at least {least}", context_tokens=self._context_tokens, param=param)
