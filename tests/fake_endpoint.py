@@ -81,7 +81,7 @@ class LocalLedger:
         return self.keeper.identify(key)
 
     async def record(self, usage):
-        self.keeper.record(usage)
+        self.keeper.record(usage).result(timeout=10)
 
 
 def make_client(ingress: Ingress, *, watchers=(), routes=ROUTES, settings=None, **limits) -> TestClient:

@@ -51,8 +51,8 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
     from ftray.serve.app import start_endpoint, stop_endpoint
 
     print(f"starting {settings.base_model} on {settings.host}:{settings.port}", flush=True)
-    if settings.tenants.database is None and settings.host not in ("127.0.0.1", "localhost"):
-        print(f"warning: without tenants.database whoever reaches {settings.host} may use it", flush=True)
+    if settings.tenants.database is None and not settings.is_local:
+        print(f"open: true: whoever reaches {settings.host} may ask anything", flush=True)
     stopped, ready = threading.Event(), threading.Event()
 
     def stop(*_: object) -> None:
@@ -98,7 +98,7 @@ def show_plan(settings: ServeConfig) -> None:
     from ftray.registry import Registry
     from ftray.serve.replica.resources import resources_text
     from ftray.serve.routing.model_names import ModelNames
-    from ftray.serve.tenants.accounts import without_password
+    from ftray.serve.tenants.database import without_password
 
     database = settings.tenants.database
     shown = settings.model_dump(mode="json")

@@ -87,7 +87,7 @@ def change(
     given = settings(adapters, requests_per_minute, tokens_per_minute, budget_tokens, priority)
     if not given:
         raise UserError("nothing to change; see `ftray tenants set --help`")
-    print(described(Accounts(database).change(name, given)))
+    print(described(Accounts(database, create=False).change(name, given)))
 
 
 @app.command("list")
@@ -95,7 +95,7 @@ def list_tenants(database: Database = DATABASE) -> None:
     """Every tenant with its limits and keys (their last four characters)."""
     from ftray.serve.tenants.accounts import Accounts
 
-    accounts = Accounts(database)
+    accounts = Accounts(database, create=False)
     if not accounts.tenants():
         print(f"{database} has no tenants; `ftray tenants create NAME` adds one")
     for tenant in accounts.tenants():
@@ -114,7 +114,7 @@ def rotate(
     """Print a new key; the tenant's other keys end after a grace."""
     from ftray.serve.tenants.accounts import Accounts
 
-    key = Accounts(database).rotate(name, grace_s=grace * 3600)
+    key = Accounts(database, create=False).rotate(name, grace_s=grace * 3600)
     print(f"{name}: its other keys end in {grace:g} hours; the new key, which is not shown again:", file=sys.stderr)
     print(key)
 
@@ -128,7 +128,7 @@ def revoke(
     """End a tenant's keys at once."""
     from ftray.serve.tenants.accounts import Accounts
 
-    ended = Accounts(database).revoke(name, hint=key)
+    ended = Accounts(database, create=False).revoke(name, hint=key)
     if not ended:
         raise UserError(f"{name}: no valid key{f' ends in {key}' if key else ''}; `ftray tenants list` shows them")
     print(f"{name}: {ended} key{'s' if ended != 1 else ''} ended")
@@ -144,7 +144,7 @@ def usage(
     """Requests and tokens by tenant and adapter version, as the endpoints have counted them."""
     from ftray.serve.tenants.accounts import Accounts
 
-    rows = Accounts(database).usage(tenant=tenant, since=timestamp(since), until=timestamp(until))
+    rows = Accounts(database, create=False).usage(tenant=tenant, since=timestamp(since), until=timestamp(until))
     columns = (
         "tenant",
         "model",

@@ -1,7 +1,9 @@
 """The Ray Serve application: one ingress deployment over engine replicas. Ray is here and nowhere else in `serve/`."""
 
+import asyncio
 import logging
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,15 @@ from ftray.serve.replica.process_memory import (
     keep_out_of_collections,
 )
 from ftray.serve.replica.resources import replica_resources
-from ftray.serve.routing.handles import RemoteLedger, ReplicaBackend
+from ftray.serve.routing.handles import Receipt, RemoteLedger, ReplicaBackend
 from ftray.serve.routing.model_names import ModelNames
 from ftray.serve.telemetry.access_log import AccessLog
 from ftray.serve.telemetry.metrics import OF_REQUESTS
 from ftray.serve.telemetry.ray_meter import RayMeter
 from ftray.serve.telemetry.request_metrics import RequestMetrics
-from ftray.serve.tenants.accounts import Accounts
+from ftray.serve.tenants.accounts import Accounts, Tenant, Usage
 from ftray.serve.tenants.auth import Authenticator
-from ftray.serve.tenants.rate_limits import RateLimiter
+from ftray.serve.tenants.rate_limits import RateLimiter, Refusal
 
 log = logging.getLogger("ftray.serve")
 
@@ -46,6 +48,7 @@ APP_NAME = "ftray"
 # Above the engine's own queue, so that the engine, which knows its load, is the one that answers 429.
 SPARE_REQUESTS = 64
 STATS_PERIOD_S = 1.0
+AT_ONCE_S = 1.0  # a disk takes a row within it; else an answer goes out before its row
 HEALTH_PERIOD_S = 5.0
 LOOK_BACK_S = 5.0  # the load is the mean of so long
 # By name, imported in the replicas alone: driver, ingress and ledger run without torch.
@@ -53,9 +56,29 @@ REPLICA = "ftray.serve.replica.deployment.ReplicaDeployment"
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
-class LedgerDeployment(RateLimiter):
+class LedgerDeployment:
+    """The rate limiter and the ledger, one for the endpoint. It reads and writes in threads: nobody's key waits for
+    another's usage."""
+
     def __init__(self, database: str):
-        super().__init__(Accounts(database))
+        self._limiter = RateLimiter(Accounts(database))
+        self._instance = uuid.uuid4().hex
+
+    async def admit(self, key: str | None) -> Tenant | Refusal:
+        return await asyncio.to_thread(self._limiter.admit, key)
+
+    async def identify(self, key: str | None) -> Tenant | None:
+        return await asyncio.to_thread(self._limiter.identify, key)
+
+    async def record(self, usages: list[Usage]) -> Receipt:
+        """Waits for the disk as long as it takes them at once."""
+        written = [self._limiter.record(usage) for usage in usages]
+        wait_s = 0.0 if self._limiter.writer.is_failing else AT_ONCE_S
+        _, left = await asyncio.wait([asyncio.wrap_future(row) for row in written], timeout=wait_s)
+        return Receipt(self._instance, is_written=not left)
+
+    def __del__(self) -> None:
+        self._limiter.writer.close()
 
 
 class IngressApp:

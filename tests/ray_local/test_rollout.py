@@ -54,7 +54,7 @@ def config(registry, accounts, tiny_model, serve_port):
         "engine: {max_sequences: 16, context_tokens: 1024, kv_cache_tokens: 16384}\n"
         f"adapters: {{registry: {registry.location}, preload: [support@prod]}}\n"
         "replicas: {min: 2, max: 2, cpus_each: 1}\n"
-        f"tenants: {{database: {accounts.database}}}\n",
+        f"tenants: {{database: {accounts.database.location}}}\n",
         kind="serve",
         source="test",
     )
@@ -291,7 +291,7 @@ def test_the_ledger_equals_what_clients_count(url, accounts):
 
 def test_usage_as_a_table_and_as_csv(accounts, capsys):
     with pytest.raises(SystemExit, match="0"):
-        main(["usage", "--database", accounts.database, "--tenant", "counted", "--csv"])
+        main(["usage", "--database", accounts.database.location, "--tenant", "counted", "--csv"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tenant,model,requests")
     assert len(lines) == 4

@@ -269,7 +269,7 @@ def main() -> int:
             "engine: {max_sequences: 16, context_tokens: 128, kv_cache_tokens: 4096}\n"
             # Room for about ten of the 48 versions and more: they are swapped all the time.
             f"adapters: {{registry: {registry.location}, host_budget: 800KiB, device_budget: 400KiB}}\n"
-            f"replicas: {{min: 2, max: 2}}\ntenants: {{database: {accounts.database}}}\n",
+            f"replicas: {{min: 2, max: 2}}\ntenants: {{database: {accounts.database.location}}}\n",
             kind="serve",
             source="soak",
         )

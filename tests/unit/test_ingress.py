@@ -266,17 +266,17 @@ def test_usage_is_what_was_answered(closed_client, accounts, backend):
 
 def test_a_record_that_comes_twice_counts_once(accounts):
     usage = Usage("r1", "acme", "support@1", 3, 0, 2, "whole", 1.0)
-    accounts.record(usage)
-    accounts.record(usage)
+    accounts.record([usage, usage])
+    accounts.record([usage])
     assert accounts.usage()[0]["requests"] == 1
     assert accounts.spent_tokens("acme") == 5
 
 
 def test_records_of_several_writers_all_count(accounts):
     def write(writer: int) -> None:
-        own = Accounts(accounts.database)
+        own = Accounts(accounts.database.location)
         for number in range(40):
-            own.record(Usage(f"{number // 2}-{writer % 2}", "acme", "support@1", 3, 1, 2, "whole", 1.0))
+            own.record([Usage(f"{number // 2}-{writer % 2}", "acme", "support@1", 3, 1, 2, "whole", 1.0)])
         own.close()
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
@@ -19,6 +21,7 @@ WARM_TIMEOUT_S = 100.0
 FAILED = Failed("the replica failed; see its log", 500)
 NONE_ALIVE = Failed("no replica is alive; try again", 503)
 GONE = (RayActorError, ActorUnavailableError)
+MAX_KEPT = 50_000  # rows of usage
 LEDGER_RETRIES_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 log = logging.getLogger("ftray.serve")
@@ -86,11 +89,19 @@ class ReplicaBackend:
             raise FtrayError(f"a replica does not answer ({type(error).__name__}); try again") from None
 
 
+@dataclass(frozen=True)
+class Receipt:
+    instance: str  # of the ledger's process
+    is_written: bool  # on the disk; else in its memory
+
+
 class RemoteLedger:
     """The rate limiter in its actor. One that restarts is waited for; a record may come twice, it has an id."""
 
     def __init__(self, handle: DeploymentHandle):
         self._handle: Any = handle
+        self._unwritten: deque[Usage] = deque(maxlen=MAX_KEPT)  # given to the ledger, and in its memory alone
+        self._instance: str | None = None  # of the ledger that has them
 
     async def admit(self, key: str | None) -> Tenant | Refusal:
         return await self._call("admit", key)
@@ -99,18 +110,28 @@ class RemoteLedger:
         return await self._call("identify", key)
 
     async def record(self, usage: Usage) -> None:
-        """Also through a database that is away for a while. What cannot be written at all is in the log."""
+        """Also through a ledger that dies with rows in its memory: its successor gets them again, as a row has an id.
+        What no ledger takes is in the log."""
         try:
-            await self._call("record", usage, also=FtrayError)
+            receipt = await self._call("record", [usage])
+            if self._unwritten and receipt.instance != self._instance:
+                lost = list(self._unwritten)
+                log.warning("the ledger died with %d rows that it had not written; they are sent again", len(lost))
+                receipt = await self._call("record", lost)
         except (*GONE, FtrayError) as error:
             log.error("usage that the ledger does not have: %s (%s)", json.dumps(vars(usage)), error)
+            return
+        if receipt.is_written:  # and so is all that came before
+            self._unwritten.clear()
+        else:
+            self._instance = receipt.instance
+            self._unwritten.append(usage)
 
-    async def _call(self, method: str, argument: Any, *, also: type[Exception] = RayActorError) -> Any:
-        """`also`: what else is tried again."""
+    async def _call(self, method: str, argument: Any) -> Any:
         for wait_s in LEDGER_RETRIES_S:
             try:
                 return await getattr(self._handle, method).remote(argument)
-            except (*GONE, also) as error:
+            except GONE as error:
                 log.warning("the ledger does not answer (%s)", type(error).__name__)
                 await asyncio.sleep(wait_s)
         try:

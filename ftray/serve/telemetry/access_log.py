@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -11,7 +12,29 @@ from ftray.serve.http.context import RequestContext
 
 MAX_BYTES, MAX_FILES = 64 * 2**20, 5
 MAX_NAME = 200  # of a path or model that was asked for: a caller chooses it
+log = logging.getLogger("ftray.serve")
 UNLOGGED = ("/healthz", "/ftray/status", "/-/routes")  # asked for all the time
+
+
+class Lines(RotatingFileHandler):
+    """A full disk is said once, not with every request, and once that it is over."""
+
+    _is_failing = False
+    _num_lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        before = self._num_lost
+        super().emit(record)
+        if self._is_failing and self._num_lost == before:
+            self._is_failing = False
+            log.warning("the access log is written again; it lacks %d lines", self._num_lost)
+            self._num_lost = 0
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self._num_lost += 1
+        if not self._is_failing:
+            self._is_failing = True
+            log.error("the access log %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
 
 
 class AccessLog:
@@ -19,7 +42,7 @@ class AccessLog:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=MAX_FILES, encoding="utf-8")
+        self._handler = Lines(path, maxBytes=MAX_BYTES, backupCount=MAX_FILES, encoding="utf-8")
 
     def __call__(self, context: RequestContext) -> None:
         if context.path in UNLOGGED:

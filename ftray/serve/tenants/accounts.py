@@ -7,56 +7,18 @@ ledger under its request id; the same id again changes nothing, so recording may
 import hashlib
 import secrets
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.event import listen
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from ftray.errors import ConflictError, FtrayError, NotFoundError, UserError
+from ftray.errors import ConflictError, NotFoundError, UserError
 from ftray.schema import NAME_PATTERN, NAME_RULE
+from ftray.serve.tenants.database import KEYS, TENANTS, USAGE, Database
 
 KEY_PREFIX = "ftray-"
-
-tables = sql.MetaData()
-TENANTS = sql.Table(
-    "tenants",
-    tables,
-    sql.Column("name", sql.String(128), primary_key=True),
-    sql.Column("adapters", sql.JSON),  # names that it may use; null: all
-    sql.Column("requests_per_minute", sql.Integer),
-    sql.Column("tokens_per_minute", sql.Integer),
-    sql.Column("budget_tokens", sql.BigInteger),  # in all; null: no end
-    sql.Column("priority", sql.Float, nullable=False),
-    sql.Column("is_admin", sql.Boolean, nullable=False),
-    sql.Column("created_at", sql.Float, nullable=False),
-)
-KEYS = sql.Table(
-    "keys",
-    tables,
-    sql.Column("sha256", sql.String(64), primary_key=True),
-    sql.Column("tenant", sql.String(128), sql.ForeignKey("tenants.name"), nullable=False),
-    sql.Column("hint", sql.String(8), nullable=False),  # its last four characters, to tell keys apart
-    sql.Column("created_at", sql.Float, nullable=False),
-    sql.Column("ends_at", sql.Float),  # revoked, or rotated out; null: never
-)
-USAGE = sql.Table(
-    "usage",
-    tables,
-    sql.Column("request_id", sql.String(64), primary_key=True),
-    sql.Column("at", sql.Float, nullable=False, index=True),
-    sql.Column("tenant", sql.String(128), nullable=False, index=True),
-    sql.Column("model", sql.String(256), nullable=False),  # the base, or NAME@N
-    sql.Column("prompt_tokens", sql.Integer, nullable=False),
-    sql.Column("cached_tokens", sql.Integer, nullable=False),
-    sql.Column("completion_tokens", sql.Integer, nullable=False),
-    sql.Column("outcome", sql.String(16), nullable=False),  # whole | cut (the client left, or a replica died)
-)
 
 
 @dataclass(frozen=True)
@@ -91,31 +53,23 @@ class Usage:
 
 
 class Accounts:
-    def __init__(self, database: str):
-        """`database`: a file for SQLite, or a URL such as postgresql://user@host/name."""
-        self.database = database
-        try:
-            self._engine = sql.create_engine(database_url(database), pool_pre_ping=True)
-        except (SQLAlchemyError, ImportError) as error:
-            raise UserError(f"tenants.database: {without_password(database)}: {error}") from None
-        if self._engine.dialect.name == "sqlite":
-            listen(self._engine, "connect", prepare_sqlite)
-        with self._doing("opened"):
-            tables.create_all(self._engine)
+    def __init__(self, database: str, *, create: bool = True):
+        """`database`: a file for SQLite, or a URL such as postgresql://user@host/name. `create`: the file too."""
+        self.database = Database(database, create=create)
 
     # -- tenants and keys ----------------------------------------------------------------------------------------
 
     def create(self, tenant: Tenant) -> str:
         """Returns its first key, which is told only now."""
         check_tenant(tenant)
-        with self._changing() as connection:
+        with self.database.changing() as connection:
             if connection.execute(sql.select(TENANTS.c.name).where(TENANTS.c.name == tenant.name)).first():
                 raise ConflictError(f"{tenant.name}: there is such a tenant; `ftray tenants set` changes it")
             connection.execute(TENANTS.insert().values(row_of(tenant) | {"created_at": time.time()}))
             return add_key(connection, tenant.name)
 
     def change(self, name: str, changes: Mapping[str, Any]) -> Tenant:
-        with self._changing() as connection:
+        with self.database.changing() as connection:
             tenant = read_tenant(connection, name)
             changed = Tenant(**{**vars(tenant), **changes})
             check_tenant(changed)
@@ -124,46 +78,47 @@ class Accounts:
 
     def rotate(self, name: str, *, grace_s: float) -> str:
         """A new key; the old ones end after `grace_s`."""
-        with self._changing() as connection:
+        with self.database.changing() as connection:
             read_tenant(connection, name)
             end_keys(connection, KEYS.c.tenant == name, at=time.time() + grace_s)
             return add_key(connection, name)
 
     def revoke(self, name: str, *, hint: str | None = None) -> int:
         """Ends the tenant's keys, or the one that ends in `hint`, at once. Returns how many."""
-        with self._changing() as connection:
+        with self.database.changing() as connection:
             read_tenant(connection, name)
             chosen = KEYS.c.tenant == name
             return end_keys(connection, chosen & (KEYS.c.hint == hint) if hint else chosen, at=time.time())
 
     def tenants(self) -> list[Tenant]:
-        with self._reading() as connection:
+        with self.database.reading() as connection:
             return [tenant_of(row) for row in connection.execute(TENANTS.select().order_by(TENANTS.c.name))]
 
     def keys(self, name: str) -> list[dict[str, Any]]:
         """Those that are valid: hint, created_at, ends_at."""
         columns = (KEYS.c.hint, KEYS.c.created_at, KEYS.c.ends_at)
         chosen = sql.select(*columns).where((KEYS.c.tenant == name) & is_valid(time.time()))
-        with self._reading() as connection:
+        with self.database.reading() as connection:
             return [dict(row._mapping) for row in connection.execute(chosen.order_by(KEYS.c.created_at))]
 
     def tenant_of_key(self, key: str) -> Tenant | None:
         found = TENANTS.join(KEYS, KEYS.c.tenant == TENANTS.c.name)
         chosen = sql.select(TENANTS).select_from(found).where((KEYS.c.sha256 == digest(key)) & is_valid(time.time()))
-        with self._reading() as connection:
+        with self.database.reading() as connection:
             row = connection.execute(chosen).first()
         return tenant_of(row) if row is not None else None
 
     # -- usage ---------------------------------------------------------------------------------------------------
 
-    def record(self, usage: Usage) -> None:
-        insert = (sqlite if self._engine.dialect.name == "sqlite" else postgresql).insert(USAGE)
-        with self._changing() as connection:
-            connection.execute(insert.values(vars(usage)).on_conflict_do_nothing())
+    def record(self, usages: Sequence[Usage]) -> None:
+        """In one transaction: all or none."""
+        insert = (sqlite if self.database.engine.dialect.name == "sqlite" else postgresql).insert(USAGE)
+        with self.database.changing() as connection:
+            connection.execute(insert.on_conflict_do_nothing(), [vars(usage) for usage in usages])
 
     def spent_tokens(self, tenant: str) -> int:
         total = sql.func.coalesce(sql.func.sum(USAGE.c.prompt_tokens + USAGE.c.completion_tokens), 0)
-        with self._reading() as connection:
+        with self.database.reading() as connection:
             return int(connection.execute(sql.select(total).where(USAGE.c.tenant == tenant)).scalar_one())
 
     def usage(
@@ -187,47 +142,11 @@ class Accounts:
             chosen = chosen.where(USAGE.c.at >= since)
         if until is not None:
             chosen = chosen.where(USAGE.c.at < until)
-        with self._reading() as connection:
+        with self.database.reading() as connection:
             return [dict(row._mapping) for row in connection.execute(chosen)]
 
     def close(self) -> None:
-        self._engine.dispose()
-
-    @contextmanager
-    def _reading(self) -> Iterator[sql.Connection]:
-        with self._doing("read"), self._engine.connect() as connection:
-            yield connection
-
-    @contextmanager
-    def _changing(self) -> Iterator[sql.Connection]:
-        with self._doing("written"), self._engine.begin() as connection:
-            yield connection
-
-    @contextmanager
-    def _doing(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except DBAPIError as error:
-            place = without_password(self.database)
-            raise FtrayError(f"tenants.database: {place} cannot be {what}: {error.orig}") from None
-
-
-def database_url(database: str) -> sql.URL:
-    if "://" not in database:
-        path = Path(database).absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return sql.URL.create("sqlite", database=str(path))
-    url = sql.make_url(database)
-    return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgres", "postgresql") else url
-
-
-def without_password(database: str) -> str:
-    return sql.make_url(database).render_as_string(hide_password=True) if "://" in database else database
-
-
-def prepare_sqlite(connection: Any, _: Any) -> None:
-    for setting in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {setting}")
+        self.database.close()
 
 
 def digest(key: str) -> str:

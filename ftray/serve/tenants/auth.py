@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from fastapi import HTTPException
-
 from ftray.errors import FtrayError
 from ftray.serve.http.refusals import Refused
 from ftray.serve.tenants.accounts import Tenant, Usage, digest
@@ -69,6 +67,8 @@ class Authenticator:
             if isinstance(admitted, Refusal):
                 if admitted.status == 401:
                     raise unknown_key()
+                if admitted.status == 503:
+                    raise unavailable(admitted.message)
                 if admitted.retry_after_s is None:  # to ask again does not help
                     raise Refused(admitted.status, admitted.message, code="insufficient_quota")
                 raise Refused(
@@ -96,7 +96,7 @@ class Authenticator:
         """Raises 401 or 403. An open endpoint trusts whoever reaches it."""
         tenant = await self.tenant(context)
         if self.ledger is not None and not tenant.is_admin:
-            raise HTTPException(403, f"{tenant.name}: only an admin's key may do this (`ftray tenants create --admin`)")
+            raise Refused(403, f"{tenant.name}: only an admin's key may do this (`ftray tenants create --admin`)")
 
     async def record(self, usage: Usage) -> None:
         if self.ledger is not None:
@@ -113,7 +113,11 @@ def ledger_errors() -> Iterator[None]:
         yield
     except FtrayError as error:
         log.error("the ledger cannot be asked: %s", error)
-        raise HTTPException(503, "this endpoint cannot check keys right now; try again") from None
+        raise unavailable("this endpoint cannot check keys right now; try again") from None
+
+
+def unavailable(message: str) -> Refused:
+    return Refused(503, message, code="ledger_unavailable", headers={"Retry-After": "1"})
 
 
 class Headers(Protocol):

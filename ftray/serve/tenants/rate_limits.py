@@ -5,9 +5,11 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from ftray.serve.tenants.accounts import Accounts, Tenant, Usage, digest
+from ftray.serve.tenants.writer import LedgerWriter
 
 KEY_MEMORY_S = 2.0  # how long a key is believed without a look at the database: a revoked one works at most so long
 MAX_KEYS_REMEMBERED = 10_000
@@ -52,19 +54,24 @@ class RateLimiter:
         self._requests: dict[str, Bucket] = {}
         self._tokens: dict[str, Bucket] = {}
         self._spent: dict[str, tuple[float, int]] = {}
-        self._lock = threading.RLock()  # Ray Serve calls from several threads
+        self._lock = threading.Lock()  # several threads call
+        self.writer = LedgerWriter(accounts.record)
 
     def admit(self, key: str | None) -> Tenant | Refusal:
         """A request of whoever holds this key: counted, or refused."""
-        with self._lock:
-            return self._admit(key)
-
-    def _admit(self, key: str | None) -> Tenant | Refusal:
         tenant = self.identify(key)
         if tenant is None:
             return Refusal(401, WANTS_KEY)
+        if self.writer.is_full:
+            message = "this endpoint's ledger cannot be written, and no more usage can wait for it; try again"
+            return Refusal(503, message, retry_after_s=5, tenant=tenant.name)
+        spent = self._spent_by(tenant.name) if tenant.budget_tokens is not None else 0
+        with self._lock:
+            return self._limited(tenant, spent)
+
+    def _limited(self, tenant: Tenant, spent: int) -> Tenant | Refusal:
         now, name = self._clock(), tenant.name
-        if tenant.budget_tokens is not None and self._spent_by(name) >= tenant.budget_tokens:
+        if tenant.budget_tokens is not None and spent >= tenant.budget_tokens:
             return Refusal(429, f"{name}: its budget of {tenant.budget_tokens:,} tokens is spent", tenant=name)
         for what, limit, buckets in (
             ("requests", tenant.requests_per_minute, self._requests),
@@ -86,30 +93,31 @@ class RateLimiter:
     def identify(self, key: str | None) -> Tenant | None:
         if key is None:
             return None
-        with self._lock:
-            return self._identify(key)
-
-    def _identify(self, key: str) -> Tenant | None:
         now, known_by = self._clock(), digest(key)
         remembered = self._keys.get(known_by)
         if remembered is None or now - remembered[0] > KEY_MEMORY_S:
-            if len(self._keys) >= MAX_KEYS_REMEMBERED:
-                self._keys.clear()
-            remembered = self._keys[known_by] = now, self._accounts.tenant_of_key(key)
+            remembered = now, self._accounts.tenant_of_key(key)  # without the lock: nobody waits for another's look
+            with self._lock:
+                if len(self._keys) >= MAX_KEYS_REMEMBERED:
+                    self._keys.clear()
+                self._keys[known_by] = remembered
         return remembered[1]
 
-    def record(self, usage: Usage) -> None:
+    def record(self, usage: Usage) -> Future[None]:
+        """Its result is there once the row is on the disk."""
         with self._lock:
-            self._accounts.record(usage)
             if usage.tenant in self._tokens:
                 self._tokens[usage.tenant].take(usage.total_tokens, self._clock())
             if usage.tenant in self._spent:
                 at, spent = self._spent[usage.tenant]
                 self._spent[usage.tenant] = at, spent + usage.total_tokens
+        return self.writer.put(usage)
 
     def _spent_by(self, name: str) -> int:
         """Read again now and then: other endpoints may write to the same database."""
         now = self._clock()
-        if name not in self._spent or now - self._spent[name][0] > SPENT_MEMORY_S:
-            self._spent[name] = now, self._accounts.spent_tokens(name)
-        return self._spent[name][1]
+        known = self._spent.get(name)
+        if known is None or now - known[0] > SPENT_MEMORY_S:
+            waiting = self.writer.waiting_tokens(name)
+            known = self._spent[name] = now, self._accounts.spent_tokens(name) + waiting
+        return known[1]
