@@ -75,13 +75,13 @@ def ray_session():
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
     import ray
 
-    from ftray.cluster.session import own_address
+    from ftray.cluster.session import on_loopback, own_address
 
     settings = {"metrics_report_interval_ms": 1000}
     how = {"logging_level": logging.ERROR, "log_to_driver": False, "_system_config": settings}
     with warm_python() as python, pytest.MonkeyPatch.context() as patch:
         patch.setattr("ftray.child_process.sys", SimpleNamespace(executable=python, path=sys.path))
-        with own_address(), pytest.MonkeyPatch.context() as starting:  # as `start_ray` does
+        with on_loopback(), own_address(), pytest.MonkeyPatch.context() as starting:  # as `start_ray` does
             starting.setattr(sys, "executable", python)
             ray.init(address="local", num_cpus=4, **how)
         yield ray

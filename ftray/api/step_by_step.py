@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +91,11 @@ def process_group(backend: str) -> Iterator[None]:
         yield
         return
     before = dict(os.environ)
+    alone: dict[str, Any] = {}
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group(backend)
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # nobody else has to find it
+    dist.init_process_group(backend, **alone)
     try:
         yield
     finally:

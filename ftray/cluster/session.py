@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray._private import ray_constants  # no public one
 from ray.job_config import JobConfig
 from ray.util import get_node_ip_address
 
@@ -48,7 +49,7 @@ def start_session(how: dict[str, Any]) -> None:
     settle_temporary_directory()
     for is_last in (False, True):
         try:
-            with own_address():
+            with on_loopback(), own_address():
                 ray.init(address="local", **how)
             return
         except Exception as error:
@@ -72,6 +73,27 @@ def logs_directory() -> str:
 
 
 @contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """All processes of a session that starts in it (its control service, agents, workers, pages of metrics) listen on
+    127.0.0.1. By Ray's own switch, which is on where a machine is never part of a cluster (macOS, Windows)."""
+    before = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment when ray is imported
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        restore(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, before[0])
+
+
+def restore(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+@contextlib.contextmanager
 def own_address() -> Iterator[None]:
     """A session that starts in it has its own address in the environment of all its processes.
 
@@ -87,10 +109,7 @@ def own_address() -> Iterator[None]:
         yield
     finally:
         for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+            restore(name, value)
 
 
 @contextlib.contextmanager

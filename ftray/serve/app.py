@@ -26,6 +26,7 @@ from ftray.serve.http.playground import Overview, RecentTraffic
 from ftray.serve.http.ports import reachable
 from ftray.serve.http.routes.paths import ANSWERING
 from ftray.serve.http.services import Services
+from ftray.serve.node_address import listen_on_node_address
 from ftray.serve.replica.process_memory import (
     give_back_free_memory,
     keep_few_arenas,
@@ -61,6 +62,7 @@ class LedgerDeployment:
     another's usage."""
 
     def __init__(self, database: str):
+        listen_on_node_address()
         self._limiter = RateLimiter(Accounts(database))
         self._instance = uuid.uuid4().hex
 
@@ -85,6 +87,7 @@ class IngressApp:
     """`serve.ingress` makes a deployment of it: Ray Serve asks for the HTTP application once it is made."""
 
     def __init__(self, config: ServeConfig, replicas: DeploymentHandle, ledger: DeploymentHandle | None):
+        listen_on_node_address()
         keep_few_arenas()
         self._config = config
         names = ModelNames(config.served_name or config.base_model, Registry(config.adapters.registry, tolerant=True))

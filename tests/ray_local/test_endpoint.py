@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+from listening import for_others, listening
 from tiny import chat_rows, write_jsonl, write_peft_adapter, write_tiny_model
 
 from ftray.artifacts.publish import publish_adapter
@@ -117,6 +118,14 @@ def test_bad_requests_have_openais_shape(client, url):
         client.chat.completions.create(model="r4", messages=[{"role": "bot", "content": "x"}])
     assert httpx.post(f"{url}/v1/chat/completions", content=b"{").status_code == 400
     assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+
+
+def test_an_endpoint_for_this_machine_listens_for_nobody_else(client):
+    """Its replicas, Ray and the pages of metrics, which tell tenants and models, too."""
+    ask(client, "r4", "hi")
+    found = listening()
+    assert {"raylet", "gcs_server"} <= {process for process, _ in found}
+    assert for_others(found) == set()
 
 
 def test_a_client_that_sends_too_slowly_is_refused_and_holds_nobody_up(client, url):

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from listening import for_others, watched
 from safetensors.torch import load_file
 from tiny import chat_rows, write_jsonl
 from watching import Recorder
@@ -35,7 +36,10 @@ def test_a_run_leaves_a_complete_directory(ray_session, config, tmp_path, monkey
     monkeypatch.setenv("WANDB_API_KEY", secret)
     settings = {"tracking.wandb": "offline", "tracking.tensorboard": "true", "evaluation.samples": 3}
     recorder = Recorder()
-    result = launch(prepare(config(**settings)), recorder.watcher(), profile_steps=2)
+    with watched() as listened:
+        result = launch(prepare(config(**settings)), recorder.watcher(), profile_steps=2)
+    assert {"raylet", "gcs_server"} <= {process for process, _ in listened}
+    assert for_others(listened) == set()  # Ray, its pages of metrics, the workers and what they speak to each other by
     run = tmp_path / "runs" / "demo"
     assert {p.name for p in run.iterdir()} >= {
         "config.json", "environment.json", "metrics.jsonl", "checkpoints", "adapter", "result.json",

@@ -53,6 +53,7 @@ AT_HOME = {
     "sweep/fused/reporter.py": {"ray"},
     "sweep/fused/worker.py": {"ray"},
     "serve/app.py": {"ray"},
+    "serve/node_address.py": {"ray"},
     "serve/replica/deployment.py": {"ray"},
     "serve/telemetry/ray_meter.py": {"ray"},
     "serve/routing/handles.py": {"ray"},

@@ -11,6 +11,7 @@ import ray
 from ray import serve
 
 from ftray.config import ServeConfig
+from ftray.serve.node_address import listen_on_node_address
 from ftray.serve.replica.process_memory import (
     ask_for_huge_pages,
     give_back_free_memory,
@@ -28,6 +29,7 @@ TELLING_S = 0.5  # between an engine's end and its process'
 
 class ReplicaDeployment(EngineReplica):
     def __init__(self, config: ServeConfig):
+        listen_on_node_address()
         keep_few_arenas()
         ask_for_huge_pages()
         if config.engine.tensor_parallel > 1:  # vLLM's workers join this cluster; it would start one of its own

@@ -52,7 +52,7 @@ class ProcessGroup(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         assert isinstance(backend_config, ProcessGroupConfig)
-        address, port = worker_group.execute_single(0, free_address)
+        address, port = worker_group.execute_single(0, listen)
         worker_group.execute(join, backend_config.backend, address, port)
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
@@ -65,12 +65,16 @@ class ProcessGroup(Backend):
             log.warning("the process group was not left: %s", type(error).__name__)
 
 
-def free_address() -> tuple[str, int]:
-    """Of rank 0, for the others to connect to."""
+_listener: socket.socket | None = None  # rank 0's, from `listen` to `join`
+
+
+def listen() -> tuple[str, int]:
+    """In rank 0: where the others find it. On the address by which Ray knows the node alone; torch would listen on
+    all of the machine's."""
+    global _listener
     address = get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.bind(("", 0))
-        return address, probe.getsockname()[1]
+    _listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+    return address, _listener.getsockname()[1]
 
 
 def join(backend: str, address: str, port: int) -> None:
@@ -87,7 +91,10 @@ def join(backend: str, address: str, port: int) -> None:
         LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
         NODE_RANK=str(context.get_node_rank()),
     )
-    dist.init_process_group(backend, timeout=CONNECT_TIMEOUT)
+    rank, size = context.get_world_rank(), context.get_world_size()
+    own = _listener.detach() if rank == 0 and _listener is not None else None
+    store = dist.TCPStore(address, port, size, rank == 0, timeout=CONNECT_TIMEOUT, master_listen_fd=own)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=CONNECT_TIMEOUT)
 
 
 def leave() -> None:
