@@ -1,5 +1,6 @@
 """The base of every config object, and the value types they share."""
 
+import os
 import re
 from typing import Annotated, Any
 
@@ -32,6 +33,18 @@ def parse_bytes(value: Any) -> int:
     return int(float(match[1]) * BYTE_UNITS[match[2]])
 
 
+def expanded(place: str) -> str:
+    """A path with the home directory for `~`. Raises ValueError for what would become a directory of that name."""
+    if re.match(r"\$\w|\$\{", place):
+        raise ValueError("variables of the environment are not read here; write the path out (~ is your home)")
+    if not place.startswith("~"):
+        return place
+    path = os.path.expanduser(place)
+    if path.startswith("~"):
+        raise ValueError(f"there is no user {place.partition('/')[0][1:]!r}; write the path out (~ is your home)")
+    return path
+
+
 Name = Annotated[str, AfterValidator(check_name)]
 # Written as it is read, so that a dumped config can be loaded again.
 ByteSize = Annotated[
@@ -40,6 +53,7 @@ ByteSize = Annotated[
     PlainSerializer(lambda size: f"{size}B", when_used="json"),
 ]
 Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Text, AfterValidator(expanded)]  # a path, or a URL or name, which stay as they are
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ftray.cli import rollout
-from ftray.cli.arguments import RegistryOption
+from ftray.cli.arguments import RegistryOption, place
 from ftray.errors import DamagedError, UserError
 
 app = typer.Typer(help="The registry of adapters: numbered versions that never change, and aliases that move.")
@@ -108,7 +108,7 @@ def merge(
     reference: Annotated[
         str, typer.Argument(metavar="NAME@N|DIR", help="A version, an alias, or a PEFT directory, also s3://...")
     ],
-    output: Annotated[str, typer.Option("--output", help="Where the merged model is written.")],
+    output: Annotated[str, typer.Option("--output", help="Where the merged model is written.", callback=place)],
     base_model: Annotated[
         str | None, typer.Option("--base", help="The base; without it the one that the adapter names.")
     ] = None,

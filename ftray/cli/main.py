@@ -1,6 +1,7 @@
 """Entry point: one table of commands, and one place where errors become messages and exit codes."""
 
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -13,6 +14,7 @@ from ftray import __version__
 from ftray.cli import (
     adapters,
     chat,
+    clean,
     doctor,
     evaluate,
     init,
@@ -28,6 +30,7 @@ from ftray.cli import (
 )
 from ftray.config.renamed import RenamedWarning
 from ftray.errors import FtrayError, InterruptedRunError
+from ftray.storage.machine import keep_loopback_from_proxies
 
 # In the order in which they are needed: what it is, in a line that is not cut, and an example.
 COMMANDS: dict[str, tuple[Any, str, str]] = {
@@ -49,6 +52,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         "Run a config on a cluster and follow it.",
         "ftray submit run.yaml --address http://head:8265",
     ),
+    "clean": (clean.clean, "Remove what ended sessions left on the disk.", "ftray clean --older-than 1"),
     "doctor": (doctor.doctor, "What is wrong with this machine or a cluster.", "ftray doctor --address head:6379"),
 }
 
@@ -93,6 +97,10 @@ def options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Exit codes: 0 done, 1 the work failed, 2 the user's input is wrong."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal of few characters shows the rest as `?`
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    keep_loopback_from_proxies()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

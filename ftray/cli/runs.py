@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ftray.cli.arguments import place
+
 if TYPE_CHECKING:
     from ftray.tracking.runs import RunSummary
 
 app = typer.Typer(help="Run directories: what is there, how two differ, and stopping one.")
-RunsDir = Annotated[str, typer.Option("--runs-dir", help="Where the run directories are, also s3://BUCKET/RUNS.")]
+RunsDir = Annotated[
+    str,
+    typer.Option("--runs-dir", help="Where the run directories are, also s3://BUCKET/RUNS.", callback=place),
+]
 
 
 @app.command("list")

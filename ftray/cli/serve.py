@@ -49,8 +49,9 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
     from ftray.cluster.session import start_ray
     from ftray.errors import UserError
     from ftray.serve.app import start_endpoint, stop_endpoint
+    from ftray.serve.http.ports import in_url
 
-    print(f"starting {settings.base_model} on {settings.host}:{settings.port}", flush=True)
+    print(f"starting {settings.base_model} on {in_url(settings.host)}:{settings.port}", flush=True)
     if settings.tenants.database is None and not settings.is_local:
         print(f"open: true: whoever reaches {settings.host} may ask anything", flush=True)
     stopped, ready = threading.Event(), threading.Event()
@@ -96,6 +97,7 @@ def curl_line(url: str, model: str, message: str = "Hello!", *, system: str | No
 def show_plan(settings: ServeConfig) -> None:
     from ftray.infer.engines import has_engine
     from ftray.registry import Registry
+    from ftray.serve.http.ports import in_url
     from ftray.serve.replica.resources import resources_text
     from ftray.serve.routing.model_names import ModelNames
     from ftray.serve.tenants.database import without_password
@@ -108,4 +110,4 @@ def show_plan(settings: ServeConfig) -> None:
     print(f"# {resources_text(settings)}")
     if not has_engine(settings.engine):
         print("# vllm is not installed here; the nodes of the replicas need it: pip install 'ftray[vllm]'")
-    print(f"# would serve on http://{settings.host}:{settings.port}/v1: {', '.join(names)}")
+    print(f"# would serve on http://{in_url(settings.host)}:{settings.port}/v1: {', '.join(names)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ftray.cli.arguments import ConfigFile, DryRun, Overrides
+from ftray.cli.arguments import ConfigFile, DryRun, Overrides, place
 from ftray.config import Space, SweepConfig, load_sweep, to_yaml
 from ftray.errors import FtrayError, InterruptedRunError, UserError
 
@@ -31,7 +31,7 @@ app = typer.Typer(
     subcommand_metavar="CONFIG [KEY.PATH=VALUE]... | COMMAND [ARGS]...",
     help="Search for the best rank, rate or any other key of a run: `ftray sweep CONFIG`, which is `ftray sweep run`.",
 )
-RunsDir = Annotated[str, typer.Option("--runs-dir", help="Where the sweep's directory is.")]
+RunsDir = Annotated[str, typer.Option("--runs-dir", help="Where the sweep's directory is.", callback=place)]
 SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="Its name.")]
 TrialName = Annotated[str, typer.Argument(metavar="TRIAL", help="Such as t003.")]
 

@@ -7,11 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from ftray.cli.arguments import place
 from ftray.errors import UserError
 
 app = typer.Typer(help="Who may use an endpoint (kind: serve, tenants.database), and how much.")
 
-Database = Annotated[str, typer.Option("--database", help="A file (SQLite), or postgresql://USER@HOST/NAME.")]
+Database = Annotated[
+    str, typer.Option("--database", help="A file (SQLite), or postgresql://USER@HOST/NAME.", callback=place)
+]
 Name = Annotated[str, typer.Argument(metavar="TENANT")]
 Adapters = Annotated[
     str | None,

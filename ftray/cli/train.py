@@ -24,15 +24,10 @@ def train(
     """Fine-tune a model. The same command again goes on from the last checkpoint."""
     run: RunConfig = load_config(config, overrides or (), kind="run")
     from ftray.cluster.address import check_address
-    from ftray.train.hooks.own_callbacks import own_callbacks
-    from ftray.train.prepare import PreparedRun, check_before_anything, prepare
+    from ftray.train.prepare import prepare
 
-    if dry_run:
-        check_before_anything(run)
-        prepared = PreparedRun(run, fresh, tuple(own_callbacks(run)))
-    else:
-        prepared = prepare(run, fresh=fresh)
-        check_address()
+    prepared = prepare(run, fresh=fresh)
+    check_address()
     from ftray.artifacts.resolve import resolve_start
     from ftray.cli.progress import TrainProgress
     from ftray.config.advice import advise
@@ -44,6 +39,7 @@ def train(
         print(f"note: {advice}")
     if dry_run:
         show_plan(run)
+        check_what_the_run_would(run)
         return
     try:
         with TrainProgress() as progress:
@@ -61,6 +57,18 @@ def train(
         print(f"next: ftray adapters publish {result['output']} --name {run.name}{registry}")
     else:
         print(f"next: ftray serve SERVE.yaml base_model={result['output']}")
+
+
+def check_what_the_run_would(run: RunConfig) -> None:
+    """Beside what was looked at already: where it writes, and where it joins no cluster, that its workers fit here."""
+    from ftray.cluster.address import joins_cluster
+    from ftray.train.runs.claim import refuse_unwritable_place
+
+    refuse_unwritable_place(run.runs_dir)
+    if not joins_cluster():
+        from ftray.cluster.resources import check_own_session
+
+        check_own_session(run.workers)
 
 
 def trace_of(run: RunConfig) -> str:

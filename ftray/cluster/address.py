@@ -34,6 +34,11 @@ def check_address() -> None:
         raise no_cluster(address, error) from None
 
 
+def joins_cluster() -> bool:
+    """Else a command starts a session of its own."""
+    return os.environ.get(ADDRESS, "") not in ("", "local")
+
+
 def refused(address: str, why: str) -> UserError:
     return UserError(f"{ADDRESS}: {address} {why}")
 

@@ -18,21 +18,34 @@ def pinned_to(node_id: str) -> NodeAffinitySchedulingStrategy:
 def check_resources(workers: WorkersConfig, *, log: Callable[[str], None]) -> None:
     """Every worker must fit on a node beside those already placed there; raises `UserError` with what is missing."""
     need = need_of(workers)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    refuse_unless_fitting(workers, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    free = ray.available_resources()
+    if any(free.get(name, 0) < amount * workers.min_count for name, amount in need.items()):
+        log(f"the cluster is busy ({describe({name: free.get(name, 0) for name in need})} free): waits for its turn")
+
+
+def refuse_unless_fitting(workers: WorkersConfig, nodes: Sequence[Mapping[str, float]], *, hint: str = "") -> None:
+    need = need_of(workers)
     fitting = sum(workers_that_fit(node, need) for node in nodes)
     if fitting >= workers.min_count:
-        free = ray.available_resources()
-        if any(free.get(name, 0) < amount * workers.min_count for name, amount in need.items()):
-            log(
-                f"the cluster is busy ({describe({name: free.get(name, 0) for name in need})} free): waits for its turn"
-            )
         return
     have = {name: sum(float(node.get(name, 0)) for node in nodes) for name in need}
     raise UserError(
         f"workers.count: {workers.min_count} workers of {describe(need)} do not fit: the cluster has {len(nodes)} "
         f"node{'s' if len(nodes) != 1 else ''} with {describe(have)} in all, room for {fitting}; "
-        "lower workers.count (or cpus_each, gpus_each), or add nodes"
+        f"lower workers.count (or cpus_each, gpus_each), or add nodes{hint}"
     )
+
+
+def check_own_session(workers: WorkersConfig) -> None:
+    """What `check_resources` would find in a session of our own on this machine, before there is one."""
+    from ray._private.accelerators import get_accelerator_manager_for_resource  # no public ones
+    from ray._private.utils import get_num_cpus
+
+    manager = get_accelerator_manager_for_resource("GPU")
+    gpus = manager.get_current_node_num_accelerators() if manager is not None else 0
+    here = [{"CPU": float(get_num_cpus()), "GPU": float(gpus)}]
+    refuse_unless_fitting(workers, here, hint="; for a run on a cluster set RAY_ADDRESS, or look with `ftray plan`")
 
 
 def fitting_groups(workers: WorkersConfig, nodes: Sequence[Mapping[str, float]] | None = None) -> int:

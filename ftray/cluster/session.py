@@ -4,6 +4,9 @@ import contextlib
 import logging
 import os
 import socket
+import subprocess
+import sys
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,13 +15,15 @@ from ray._private import ray_constants  # no public one
 from ray.job_config import JobConfig
 from ray.util import get_node_ip_address
 
+from ftray.cluster import reaper
 from ftray.cluster.address import ADDRESS, no_cluster
 from ftray.cluster.temporary import settle_temporary_directory
 from ftray.config import RunConfig
 from ftray.errors import InterruptedRunError, UserError
-from ftray.storage.machine import usable_cores
+from ftray.storage.machine import keep_loopback_from_proxies, usable_cores
 
 PORT = "RAY_GCS_SERVER_PORT"
+_reapers: list[tuple[Any, int]] = []  # with pipes that are open as long as this process lives
 TIMED_OUT = "timed out during startup"
 
 
@@ -28,6 +33,7 @@ def start_ray(*, join: bool = True, run: str | None = None) -> bool:
     `run`: its name, as Ray's dashboard and `ray list jobs` show it among the driver's metadata.
     A session that another program runs on this machine is left alone: it would end under us when that program does.
     """
+    keep_loopback_from_proxies()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs sees none
     address = os.environ.get(ADDRESS) if join else None
@@ -49,8 +55,9 @@ def start_session(how: dict[str, Any]) -> None:
     settle_temporary_directory()
     for is_last in (False, True):
         try:
-            with on_loopback(), own_address():
+            with on_loopback(), own_address(), ended_with_this_process() as to_reaper:
                 ray.init(address="local", **how)
+            os.write(to_reaper, os.fsencode(session_directory()))
             return
         except Exception as error:
             if TIMED_OUT not in str(error):
@@ -65,11 +72,36 @@ def start_session(how: dict[str, Any]) -> None:
                 ) from None
 
 
+def session_directory() -> str:
+    from ray._private.worker import _global_node  # no public one
+
+    return _global_node.get_session_dir_path() if _global_node is not None else ""
+
+
 def logs_directory() -> str:
     """Of the session that this process is in, on this machine."""
     from ray._private.worker import _global_node  # no public one
 
     return _global_node.get_logs_dir_path() if _global_node is not None else "Ray's session directory"
+
+
+@contextlib.contextmanager
+def ended_with_this_process() -> Iterator[int]:
+    """A session that starts in it is ended with this process, however that ends (`reaper.py`). Yields the pipe that the
+    session's directory goes to."""
+    mark = f"{reaper.MARK}={uuid.uuid4().hex}"
+    command = [sys.executable, "-I", reaper.__file__, mark]
+    reading, writing = os.pipe()  # it ends when this process does, and nobody else has the writing end
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, stdin=reading, start_new_session=True, **quiet)
+    os.close(reading)
+    _reapers.append((process, writing))
+    name, _, value = mark.partition("=")
+    os.environ[name] = value
+    try:
+        yield writing
+    finally:
+        del os.environ[name]
 
 
 @contextlib.contextmanager

@@ -16,20 +16,28 @@ def settle_temporary_directory() -> Path:
     absolute, and a TMPDIR too long for a socket's path is passed over. Raises `UserError`."""
     if not os.environ.get(RAY_TMPDIR, "x"):
         del os.environ[RAY_TMPDIR]
-    source = RAY_TMPDIR if RAY_TMPDIR in os.environ else TMPDIR
-    place = Path(os.environ.get(source) or DEFAULT).expanduser().absolute()
-    if len(os.fsencode(f"{place}{SOCKET}")) > SOCKET_BYTES:
-        if source == RAY_TMPDIR:
-            room = SOCKET_BYTES - len(SOCKET)
-            raise UserError(
-                f"{RAY_TMPDIR}: {place} is too long: below it lie Ray's sockets, whose paths have {SOCKET_BYTES} bytes "
-                f"at most; give a path of at most {room} bytes, such as {DEFAULT}"
-            )
-        place = Path(DEFAULT)
+    place, source = place_of_sessions()
+    if is_too_long(place):
+        room = SOCKET_BYTES - len(SOCKET)
+        raise UserError(
+            f"{RAY_TMPDIR}: {place} is too long: below it lie Ray's sockets, whose paths have {SOCKET_BYTES} bytes "
+            f"at most; give a path of at most {room} bytes, such as {DEFAULT}"
+        )
     refuse_unusable(place, source)
     if RAY_TMPDIR in os.environ or (TMPDIR in os.environ and str(place) != os.environ[TMPDIR]):
         os.environ[RAY_TMPDIR] = str(place)
     return place / "ray"
+
+
+def place_of_sessions() -> tuple[Path, str]:
+    """What holds the directory `ray`, and the variable that says so."""
+    source = RAY_TMPDIR if os.environ.get(RAY_TMPDIR) else TMPDIR
+    place = Path(os.environ.get(source) or DEFAULT).expanduser().absolute()
+    return (Path(DEFAULT), source) if source == TMPDIR and is_too_long(place) else (place, source)
+
+
+def is_too_long(place: Path) -> bool:
+    return len(os.fsencode(f"{place}{SOCKET}")) > SOCKET_BYTES
 
 
 def refuse_unusable(place: Path, source: str) -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ftray.schema import PositiveFloat, PositiveInt, Strict, Text
+from ftray.schema import Place, PositiveFloat, PositiveInt, Strict, Text
 
 
 class AdapterConfig(Strict):
@@ -19,7 +19,7 @@ class AdapterConfig(Strict):
     """By regular expression of the module's name."""
     alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
     initialization: Literal["default", "pissa"] = "default"
-    init_from: Text | None = None
+    init_from: Place | None = None
     """NAME@N, NAME@ALIAS or a PEFT directory: goes on from its weights."""
     modules_to_save: list[Text] = Field(default_factory=list)
     """Trained whole beside LoRA, such as embed_tokens."""

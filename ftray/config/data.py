@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ftray.plugins import PluginName
-from ftray.schema import Strict, Text
+from ftray.schema import Place, Strict, Text
 
 
 class ColumnsConfig(Strict):
@@ -40,9 +40,9 @@ class ColumnsConfig(Strict):
 
 
 class DataConfig(Strict):
-    train: Text
+    train: Place
     """File (.jsonl .json .csv .parquet), `save_to_disk` directory, or hub id."""
-    eval: Text | None = None
+    eval: Place | None = None
     revision: Text | None = None
     """Of a hub id."""
     columns: ColumnsConfig | None = None

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ftray.config.expression import Expression
-from ftray.schema import Name, Strict, Text
+from ftray.schema import Name, Place, Strict, Text
 
 MODELS = ("base", "tuned")
 MEASURES = {
@@ -29,7 +29,7 @@ class PipelineConfig(Strict):
     """Run or sweep files; each goes on from the result of the one before."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Of the keys of all these runs."""
-    general_text: Text | None = None
+    general_text: Place | None = None
     """Rows of plain text: the loss on them tells what tuning has broken."""
     require: list[Text] = Field(default_factory=list)
     """Conditions such as tuned.accuracy >= base.accuracy + 0.1."""

@@ -9,7 +9,7 @@ from ftray.config.data import DataConfig
 from ftray.config.renamed import with_new_names
 from ftray.objectives import ObjectiveConfig, SftConfig, objective_of
 from ftray.plugins import PluginName
-from ftray.schema import Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
+from ftray.schema import Name, NonNegativeFloat, NonNegativeInt, Place, PositiveFloat, PositiveInt, Strict, Text
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -131,7 +131,7 @@ class TrackingConfig(Strict):
 class RunConfig(Strict):
     kind: Literal["run"]
     name: Name
-    base_model: Text
+    base_model: Place
     seed: int = Field(default=0, ge=0, lt=2**31)
     epochs: PositiveInt | None = None
     max_steps: PositiveInt | None = None
@@ -153,8 +153,8 @@ class RunConfig(Strict):
     callbacks: list[PluginName] = Field(default_factory=list)
     """module:NAME of functions of one's own; each gets every record of metrics.jsonl, where the driver runs."""
     tracking: TrackingConfig = TrackingConfig()
-    runs_dir: Text = "runs"
-    registry: Text = "registry"
+    runs_dir: Place = "runs"
+    registry: Place = "registry"
 
     @model_validator(mode="before")
     @classmethod

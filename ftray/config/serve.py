@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from ftray.config.engines import engine_kind, who_can
 from ftray.errors import UserError
 from ftray.plugins import PluginName
-from ftray.schema import ByteSize, NonNegativeFloat, PositiveFloat, PositiveInt, Strict, Text
+from ftray.schema import ByteSize, NonNegativeFloat, Place, PositiveFloat, PositiveInt, Strict, Text
 
 
 def is_loopback(host: str) -> bool:
@@ -44,7 +44,7 @@ class EngineConfig(Strict):
 
 
 class AdaptersConfig(Strict):
-    registry: Text = "registry"
+    registry: Place = "registry"
     preload: list[Text] = Field(default_factory=list)
     host_budget: ByteSize = Field(default=2 * 2**30)
     """Adapters in memory."""
@@ -77,7 +77,7 @@ class ReplicasConfig(Strict):
 
 
 class TenantsConfig(Strict):
-    database: Text | None = None
+    database: Place | None = None
     """A file or postgresql://...: requests need keys (`ftray tenants`); None: open to all."""
     shared_prompts: list[Text] = Field(default_factory=list)
     """Adapters, or the base, whose prompts all tenants may have in common: their keys and values are computed once.
@@ -101,7 +101,7 @@ class LimitsConfig(Strict):
 
 
 class TelemetryConfig(Strict):
-    access_log: Text | None = None
+    access_log: Place | None = None
     """A directory for one JSON line per request; None: Ray's log directory of the node."""
     otlp_endpoint: Text | None = None
     """An OpenTelemetry collector (http://host:4318) that gets a span per request."""
@@ -109,7 +109,7 @@ class TelemetryConfig(Strict):
 
 class ServeConfig(Strict):
     kind: Literal["serve"]
-    base_model: Text
+    base_model: Place
     served_name: Text | None = None
     """What requests call the base; None: as base_model is written."""
     host: Text = "127.0.0.1"

@@ -7,7 +7,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, field_validator, mo
 from ftray.config.domains import Choice, Range, as_yaml, expression_order, parse_domain
 from ftray.config.expression import Expression
 from ftray.config.renamed import by_new_keys
-from ftray.schema import Name, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
+from ftray.schema import Name, NonNegativeInt, Place, PositiveFloat, PositiveInt, Strict, Text
 
 SpaceValue = Annotated[Any, PlainValidator(parse_domain), PlainSerializer(as_yaml)]
 # A trial is told apart by these, or the sweep itself sets them.
@@ -128,14 +128,14 @@ class CompareConfig(Strict):
 
     key: Text
     """Of the space; the first of its choices is what the others are compared with."""
-    general_text: Text | None = None
+    general_text: Place | None = None
     """Rows of plain text: the loss on them tells what tuning has broken."""
 
 
 class SweepConfig(Strict):
     kind: Literal["sweep"]
     name: Name
-    run: Text
+    run: Place
     """The run file that every trial starts from."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Of the run's keys, the same in all trials."""

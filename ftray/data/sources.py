@@ -1,6 +1,7 @@
 """Reading rows: a file (also `s3://...`), a saved directory, or a hub id, all through Hugging Face `datasets`."""
 
 import difflib
+import glob
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ def check_source(key: str, source: str) -> None:
         return
     if path.is_file() or "://" in source:
         raise DataError(f"{key}: {source}: unknown kind of file; use {', '.join(FILE_READERS)}")
+    if path.exists():
+        raise DataError(f"{key}: {source}: is no file but a pipe or device; write the rows to a file first")
     if path.suffix in FILE_READERS or source.count("/") != 1 or source.startswith("."):
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=1)
@@ -31,6 +34,7 @@ def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
     """A `datasets.Dataset`. Raises `DataError` naming the source when it cannot be read or is empty."""
     check_source(key, source)
     import datasets
+    from datasets.config import HF_DATASETS_CACHE
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
@@ -41,7 +45,7 @@ def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
         elif path.is_file():
             if path.stat().st_size == 0:
                 raise DataError(f"{key}: {source}: the file is empty")
-            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=str(path), split="train")
+            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=glob.escape(str(path)), split="train")
         else:
             rows = datasets.load_dataset(source, revision=revision, split="train")
     except (DatasetGenerationError, DatasetNotFoundError) as error:
@@ -49,6 +53,12 @@ def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
     except (OSError, ValueError) as error:
         if "corresponds to no data" in str(error):  # what `datasets` says of a file with a header and no rows
             raise DataError(f"{key}: {source}: has no rows") from None
+        place = str(error.filename or "") if isinstance(error, OSError) else ""
+        if place.startswith(str(HF_DATASETS_CACHE)):
+            raise DataError(
+                f"HF_HOME: {HF_DATASETS_CACHE} cannot be written ({root_cause(error)}), where `datasets` "
+                f"keeps what it reads of {key}; set HF_HOME (or HF_DATASETS_CACHE) to a directory that can"
+            ) from None
         raise DataError(f"{key}: {source}: cannot be read: {root_cause(error)}") from None
     if isinstance(rows, datasets.DatasetDict):
         raise DataError(

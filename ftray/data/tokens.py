@@ -30,7 +30,7 @@ from ftray.errors import DataError, FtrayError
 from ftray.model.chat import ChatRenderer, Rendered
 from ftray.objectives import Shape
 from ftray.storage import verify_directory
-from ftray.storage.machine import usable_cores
+from ftray.storage.machine import usable_cores, user_name
 
 RowEncoder = Callable[[dict[str, Any]], list[Example]]  # of a raw row; one that data.transform drops has no example
 MAX_LISTED = 5
@@ -115,18 +115,25 @@ def tokenize_source(
             tokenize(source, rows, Path(scratch) / "tokens", processes=processes, cancelled=cancelled)
             return replace(open_dataset(Path(scratch) / "tokens"), directory=None)  # a mapped file outlives its name
     name = source.digest(rows)
-    directory = kept_in / name
-    kept_in.mkdir(parents=True, exist_ok=True)
-    with FileLock(kept_in / f"{name}.lock"):
-        try:
-            verify_directory(directory)
-        except FtrayError:
-            staging = kept_in / f"{name}.new"
-            shutil.rmtree(staging, ignore_errors=True)
-            tokenize(source, rows, staging, processes=processes, cancelled=cancelled)
-            shutil.rmtree(directory, ignore_errors=True)
-            os.replace(staging, directory)
-    return open_dataset(directory)
+
+    def kept(place: Path) -> TokenizedDataset:
+        directory = place / name
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place / f"{name}.lock"):
+            try:
+                verify_directory(directory)
+            except FtrayError:
+                staging = place / f"{name}.new"
+                shutil.rmtree(staging, ignore_errors=True)
+                tokenize(source, rows, staging, processes=processes, cancelled=cancelled)
+                shutil.rmtree(directory, ignore_errors=True)
+                os.replace(staging, directory)
+        return open_dataset(directory)
+
+    try:
+        return kept(kept_in)
+    except PermissionError:  # another user's, in a directory of runs that several share
+        return kept(kept_in.with_name(f"{kept_in.name}-{user_name()}"))
 
 
 def tokenize(source: Source, rows: Any, directory: Path, *, processes: int | None, cancelled: threading.Event) -> None:

@@ -1,19 +1,26 @@
 """Looks at what ftray needs, one check a function; each says what it saw and how to fix it."""
 
 import importlib.util
+import os
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ftray.cluster.leftovers import DAY_S, live_sessions, old_sessions, ray_directory
 from ftray.doctor.machine import Machine, Room, look, room, wandb_server
 from ftray.model.base import EMBEDDED
+from ftray.storage.local_copies import describe_bytes
+from ftray.storage.machine import proxies
 
 MIN_MEMORY_GIB = 6.0  # two workers with the 135M model in float32, and Ray
 MIN_DISK_GIB = 5.0
 MIN_SHM_GIB = 1.0  # a container's default is 64 MiB
 FULL_SHM = 0.9
+MANY_BYTES = 2**30  # of old sessions
+BUSY = 4.0  # of the load, for each core
 MIN_OPEN_FILES = 4096
 # The oldest driver for each major version of CUDA (NVIDIA's table of compatibility).
 MIN_DRIVER = {"12": 525, "13": 580}
@@ -208,9 +215,52 @@ def check_serve_port(machine: Machine) -> list[Finding]:
     return [Finding("ok", "port 8000", "free for an endpoint")]
 
 
+def check_proxies(machine: Machine) -> list[Finding]:
+    found = proxies()
+    if not found:
+        return [Finding("ok", "proxies", "none in the environment")]
+    named = ", ".join(f"{name}={without_password(value)}" for name, value in sorted(found.items()))
+    spared = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "nothing"
+    return [
+        Finding(
+            "ok",
+            "proxies",
+            f"{named}, not for {spared}; what ftray asks this machine itself goes through none",
+            "name the cluster's hosts in no_proxy: `ftray submit` and endpoints elsewhere are asked through the proxy",
+        )
+    ]
+
+
+def without_password(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//***@", url)
+
+
+def check_leftovers(machine: Machine) -> list[Finding]:
+    """Every command that starts Ray leaves its session's directory."""
+    found = old_sessions(older_than_s=DAY_S)
+    size = sum(leftover.num_bytes for leftover in found)
+    alive = len(live_sessions())
+    text = f"{len(found)} older than a day in {ray_directory()} ({describe_bytes(size)}), {alive} at work"
+    if size > MANY_BYTES:
+        return [Finding("warning", "ray sessions", text, "ftray clean")]
+    return [Finding("ok", "ray sessions", text)]
+
+
+def check_load(machine: Machine) -> list[Finding]:
+    load = os.getloadavg()[0]
+    text = f"load {load:.0f} on {machine.cpus} cores"
+    if load > BUSY * machine.cpus:
+        fix = "wait until other work has ended: Ray may not start within its time"
+        return [Finding("warning", "load", text, fix)]
+    return [Finding("ok", "load", text)]
+
+
 LOCAL_CHECKS: tuple[Callable[[Machine], list[Finding]], ...] = (
     check_hardware,
     check_working_disk,
     check_embedded_model,
     check_serve_port,
+    check_proxies,
+    check_leftovers,
+    check_load,
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from ftray.cluster.leftovers import ray_directory
 from ftray.storage.cache import cache_directory
 from ftray.storage.machine import usable_cores
 from ftray.tracking.environment import describe_environment
@@ -92,7 +93,7 @@ def look(shared: Path | None = None, *, wandb: str | None = None) -> Machine:
         cpus=usable_cores(),
         memory_gib=memory.total / 2**30,
         free_memory_gib=memory.available / 2**30,
-        rooms={"cache disk": room(cache_directory()), "ray disk": room(Path("/tmp"))},
+        rooms={"cache disk": room(cache_directory()), "ray disk": room(ray_directory())},
         shm_gib=shm.total / 2**30 if shm else 0.0,
         shm_used=shm.used / shm.total if shm and shm.total else 0.0,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],

@@ -187,8 +187,11 @@ def fingerprint_of(directory: Path) -> str:
     config = read_json(directory / "config.json")
     shape = {key: config.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
     digest.update(json.dumps(shape, sort_keys=True).encode())
-    for path in files:
-        digest.update(sampled_bytes(path))
+    try:
+        for path in files:
+            digest.update(sampled_bytes(path))
+    except OSError as error:
+        raise UserError(f"base_model: {error.filename} cannot be read: {error.strerror}") from None
     write_json(memo, {"stamp": stamp, "fingerprint": digest.hexdigest()})
     return digest.hexdigest()
 

@@ -24,7 +24,9 @@ def weight_shapes(directory: Path) -> dict[str, list[int]]:
         try:
             with path.open("rb") as file:
                 header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        except (OSError, struct.error, ValueError):
+        except OSError as error:
+            raise UserError(f"base_model: {path} cannot be read: {error.strerror}") from None
+        except (struct.error, ValueError):
             raise UserError(f"base_model: {path} is no whole safetensors file; fetch it again") from None
         shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     return shapes

@@ -24,6 +24,7 @@ from ftray.storage.objects import ObjectStore, StoredObject
 
 LIMIT = "FTRAY_CACHE_GIB"
 NEVER_FILL = 0.95  # of the disk
+UNITS = ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB"))
 
 # Kept open for as long as the process lives: nobody removes what it reads.
 _held: dict[Path, IO[bytes]] = {}
@@ -216,4 +217,5 @@ def size_of(directory: Path) -> int:
 
 
 def describe_bytes(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    unit, name = next(((1 << power, name) for power, name in UNITS if count >= 1 << power), (1, "bytes"))
+    return f"{count / unit:.1f} {name}" if unit > 1 else f"{count} bytes"

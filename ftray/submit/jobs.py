@@ -8,13 +8,16 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 import re
 import shlex
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ftray import __version__
 from ftray.errors import FtrayError, UserError
@@ -25,6 +28,7 @@ COMMANDS = {"run": "train", "sweep": "sweep", "serve": "serve", "pipeline": "pip
 GRACE_S = 300.0  # for a run to save, before it is ended
 END_S = 90  # between SIGTERM and SIGKILL; Ray gives 3, in which an endpoint on a busy head has not left yet
 POLL_S = 1.0
+CONNECT_S = 3.0
 TOKEN_FIX = "set RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
@@ -103,6 +107,7 @@ def connect(address: str | None) -> Any:
 
     for module in ("dashboard_sdk", "job.sdk"):  # they would tell of every package and connection
         logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+    check_job_server(address)
     try:
         return JobSubmissionClient(address)
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
@@ -112,6 +117,26 @@ def connect(address: str | None) -> Any:
         if "auth" in reported.lower() or "401" in reported or "403" in reported:
             hint = f"; {TOKEN_FIX}"
         raise UserError(f"--address: {where}: {reported}{hint}") from None
+
+
+def check_job_server(address: str | None) -> None:
+    """That an address is a dashboard's and not Ray's own, at which Ray's client would wait. Raises `UserError`."""
+    given = address or os.environ.get("RAY_ADDRESS", "")
+    if not given or given == "auto":
+        return
+    source = "--address" if address else "RAY_ADDRESS"
+    if "://" not in given:
+        raise UserError(
+            f"{source}: {given} is no URL; the job server is the dashboard's, such as http://{given.partition(':')[0]}:8265"
+        )
+    if not given.startswith(("http://", "https://")):
+        return
+    url = urlsplit(given)
+    try:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        socket.create_connection((url.hostname or "", port), timeout=CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: {given}: no job server answers there ({error})") from None
 
 
 class Jobs:

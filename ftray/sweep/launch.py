@@ -34,8 +34,7 @@ from ftray.sweep.study import Study
 from ftray.sweep.trials import trials_directory
 from ftray.tracking.environment import describe_environment
 from ftray.tracking.jobs import SWEEP
-from ftray.tracking.runs import differences
-from ftray.train.job import TOKENS
+from ftray.tracking.runs import TOKENS, differences
 from ftray.train.prepared_data import PreparedData, prepare_data_apart
 from ftray.train.runs.claim import refuse_changes, refuse_unwritable
 from ftray.train.runs.store import run_store, share_data

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 EVENTS, DRIVER_EVENTS = "events.jsonl", "driver_events.jsonl"
+SKIPPED, SAVE_FAILED = "step_skipped", "save_failed"  # of a run's events
 
 
 def record_event(run_directory: Path, kind: str, **fields: Any) -> None:

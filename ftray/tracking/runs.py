@@ -14,6 +14,7 @@ from ftray.tracking.metrics import read_metrics
 from ftray.tracking.status import FAILED, INTERRUPTED, RUNNING, read_status
 
 RESULT = "result.json"  # of a run that has finished
+TOKENS = ".tokens"  # beside the run directories: all nodes share it
 FINISHED, DAMAGED = "finished", "damaged"
 RECENT = 50  # steps, whose pace counts
 

@@ -11,7 +11,6 @@ from ftray.storage import read_json, write_json
 WORKER_ERROR = "worker_error.json"
 KINDS = (UserError, DivergedError, StoreError, FtrayError)  # that a worker tells apart
 HARDWARE = "hardware.json"  # what rank 0 chose
-TOKENS = ".tokens"  # beside the run directories: all nodes share it
 STOP_REQUEST = "stop_request"  # while it exists, the workers save and end at the next step
 SCRATCH = "scratch"
 

@@ -20,12 +20,12 @@ from ftray.cluster.weight_broadcast import broadcast_base
 from ftray.errors import FtrayError, InterruptedRunError
 from ftray.model.base import BaseModel
 from ftray.tracking.events import record_driver_event
-from ftray.tracking.runs import RESULT
+from ftray.tracking.runs import RESULT, TOKENS
 from ftray.tracking.status import QUEUED, write_status
 from ftray.train.checkpoints.disk_space import check_disk
 from ftray.train.checkpoints.listing import read_state
 from ftray.train.hooks.own_callbacks import calling
-from ftray.train.job import STOP_REQUEST, TOKENS, TrainJob, request_stop
+from ftray.train.job import STOP_REQUEST, TrainJob, request_stop
 from ftray.train.on_ray.trainer import Watcher, train_on_ray
 from ftray.train.prepare import PreparedRun
 from ftray.train.prepared_data import PreparedData, is_complete, prepare_data_apart

@@ -10,6 +10,7 @@ from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.examples import dataset_source
 from ftray.data.tokens import tokenize_source
+from ftray.model.adapters.targets import check_targets
 from ftray.model.base import BaseModel, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.objectives import objective_of
@@ -51,6 +52,8 @@ def prepare_data(
     """`kept_in`: where tokens are kept, for the workers and for the next run on the same data; None: nowhere."""
     base = prepare_base(config.base_model, log=log)
     check_length(base, config.data.max_example_tokens, key="data.max_example_tokens")
+    if config.adapter is not None:
+        check_targets(base, config.adapter)
     renderer = ChatRenderer(load_tokenizer(base))
 
     def tokens(key: str, source: str) -> TokenizedDataset:

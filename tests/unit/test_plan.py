@@ -142,8 +142,9 @@ def test_modules_and_patterns_of_single_layers_are_counted():
 
 
 @pytest.mark.parametrize("name", CLUSTER_CONFIGS)
-def test_the_shipped_configs_are_dry_run(name, tiny_model, train_file, tmp_path, capsys):
-    """With a tiny base in the place of the large one, and its context."""
+def test_the_shipped_configs_are_dry_run(name, tiny_model, train_file, tmp_path, capsys, monkeypatch):
+    """With a tiny base in the place of the large one, and its context, for a cluster: here there are no GPUs."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
     documents = write_jsonl(tmp_path / "documents.jsonl", [{"text": "the sea was calm and grey " * 40}] * 5)
     data = documents if "long_context" in name else train_file
     changes = [f"base_model={tiny_model}", f"data.train={data}", f"runs_dir={tmp_path}"]

@@ -69,7 +69,7 @@ def test_room_for_the_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10 * weights + 1000))
     check_disk(full, base, run)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=9 * weights))
-    with pytest.raises(UserError, match=r"runs_dir: .* GiB free; 2 checkpoints of .* lower checkpoint\.keep"):
+    with pytest.raises(UserError, match=r"runs_dir: .* MiB free; 2 checkpoints of .* lower checkpoint\.keep"):
         check_disk(full, base, run)
 
 

@@ -16,7 +16,7 @@ from ftray.sweep.compare.comparison import BASE, Alone, compared_trials, note_me
 from ftray.sweep.study import Study
 from ftray.sweep.trials import SweepRun
 from ftray.tracking.metrics import read_metrics
-from ftray.train.job import TOKENS
+from ftray.tracking.runs import TOKENS
 from ftray.train.launch import launch
 from ftray.train.on_ray.trainer import Watcher
 from ftray.train.prepare import prepare

@@ -19,9 +19,8 @@ from ftray.sweep.fused.member import Member, save
 from ftray.sweep.fused.member_run import MemberRun, member_run
 from ftray.sweep.trial_run import Reporter
 from ftray.sweep.trials import Outcome, Report
-from ftray.tracking.events import record_event
+from ftray.tracking.events import SAVE_FAILED, record_event
 from ftray.train.checkpoints.listing import read_state
-from ftray.train.hooks.callbacks import SAVE_FAILED
 from ftray.train.hooks.recorder import Recorder
 from ftray.train.job import STOP_REQUEST
 from ftray.train.loss_guard import recent_losses

@@ -8,6 +8,7 @@ from ftray.config.run import RunConfig
 from ftray.errors import UserError
 from ftray.model.base import BaseModel
 from ftray.model.weight_files import weight_files, weight_shapes
+from ftray.storage.local_copies import describe_bytes
 
 STATE_BYTES = 12  # of a trained weight in a checkpoint: float32 master and two moments
 
@@ -21,8 +22,8 @@ def check_disk(config: RunConfig, base: BaseModel, run_directory: Path) -> None:
     free = shutil.disk_usage(run_directory).free
     if free < need:
         raise UserError(
-            f"runs_dir: {run_directory} has {free / 2**30:.1f} GiB free; {config.checkpoint.keep} checkpoints of "
-            f"{state / 2**30:.1f} GiB, one more while it is written, and the result need {need / 2**30:.1f} GiB: make "
+            f"runs_dir: {run_directory} has {describe_bytes(free)} free; {config.checkpoint.keep} checkpoints of "
+            f"{describe_bytes(state)}, one more while it is written, and the result need {describe_bytes(need)}: make "
             "room, lower checkpoint.keep, or choose another runs_dir"
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ftray.errors import DivergedError, FtrayError
 from ftray.model.base import BaseModel
-from ftray.tracking.events import read_events, record_event
+from ftray.tracking.events import SAVE_FAILED, SKIPPED, read_events, record_event
 from ftray.train.checkpoints.saver import Publish, Saver, Upload
 from ftray.train.engine.protocol import TrainingEngine
 from ftray.train.hooks.profiler import StepProfiler
@@ -17,7 +17,6 @@ from ftray.train.loss_guard import GoBack, name_rows
 from ftray.train.step_record import StepRecord
 
 Record = Callable[[dict[str, Any]], None]
-SKIPPED, SAVE_FAILED = "step_skipped", "save_failed"  # in events.jsonl
 
 
 class WorkerCallbacks:

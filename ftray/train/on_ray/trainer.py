@@ -1,6 +1,7 @@
 """Ray Train from the driver's side: starts the workers, follows what they write, and starts again what can be."""
 
 import contextlib
+import errno
 import os
 import shutil
 import time
@@ -19,6 +20,7 @@ from ftray.tracking.events import record_driver_event
 from ftray.tracking.metrics import MetricsFollower
 from ftray.tracking.status import RUNNING, write_status
 from ftray.train.checkpoints.listing import CHECKPOINTS, read_state
+from ftray.train.hooks.failed_saves import FailedSaves
 from ftray.train.hooks.watchdog import HangReader, clear_hangs
 from ftray.train.job import HARDWARE, WORKER_ERROR, TrainJob, read_worker_error
 from ftray.train.on_ray.controller_notes import unkept_notes
@@ -27,6 +29,7 @@ from ftray.train.runs.handle import RunHandle
 from ftray.train.runs.uri import is_stored
 
 POLL_S = 0.2
+NO_ROOM = os.strerror(errno.ENOSPC)
 RETRY_S = 10.0
 ERROR_GRACE_S = 20.0
 # Elastic workers: how often Ray looks for hosts that came; a larger group starts from the last checkpoint.
@@ -73,6 +76,11 @@ def train_on_ray(
         if failure is None:
             return
         if tries_left == 0 or not isinstance(failure, ControllerError):
+            if NO_ROOM in str(failure):
+                raise FtrayError(
+                    f"{run.uri}: the disk is full ({NO_ROOM}); what was saved before stands. Make room, and the same "
+                    "command goes on"
+                ) from failure
             message = f"training failed: {last_line(failure)}; the workers' logs are in {logs_directory()}"
             raise FtrayError(message) from failure
         watcher.log(f"Ray Train stopped ({last_line(failure)}); tries again in {RETRY_S:.0f} s")
@@ -149,8 +157,9 @@ def fit_and_follow(
     (run_directory / HARDWARE).unlink(missing_ok=True)
     clear_hangs(run_directory)
     workers: dict[str, Any] | None = None  # as rank 0 described them at their last start
-    follower, hangs = MetricsFollower(run_directory), HangReader(run_directory)
+    follower, hangs, saves = MetricsFollower(run_directory), HangReader(run_directory), FailedSaves(run_directory)
     follower.poll()  # what an earlier part wrote
+    saves.poll()
     thread = Fit(trainer)
     while thread.is_alive():
         thread.join(POLL_S)
@@ -161,6 +170,8 @@ def fit_and_follow(
             on_workers()
             watcher.log(f"{found['world_size']} workers run on {found['hardware']}")
         watcher.on_metrics(follower.poll())
+        for problem in saves.poll():
+            watcher.log(problem)
         if read_worker_error(run_directory) is not None:
             thread.join(ERROR_GRACE_S)  # other workers may wait for the one that has given up
             break

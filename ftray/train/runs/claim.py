@@ -49,6 +49,18 @@ def refuse_unwritable(path: Path) -> None:
         ) from None
 
 
+def refuse_unwritable_place(runs_dir: str) -> None:
+    """Without leaving anything there."""
+    if is_stored(runs_dir):
+        return
+    path = Path(runs_dir).absolute()
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    refuse_unwritable(path)
+    for place in missing:
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
 def refuse_vanishing_directory(config: RunConfig) -> None:
     if vanishes_with_the_job(config.runs_dir):
         raise UserError(

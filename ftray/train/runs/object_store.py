@@ -27,13 +27,13 @@ from ftray.storage.mirror import Mirror
 from ftray.tracking.events import DRIVER_EVENTS, EVENTS
 from ftray.tracking.metrics import METRICS
 from ftray.tracking.report import REPORT
-from ftray.tracking.runs import RESULT, differences
+from ftray.tracking.runs import RESULT, TOKENS, differences
 from ftray.tracking.samples import SAMPLES
 from ftray.tracking.status import STATUS
 from ftray.train.checkpoints.listing import Log, is_whole
 from ftray.train.checkpoints.stored import StoredCheckpoints
 from ftray.train.hooks.watchdog import HANGS
-from ftray.train.job import HARDWARE, STOP_REQUEST, TOKENS, WORKER_ERROR
+from ftray.train.job import HARDWARE, STOP_REQUEST, WORKER_ERROR
 from ftray.train.runs.handle import INPUTS, RunHandle
 from ftray.train.runs.uri import local_directory, run_uri
 
