@@ -11,7 +11,7 @@ VLLM := .venv-vllm
 CLIENTS := .venv-clients
 
 .PHONY: help install lint test test-one-half test-other-half test-cluster test-stores test-jobs test-submit test-slurm \
-	test-jobs-on-hosts test-hosts test-vllm test-clients gpu-dry-run docs soak audit quickstart clean
+	test-jobs-on-hosts test-hosts test-vllm test-clients gpu-dry-run docs soak soak-requests soak-faults audit quickstart clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
@@ -110,6 +110,14 @@ docs: install
 # Ten minutes of load and faults; the result is kept in docs/benchmarks/soak.json.
 soak: install
 	$(BIN)/python tests/soak/soak.py
+
+# 2,000 generated requests, valid to hostile, at an endpoint with tenants; kept in docs/benchmarks/many_requests.json.
+soak-requests: install
+	$(BIN)/python tests/soak/many_requests.py
+
+# 200 random faults: kills, cut and changed files, restored copies, full disks; kept in docs/benchmarks/faults.json.
+soak-faults: install
+	$(BIN)/python tests/soak/faults.py
 
 # In an environment of its own, so that what it brings is not among what it looks at.
 audit:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from ftray.errors import DataError
@@ -102,7 +101,7 @@ class ChatRenderer:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=ask, **given
             )
-        except (jinja2.TemplateError, ValueError, TypeError, IndexError) as error:
+        except Exception as error:  # noqa: BLE001  a template is a program of others: what it raises, it refuses
             raise DataError(f"the chat template refuses this conversation: {error}") from None
 
     def _encode(self, text: str) -> list[int]:

@@ -20,6 +20,7 @@ from ftray.sweep.journal import Journal
 from ftray.tracking.events import DRIVER_EVENTS, EVENTS, read_events
 from ftray.tracking.jobs import find_jobs
 from ftray.tracking.metrics import METRICS, MetricsLog, read_metrics
+from ftray.tracking.report import render_report
 from ftray.tracking.runs import find_runs, read_run
 from ftray.tracking.status import QUEUED, RUNNING, read_status, write_status
 from ftray.train.checkpoints.listing import list_checkpoints, newest_whole_checkpoint
@@ -283,3 +284,22 @@ def test_a_run_goes_on_with_the_contents_that_it_had(run, tmp_path, file, is_fin
     if file is not None:
         with pytest.raises(UserError, match=r"data\.eval: the data differ"):
             check_inputs(opened, *inputs(evaluation="other"))
+
+
+@pytest.mark.parametrize("count", [1, 3, [1, 2]], ids=str)
+def test_a_report_of_any_number_of_workers(run, count):
+    config = json.loads((run / "config.json").read_text())
+    config["workers"]["count"] = count
+    (run / "config.json").write_text(json.dumps(config))
+    page = render_report(run)
+    assert {"1": "1 worker ·", "3": "3 workers ·", "[1, 2]": "1 to 2 workers ·"}[str(count)] in page
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(run, monkeypatch, caplog):
+    def fail(_):
+        raise TypeError("a mistake of ours")
+
+    monkeypatch.setattr("ftray.train.runs.live_report.write_report", fail)
+    with live_report(run) as on_metrics:
+        on_metrics([{"step": 1, "eval_loss": 1.0}])
+    assert "report.html could not be drawn: TypeError: a mistake of ours" in caplog.text

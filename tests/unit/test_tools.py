@@ -178,6 +178,9 @@ def test_without_tools_the_prompt_is_the_one_of_training(renderer):
     ("message", "problem"),
     [
         ({"role": "user", "content": [{"type": "image_url"}]}, "'image_url' is not served"),
+        ({"role": ["user"], "content": "x"}, "role must be a text"),
+        ({"role": {"": None}, "content": "x"}, "role must be a text"),
+        ({"role": "tool", "tool_call_id": 7, "content": "x"}, "tool_call_id must be a text"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}, "a tool call needs"),
     ],
 )

@@ -26,6 +26,9 @@ def renderable(messages: Sequence[Message]) -> list[Message]:
 
 
 def renderable_message(index: int, message: Message) -> Message:
+    for key in ("role", "name", "tool_call_id", "refusal"):
+        if not isinstance(message.get(key), str | None):
+            raise DataError(f"message {index}: {key} must be a text")
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         raise DataError(f"message {index}: tool_calls must be a list")

@@ -1,18 +1,21 @@
 """report.html while a run goes on: after evaluations, and at its end, whatever end that is."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ftray.errors import FtrayError, InterruptedRunError
+from ftray.errors import InterruptedRunError
 from ftray.tracking.metrics import METRICS
-from ftray.tracking.report import write_report
+from ftray.tracking.report import REPORT, write_report
 from ftray.tracking.status import FAILED, INTERRUPTED, QUEUED, write_status
 
 SHARE = 0.02  # of the driver's time goes into drawing, at most
 Records = list[dict[str, Any]]
+
+log = logging.getLogger("ftray.train")
 
 
 @contextlib.contextmanager
@@ -41,7 +44,9 @@ class LiveReport:
             self._next = time.monotonic() + (time.monotonic() - began) / SHARE
 
     def draw(self) -> None:
-        """A run does not end for want of a picture."""
+        """A run does not end for want of a picture, whatever is in the way: a full disk, or a mistake of ours."""
         if (self._directory / METRICS).is_file():
-            with contextlib.suppress(FtrayError, OSError):
+            try:
                 write_report(self._directory)
+            except Exception as error:  # noqa: BLE001
+                log.warning("%s could not be drawn: %s: %s", REPORT, type(error).__name__, error)
