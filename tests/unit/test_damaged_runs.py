@@ -291,6 +291,7 @@ def test_a_report_of_any_number_of_workers(run, count):
     config = json.loads((run / "config.json").read_text())
     config["workers"]["count"] = count
     (run / "config.json").write_text(json.dumps(config))
+    (run / "result.json").unlink()
     page = render_report(run)
     assert {"1": "1 worker ·", "3": "3 workers ·", "[1, 2]": "1 to 2 workers ·"}[str(count)] in page
 
