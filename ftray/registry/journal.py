@@ -2,7 +2,7 @@
 
 An entry is a JSON object with a `type`, and may have an author, a reason, and a link to the entry before (chain.py):
 
-    publish   name, number
+    publish   name, number, manifest              manifest: the SHA-256 of the version's manifest.json
     delete    name, number                        the number is never used again; aliases that stood on it go with it
     alias     name, alias, number, previous, op   op: promote | rollback
     canary    name, alias, number, percent, ...   percent 0 ends it, with a reason
@@ -29,6 +29,7 @@ class Publish(BaseModel):
     type: Literal["publish"]
     name: str
     number: int
+    manifest: str | None = None  # of before 0.2
 
 
 class Delete(BaseModel):
@@ -82,6 +83,7 @@ class Journal:
     aliases: dict[tuple[str, str], int] = field(default_factory=dict)
     canaries: dict[tuple[str, str], Canary] = field(default_factory=dict)
     tags: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    manifests: dict[tuple[str, int], str] = field(default_factory=dict)  # their digests, where they are known
     entries: list[dict[str, Any]] = field(default_factory=list)
     _stacks: dict[tuple[str, str], list[int]] = field(default_factory=dict)  # what rollback goes back through
 
@@ -123,6 +125,8 @@ class Journal:
 
     def _publish(self, _: int, entry: Publish) -> None:
         self.versions.setdefault(entry.name, []).append(entry.number)
+        if entry.manifest is not None:
+            self.manifests[entry.name, entry.number] = entry.manifest
 
     def _delete(self, _: int, entry: Delete) -> None:
         self.versions[entry.name].remove(entry.number)

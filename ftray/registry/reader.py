@@ -1,6 +1,7 @@
 """Reading a registry: following its journal, resolving names, and verified local directories."""
 
 import difflib
+import hashlib
 import logging
 import re
 import shutil
@@ -170,6 +171,12 @@ class RegistryReader:
         content = self._objects.read(f"{version_prefix(exact.name, exact.number)}/{MANIFEST}")
         if content is None:
             raise DamagedError(f"{exact}: its {MANIFEST} is gone from {self.location}; restore it or publish again")
+        published = self.known.manifests.get((exact.name, exact.number))
+        if published is not None and hashlib.sha256(content).hexdigest() != published:
+            raise DamagedError(
+                f"{exact}: its {MANIFEST} in {self.location} is not the one that was published; restore it, or publish "
+                "again"
+            )
         try:
             return AdapterVersion(exact.name, exact.number, Manifest.model_validate_json(content))
         except ValidationError:

@@ -9,6 +9,7 @@ The only primitive it needs is exclusive create, which local disks, S3, GCS and 
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -39,10 +40,12 @@ class Registry(RegistryReader):
             raise UserError(f"{name}: publish takes a name; the registry chooses the version number")
         manifest = build_manifest(directory, metadata={**metadata, "published_at": time.time()})
         number = self._claim(name)
-        for entry in manifest.files:
-            self._objects.write(f"{files_prefix(name, number)}/{entry.path}", directory / entry.path)
-        self._objects.write(f"{version_prefix(name, number)}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
-        self._append(lambda _: {"type": "publish", "name": name, "number": number})
+        for file in manifest.files:
+            self._objects.write(f"{files_prefix(name, number)}/{file.path}", directory / file.path)
+        content = manifest.model_dump_json(indent=2).encode()
+        self._objects.write(f"{version_prefix(name, number)}/{MANIFEST}", content)
+        entry = {"type": "publish", "name": name, "number": number, "manifest": hashlib.sha256(content).hexdigest()}
+        self._append(lambda _: entry)
         return AdapterVersion(name, number, manifest)
 
     def promote(

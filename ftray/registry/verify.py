@@ -52,7 +52,8 @@ def verify_registry(location: str) -> Findings:
     for version in sorted(whole_versions(ObjectStore(location)), key=str):
         if not journal.has(version.name, version.number) and (version.name, version.number) not in journal.deleted:
             found.problems.append(
-                f"{version}: is there, and the journal does not know of it: it was copied here, or its entry was lost"
+                f"{version}: is there, and the journal does not know of it: its publication was interrupted, it was "
+                "copied here, or its entry was lost"
             )
     return found
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from ftray.cli.main import app
 from ftray.errors import AdapterError, DamagedError, NotFoundError, UserError
 from ftray.registry import Registry
+from ftray.registry.chain import FOLLOWS, REGISTRY, SEQ
 from ftray.registry.verify import rebuild_journal, verify_registry
 from ftray.storage import ObjectStore, atomic
 from ftray.storage.manifest import MANIFEST
@@ -368,3 +369,22 @@ def test_a_version_that_cannot_be_loaded_is_moved_to_by_nothing(root):
             move()
     assert str(registry.resolve("a@prod")) == "a@2"
     assert str(registry.promote("a@1", "prod", force=True, loads=loads)) == "a@1"
+
+
+def test_one_bit_in_a_manifest_is_found(root):
+    """It holds the base's fingerprint: the journal has its digest."""
+    path = root / "adapters/a/versions/2" / MANIFEST
+    path.write_text(path.read_text().replace('"base_fingerprint": "f"', '"base_fingerprint": "g"'))
+    with pytest.raises(DamagedError, match=r"a@2: its manifest\.json .* is not the one that was published"):
+        Registry(str(root)).get("a@prod")
+    assert verify_registry(str(root)).damaged == ["a@2"]
+    assert Registry(str(root)).get("a@1").metadata["base_fingerprint"] == "f"
+
+
+def test_entries_of_before_manifests_had_a_digest_are_read(root):
+    for path in (root / "journal").iterdir():  # a journal of then had no links either
+        entry = json.loads(path.read_text())
+        path.write_text(
+            json.dumps({key: entry[key] for key in entry if key not in ("manifest", SEQ, REGISTRY, FOLLOWS)})
+        )
+    assert Registry(str(root)).get("a@prod").number == 2
