@@ -141,7 +141,8 @@ def is_group(words: list[str]) -> bool:
 def fail(message: str, *, code: int, debug: bool, error: BaseException | None) -> NoReturn:
     if debug and error is not None:
         raise error
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    is_asked = isinstance(error, InterruptedRunError)  # somebody wanted the end: no error
+    print(message if is_asked else f"error: {message}", file=sys.stderr, flush=True)
     if isinstance(error, InterruptedRunError):
         # A thread may still wait in Ray: taking Ray down under it can crash the process, which would change the exit
         # code. The processes of a Ray session of our own end with this one, its agents only after a minute.

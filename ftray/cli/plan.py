@@ -52,7 +52,9 @@ def show(plan: "Plan", *, per_node: int, mfu: float, price: float | None) -> Non
     print()
     show_table(plan, price)
     print()
-    if not plan.asked.fits:
+    if plan.asked is None:
+        print(f"the config as it is cannot run on {plan.gpu.name}: {plan.problem}")
+    elif not plan.asked.fits:
         print(f"the config as it is needs {plan.asked.memory.total / GIB:.1f} GiB and does not fit")
     if best is None:
         print(
@@ -73,9 +75,11 @@ def show_table(plan: "Plan", price: float | None) -> None:
     best = plan.best
     known = plan.num_steps is not None
     ends = ["GiB each", "host", "s/step"] + ["GPU-hours"] * known + ["cost"] * (known and price is not None)
-    for name in [*plan.asked.memory.parts, *ends]:
+    rows = [("as asked", plan.asked)] if plan.asked is not None else []
+    rows += [("", option) for option in plan.options]
+    for name in [*rows[0][1].memory.parts, *ends]:
         table.add_column(name, justify="right")
-    for label, option in [("as asked", plan.asked), *(("", option) for option in plan.options)]:
+    for label, option in rows:
         config, total = option.config, plan.gpu_hours(option)
         cells = [
             "cheapest" if option is best else label,

@@ -1,5 +1,6 @@
 """What the usual chips have, from their makers' data sheets: dense bfloat16 rates, memory, links."""
 
+import difflib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,5 +42,7 @@ GPUS = {
 
 def find_gpu(name: str) -> Gpu:
     if name not in GPUS:
-        raise UserError(f"--gpu: {name!r} is not known; known are {', '.join(GPUS)}")
+        near = [known for known in GPUS if known.startswith(name)] or difflib.get_close_matches(name, GPUS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--gpu: {name!r} is not known{hint}; known are {', '.join(GPUS)}")
     return GPUS[name]

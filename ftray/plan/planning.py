@@ -25,7 +25,8 @@ class Plan:
     workers: int
     num_steps: int | None  # None: not known without the number of examples
     source: str  # where the examples' lengths are from
-    asked: Option
+    asked: Option | None  # None where it cannot run
+    problem: str | None  # why it cannot
     options: list[Option]
 
     @property
@@ -43,7 +44,8 @@ class Plan:
             "gpu": self.gpu.name,
             "workers": self.workers,
             "steps": self.num_steps,
-            "asked": self._described(self.asked),
+            "asked": self._described(self.asked) if self.asked is not None else None,
+            "problem": self.problem,
             "options": [self._described(option) for option in self.options],
             "cheapest": self.best.settings if self.best is not None else None,
         }
@@ -73,21 +75,30 @@ def make_plan(
     chip = find_gpu(gpu)
     workers = count or run.workers.max_count
     check_base_name(run.base_model)
-    check_can_run(run, workers, chip)
+    check_count(run, workers)
     size = measure_model(read_model_config(run.base_model), run.adapter, dtype=chip.dtype)
     work, num_steps, source = find_work(run, examples, example_tokens)
     fixed = {"workers": workers, "per_node": per_node, "mfu": mfu}
-    asked = plan_option(run, size, chip, work, **fixed)
-    return Plan(run, chip, size, workers, num_steps, source, asked, options(run, size, chip, work, **fixed))
+    problem = problem_of_stage(run, chip)
+    asked = plan_option(run, size, chip, work, **fixed) if problem is None else None
+    return Plan(run, chip, size, workers, num_steps, source, asked, problem, options(run, size, chip, work, **fixed))
 
 
-def check_can_run(run: RunConfig, workers: int, gpu: Gpu) -> None:
+def problem_of_stage(run: RunConfig, gpu: Gpu) -> str | None:
+    """Why the workers would refuse the stage on this chip; the other stages are planned all the same."""
+    try:
+        check_stage(run.zero.stage, gpu.dtype)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def check_count(run: RunConfig, workers: int) -> None:
     """What the workers would refuse."""
     if workers % run.memory.sequence_parallel:
         raise UserError(
             f"--count: memory.sequence_parallel {run.memory.sequence_parallel} does not divide {workers} GPUs"
         )
-    check_stage(run.zero.stage, gpu.dtype)
 
 
 def find_work(run: RunConfig, examples: int | None, example_tokens: int | None) -> tuple[Work, int | None, str]:

@@ -193,6 +193,22 @@ def alpaca_rows():
     ]
 
 
+def test_samples_ask_what_evaluation_asks(tmp_path, renderer):
+    """The last assistant turn, with all that came before it."""
+    from ftray.train.hooks.samples import take_prompts
+
+    talk = [
+        {"role": "user", "content": "Capital of France?"},
+        {"role": "assistant", "content": "Paris"},
+        {"role": "user", "content": "Are you sure?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": talk}])
+    (prompt,) = take_prompts(tokenize_source("data.eval", str(path), DataConfig(train=str(path)), renderer), 1)
+    assert prompt.ids == renderer.prompt_ids(talk[:3])
+    assert renderer.tokenizer.decode(prompt.expected, skip_special_tokens=True) == "Yes."
+
+
 def test_sampled_answers_are_transformers_greedy_generation(model, dataset, tiny_base):
     from transformers import AutoModelForCausalLM
 

@@ -108,15 +108,18 @@ def test_what_does_not_fit_is_said_and_more_memory_allows_more(capsys):
     assert "does not fit" in out
     assert "nothing fits: take more or larger GPUs" in out
     assert run_plan("configs/run/llama31_8b_full.yaml", "--gpu", "h100") == 2
-    assert "known are h100-80gb" in capsys.readouterr().err
+    assert "did you mean h100-80gb?; known are h100-80gb" in capsys.readouterr().err
 
 
 def test_what_cannot_run_is_refused_as_the_workers_would(capsys):
     config = "configs/run/qwen3_8b_long_context.yaml"
     assert run_plan(config, "--count", "6") == 2
     assert "--count: memory.sequence_parallel 4 does not divide 6 GPUs" in capsys.readouterr().err
-    assert run_plan("configs/run/qwen3_8b_lora.yaml", "zero.stage=0") == 2
-    assert "zero.stage: 0 has no float32 master weights" in capsys.readouterr().err
+    assert run_plan("configs/run/qwen3_8b_lora.yaml", "zero.stage=0") == 0  # the other stages are planned
+    out = capsys.readouterr().out
+    assert "the config as it is cannot run on h100-80gb: zero.stage: 0 has no float32 master weights" in out
+    assert "cheapest that fits: zero.stage=" in out
+    assert "as asked" not in out
     assert run_plan("configs/run/qwen3_8b_qlora_24gb.yaml", f"base_model={L31_70B}", "--gpu", "l4-24gb", "--json") == 1
     assert json.loads(capsys.readouterr().out)["cheapest"] is None
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ftray.config.domains import Choice, Range
 from ftray.config.space import short
+from ftray.sweep.search.importance import Importance
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Trial
 from ftray.tracking.report import svg
@@ -111,14 +112,15 @@ def heat_map(study: Study, keys: tuple[str, str]) -> str:
     return svg(figure)
 
 
-def importances(shares: dict[str, float]) -> str:
+def importances(found: Importance) -> str:
     from matplotlib.figure import Figure
 
+    shares = found.shares
     figure = Figure(figsize=(6.4, 0.8 + 0.35 * len(shares)), layout="constrained")
     axes = figure.add_subplot()
     names = list(shares)[::-1]
     axes.barh(names, [shares[name] for name in names], color=BEST)
-    axes.set_xlabel("share of what the trials differ by (Optuna, PED-ANOVA)", fontsize=8)
+    axes.set_xlabel(f"share of what the trials differ by ({found.method})", fontsize=8)
     axes.tick_params(labelsize=8)
     return tidy(figure)
 

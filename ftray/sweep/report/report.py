@@ -23,7 +23,7 @@ from ftray.sweep.report.plots import (
     parallel_coordinates,
 )
 from ftray.sweep.report.text import conclusion, describe_plan, describe_state
-from ftray.sweep.search.algorithms import importance
+from ftray.sweep.search.importance import importance
 from ftray.sweep.study import Study
 from ftray.sweep.trials import SweepRun, Trial
 
@@ -47,13 +47,13 @@ class LivePage:
 
 def write_sweep_report(study: Study, directory: Path) -> Path:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    shares = importance(of_the_space(study), study.space, study.config.search)
-    keys = heat_map_keys(study, shares)
+    found = importance(of_the_space(study), study.space, study.config.search)
+    keys = heat_map_keys(study, found.shares if found is not None else {})
     plots = []
     if has_values(study.trials):
         plots = [curves(study), parallel_coordinates(study)]
         plots += [heat_map(study, keys)] if keys is not None else []
-        plots += [importances(shares)] if shares else []
+        plots += [importances(found)] if found is not None else []
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         refresh=not study.is_over,  # while it runs, the page shows it as it goes
         config=study.config,

@@ -116,17 +116,3 @@ def value_of(domain: Choice | Range, parameter: Any) -> Any:
 
 def parameter_of(domain: Choice | Range, value: Any) -> Any:
     return domain.values.index(value) if isinstance(domain, Choice) else value
-
-
-def importance(trials: Sequence[Trial], space: Space, search: SearchConfig) -> dict[str, float]:
-    """The share of each key in what the trials differ by (Optuna's PED-ANOVA, Watanabe et al. 2023, arXiv
-    2304.10255); empty where there are too few to tell."""
-    import optuna
-
-    finished = [trial for trial in trials if trial.is_finished]
-    varied = [key for key in space.free if len({repr(trial.point[key]) for trial in finished}) > 1]
-    if len(finished) < 4 or not varied:
-        return {}
-    study = as_optuna_study(finished, space, search)
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    return optuna.importance.get_param_importances(study, evaluator=evaluator, params=varied)

@@ -26,12 +26,14 @@ class Prompt:
 
 
 def take_prompts(dataset: TokenizedDataset, count: int, *, max_tokens: int = 1 << 30) -> list[Prompt]:
-    """Of the first examples: what comes before the first trained token, cut to its last `max_tokens`, and the rest."""
+    """Of the first examples, as evaluation asks them: what comes before the last assistant turn, cut to its last
+    `max_tokens`, and that turn. Of a document, whose every token is trained: its beginning, and the rest."""
     prompts = []
     for index in range(min(count, len(dataset))):
         ids, trained = next(iter(dataset.sequences(index)))
-        start = int(np.flatnonzero(trained)[0]) or DOCUMENT_PROMPT
-        prompts.append(Prompt(ids[max(0, start - max_tokens) : start].tolist(), ids[start:].tolist()))
+        end = int(np.flatnonzero(trained)[-1]) + 1
+        start = int(np.flatnonzero(~trained[:end])[-1]) + 1 if not trained[:end].all() else DOCUMENT_PROMPT
+        prompts.append(Prompt(ids[max(0, start - max_tokens) : start].tolist(), ids[start:end].tolist()))
     return prompts
 
 
