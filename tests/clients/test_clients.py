@@ -2,9 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from tiny import write_jsonl
@@ -16,8 +19,8 @@ from ftray.registry import Registry
 from ftray.serve.app import start_endpoint, stop_endpoint
 
 ROOT = Path(__file__).parents[2]
-CLIENTS, VLLM = ROOT / ".venv-clients" / "bin", ROOT / ".venv-vllm" / "bin"
-needs_clients = pytest.mark.skipif(not CLIENTS.exists(), reason="`make test-clients` makes their environment")
+CLIENTS, VLLM = ROOT / ".venv-clients", ROOT / ".venv-vllm" / "bin"
+PROXY_KEY = "sk-0123456789abcdef0123456789abcdef"
 QUESTIONS = ["where is the refund of my", "my order has not", "can you cancel the"]
 CHOICES = ["money", "come", "order please"]
 
@@ -34,7 +37,7 @@ def registry(tmp_path_factory, adapters):
 def url(ray_session, registry, tiny_model, serve_port):
     config = parse_config(
         f"kind: serve\nbase_model: {tiny_model}\nserved_name: tiny\nport: {serve_port}\n"
-        "engine: {max_sequences: 8, context_tokens: 1024, kv_cache_tokens: 8192}\n"
+        "engine: {max_sequences: 8, context_tokens: 2048, kv_cache_tokens: 16384}\n"
         f"adapters: {{registry: {registry.location}}}\n",
         kind="serve",
         source="test",
@@ -57,9 +60,21 @@ def run(command: list, **environment: str) -> str:
     return done.stdout
 
 
-@needs_clients
+def python_of(name: str) -> Path:
+    """Of the client's own environment."""
+    python = CLIENTS / name / "bin" / "python"
+    if not python.exists():
+        pytest.skip("`make test-clients` makes its environment")
+    return python
+
+
+def reported_by(name: str, *arguments: str) -> dict:
+    script = ROOT / "tests/clients" / f"{name}_client.py"
+    return json.loads(run([python_of(name), script, *arguments]).strip().splitlines()[-1])
+
+
 def test_langchain(url):
-    reported = json.loads(run([CLIENTS / "python", ROOT / "tests/clients/langchain_client.py", url, "tiny", "support"]))
+    reported = reported_by("langchain", url, "tiny", "support")
     assert reported["model"] == "support@1"
     assert reported["text"] == reported["streamed"] == reported["batch"][0] != reported["batch"][1]
     assert reported["usage"]["output_tokens"] == 24
@@ -67,9 +82,98 @@ def test_langchain(url):
     assert reported["order"]["about"] in ("refund", "delivery")
     assert (reported["call"], reported["arguments"]) == ("weather", ["city"])
     assert reported["answered"] == "length"
+    assert reported["by_function"] in ("refund", "delivery")
+    assert reported["plain"] == ["city"]
+    assert reported["after a broken call"] == "length"
 
 
-@needs_clients
+def test_openai_python(url):
+    reported = reported_by("openai", url, "tiny", "support")
+    assert reported["model"] == "support@1"
+    assert reported["retrieved"] == ["tiny", "support"]
+    assert reported["logprobs"]
+    assert reported["same id"]
+    assert (reported["call"], reported["streamed"]) == ("Order", [["Order"], True])
+    assert {reported["order"], reported["parsed"]} <= {"refund", "delivery"}
+    assert (reported["too long"], reported["unknown"]) == ("context_length_exceeded", "model_not_found")
+
+
+def test_instructor(url):
+    reported = reported_by("instructor", url, "tiny", "support")
+    assert set(reported) == {"TOOLS", "TOOLS_STRICT", "JSON_SCHEMA"}
+    assert set(reported.values()) <= {"refund", "delivery"}
+
+
+def test_pydantic_ai(url):
+    reported = reported_by("pydantic_ai", url, "tiny", "support")
+    assert reported["text"]
+    assert reported["order"] in ("refund", "delivery")
+    assert reported["either"] in ("Order", "Nothing")
+
+
+def test_litellm_and_its_proxy(url, tmp_path):
+    config = tmp_path / "proxy.yaml"
+    model = {"model": "openai/support", "api_base": f"{url}/v1", "api_key": "none"}
+    config.write_text(json.dumps({"model_list": [{"model_name": "support", "litellm_params": model}]}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [python_of("litellm").with_name("litellm"), "--config", config, "--host", "127.0.0.1", "--port", port]
+    settings = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": PROXY_KEY, "NO_PROXY": "*"}
+    environment = os.environ | settings  # its prices are on the network, and it wants a key
+    said = (tmp_path / "proxy.log").open("wb")
+    words = [str(word) for word in command]
+    with said, subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, env=environment) as proxy:
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health/liveliness", proxy, tmp_path / "proxy.log")
+            reported = reported_by("litellm", url, "support", f"http://127.0.0.1:{port}", PROXY_KEY)
+        finally:
+            proxy.terminate()
+    assert reported["openai"] is reported["hosted_vllm"] is True
+    assert reported["too long"] == "ContextWindowExceededError"
+    assert reported["proxy"] == [200, 200, 200]  # one user's unknown path is no reason to leave the model out
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            if httpx.get(url).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"{url} does not answer: {log.read_text()[-2000:]}")
+
+
+def test_llamaindex(url):
+    reported = reported_by("llamaindex", url, "tiny", "support")
+    assert reported["text"]
+    assert (reported["call"], reported["arguments"], reported["auto"]) == ("weather", ["city"], "assistant")
+    assert reported["order"] in ("refund", "delivery")
+
+
+def test_dspy(url):
+    reported = reported_by("dspy", url, "tiny", "support")
+    assert reported["text"]
+    assert reported["kind"] in ("refund", "delivery")
+
+
+def test_node(url):
+    """openai-node, and Vercel's AI SDK."""
+    place = CLIENTS / "node"
+    if not (place / "node_modules").is_dir():
+        pytest.skip("`make test-clients` makes its environment, where there is node")
+    script = place / "node_client.mjs"
+    script.write_text((ROOT / "tests/clients/node_client.mjs").read_text())  # it finds its packages beside it
+    reported = json.loads(run(["node", script, url, "tiny", "support"]).strip().splitlines()[-1])
+    assert reported["model"] == "support@1"
+    assert reported["same"] is reported["ai sdk"] is True
+    assert reported["retrieved"] == ["tiny", "support"]
+    assert reported["object"] in ("refund", "delivery")
+    assert (reported["call"], reported["arguments"]) == ("weather", ["city"])
+
+
 def test_lm_evaluation_harness_finds_the_log_likelihoods_of_transformers(url, tmp_path, tiny_model, adapters):
     """Through its own tokenizer calls, batches of prompts as token ids, and echo; and what it makes of generations."""
     rows = [{"question": question, "choices": CHOICES, "answer": number} for number, question in enumerate(QUESTIONS)]
@@ -88,7 +192,7 @@ def test_lm_evaluation_harness_finds_the_log_likelihoods_of_transformers(url, tm
     served = f"model=support,base_url={url}/v1/completions,num_concurrent=2,max_retries=1,max_length=512"
     run(
         [
-            *(CLIENTS / "lm_eval", "run", "--model", "local-completions", "--model_args", served),
+            *(python_of("lm_eval").with_name("lm_eval"), "run", "--model", "local-completions", "--model_args", served),
             *("--tasks", "likely,written", "--include_path", tmp_path, "--batch_size", 2),
             *("--output_path", tmp_path / "out", "--log_samples"),
         ],

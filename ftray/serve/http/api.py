@@ -66,10 +66,11 @@ def add_errors(api: FastAPI) -> None:
     @api.exception_handler(StarletteHTTPException)  # FastAPI's too; unknown paths and methods
     async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
         said = {"param": error.param, "code": error.code} if isinstance(error, Refused) else {}
-        message = str(error.detail)
+        message, status = str(error.detail), error.status_code
         if not isinstance(error, HTTPException):  # the router's own
             message = f"there is no {request.method} {request.url.path:.200} here"
-        status = error.status_code
+            if request.method == "POST" and request.url.path.startswith("/v1/"):
+                status = 400  # proxies such as LiteLLM's take a 404 for a model that is gone, and leave it out for all
         busy = {"Retry-After": "1"} if status in (429, 503) and said.get("code") != "insufficient_quota" else {}
         return JSONResponse(
             error_body(message, status, **said), status_code=status, headers=busy | dict(error.headers or {})
