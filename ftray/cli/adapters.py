@@ -86,12 +86,17 @@ def verify(
 @app.command()
 def publish(
     directory: Annotated[str, typer.Argument(help="A PEFT directory, such as runs/NAME/adapter or s3://...")],
-    name: Annotated[str, typer.Option("--name", help="The adapter's name; the registry chooses the version number.")],
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="The adapter's name, else its run's; the registry chooses the version number."),
+    ] = None,
     registry: RegistryOption = "registry",
 ) -> None:
     """Copy an adapter in as the next version of NAME."""
     from ftray.registry.reference import parse_reference
 
+    if name is None:
+        name = run_of(directory)
     parse_reference(name)
     from ftray.artifacts.publish import publish_adapter
     from ftray.model.adapters.directory import local_adapter
@@ -101,6 +106,16 @@ def publish(
     flag = "" if registry == "registry" else f" --registry {registry}"
     print(f"published {version} in {registry}")
     print(f"next: ftray adapters promote {version} prod{flag}")
+
+
+def run_of(directory: str) -> str:
+    """The run whose adapter it is, by its config."""
+    from ftray.storage import read_json
+
+    config = Path(directory).absolute().parent / "config.json"
+    if "://" in directory or not config.is_file():
+        raise UserError(f"--name: {directory} is no run's adapter, so no name is known; give one with --name NAME")
+    return str(read_json(config)["name"])
 
 
 @app.command()

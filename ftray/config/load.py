@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
+from ftray.config.other_tools import of_other_tools
 from ftray.config.pipeline import PipelineConfig
 from ftray.config.renamed import KEYS, RenamedWarning, old_names, with_new_names
 from ftray.config.run import RunConfig
@@ -54,9 +55,10 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, kind: str, source:
     keep_the_given_length(tree, overrides)
     found = tree.get("kind")
     if found != kind:
-        known = found if found in KINDS else None
-        fix = f"; this is a file for `ftray {'train' if known == 'run' else known}`" if known else ""
-        problems.append(f"kind: {found!r} must be {kind!r}{fix}")
+        if found in KINDS:  # what else is wrong with it follows from that
+            command = "train" if found == "run" else found
+            raise ConfigError(source, [f"kind: {found!r} must be {kind!r}; this is a file for `ftray {command}`"])
+        problems.append(f"kind: {found!r} must be {kind!r}")
         tree = {**tree, "kind": kind}
     for line in notes:
         warnings.warn(f"{source}: {line}", RenamedWarning, stacklevel=2)
@@ -162,8 +164,10 @@ def describe_problem(model: type[BaseModel], item: Any) -> str:
     key = ".".join(location) or "file"
     value = item["input"]
     if item["type"] == "extra_forbidden":
+        hint = of_other_tools(location[-1])
         near = difflib.get_close_matches(location[-1], fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(fields))}"
+        if hint is None:
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(fields))}"
         return f"{key}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{key}: required, but not given"

@@ -7,6 +7,7 @@ import pytest
 
 from ftray.config import RunConfig, ServeConfig, load_config, load_sweep, parse_config, to_yaml
 from ftray.config.advice import advise
+from ftray.config.other_tools import HERE
 from ftray.config.renamed import RenamedWarning
 from ftray.errors import ConfigError
 from ftray.train.runs.claim import config_changes
@@ -151,6 +152,28 @@ def test_every_problem_is_in_one_report():
 )
 def test_one_mistake_one_clear_problem(override, message):
     assert any(message in problem for problem in problems(GOOD, re.split(r" (?=[a-z]+\.)", override)))
+
+
+@pytest.mark.parametrize("key", sorted(HERE))
+def test_keys_of_other_tools_are_answered_with_ours(key):
+    """And ours exist."""
+    (found,) = (
+        problem for problem in problems(GOOD, [f"optimizer.{key}=1"] if key == "lr" else [f"{key}=1"]) if key in problem
+    )
+    assert f"unknown key; what other tools call so is here {HERE[key]}" in found
+    named = re.findall(r"\b([a-z_]+)\.([a-z_0-9]+)\b", HERE[key])
+    for section, name in named:
+        assert (
+            name in RunConfig.model_fields[section].annotation.__args__[0].model_fields
+            if section == "adapter"
+            else True
+        )
+        if section != "adapter":
+            assert name in RunConfig.model_fields[section].annotation.model_fields
+
+
+def test_a_file_of_another_kind_is_that_alone():
+    assert problems(GOOD, ["kind=serve"]) == ["kind: 'serve' must be 'run'; this is a file for `ftray serve`"]
 
 
 def test_yaml_1_2_and_overrides():
