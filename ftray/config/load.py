@@ -14,9 +14,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
-from ftray.config.other_tools import of_other_tools
 from ftray.config.pipeline import PipelineConfig
-from ftray.config.renamed import KEYS, RenamedWarning, old_names, with_new_names
+from ftray.config.renamed import KEYS, RenamedWarning, of_other_tools, old_names, with_new_names
 from ftray.config.run import RunConfig
 from ftray.config.serve import ServeConfig
 from ftray.config.sweep import SweepConfig

@@ -7,8 +7,8 @@ import pytest
 
 from ftray.config import RunConfig, ServeConfig, load_config, load_sweep, parse_config, to_yaml
 from ftray.config.advice import advise
-from ftray.config.other_tools import HERE
-from ftray.config.renamed import RenamedWarning
+from ftray.config.load import models_in
+from ftray.config.renamed import HERE, RenamedWarning
 from ftray.errors import ConfigError
 from ftray.train.runs.claim import config_changes
 
@@ -157,19 +157,11 @@ def test_one_mistake_one_clear_problem(override, message):
 @pytest.mark.parametrize("key", sorted(HERE))
 def test_keys_of_other_tools_are_answered_with_ours(key):
     """And ours exist."""
-    (found,) = (
-        problem for problem in problems(GOOD, [f"optimizer.{key}=1"] if key == "lr" else [f"{key}=1"]) if key in problem
-    )
-    assert f"unknown key; what other tools call so is here {HERE[key]}" in found
-    named = re.findall(r"\b([a-z_]+)\.([a-z_0-9]+)\b", HERE[key])
-    for section, name in named:
-        assert (
-            name in RunConfig.model_fields[section].annotation.__args__[0].model_fields
-            if section == "adapter"
-            else True
-        )
-        if section != "adapter":
-            assert name in RunConfig.model_fields[section].annotation.model_fields
+    (found,) = problems(GOOD, [f"{key}=1"])
+    assert f"{key}: unknown key; what other tools call so is here {HERE[key]}" in found
+    for section, name in re.findall(r"\b([a-z_]+)\.([a-z_0-9]+)\b", HERE[key]):
+        (model,) = models_in(RunConfig.model_fields[section].annotation)
+        assert name in model.model_fields
 
 
 def test_a_file_of_another_kind_is_that_alone():
