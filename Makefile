@@ -23,6 +23,7 @@ help:
 	@echo "make gpu-dry-run  what jobs/gpu_check.py would run on a GPU, at tiny sizes on this CPU (about 3 minutes)"
 	@echo "make docs         the pages of docs/ as a site in build/site, links checked"
 	@echo "make soak         an endpoint under load for ten minutes, while replicas die and adapters are swapped"
+	@echo "make soak-faults, soak-requests: 200 random faults (10 minutes); 2,000 generated requests at an endpoint (2 minutes)"
 	@echo "make audit        what PyPI's database of advisories says of every pinned package (needs the network)"
 	@echo "make install      make $(VENV) and install the project with the pins of cluster/constraints.txt"
 	@echo "make clean        remove the environments"
