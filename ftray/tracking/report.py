@@ -13,6 +13,7 @@ import jinja2
 
 from ftray.storage import read_json, write_bytes, write_json
 from ftray.tracking.events import read_events
+from ftray.tracking.facts import changed_settings, facts_of
 from ftray.tracking.metrics import read_metrics
 from ftray.tracking.runs import RESULT, RunSummary
 from ftray.tracking.samples import read_samples
@@ -60,10 +61,14 @@ def render_report(run_directory: Path, *, answers: AnswerTable | None = None) ->
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     metrics = read_metrics(run_directory)
     result_file = run_directory / RESULT
+    config = read_json(run_directory / "config.json")
+    result = read_json(result_file) if result_file.is_file() else None
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        config=read_json(run_directory / "config.json"),
+        config=config,
+        facts=facts_of(run_directory, config, result, metrics),
+        changed=changed_settings(config),
         environment=read_json(run_directory / "environment.json"),
-        result=read_json(result_file) if result_file.is_file() else None,
+        result=result,
         plots=[draw(metrics, name) for name in SHOWN if any(name in record for record in metrics)],
         events=[described(event) for event in read_events(run_directory)],
         answers=answers,
@@ -83,7 +88,12 @@ def tabulate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def described(event: dict[str, Any]) -> dict[str, str]:
     rest = {key: value for key, value in event.items() if key not in ("time", "event")}
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
-    return {"when": when, "what": event["event"].replace("_", " "), "more": json.dumps(rest) if rest else ""}
+    more = "; ".join(f"{key.replace('_', ' ')}: {plain(value)}" for key, value in rest.items())
+    return {"when": when, "what": event["event"].replace("_", " "), "more": more}
+
+
+def plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def write_comparison(path: Path, runs: Sequence[RunSummary]) -> None:

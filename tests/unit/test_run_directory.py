@@ -1,5 +1,6 @@
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from tiny import write_checkpoint
 from ftray.config import parse_config
 from ftray.config.run import OptimizerConfig
 from ftray.errors import UserError
-from ftray.storage import read_json
+from ftray.storage import read_json, write_json
+from ftray.tracking.events import record_event
 from ftray.tracking.metrics import MetricsFollower, MetricsLog, read_metrics
 from ftray.tracking.report import AnswerTable, write_report
+from ftray.tracking.status import write_status
 from ftray.tracking.wandb import choose_mode
 from ftray.train.checkpoints.listing import newest_whole_checkpoint
 from ftray.train.engine.schedule import make_schedule
@@ -133,6 +136,38 @@ def test_a_report_is_one_file_and_escapes_what_people_wrote(tmp_path):
     assert "<script" not in page
     assert "evaluation loss" in page
     assert "src=" not in page
+
+
+def test_a_reports_top_says_what_was_done_and_what_is_next(tmp_path):
+    run = DiskRun(make_config(tmp_path, "optimizer.learning_rate=3e-4"), fresh=False).path
+    log = MetricsLog(run, resume_step=0)
+    for step in range(1, 4):
+        log.append({"step": step, "loss": 1 / step, "seconds": 30.0})
+    for step, loss in ((1, 0.9), (2, 0.5), (3, 0.7)):
+        log.append({"step": step, "eval_loss": loss})
+    log.close()
+    write_status(run, "running", began=time.time(), num_steps=9)
+    record_event(run, "workers_started", workers=2)
+    page = write_report(run).read_text()
+    for text in (
+        "<td>status</td><td>running</td>",
+        "<td>steps</td><td>3 of 9</td>",
+        "<td>time in steps</td><td>1 min 30 s</td>",
+        "<td>training loss</td><td>1.0000 at the first step, 0.3333 at the last</td>",
+        "<td>best evaluation loss</td><td>0.5000 at step 2</td>",
+        "workers: 2",
+    ):
+        assert text in page
+    changed = page[page.index("What differs from the defaults") : page.index("<details>")]
+    assert "learning_rate" in changed
+    assert "weight_decay" not in changed
+    counts = {"examples": 40, "tokens": 2000, "trained_tokens": 200}
+    finished = {"final_loss": 0.3, "final_eval_loss": 0.5, "tokens_per_s": 10.0, "steps": 9, "data_digest": "d1"}
+    write_json(run / "result.json", finished | {"data": {"train": counts}, "output": f"{run}/adapter"})
+    page = write_report(run).read_text()
+    assert "<td>status</td><td>finished</td>" in page
+    assert "40 examples, 2,000 tokens, 200 of them trained" in page
+    assert f"<td>next</td><td>ftray adapters publish {run}/adapter --name" in page
 
 
 def test_config_json_is_the_resolved_config(tmp_path):
