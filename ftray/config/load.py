@@ -120,6 +120,8 @@ def apply_override(tree: dict, item: str) -> str | None:
 def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
     """By the key's new name. Raises ValueError where a parent is a value. A section that is null is made anew."""
     *parents, last = KEYS.get(key, key).split(".")
+    if parents[:1] == ["space"]:  # whose keys are paths themselves: space.optimizer.learning_rate
+        parents, last = parents[:1], key.partition(".")[2]
     for parent in parents:
         if tree.get(parent) is None:
             tree[parent] = {}
@@ -130,8 +132,18 @@ def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def problems_in(model: type[BaseModel], error: ValidationError) -> list[str]:
-    """One line each; rules between sections may find several at once."""
-    return [line for item in error.errors() for line in describe_problem(model, item).splitlines()]
+    """One line each; rules between sections may find several at once. Of a value that none of several kinds takes, what
+    each wants is one line."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for item in error.errors():
+        key = ".".join(walk(model, item["loc"])[0])
+        lines = describe_problem(model, item).splitlines()
+        of_value = found.setdefault((key, repr(item["input"])), [])
+        if of_value and " is refused: " in lines[0] and " is refused: " in of_value[-1]:
+            of_value[-1] += f"; or: {lines[0].partition(' is refused: ')[2]}"
+        else:
+            of_value += lines
+    return [line for lines in found.values() for line in lines]
 
 
 # One of them says how long a run is.
@@ -203,7 +215,7 @@ def walk(model: type[BaseModel], parts: Sequence[Any]) -> tuple[list[str], list[
         if tagged is not None:  # `objective.dpo.beta`: dpo is no key
             here = tagged
             continue
-        if not arms and (part in TYPE_TAGS or "[" in str(part)):
+        if not arms and (part in TYPE_TAGS or "[" in str(part) or str(part).startswith("constrained-")):
             continue
         keys.append(str(part))
         arm = arms[0] if arms else None

@@ -278,3 +278,13 @@ def test_a_problem_names_the_override_that_it_came_from():
         "adapter.rank": "adapter.rank=0)",
         "optimizer.learning_rate": "optimizer={learning_rate: -1})",
     }
+
+
+def test_a_value_of_several_kinds_is_one_problem_and_a_spaces_keys_are_paths():
+    text = "kind: sweep\nname: s\nrun: run.yaml\nspace: {adapter.rank: [4, 8]}\nsearch: {algorithm: grid}\n"
+    with pytest.raises(ConfigError) as error:
+        parse_config(text, ["search.fused=false"], kind="sweep", source="x")
+    (problem,) = error.value.problems
+    assert problem.startswith("search.fused: False is refused: Input should be 'auto' or 'off'; or: Input should be a")
+    swept = parse_config(text, ["space.optimizer.learning_rate=[1e-3, 1e-2]"], kind="sweep", source="x")
+    assert set(swept.space) == {"adapter.rank", "optimizer.learning_rate"}
