@@ -54,7 +54,7 @@ def command(*words: str) -> int:
     return ended.value.code or 0
 
 
-def wait_for(condition, *, seconds: float = 10) -> None:
+def wait_for(condition, *, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -16,6 +16,7 @@ from engine_contract import Reference
 from ray import serve
 from ray.util import placement_group_table
 
+from ftray.cluster.session import on_loopback
 from ftray.config import ServeConfig
 from ftray.model.base import load_tokenizer
 from ftray.registry import Registry
@@ -42,7 +43,8 @@ def cluster_of_two_gpus(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(plugin), os.environ.get("PYTHONPATH", "")]))
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False)
+        with on_loopback():  # as a session of `ftray serve` is
+            ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False)
         yield
         ray.shutdown()
 
