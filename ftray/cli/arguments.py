@@ -1,5 +1,6 @@
 """Arguments that several commands share."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -22,6 +23,13 @@ def place(given: str | None) -> str | None:
         return expanded(given) if given is not None else None
     except ValueError as error:
         raise UserError(f"{given}: {error}") from None
+
+
+def confirmed(question: str, *, otherwise: str) -> bool:
+    """Asks at the terminal. Raises `UserError` where there is none: --yes is given `otherwise` (to delete it)."""
+    if not sys.stdin.isatty():
+        raise UserError(f"--yes: there is no terminal to ask at; give it {otherwise}")
+    return typer.confirm(question)
 
 
 RegistryOption = Annotated[

@@ -1,13 +1,11 @@
 """`ftray clean`"""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ftray.cli.arguments import place
-from ftray.errors import UserError
+from ftray.cli.arguments import confirmed, place
 
 
 def clean(
@@ -33,11 +31,7 @@ def clean(
         age = f"{leftover.age_s / DAY_S:.0f} days" if leftover.age_s >= DAY_S else f"{leftover.age_s / 3600:.0f} hours"
         print(f"{leftover.kind:<14} {describe_bytes(leftover.num_bytes):>10}  {age:>9}  {leftover.path}")
     total = f"{len(found)} of them, {describe_bytes(sum(leftover.num_bytes for leftover in found))}"
-    if not yes:
-        if not sys.stdin.isatty():
-            print(total)
-            raise UserError("--yes: there is no terminal to ask at; give it to remove them")
-        if not typer.confirm(f"{total}: remove them?"):
-            return
+    if not yes and not confirmed(f"{total}: remove them?", otherwise=f"to remove them ({total})"):
+        return
     kept = [leftover for leftover in found if not remove(leftover)]
     print(f"removed: {total}" + (f"; {len(kept)} are in use and stay" if kept else ""))

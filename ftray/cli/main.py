@@ -143,9 +143,9 @@ def fail(message: str, *, code: int, debug: bool, error: BaseException | None) -
         raise error
     is_asked = isinstance(error, InterruptedRunError)  # somebody wanted the end: no error
     print(message if is_asked else f"error: {message}", file=sys.stderr, flush=True)
-    if isinstance(error, InterruptedRunError):
+    if is_asked:
         # A thread may still wait in Ray: taking Ray down under it can crash the process, which would change the exit
-        # code. The processes of a Ray session of our own end with this one, its agents only after a minute.
+        # code. So what this process started, a Ray session's processes among it, is ended by its ids.
         sys.stdout.flush()
         end_descendants()
         os._exit(code)

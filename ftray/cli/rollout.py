@@ -2,13 +2,12 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ftray.cli.arguments import RegistryOption
+from ftray.cli.arguments import RegistryOption, confirmed
 from ftray.errors import FtrayError, UserError
 
 Reason = Annotated[str | None, typer.Option("--reason", help="Kept in the journal, beside who did it.")]
@@ -126,11 +125,8 @@ def delete(
         raise UserError(f"{reference}: name the version itself ({exact}) to delete it")
     if not force:
         store.refuse_used(exact)
-    if not yes:
-        if not sys.stdin.isatty():
-            raise UserError(f"--yes: there is no terminal to ask at; give it to delete {exact} for good")
-        if not typer.confirm(f"delete {exact} for good?"):
-            raise typer.Abort
+    if not yes and not confirmed(f"delete {exact} for good?", otherwise=f"to delete {exact} for good"):
+        raise typer.Abort
     if endpoint is not None:
         in_use = ask_endpoint(endpoint, "in_use", {"model": str(exact)})["requests"]
         if in_use:

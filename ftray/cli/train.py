@@ -31,6 +31,7 @@ def train(
     from ftray.artifacts.resolve import resolve_start
     from ftray.cli.progress import TrainProgress
     from ftray.config.advice import advise
+    from ftray.tracking.facts import next_command
     from ftray.train.launch import launch
 
     prepared = resolve_start(prepared)
@@ -52,11 +53,7 @@ def train(
     print(f"  {result['output']}")
     if profile:
         print(f"  {trace_of(run)}")
-    if run.adapter is not None:
-        registry = "" if run.registry == "registry" else f" --registry {run.registry}"
-        print(f"next: ftray adapters publish {result['output']} --name {run.name}{registry}")
-    else:
-        print(f"next: ftray serve SERVE.yaml base_model={result['output']}")
+    print(f"next: {next_command(run.model_dump(mode='json'), result)}")
 
 
 def check_what_the_run_would(run: RunConfig) -> None:

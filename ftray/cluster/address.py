@@ -16,7 +16,7 @@ def check_address() -> None:
     """Its form, that somebody listens there, and without one that Ray can start a session here. That a cluster answers,
     Ray finds. Raises `UserError`."""
     address = os.environ.get(ADDRESS, "")
-    if address in ("", "local"):
+    if not joins_cluster():
         settle_temporary_directory()
         return
     if address == "auto":

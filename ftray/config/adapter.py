@@ -1,9 +1,11 @@
 """The section `adapter` of a run."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ftray.errors import AdapterError
 from ftray.schema import Place, PositiveFloat, PositiveInt, Strict, Text
 
 
@@ -37,3 +39,11 @@ class AdapterConfig(Strict):
             if self.modules_to_save:
                 raise ValueError("initialization pissa does not go with modules_to_save")
         return self
+
+
+def target_pattern(target: str) -> re.Pattern[str]:
+    """Matches in full the names of modules that end, after a dot, in what `target` matches."""
+    try:
+        return re.compile(rf"(.*\.)?({target})")
+    except re.error as error:
+        raise AdapterError(f"adapter.targets: {target!r} is no regular expression: {error}") from None

@@ -176,8 +176,8 @@ def describe_problem(model: type[BaseModel], item: Any) -> str:
     value = item["input"]
     if item["type"] == "extra_forbidden":
         hint = of_other_tools(location[-1])
-        near = difflib.get_close_matches(location[-1], fields, n=1, cutoff=0.5)
         if hint is None:
+            near = difflib.get_close_matches(location[-1], fields, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(fields))}"
         return f"{key}: unknown key; {hint}"
     if item["type"] == "missing":

@@ -21,7 +21,9 @@ class StructuredOutput:
 
     @property
     def label(self) -> str:
-        """As the request has it."""
+        """As the request has it: the one tool, or all of them."""
+        if len(self.parts) > 1:
+            return self.parts[0][1].partition("[")[0]
         return self.parts[0][1] if self.parts else "response_format"
 
 

@@ -70,7 +70,7 @@ class Grammars:
             label = structure.label
             if structure.kind == "json_schema":
                 problem = located(structure, problem, lambda part: begun(table, part)[1])
-            raise RequestError(f"{label}: {problem}", param=label.partition("[")[0].partition(".")[0])
+            raise RequestError(f"{label}: {problem}", param=label.partition("[")[0])
         return GrammarMatcher(matcher)
 
 

@@ -29,7 +29,7 @@ class ControlTokens:
         self._hidden = [*self._tokens, OPEN]  # a text that holds the mark itself is that text too
         self._number = {token: number for number, token in enumerate(self._hidden)}
         self._in_text = re.compile("|".join(map(re.escape, self._hidden)))
-        self._of_template = re.compile("|".join(map(re.escape, self._tokens)) or r"(?!)")
+        self._of_template = re.compile(f"({'|'.join(map(re.escape, self._tokens)) or '(?!)'})")
         self._lock = threading.Lock()
 
     def hide(self, value: Any, *, keep: Sequence[str] = ()) -> Any:
@@ -51,22 +51,22 @@ class ControlTokens:
     def encode(self, rendered: str) -> list[int]:
         """Token ids of a text that the template has made of hidden values."""
         if OPEN not in rendered:
-            return self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            return self._of_clean(rendered)
         ids: list[int] = []
-        clean = 0  # up to here it is encoded
-        begin = 0
-        for end, after in [*(found.span() for found in self._of_template.finditer(rendered)), (len(rendered), None)]:
-            if OPEN in rendered[begin:end]:
-                if clean < begin:
-                    ids += self._tokenizer(rendered[clean:begin], add_special_tokens=False)["input_ids"]
-                text = MARK.sub(lambda mark: self._hidden[int(mark[1])], rendered[begin:end])
-                with self._lock:  # a tokenizer is told in its state how to read
-                    ids += self._as_text(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-                clean = end
-            begin = end if after is None else after
-        if clean < len(rendered):
-            ids += self._tokenizer(rendered[clean:], add_special_tokens=False)["input_ids"]
-        return ids
+        clean = ""  # what comes before this part and is not encoded yet
+        for part in self._of_template.split(rendered):  # the template's control tokens are parts as well
+            if OPEN not in part:
+                clean += part
+                continue
+            text = MARK.sub(lambda mark: self._hidden[int(mark[1])], part)
+            ids += self._of_clean(clean)
+            with self._lock:  # a tokenizer is told in its state how to read
+                ids += self._as_text(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            clean = ""
+        return ids + self._of_clean(clean)
+
+    def _of_clean(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     @cached_property
     def _as_text(self) -> Any:

@@ -1,7 +1,6 @@
 """Reading a registry: following its journal, resolving names, and verified local directories."""
 
 import difflib
-import hashlib
 import logging
 import re
 import shutil
@@ -172,7 +171,7 @@ class RegistryReader:
         if content is None:
             raise DamagedError(f"{exact}: its {MANIFEST} is gone from {self.location}; restore it or publish again")
         published = self.known.manifests.get((exact.name, exact.number))
-        if published is not None and hashlib.sha256(content).hexdigest() != published:
+        if published is not None and digest_of(content) != published:
             raise DamagedError(
                 f"{exact}: its {MANIFEST} in {self.location} is not the one that was published; restore it, or publish "
                 "again"

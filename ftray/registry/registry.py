@@ -9,7 +9,6 @@ The only primitive it needs is exclusive create, which local disks, S3, GCS and 
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import socket
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.errors import ConflictError, DamagedError, NotFoundError, UserError
-from ftray.registry.chain import SEQ, entry_key
+from ftray.registry.chain import SEQ, digest_of, entry_key
 from ftray.registry.journal import Canary, CanaryLimits, Journal
 from ftray.registry.reader import VERSION, AdapterVersion, RegistryReader, files_prefix, version_prefix
 from ftray.registry.reference import Reference, check_alias, check_tag, parse_reference
@@ -44,7 +43,7 @@ class Registry(RegistryReader):
             self._objects.write(f"{files_prefix(name, number)}/{file.path}", directory / file.path)
         content = manifest.model_dump_json(indent=2).encode()
         self._objects.write(f"{version_prefix(name, number)}/{MANIFEST}", content)
-        entry = {"type": "publish", "name": name, "number": number, "manifest": hashlib.sha256(content).hexdigest()}
+        entry = {"type": "publish", "name": name, "number": number, "manifest": digest_of(content)}
         self._append(lambda _: entry)
         return AdapterVersion(name, number, manifest)
 

@@ -51,7 +51,9 @@ def facts_of(
 def next_command(config: dict[str, Any], result: dict[str, Any]) -> str:
     if config["adapter"] is None:
         return f"ftray serve SERVE.yaml base_model={result['output']}"
-    return f"ftray adapters publish {result['output']} --name {config['name']}"
+    registry = config.get("registry", "registry")
+    flag = "" if registry == "registry" else f" --registry {registry}"
+    return f"ftray adapters publish {result['output']} --name {config['name']}{flag}"
 
 
 def changed_settings(config: dict[str, Any]) -> dict[str, Any] | None:

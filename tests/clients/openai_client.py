@@ -2,19 +2,10 @@
 
 import json
 import sys
-from enum import Enum
 
 import openai
+from kinds import Item, Kind
 from pydantic import BaseModel
-
-
-class Kind(Enum):
-    refund = "refund"
-    delivery = "delivery"
-
-
-class Item(BaseModel):
-    kind: Kind
 
 
 class Order(BaseModel):

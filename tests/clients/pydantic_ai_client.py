@@ -2,17 +2,12 @@
 
 import json
 import sys
-from enum import Enum
 
+from kinds import Kind
 from pydantic import BaseModel
 from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
-
-
-class Kind(Enum):
-    refund = "refund"
-    delivery = "delivery"
 
 
 class Order(BaseModel):

@@ -6,7 +6,6 @@ Variants: LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA (Kalajdzievski 2023, a
 
 import contextlib
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ftray.config.adapter import AdapterConfig
+from ftray.config.adapter import AdapterConfig, target_pattern
 from ftray.errors import AdapterError
 from ftray.model.adapters.directory import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter_config
 from ftray.model.base import BaseModel
@@ -68,10 +67,7 @@ def matching_modules(model: nn.Module, targets: list[str]) -> list[str]:
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     found: set[str] = set()
     for target in targets:
-        try:
-            matched = {name for name in linear if re.fullmatch(rf"(.*\.)?({target})", name)}
-        except re.error as error:
-            raise AdapterError(f"adapter.targets: {target!r} is no regular expression: {error}") from None
+        matched = set(filter(target_pattern(target).fullmatch, linear))
         if not matched:
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise AdapterError(f"adapter.targets: {target!r} matches no linear module; the model has {known}")

@@ -1,9 +1,6 @@
 """Whether a base has what an adapter is to change, before anything is loaded."""
 
-import re
-
-from ftray.config.adapter import AdapterConfig
-from ftray.errors import AdapterError
+from ftray.config.adapter import AdapterConfig, target_pattern
 from ftray.model.base import BaseModel
 from ftray.model.weight_files import weight_shapes
 
@@ -14,7 +11,7 @@ def check_targets(base: BaseModel, config: AdapterConfig) -> None:
     shapes = weight_shapes(base.directory)
     linear = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
     targets = config.targets if isinstance(config.targets, list) else []
-    if all(is_among(target, linear) for target in targets):
+    if all(any(map(target_pattern(target).fullmatch, linear)) for target in targets):
         return
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,11 +21,3 @@ def check_targets(base: BaseModel, config: AdapterConfig) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.directory))
     matching_modules(model, list(targets))
-
-
-def is_among(target: str, names: list[str]) -> bool:
-    try:
-        pattern = re.compile(rf"(.*\.)?({target})")
-    except re.error as error:
-        raise AdapterError(f"adapter.targets: {target!r} is no regular expression: {error}") from None
-    return any(pattern.fullmatch(name) for name in names)

@@ -87,9 +87,8 @@ class Watched:
             if message["type"] == "http.response.start":
                 begun = True
                 context.status = message["status"]
-                if (
-                    "x-request-id" not in headers
-                ):  # else Ray Serve's proxy, which gave it or passed it on, answers with it
+                # Else Ray Serve's proxy, which gave it or passed it on, answers with it.
+                if "x-request-id" not in headers:
                     own = (b"x-request-id", context.request_id.encode())
                     message["headers"] = [*message.get("headers", []), own]
             await send(message)

@@ -12,7 +12,7 @@ from pydantic import Field
 from ftray.serve.http.answer import Answer
 from ftray.serve.http.context import RequestContext, detached
 from ftray.serve.http.ingress import DEADLINE_PASSED, deadline_of, resolved
-from ftray.serve.http.refusals import Refused
+from ftray.serve.http.refusals import refusal_of
 from ftray.serve.openai.body import RequestBody
 from ftray.serve.openai.schemas import MAX_PROMPTS, Inputs, UserName, as_list
 from ftray.serve.openai.tools import Tool, as_given
@@ -143,7 +143,7 @@ class Embeddings:
 def expect(kind: type[T], found: QuickAnswer) -> T:
     """Raises HTTP's error of one that failed."""
     if isinstance(found, Failed):
-        raise Refused(found.status, found.message, param=found.param, code=found.code)
+        raise refusal_of(found)
     assert isinstance(found, kind)
     return found
 

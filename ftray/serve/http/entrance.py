@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from fastapi import HTTPException
-
 from ftray.serve.http.body_limits import Message, Receive, Scope, Send, refuse
+from ftray.serve.http.refusals import Refused
 from ftray.serve.openai.body import ignores_unknown
 from ftray.serve.tenants.auth import Authenticator
 
@@ -45,10 +44,8 @@ class Entrance:
         elif scope["method"] == "POST":
             try:
                 await self._auth.check_key(scope["state"]["context"].headers)
-            except HTTPException as error:
-                code = getattr(error, "code", None)
-                more = error.headers or ({"Retry-After": "1"} if error.status_code == 503 else None)
-                await refuse(send, error.status_code, str(error.detail), more=more, code=code)
+            except Refused as error:
+                await refuse(send, error.status_code, str(error.detail), more=error.headers, code=error.code)
                 return
         await self._app(scope, receive, send)
 

@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from ftray.errors import FtrayError, NotFoundError
 from ftray.serve.http.answer import Answer
 from ftray.serve.http.context import RequestContext, detached
-from ftray.serve.http.refusals import Refused
+from ftray.serve.http.refusals import Refused, refusal_of
 from ftray.serve.openai.responses import ChatResponses, CompletionResponses, Responses, server_event
 from ftray.serve.openai.schemas import ApiRequest, ChatRequest, CompletionRequest, error_body
 from ftray.serve.openai.tools import as_given
@@ -216,7 +216,7 @@ class Ingress:
         """Raises HTTP's error of one that failed."""
         if isinstance(event, Failed):
             answer.fail(event)
-            raise Refused(event.status, event.message, param=event.param, code=event.code)
+            raise refusal_of(event)
         assert isinstance(event, Started)
         return event
 

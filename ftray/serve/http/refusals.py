@@ -2,6 +2,8 @@
 
 from fastapi import HTTPException
 
+from ftray.serve.protocol import Failed
+
 
 class Refused(HTTPException):
     """`code` and `param`: what OpenAI's API calls the reason and the parameter."""
@@ -17,3 +19,7 @@ class Refused(HTTPException):
     ):
         super().__init__(status, message, headers=headers)
         self.param, self.code = param, code
+
+
+def refusal_of(failed: Failed) -> Refused:
+    return Refused(failed.status, failed.message, param=failed.param, code=failed.code)

@@ -92,9 +92,10 @@ class CallFinder:
         rest, self._held = self._held, ""
         if self._is_object and (calls := calls_in(rest, self._names)):
             return list(calls)
-        begun = HEAD.match(rest.removeprefix(OPENING))
+        call = rest.removeprefix(OPENING)
+        begun = HEAD.match(call)
         if is_cut and begun is not None and (name := json.loads(begun[1])) in self._names:
-            return [Call(name, rest.removeprefix(OPENING)[begun.end() :])]
+            return [Call(name, call[begun.end() :])]
         return [rest] if rest else []
 
 

@@ -1,6 +1,7 @@
 """Usage on its way to the ledger: rows that come together are written together, by a thread of its own. Where the disk
 does not take them, they wait in memory, and answers go out."""
 
+import itertools
 import logging
 import threading
 from collections import Counter, deque
@@ -92,7 +93,7 @@ class LedgerWriter:
     def _next(self) -> list[Row] | None:
         with self._changed:
             self._changed.wait_for(lambda: self._rows or self._closing)
-            return [self._rows[i] for i in range(min(len(self._rows), MAX_TOGETHER))] or None
+            return list(itertools.islice(self._rows, MAX_TOGETHER)) or None
 
     def _failed(self, error: Exception) -> None:
         if not self.is_failing:  # once, however long it lasts
