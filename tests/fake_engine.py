@@ -54,9 +54,9 @@ class FakeEngine:
         self.num_updates += 1
         return self._grad_norms.get(self.num_updates, 1.0)
 
-    def evaluate(self, rows: Iterable[PackedRow]) -> float:
+    def evaluate(self, rows: Iterable[PackedRow]) -> StepLoss:
         self.calls.append(("evaluate", len(list(rows))))
-        return 0.5
+        return StepLoss(0.5, {})
 
     def next_tokens(self, row: PackedRow) -> list[int]:
         return [0] * len(row.rows_N)

@@ -1,5 +1,6 @@
 """An engine in this process, with one adapter of a registry or directory."""
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def base_of(model: str, registry: str, *, base_model: str | None = None) -> tupl
     if directory is None and is_hub_id(model):
         return model, None
     if directory is None:
+        if near := difflib.get_close_matches(model.lower(), EMBEDDED, n=1, cutoff=0.8):
+            raise UserError(f"{model}: no such model; did you mean {near[0]}?")
         return base_model or Registry(registry).get(model).metadata["base_model"], model
     known = base_model or metadata_of(directory).get("base_model")
     if known is None and (directory / "adapter_config.json").is_file():

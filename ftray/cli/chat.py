@@ -1,12 +1,17 @@
 """`ftray chat`"""
 
+import os
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote
 
 import typer
 
 from ftray.cli.arguments import RegistryOption
+
+if TYPE_CHECKING:
+    import httpx
 
 
 def chat(
@@ -63,6 +68,9 @@ def over_http(url: str, model: str, temperature: float, max_tokens: int):
 
     from ftray.errors import FtrayError, UserError
 
+    endpoint = f"{url.rstrip('/').removesuffix('/v1')}/v1"
+    check_model(endpoint, model)
+
     def ask(messages: list[dict]) -> Iterator[str]:
         body = {
             "model": model,
@@ -71,12 +79,12 @@ def over_http(url: str, model: str, temperature: float, max_tokens: int):
             "max_tokens": max_tokens,
             "stream": True,
         }
-        address = f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
         try:
-            with httpx.stream("POST", address, json=body, timeout=300) as response:
+            with httpx.stream(
+                "POST", f"{endpoint}/chat/completions", json=body, headers=key(), timeout=300
+            ) as response:
                 if response.status_code != 200:
-                    problem = json.loads(response.read())["error"]["message"]
-                    raise UserError(f"{url}: {problem}")
+                    raise UserError(f"{url}: {problem_of(response)}")
                 for line in response.iter_lines():
                     if line.startswith("data: {"):
                         chunk = json.loads(line.removeprefix("data: "))
@@ -84,6 +92,43 @@ def over_http(url: str, model: str, temperature: float, max_tokens: int):
                             raise FtrayError(f"{url}: {chunk['error']['message']}")
                         yield chunk["choices"][0]["delta"].get("content", "")
         except httpx.HTTPError as error:
-            raise FtrayError(f"{url}: the endpoint does not answer ({error}); is `ftray serve` running?") from None
+            raise silent(url, error) from None
 
     return ask
+
+
+def check_model(endpoint: str, model: str) -> None:
+    """Before anything is typed. Raises `UserError`."""
+    import httpx
+
+    from ftray.errors import UserError
+
+    try:
+        response = httpx.get(f"{endpoint}/models/{quote(model)}", headers=key(), timeout=30)
+        response.read()
+    except httpx.HTTPError as error:
+        raise silent(endpoint, error) from None
+    if response.status_code != 200:
+        raise UserError(f"{endpoint}: {problem_of(response)}")
+
+
+def key() -> dict[str, str]:
+    """As OpenAI's clients find it."""
+    found = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {found}"} if found else {}
+
+
+def problem_of(response: "httpx.Response") -> str:
+    """What the endpoint says, or one that is none of ours."""
+    import json
+
+    try:
+        return json.loads(response.read())["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        return f"answers {response.status_code} {response.reason_phrase}"
+
+
+def silent(url: str, error: Exception) -> Exception:
+    from ftray.errors import FtrayError
+
+    return FtrayError(f"{url}: the endpoint does not answer ({error}); is `ftray serve` running?")

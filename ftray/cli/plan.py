@@ -17,7 +17,9 @@ GIB = 2**30
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="The kind of GPU; a wrong name lists them all.")] = "h100-80gb",
+    gpu: Annotated[
+        str, typer.Option(help="The kind of GPU, or cpu for this machine; a wrong name lists them all.")
+    ] = "h100-80gb",
     count: Annotated[int | None, typer.Option(min=1, help="How many; without it workers.count of the config.")] = None,
     per_node: Annotated[int, typer.Option(min=1, help="GPUs of one host: they have the fast links.")] = 8,
     examples: Annotated[int | None, typer.Option(min=1, help="Rows of data.train, where the file is not here.")] = None,

@@ -1,6 +1,9 @@
 """`ftray runs`"""
 
 import json
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +12,7 @@ import typer
 from ftray.cli.arguments import place
 
 if TYPE_CHECKING:
+    from ftray.tracking.jobs import JobSummary
     from ftray.tracking.runs import RunSummary
 
 app = typer.Typer(help="Run directories: what is there, how two differ, and stopping one.")
@@ -18,9 +22,34 @@ RunsDir = Annotated[
 ]
 
 
+class Sort(StrEnum):
+    AGE = "age"
+    NAME = "name"
+    LOSS = "loss"
+    EVAL_LOSS = "eval_loss"
+    TOKENS_PER_S = "tokens_per_s"
+
+
+# What is compared, smallest first; by age they are found.
+SORTED_BY: dict[Sort, "Callable[[RunSummary], Any]"] = {
+    Sort.NAME: lambda run: run.name,
+    Sort.LOSS: lambda run: run.final_loss,
+    Sort.EVAL_LOSS: lambda run: run.final_eval_loss,
+    Sort.TOKENS_PER_S: lambda run: -run.tokens_per_s if run.steps else None,
+}
+
+
 @app.command("list")
 def list_runs(
     runs_dir: RunsDir = "runs",
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="PATTERN", help="Only names like it: 'support-*'.")
+    ] = None,
+    status: Annotated[
+        list[str] | None, typer.Option("--status", help="Only these, such as running or failed; may be repeated.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", help="Only runs with it (tracking.tags).")] = None,
+    sort: Annotated[Sort, typer.Option("--sort", help="Of runs: newest, lowest or fastest first.")] = Sort.AGE,
     as_json: Annotated[bool, typer.Option("--json", help="Everything known of each, as JSON.")] = False,
 ) -> None:
     """Every run, newest first, with what it does now; then sweeps and pipelines."""
@@ -32,11 +61,16 @@ def list_runs(
 
     seen, is_driven = notes_of(runs_dir), run_store(runs_dir).is_driven
     runs, jobs = find_runs(seen, is_driven=is_driven), find_jobs(seen, is_driven=is_driven)
+    runs = [run for run in runs if is_wanted(run, name, status) and set(tag or ()) <= set(run.tags)]
+    jobs = [job for job in jobs if is_wanted(job, name, status) and not tag]
+    if sort is not Sort.AGE:
+        runs.sort(key=lambda run: unknown_last(SORTED_BY[sort](run)))
     if as_json:
         print(json.dumps({"runs": [line_of(run) for run in runs], "jobs": [vars(job) for job in jobs]}, indent=2))
         return
     if not runs and not jobs:
-        print(f"{runs_dir} has no runs; `ftray train CONFIG` makes one")
+        what = "such runs" if name or status or tag else "runs; `ftray train CONFIG` makes one"
+        print(f"{runs_dir} has no {what}")
         return
     now = time.time()
     width = max([4, *(len(found.name) for found in [*runs, *jobs])])
@@ -59,6 +93,16 @@ def list_runs(
         print(f"{job.name:<{width}}  {job.status:<11}  {job.kind}, {age(now, job.began)}: {job.done}")
 
 
+def is_wanted(found: "RunSummary | JobSummary", name: str | None, status: Sequence[str] | None) -> bool:
+    return (name is None or fnmatchcase(found.name, name)) and (not status or found.status in status)
+
+
+def unknown_last(value: Any) -> tuple[bool, Any]:
+    """What a run does not have, and NaN."""
+    is_unknown = value is None or value != value
+    return is_unknown, 0 if is_unknown else value
+
+
 def line_of(run: "RunSummary") -> dict[str, Any]:
     return {
         "name": run.name,
@@ -73,6 +117,7 @@ def line_of(run: "RunSummary") -> dict[str, Any]:
         "seconds": run.seconds,
         "seconds_left": run.seconds_left,
         "base_model": run.config.get("base_model"),
+        "tags": run.tags,
     }
 
 

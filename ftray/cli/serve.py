@@ -1,7 +1,6 @@
 """`ftray serve`"""
 
 import json
-import signal
 import threading
 from typing import Annotated
 
@@ -47,6 +46,7 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
     import ray
 
     from ftray.cluster.session import start_ray
+    from ftray.cluster.signals import stoppable
     from ftray.errors import UserError
     from ftray.serve.app import start_endpoint, stop_endpoint
     from ftray.serve.http.ports import in_url
@@ -54,37 +54,30 @@ def run_endpoint(settings: ServeConfig, *, detach: bool) -> None:
     print(f"starting {settings.base_model} on {in_url(settings.host)}:{settings.port}", flush=True)
     if settings.tenants.database is None and not settings.is_local:
         print(f"open: true: whoever reaches {settings.host} may ask anything", flush=True)
-    stopped, ready = threading.Event(), threading.Event()
-
-    def stop(*_: object) -> None:
-        is_first = not stopped.is_set()
-        stopped.set()
-        if is_first and not ready.is_set():
-            raise KeyboardInterrupt  # out of a start that may take minutes
-
-    joined = start_ray()
-    # ray.init sets one for SIGTERM, by which a second ends the end.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under `nohup`
-            signal.signal(number, stop)
-    if detach and not joined:
-        ray.shutdown()
-        raise UserError("--detach: there is no running cluster to leave the endpoint on; `ray start --head` makes one")
-    leave = False
-    try:
-        url = start_endpoint(settings)
-        ready.set()
-        print(f"ready: {url}/v1", flush=True)
-        print(f"  models: curl -s {url}/v1/models", flush=True)
-        print(f"  ask:    {curl_line(url, settings.served_name or settings.base_model)}", flush=True)
-        leave = detach
-        if not detach:
-            stopped.wait()
-            print("stopping", flush=True)
-    finally:
-        if not leave:
-            stop_endpoint()
-        ray.shutdown()
+    stopped = threading.Event()
+    with stoppable() as stop:
+        joined = start_ray()
+        stop.take_over()
+        if detach and not joined:
+            ray.shutdown()
+            raise UserError(
+                "--detach: there is no running cluster to leave the endpoint on; `ray start --head` makes one"
+            )
+        leave = False
+        try:
+            url = start_endpoint(settings)  # a signal ends it, which may take minutes
+            stop.saves_by(stopped.set)
+            print(f"ready: {url}/v1", flush=True)
+            print(f"  models: curl -s {url}/v1/models", flush=True)
+            print(f"  ask:    {curl_line(url, settings.served_name or settings.base_model)}", flush=True)
+            leave = detach
+            if not detach:
+                stopped.wait()
+                print("stopping", flush=True)
+        finally:
+            if not leave:
+                stop_endpoint()
+            ray.shutdown()
 
 
 def curl_line(url: str, model: str, message: str = "Hello!", *, system: str | None = None) -> str:

@@ -125,7 +125,7 @@ def parse_changes(words: list[str]) -> dict[str, Any]:
 
 
 def publish_best(study: "Study") -> None:
-    from ftray.artifacts.publish import publish_if_new
+    from ftray.artifacts.publish import publish_if_new, publish_once
     from ftray.model.adapters.directory import local_adapter
     from ftray.registry import Registry
 
@@ -138,10 +138,20 @@ def publish_best(study: "Study") -> None:
     adapter = local_adapter(artifact)
     if adapter is None:
         raise FtrayError(f"{artifact}: is gone")
-    version = publish_if_new(Registry(config.registry), study.config.name, adapter, lineage=study.lineage_of(run))
     flag = "" if config.registry == "registry" else f" --registry {config.registry}"
-    print(f"published {version} in {config.registry}")
-    print(f"next: ftray adapters promote {version} prod{flag}")
+    publish = study.config.publish
+    if publish == "off":
+        print(f"next: ftray adapters publish {artifact} --name {study.config.name}{flag}")
+        return
+    registry, name, lineage = Registry(config.registry), publish.name or study.config.name, study.lineage_of(run)
+    if publish.alias is None:
+        version = publish_if_new(registry, name, adapter, lineage=lineage)
+        print(f"published {version} in {config.registry}")
+        print(f"next: ftray adapters promote {version} prod{flag}")
+    else:
+        version = publish_once(registry, name, adapter, alias=publish.alias, lineage=lineage)
+        print(f"published {version} in {config.registry}; {name}@{publish.alias} points to it")
+        print(f"next: ftray chat {name}@{publish.alias}{flag}")
 
 
 def show_points(config: SweepConfig, space: Space) -> None:

@@ -39,8 +39,8 @@ def train(
     for advice in advise(run):
         print(f"note: {advice}")
     if dry_run:
-        show_plan(run)
         check_what_the_run_would(run)
+        show_plan(run)
         return
     try:
         with TrainProgress() as progress:
@@ -82,8 +82,11 @@ def trace_of(run: RunConfig) -> str:
 def show_plan(run: RunConfig) -> None:
     from ftray.train.prepared_data import prepare_data
 
+    lines: list[str] = []
+    base, data = prepare_data(run, log=lines.append)  # what is wrong with it is not to stand below 60 keys
     print(to_yaml(run))
-    base, data = prepare_data(run, log=lambda text: print(f"# {text}"))
+    for line in lines:
+        print(f"# {line}")
     steps = data.num_steps
     method = "full fine-tuning" if run.adapter is None else f"LoRA of rank {run.adapter.rank}"
     gpus = (

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray._private import ray_constants  # no public one
+from ray._private import ray_constants, worker as ray_worker  # no public ones
 from ray.job_config import JobConfig
 from ray.util import get_node_ip_address
 
@@ -37,6 +38,7 @@ def start_ray(*, join: bool = True, run: str | None = None) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs sees none
     address = os.environ.get(ADDRESS) if join else None
+    ray_worker.print_to_stdstream = print_message_of_ray
     described = JobConfig(metadata={"job_name": run} if run is not None else None)
     how: dict[str, Any] = {"job_config": described, "logging_level": logging.ERROR, "log_to_driver": False}
     try:
@@ -70,6 +72,14 @@ def start_session(how: dict[str, Any]) -> None:
                     "try again when other work has ended, or start a cluster beforehand (`ray start --head`) and set "
                     "RAY_ADDRESS"
                 ) from None
+
+
+def print_message_of_ray(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+    """Of what Ray publishes to a driver (a worker that died, a node without memory) the first sentence, in place of a
+    paragraph between the lines of a table. Ray's logs have the rest."""
+    for text in data["lines"]:
+        first, *_ = re.split(r"(?<=[.!?])\s", " ".join(text.split()), maxsplit=1)
+        print(f"Ray: {first}", file=sys.stderr, flush=True)
 
 
 def session_directory() -> str:

@@ -119,6 +119,10 @@ class GuardConfig(Strict):
 
 
 class TrackingConfig(Strict):
+    tags: list[Name] = Field(default_factory=list)
+    """`ftray runs list --tag` finds the run by them; W&B shows them too."""
+    notes: Text | None = None
+    """What the run is for, in a sentence: in the report, and in W&B."""
     wandb: Literal["off", "auto", "offline", "online"] = "off"
     """auto: online with a key, else offline."""
     wandb_project: Text = "ftray"

@@ -132,6 +132,13 @@ class CompareConfig(Strict):
     """Rows of plain text: the loss on them tells what tuning has broken."""
 
 
+class PublishBestConfig(Strict):
+    name: Name | None = None
+    """null: the sweep's own."""
+    alias: Name | None = None
+    """Moved to the version, such as candidate."""
+
+
 class SweepConfig(Strict):
     kind: Literal["sweep"]
     name: Name
@@ -144,6 +151,8 @@ class SweepConfig(Strict):
     """Not given: the run's own."""
     search: SearchConfig
     compare: CompareConfig | None = None
+    publish: PublishBestConfig | Literal["off"] = PublishBestConfig()
+    """What the best trial's adapter is published as, in the run's registry. off: it stays in the trial's directory."""
 
     @field_validator("space", mode="before")
     @classmethod

@@ -3,6 +3,8 @@
 import difflib
 import glob
 import hashlib
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs of a file is said in the error
     path = local_file(key, source)
     try:
         if path.is_dir():
@@ -49,7 +52,8 @@ def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
         else:
             rows = datasets.load_dataset(source, revision=revision, split="train")
     except (DatasetGenerationError, DatasetNotFoundError) as error:
-        raise DataError(f"{key}: {source}: cannot be read: {root_cause(error)}") from None
+        where = first_bad_json(path) if path.suffix in (".jsonl", ".json") else None
+        raise DataError(f"{key}: {source}: {where or f'cannot be read: {root_cause(error)}'}") from None
     except (OSError, ValueError) as error:
         if "corresponds to no data" in str(error):  # what `datasets` says of a file with a header and no rows
             raise DataError(f"{key}: {source}: has no rows") from None
@@ -90,6 +94,22 @@ def source_digest(source: str, rows: Any) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     return rows._fingerprint
+
+
+def first_bad_json(path: Path) -> str | None:
+    """Which line is no JSON, and why; pyarrow counts from another end. None: each is."""
+    with path.open("rb") as file:
+        is_array = file.read(64).lstrip().startswith(b"[")
+        file.seek(0)
+        for first, text in [(1, file.read())] if is_array else enumerate(file, 1):
+            try:
+                json.loads(text.decode("utf-8-sig")) if text.strip() else None
+            except json.JSONDecodeError as error:
+                return f"line {first + error.lineno - 1}, column {error.colno}: is no JSON ({error.msg})"
+            except UnicodeDecodeError as error:
+                number = first + text.count(b"\n", 0, error.start)
+                return f"line {number}: is no UTF-8 ({error.reason})"
+    return None
 
 
 def root_cause(error: BaseException) -> str:

@@ -1,10 +1,13 @@
 """What the usual chips have, from their makers' data sheets: dense bfloat16 rates, memory, links."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import psutil
+
 from ftray.errors import UserError
+from ftray.storage.machine import usable_cores
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Gpu:
 
 
 CPU = Gpu("cpu", 16, 0.1, 5, 1, dtype="float32", context_gib=0)
+CPU_TFLOPS_PER_CORE = 0.1  # float32; a server core of 2023 with AVX-512
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -40,9 +44,13 @@ GPUS = {
 }
 
 
-def find_gpu(name: str) -> Gpu:
+def find_gpu(name: str, *, workers: int) -> Gpu:
+    """`cpu` is this machine without GPUs, shared by all its workers. Raises `UserError`."""
+    if name == CPU.name:
+        memory = psutil.virtual_memory().total / 2**30 / workers
+        return replace(CPU, memory_gib=memory, tflops=CPU_TFLOPS_PER_CORE * usable_cores() / workers)
     if name not in GPUS:
         near = [known for known in GPUS if known.startswith(name)] or difflib.get_close_matches(name, GPUS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--gpu: {name!r} is not known{hint}; known are {', '.join(GPUS)}")
+        raise UserError(f"--gpu: {name!r} is not known{hint}; known are {', '.join([*GPUS, CPU.name])}")
     return GPUS[name]

@@ -72,8 +72,8 @@ def make_plan(
     example_tokens: int | None,
 ) -> Plan:
     """Neither weights nor, for well-known models, a network are needed. Raises `UserError`."""
-    chip = find_gpu(gpu)
     workers = count or run.workers.max_count
+    chip = find_gpu(gpu, workers=workers)
     check_base_name(run.base_model)
     check_count(run, workers)
     size = measure_model(read_model_config(run.base_model), run.adapter, dtype=chip.dtype)

@@ -43,7 +43,13 @@ DATA = "data.json"
 FUSED_SLOTS = 8
 TPE_ROUNDS = 3  # of trials side by side at least: it learns from those that have ended
 # What may change when a sweep goes on: how long and how wide it is searched, not what is searched.
-MAY_CHANGE = ("sweep.search.trials", "sweep.search.budget", "sweep.search.max_concurrent", "sweep.search.fused")
+MAY_CHANGE = (
+    "sweep.search.trials",
+    "sweep.search.budget",
+    "sweep.search.max_concurrent",
+    "sweep.search.fused",
+    "sweep.publish",
+)
 
 Log = Callable[[str], None]
 
@@ -89,6 +95,8 @@ def search(directory: Path, study: Study, *, log: Log) -> None:
     log(f"as it goes: {study.uri}/{REPORT}")
     check_general_text(study, base, log=log)
     if fusing.example is not None and not study.is_over:
+        if fusing.example.evaluation.samples:
+            log("evaluation.samples: trials that train side by side answer none; `ftray train` of the best one does")
         run_groups(directory, study, fusing, *of_groups(fusing.example, study, base, data), log=log)
         study = Study(config, study.space, directory)  # the coordinator has written on
     if not study.is_over:
@@ -148,7 +156,8 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
     """LoRA trials side by side over one base."""
     assert fusing.example is not None
     base_run, num_groups = groups_of(fusing.example)
-    wanted, planned = study.config.search.fused, study.num_planned_runs
+    wanted, trials = study.config.search.fused, study.num_planned
+    planned = None if trials is None else trials * len(study.config.seeds)
     limits = [limit for limit in (planned, study.config.search.max_concurrent) if limit is not None]
     if wanted == "auto" and study.config.search.algorithm == "tpe" and planned is not None:
         limits.append(-(-planned // TPE_ROUNDS))

@@ -6,7 +6,7 @@ from typing import Any
 from ftray.config import SweepConfig
 from ftray.errors import NotFoundError
 from ftray.sweep.search.population import RATE, Moved
-from ftray.sweep.trials import Report, SweepRun, Trial, run_name
+from ftray.sweep.trials import Progress, Report, SweepRun, Trial, run_name
 
 MAX_BARREN = 10
 
@@ -35,6 +35,7 @@ class SweepState:
             case "end":
                 run = self.run(event["run"])
                 run.outcome, run.message = event["outcome"], event["message"]
+                run.end = Progress(**event.get("progress", {}))
             case "wait":
                 self.run(event["run"]).waits = True
             case "move":
@@ -58,6 +59,10 @@ class SweepState:
 
     def run(self, name: str) -> SweepRun:
         return next(run for run in self.runs if run.name == name)
+
+    def is_news(self, name: str, report: Report) -> bool:
+        last = self.run(name).last
+        return last is None or report.step > last.step
 
     @property
     def best(self) -> Trial | None:
@@ -87,7 +92,7 @@ class SweepState:
 
     @property
     def steps(self) -> int:
-        return sum(run.last.step for run in self.runs if run.last is not None)
+        return sum(run.progress.step for run in self.runs)
 
     @property
     def gave_up(self) -> str | None:

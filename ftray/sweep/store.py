@@ -18,7 +18,7 @@ from ftray.config import RunConfig
 from ftray.errors import FtrayError, NotFoundError, UserError
 from ftray.storage.lease import Lease
 from ftray.storage.mirror import Mirror
-from ftray.sweep.study import REQUESTS
+from ftray.sweep.requests import REQUESTS
 from ftray.tracking.jobs import JOURNAL, SWEEP
 from ftray.train.runs.claim import holding, lock_of
 from ftray.train.runs.handle import set_aside

@@ -14,21 +14,30 @@ from typing import Any
 
 from ftray.config import RunConfig, Space, SweepConfig
 from ftray.config.domains import Range
-from ftray.config.sweep import NOT_SWEPT, why_not_in_population, why_not_swept
 from ftray.errors import ConfigError
-from ftray.storage import read_json, write_bytes, write_json
+from ftray.storage import read_json
 from ftray.sweep.journal import Journal
+from ftray.sweep.requests import Requests, check_clone
 from ftray.sweep.search.algorithms import make_search
 from ftray.sweep.search.population import RATE, Move, choose_moves, has_saved, take_over
 from ftray.sweep.search.schedulers import Arrival, make_scheduler
 from ftray.sweep.state import SweepState
-from ftray.sweep.trials import TRIALS, Outcome, Report, SweepRun, Trial, trial_name, trials_directory
+from ftray.sweep.trials import (
+    NOTHING_DONE,
+    TRIALS,
+    Outcome,
+    Progress,
+    Report,
+    SweepRun,
+    Trial,
+    trial_name,
+    trials_directory,
+)
 from ftray.tracking.jobs import JOURNAL
 from ftray.train.job import STOP_REQUEST
 from ftray.train.runs.store import run_store
 from ftray.train.runs.uri import artifact_name
 
-REQUESTS = "requests"  # of the user while the sweep runs: trials, and runs that are not to begin
 BY_USER = "by the user"
 
 
@@ -62,6 +71,7 @@ class Study(SweepState):
         self._clock = clock
         self._began = clock()
         self.directory = directory
+        self._requests = Requests(directory)
         self._journal = Journal(directory / JOURNAL)
         self._replay(repair=is_driver)
         if is_driver:
@@ -74,7 +84,7 @@ class Study(SweepState):
         there is nothing to start, now or ever. New trials that do not fit wait for somebody else."""
         while self.spent is None:
             for run in [run for run in self.runs if run.outcome is None and run.name not in self._given]:
-                if self._is_called_off(run.name) or run.name in self._asked:  # as another seed of its trial may be
+                if self._requests.calls_off(run.name) or run.name in self._asked:  # as another seed of its trial may be
                     self._note_end(run.name, "stopped", None)
             self._turn_generation()  # also one that failed before, on a full disk
             for run in self.runs:
@@ -87,7 +97,7 @@ class Study(SweepState):
 
     def _add_trial(self) -> bool:
         """One that the user asked for, or the search's next."""
-        for path in self._requests:
+        for path in self._requests.trials:
             if path.name not in self.requests_met:  # its driver was ended before it removed that
                 asked = {"request": path.name, **read_json(path)}
                 self._note({"event": "trial", "trial": len(self.trials), **asked})
@@ -109,24 +119,15 @@ class Study(SweepState):
         """Asks the sweep, also one that runs in another process, for a trial like this one with some keys changed.
         Returns its point; raises `ConfigError` when the run's schema refuses it."""
         trial = self.trial(name)
-        point = trial.latest | changes
-        label = f"clone-trial {name}"
-        refused = [f"{key}: {reason}" for key in changes if (reason := why_not_swept(key)) is not None]
-        if self.until_step is not None:
-            refused += [f"{key}: {reason}" for key in changes if (reason := why_not_in_population(key)) is not None]
-        if refused:
-            raise ConfigError(label, refused)
-        self.space.check_point(point, label=label)
-        if self.space.config(point).data.eval != self.space.config(trial.latest).data.eval:
-            raise ConfigError(label, [f"data.eval: {NOT_SWEPT['data.eval']}"])
-        write_json(self.directory / REQUESTS / f"{time.time_ns()}.json", {"point": point, "cloned_from": trial.name})
+        point = check_clone(trial, changes, self.space, in_population=self.until_step is not None)
+        self._requests.add(point, cloned_from=trial.name)
         return point
 
     def stop(self, trial: Trial) -> list[str]:
         """Asks for the end of its runs, also those of a sweep that runs in another process. Returns their names."""
         names = [run.name for run in trial.runs if run.outcome is None]
         for name in names:
-            write_bytes(self.directory / REQUESTS / name, b"")  # where nobody works on it now
+            self._requests.call_off(name)  # where nobody works on it now
             self.ask_to_end(name)
         return names
 
@@ -134,20 +135,13 @@ class Study(SweepState):
         """Whoever works on this run saves it, and ends it, at its next step."""
         run_store(self.trials_uri).ask_to_stop(name)
 
-    def _is_called_off(self, name: str) -> bool:
-        return (self.directory / REQUESTS / name).is_file()
-
     def take_back(self, names: set[str]) -> None:
         """Whoever worked on these runs has died: those that have not ended are given out again."""
         self._given -= names
 
     @property
-    def _requests(self) -> list[Path]:
-        return sorted((self.directory / REQUESTS).glob("*.json"))
-
-    @property
     def is_over(self) -> bool:
-        is_idle = all(trial.is_over for trial in self.trials) and not self._requests
+        is_idle = all(trial.is_over for trial in self.trials) and not self._requests.trials
         return self.spent is not None or (is_idle and self._next_point() is None)
 
     def _next_point(self) -> dict[str, Any] | None:
@@ -169,18 +163,17 @@ class Study(SweepState):
                 self._asked[name] = self._diverged[name] = reported
             elif self.is_news(name, report):
                 news.append({"run": name, **vars(report)})
-            if self._is_called_off(name):
+            if self._requests.calls_off(name):
                 self._asked.setdefault(name, BY_USER)
         if news:
             self._note({"event": "reports", "reports": news})
         return {name: self._asked.get(name) or self.spent for name in reports}
 
-    def is_news(self, name: str, report: Report) -> bool:
-        last = self.run(name).last
-        return last is None or report.step > last.step
-
-    def end(self, name: str, outcome: Outcome, message: str | None = None) -> SweepRun:
-        """One that stopped because the budget is spent has not ended: with a larger one it goes on."""
+    def end(
+        self, name: str, outcome: Outcome, message: str | None = None, *, progress: Progress = NOTHING_DONE
+    ) -> SweepRun:
+        """One that stopped because the budget is spent has not ended: with a larger one it goes on. `progress`: how far
+        it had come."""
         run = self.run(name)
         has_come = run.last is not None and run.last.step == self.until_step
         if outcome == "stopped" and has_come and name not in self._asked and not self._user_stops(run):
@@ -189,16 +182,16 @@ class Study(SweepState):
             self._turn_generation()
             return run
         if outcome != "stopped" or name in self._asked or self.spent is None:
-            self._note_end(name, outcome, message)
+            self._note_end(name, outcome, message, progress)
             self._turn_generation()
         return run
 
-    def _note_end(self, name: str, outcome: Outcome, message: str | None) -> None:
+    def _note_end(self, name: str, outcome: Outcome, message: str | None, progress: Progress = NOTHING_DONE) -> None:
         if name in self._diverged:
             outcome, message = "diverged", self._diverged[name]
         elif outcome == "stopped":
             message = self._asked.get(name, BY_USER)
-        self._note({"event": "end", "run": name, "outcome": outcome, "message": message})
+        self._note({"event": "end", "run": name, "outcome": outcome, "message": message, "progress": vars(progress)})
 
     # -- a population ----------------------------------------------------------------------------------------------
 
@@ -244,7 +237,7 @@ class Study(SweepState):
 
     def _user_stops(self, run: SweepRun) -> bool:
         path = trials_directory(self.directory) / run.name / STOP_REQUEST
-        return path.is_file() or self._is_called_off(run.name)
+        return path.is_file() or self._requests.calls_off(run.name)
 
     def config_of(self, run: SweepRun) -> RunConfig:
         config = self.space.config(self.point_of(run), name=run.name, seed=run.seed, runs_dir=self.trials_uri)
@@ -279,8 +272,13 @@ class Study(SweepState):
         return trials if self.config.search.algorithm != "grid" else sum(1 for _ in self.space.grid(trials))
 
     @property
-    def num_planned_runs(self) -> int | None:
-        return None if self.num_planned is None else self.num_planned * len(self.config.seeds)
+    def points_to_come(self) -> list[dict[str, Any]]:
+        """Of trials that have not begun, where they are known before; tpe chooses by those that have ended."""
+        own = [trial for trial in self.trials if trial.cloned_from is None]
+        if self.num_planned is None or self.config.search.algorithm == "tpe" or self._next_point() is None:
+            return []
+        points = (self._search.point(number, own) for number in range(len(own), self.num_planned))
+        return [point for point in points if point is not None]
 
     # -- the journal -----------------------------------------------------------------------------------------------
 

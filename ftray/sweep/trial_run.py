@@ -4,11 +4,12 @@ import contextlib
 import errno
 import statistics
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ftray.config import RunConfig
 from ftray.errors import DivergedError, FtrayError, InterruptedRunError, StoreError, UserError
-from ftray.sweep.trials import Report
+from ftray.sweep.trials import NOTHING_DONE, Progress, Report
 from ftray.tracking.metrics import read_metrics
 from ftray.train.job import WORKER_ERROR
 from ftray.train.launch import launch
@@ -88,6 +89,14 @@ class Reporter:
         if self._metric not in record:
             return False
         return self._metric == "eval_loss" or record["step"] % self._every == 0 or record["step"] == self._num_steps
+
+
+def progress_of(directory: Path) -> Progress:
+    """How far a run has come by its metrics, also past its last evaluation."""
+    steps = [record for record in read_metrics(directory) if "loss" in record]
+    if not steps:
+        return NOTHING_DONE
+    return Progress(steps[-1]["step"], sum(s["num_tokens"] for s in steps), sum(s["seconds"] for s in steps))
 
 
 def reports(

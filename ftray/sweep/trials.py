@@ -12,6 +12,18 @@ Outcome = Literal["finished", "stopped", "diverged", "failed"]
 
 
 @dataclass(frozen=True)
+class Progress:
+    """What a run has done so far."""
+
+    step: int = 0
+    tokens: int = 0  # trained on
+    seconds: float = 0.0  # of training
+
+
+NOTHING_DONE = Progress()
+
+
+@dataclass(frozen=True)
 class Report:
     step: int
     value: float  # of the sweep's metric
@@ -31,6 +43,11 @@ class SweepRun:
     message: str | None = None  # why it ended before its end
     point: dict[str, Any] | None = None  # what it took over from another run; None: its trial's
     waits: bool = False  # for the others of its population
+    end: Progress = NOTHING_DONE  # where it ended, which may be past its last report
+
+    @property
+    def progress(self) -> "Report | Progress":
+        return max(self.last or NOTHING_DONE, self.end, key=lambda progress: progress.step)
 
     @property
     def last(self) -> Report | None:
@@ -99,15 +116,15 @@ class Trial:
 
     @property
     def step(self) -> int:
-        return max((run.last.step for run in self.runs if run.last is not None), default=0)
+        return max((run.progress.step for run in self.runs), default=0)
 
     @property
     def tokens(self) -> int:
-        return sum(run.last.tokens for run in self.runs if run.last is not None)
+        return sum(run.progress.tokens for run in self.runs)
 
     @property
     def seconds(self) -> float:
-        return sum(run.last.seconds for run in self.runs if run.last is not None)
+        return sum(run.progress.seconds for run in self.runs)
 
     @property
     def message(self) -> str | None:

@@ -22,6 +22,10 @@ def facts_of(
     steps = [record for record in metrics if "loss" in record]
     evaluations = [record for record in metrics if "eval_loss" in record]
     facts: list[Fact] = [("status", "finished" if result is not None else status.get("state", "unknown"))]
+    if notes := config["tracking"].get("notes"):
+        facts.append(("notes", notes))
+    if tags := config["tracking"].get("tags"):
+        facts.append(("tags", ", ".join(tags)))
     if status.get("error"):
         facts.append(("error", status["error"]))
     total = status.get("num_steps") or (result or {}).get("steps")

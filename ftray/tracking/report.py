@@ -1,7 +1,7 @@
 """report.html: loss curves and, where there is one, a table of answers. One file, no network."""
 
 import html
-import io
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from ftray.storage import read_json, write_bytes, write_json
+from ftray.tracking.curves import COLOURS, assets, curve_of, figure, style
 from ftray.tracking.events import read_events
 from ftray.tracking.facts import changed_settings, facts_of
 from ftray.tracking.metrics import read_metrics
@@ -31,7 +32,6 @@ LABELS = {
     "memory_gib": "peak memory of rank 0, GiB",
     "eval_loss": "evaluation loss",
 }
-COLOURS = ("#2563eb", "#ea580c")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def render_report(run_directory: Path, *, answers: AnswerTable | None = None) ->
         write_json(kept, asdict(answers))
     elif kept.is_file():
         answers = AnswerTable(**read_json(kept))
+    samples = tabulate(read_samples(run_directory))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     metrics = read_metrics(run_directory)
     result_file = run_directory / RESULT
@@ -72,7 +73,10 @@ def render_report(run_directory: Path, *, answers: AnswerTable | None = None) ->
         plots=[draw(metrics, name) for name in SHOWN if any(name in record for record in metrics)],
         events=[described(event) for event in read_events(run_directory)],
         answers=answers,
-        samples=tabulate(read_samples(run_directory)),
+        samples=samples,
+        shared_head=shared_head([sample["prompt"] for sample in samples]),
+        style=style(),
+        assets=assets(),
     )
 
 
@@ -83,6 +87,14 @@ def tabulate(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row = rows.setdefault(sample["prompt"], {**sample, "first": sample["answer"], "first_step": sample["step"]})
         row |= {"last": sample["answer"], "last_step": sample["step"]}
     return list(rows.values())
+
+
+def shared_head(prompts: Sequence[str]) -> str:
+    """The lines that all of several prompts begin with, such as the system message."""
+    if len(prompts) < 2:
+        return ""
+    lines = zip(*(prompt.split("\n")[:-1] for prompt in prompts), strict=False)
+    return "\n".join(line for line, *_ in itertools.takewhile(lambda same: len(set(same)) == 1, lines))
 
 
 def described(event: dict[str, Any]) -> dict[str, str]:
@@ -102,51 +114,22 @@ def write_comparison(path: Path, runs: Sequence[RunSummary]) -> None:
     for name in COMPARED:
         curves = [(run.name, [r for r in run.steps + run.evaluations if name in r]) for run in runs]
         if all(records for _, records in curves):
-            plots.append(plot([(title, records, name) for title, records in curves], ylabel=label_of(name)))
-    title = " and ".join(run.name for run in runs)
-    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><h1>{html.escape(title)}</h1>"
-    write_bytes(path, (page + "".join(plots)).encode())
+            pairs = zip(curves, COLOURS, strict=False)
+            drawn = [curve_of(title, records, name, colour=colour) for (title, records), colour in pairs]
+            plots.append(figure(drawn, label=label_of(name)))
+    title = html.escape(" and ".join(run.name for run in runs))
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>{style()}"
+    write_bytes(path, f"{head}<h1>{title}</h1><div class=plots>{''.join(plots)}</div>{assets()}".encode())
 
 
 def draw(metrics: list[dict[str, Any]], name: str) -> str:
-    """An SVG of one metric by step; the loss with the evaluation loss beside it."""
-    steps = [record for record in metrics if name in record]
-    curves = [("training loss" if name == "loss" else name, steps, name)]
-    evaluations = [record for record in metrics if "eval_loss" in record] if name == "loss" else []
-    if evaluations:
-        curves.append(("evaluation loss", evaluations, "eval_loss"))
-    return plot(curves, ylabel=label_of(name))
+    """One metric by step, with what the evaluations found of it over it."""
+    label = label_of(name)
+    curves = [curve_of("training loss" if name == "loss" else label, [r for r in metrics if name in r], name)]
+    if evaluations := [record for record in metrics if f"eval_{name}" in record]:
+        curves.append(curve_of(f"evaluation {label}", evaluations, f"eval_{name}", colour=COLOURS[1]))
+    return figure(curves, label=label)
 
 
 def label_of(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
-
-
-def plot(curves: Sequence[tuple[str, list[dict[str, Any]], str]], *, ylabel: str) -> str:
-    """`curves`: (label, records with a step, key)."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(5.2, 2.8), layout="constrained")
-    axes = figure.add_subplot()
-    for (label, records, key), colour in zip(curves, COLOURS, strict=False):
-        marker = "o" if len(records) < 20 else None
-        points = [r["step"] for r in records], [r[key] for r in records]
-        axes.plot(*points, color=colour, marker=marker, markersize=3, linewidth=1.5, label=label)
-    if len(curves) > 1:
-        axes.legend(frameon=False)
-    axes.set_xlabel("step")
-    axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return svg(figure)
-
-
-def svg(figure: Any) -> str:
-    """A matplotlib figure, to stand in a page."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]

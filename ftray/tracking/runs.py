@@ -32,6 +32,10 @@ class RunSummary:
     problem: str | None = None  # why it failed, or what is damaged
 
     @property
+    def tags(self) -> list[str]:
+        return self.config.get("tracking", {}).get("tags", [])
+
+    @property
     def final_loss(self) -> float | None:
         return self.steps[-1]["loss"] if self.steps else None
 

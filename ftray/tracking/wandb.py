@@ -30,6 +30,8 @@ class Wandb:
             self._run = wandb.init(
                 project=config.wandb_project,
                 group=config.wandb_group,
+                tags=config.tags,
+                notes=config.notes,
                 name=run_name,
                 id=run_id(directory),
                 resume="allow",

@@ -14,7 +14,7 @@ from ftray.data.micro_batches import divide
 from ftray.data.pack import pack, pack_all
 from ftray.model.packed import PackedRow
 from ftray.objectives import Objective
-from ftray.train.engine.protocol import TrainingEngine
+from ftray.train.engine.protocol import StepLoss, TrainingEngine
 from ftray.train.loss_guard import LossGuard, suspects
 from ftray.train.step_record import StepRecord, record_step
 
@@ -39,7 +39,7 @@ class Training:
     schedule: Schedule
     seed: int
     token_budget: int  # of a micro-batch
-    evaluate: Callable[[], float] | None = None
+    evaluate: Callable[[], StepLoss] | None = None
 
 
 class Callbacks(Protocol):
@@ -51,7 +51,7 @@ class Callbacks(Protocol):
 
     def on_step_end(self, record: StepRecord) -> None: ...
 
-    def on_evaluated(self, step: int, loss: float) -> None: ...
+    def on_evaluated(self, step: int, evaluated: StepLoss) -> None: ...
 
     def save(self, step: int) -> None: ...
 

@@ -1,6 +1,7 @@
 """Our loop and engine in one process of one rank, without Ray and without saves."""
 
 import sys
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class Recorder:
     def on_bad_loss(self, step: int, problem: str, rows: list[int]) -> None:
         sys.exit(f"step {step}: {problem}")
 
-    def on_evaluated(self, step: int, loss: float) -> None: ...
+    def on_evaluated(self, step: int, evaluated: Any) -> None: ...
 
     def save(self, step: int) -> None: ...
 

@@ -120,7 +120,7 @@ def main() -> None:
 def plot(found: dict[str, Outcome]) -> str:
     from matplotlib.figure import Figure
 
-    from ftray.tracking.report import svg
+    from ftray.tracking.curves import svg
 
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.add_subplot()

@@ -87,6 +87,7 @@ def run_group(
             "losses": [],
             "grad_norms": [],
             "eval_losses": [],
+            "eval_metrics": [],
             "start": {key: p.detach().clone() for key, p in member.parameters.items()},
             "checkpoint": "",
         }
@@ -100,8 +101,9 @@ def run_group(
             found[name]["losses"].append(reported.loss)
             found[name]["grad_norms"].append(reported.grad_norm)
         due = [member for member in running if member.step % 2 == 0]
-        for name, loss in (group.evaluate(due, dataset) if due else {}).items():
-            found[name]["eval_losses"].append(loss)
+        for name, evaluated in (group.evaluate(due, dataset) if due else {}).items():
+            found[name]["eval_losses"].append(evaluated.loss)
+            found[name]["eval_metrics"].append(evaluated.metrics)
         for member in running:
             if member.step == save_at:
                 save(member, base, data_digest="digest")

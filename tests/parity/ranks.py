@@ -52,6 +52,7 @@ class Trained:
     losses: list[float]
     grad_norms: list[float]
     eval_losses: list[float]
+    eval_metrics: list[dict[str, float]]
     start: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
     checkpoint: str
@@ -280,6 +281,7 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
         "losses": seen.losses,
         "grad_norms": seen.grad_norms,
         "eval_losses": seen.eval_losses,
+        "eval_metrics": seen.eval_metrics,
         "start": start,
         "weights": weights,
         "checkpoint": str(checkpoints / f"step-{last}"),
@@ -295,6 +297,7 @@ class Seen:
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
         self.eval_losses: list[float] = []
+        self.eval_metrics: list[dict[str, float]] = []
 
     def on_bad_loss(self, step: int, problem: str, rows: list[int]) -> None:
         raise AssertionError(problem)
@@ -303,8 +306,9 @@ class Seen:
         self.losses.append(record.loss)
         self.grad_norms.append(record.grad_norm)
 
-    def on_evaluated(self, step: int, loss: float) -> None:
-        self.eval_losses.append(loss)
+    def on_evaluated(self, step: int, evaluated: Any) -> None:
+        self.eval_losses.append(evaluated.loss)
+        self.eval_metrics.append(evaluated.metrics)
 
     def should_stop(self, step: int) -> bool:
         return False

@@ -52,6 +52,8 @@ def compare(found: dict[str, Trained], alone: dict[str, Trained], *, without: st
         assert all(torch.equal(found[name].start[key], expected.start[key]) for key in expected.start)
         assert found[name].losses == pytest.approx(expected.losses, rel=LOSS_RTOL)
         assert found[name].eval_losses == pytest.approx(expected.eval_losses, rel=LOSS_RTOL)
+        for ours, theirs in zip(found[name].eval_metrics, expected.eval_metrics, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
         assert found[name].grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
         assert found[name].change_from(expected) < WEIGHT_NORM
 

@@ -134,6 +134,8 @@ def test_nor_for_full_fine_tuning(trained, record):
 )
 def test_nor_for_preference_pairs(trained, reference, record):
     agree(trained[str(reference)], trained[record.name])
+    assert {"reward_margin", "reward_accuracy"} <= trained[record.name].eval_metrics[-1].keys()
+    assert {"reward_margin", "reward_accuracy"} <= trained[record.name].eval_metrics[-1].keys()
 
 
 @pytest.mark.parametrize("record", BROKEN, ids=str)
@@ -146,6 +148,8 @@ def agree(reference, other) -> None:
     assert other.losses == pytest.approx(reference.losses, rel=LOSS_RTOL)
     assert other.grad_norms == pytest.approx(reference.grad_norms, rel=1e-4)
     assert other.eval_losses == pytest.approx(reference.eval_losses, rel=LOSS_RTOL)
+    for ours, theirs in zip(other.eval_metrics, reference.eval_metrics, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     assert reference.change_from(other) < WEIGHT_NORM
 
 

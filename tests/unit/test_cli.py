@@ -246,6 +246,12 @@ def test_chat_answers_in_this_process(run, adapters, tmp_path, monkeypatch, tiny
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
     code, _, err = run("chat", "nobody", "--registry", registry.location)
     assert (code, "no adapter of that name" in err) == (2, True)
+    code, _, err = run("chat", "smollm2-135M", "--registry", registry.location)
+    assert (code, "did you mean smollm2-135m?" in err) == (2, True)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    code, _, err = run("chat", "support@1", "--url", url)  # before a message is typed
+    assert (code, "does not answer" in err, "Traceback" in err) == (1, True, False)
 
 
 def test_usage_errors_and_version(run):
@@ -310,6 +316,7 @@ def test_runs_are_listed_compared_and_stopped(run, tmp_path):
         directory = tmp_path / "runs" / name
         directory.mkdir(parents=True)
         config = {"name": name, "base_model": "tiny", "optimizer": {"learning_rate": rate, "betas": [0.9, 0.99]}}
+        config |= {"tracking": {"tags": ["nightly"] if name == "fast" else []}}
         (directory / "config.json").write_text(json.dumps(config))
         steps = [{"step": s, "loss": 2.0 - rate * s, "num_tokens": 10, "seconds": 0.5} for s in (1, 2, 3)]
         lines = [*steps, {"step": 3, "eval_loss": 1.5}]
@@ -326,10 +333,21 @@ def test_runs_are_listed_compared_and_stopped(run, tmp_path):
         [["fast", "interrupted", "3", "1.4000", "1.5000"], ["slow", "finished", "3", "1.7000", "1.5000"]],
         [["slow", "finished", "3", "1.7000", "1.5000"], ["fast", "interrupted", "3", "1.4000", "1.5000"]],
     )
+    for words, names in (
+        (("--sort", "loss"), ["fast", "slow"]),
+        (("--sort", "name"), ["fast", "slow"]),
+        (("--name", "s*"), ["slow"]),
+        (("--status", "interrupted", "--status", "running"), ["fast"]),
+        (("--tag", "nightly"), ["fast"]),
+        (("--tag", "nightly", "--name", "s*"), []),
+    ):
+        listed = json.loads(run("runs", "list", *words, "--json", *flag)[1])
+        assert [found["name"] for found in listed["runs"]] == names, words
+    assert "has no such runs" in run("runs", "list", "--tag", "weekly", *flag)[1]
     out = run("runs", "compare", "slow", "fast", "--output", tmp_path / "c.html", *flag)[1]
     assert "optimizer.learning_rate                   0.1                   0.2" in out
     assert "betas" not in out
-    assert (tmp_path / "c.html").read_text().count("<svg") == 2
+    assert (tmp_path / "c.html").read_text().count("<figure") == 2
     assert json.loads(run("runs", "show", "fast", *flag)[1])["status"] == "interrupted"
     assert "no process works on it" in run("runs", "stop", "fast", *flag)[2]
     assert not (tmp_path / "runs" / "fast" / "stop_request").exists()

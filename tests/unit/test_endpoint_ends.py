@@ -11,12 +11,13 @@ import pytest
 import ftray.cluster.session
 import ftray.serve.app
 from ftray.cli.serve import run_endpoint
+from ftray.cluster.signals import SIGNALS
 from ftray.config import parse_config
 
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -40,8 +40,8 @@ class Kept:
         self.records.append(record)
         self.calls.append(("end", record.step))
 
-    def on_evaluated(self, step, loss):
-        self.calls.append(("evaluated", step, loss))
+    def on_evaluated(self, step, evaluated):
+        self.calls.append(("evaluated", step, evaluated.loss))
 
     def save(self, step):
         self.calls.append(("save", step))

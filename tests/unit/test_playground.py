@@ -1,14 +1,14 @@
 """The page at `/`, in a real browser, over an endpoint whose replicas are not there."""
 
-import shutil
 import socket
 import threading
 import time
 
 import pytest
 import uvicorn
+from browsing import CHROMIUM, open_browser
 from fake_endpoint import LocalLedger, make_client
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.routing.model_names import ModelNames
@@ -16,19 +16,13 @@ from ftray.serve.tenants.accounts import Accounts, Tenant
 from ftray.serve.tenants.auth import Authenticator
 from ftray.serve.tenants.rate_limits import RateLimiter
 
-CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
-# Without these it looks for its maker's hosts.
-QUIET = ("disable-background-networking", "disable-component-update", "disable-sync", "disable-quic", "no-first-run")
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", *(f"--{flag}" for flag in QUIET)]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+    with open_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

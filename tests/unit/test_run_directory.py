@@ -12,7 +12,7 @@ from ftray.errors import UserError
 from ftray.storage import read_json, write_json
 from ftray.tracking.events import record_event
 from ftray.tracking.metrics import MetricsFollower, MetricsLog, read_metrics
-from ftray.tracking.report import AnswerTable, write_report
+from ftray.tracking.report import AnswerTable, shared_head, write_report
 from ftray.tracking.status import write_status
 from ftray.tracking.wandb import choose_mode
 from ftray.train.checkpoints.listing import newest_whole_checkpoint
@@ -131,11 +131,18 @@ def test_a_report_is_one_file_and_escapes_what_people_wrote(tmp_path):
     log.close()
     rows = [{"question": "<script>alert(1)</script>", "expected": "a", "base": "b", "tuned": "a"}]
     page = write_report(run, answers=AnswerTable(0.0, 1.0, None, "demo@1", rows)).read_text()
-    assert page.count("<svg") == 4
+    assert page.count('<figure class="curves">') == 4
     assert "&lt;script&gt;" in page
-    assert "<script" not in page
+    assert "alert(1)" not in page.replace("&lt;script&gt;alert(1)", "")
     assert "evaluation loss" in page
     assert "src=" not in page
+
+
+def test_what_all_sampled_prompts_begin_with_is_said_once():
+    head = "<|im_start|>system\nBe kind.<|im_end|>"
+    prompts = [f"{head}\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant" for question in ("A?", "B?")]
+    assert shared_head(prompts) == f"{head}\n<|im_start|>user"
+    assert shared_head(prompts[:1]) == shared_head([]) == shared_head(["one line", "one line too"]) == ""
 
 
 def test_a_reports_top_says_what_was_done_and_what_is_next(tmp_path):

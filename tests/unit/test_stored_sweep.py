@@ -81,7 +81,7 @@ def test_it_goes_on_on_another_machine_and_hears_requests_from_a_third(sweep, tm
         # from a third machine, while it runs
         assert command("clone-trial", "s", "t000", "optimizer.learning_rate=0.5", "--runs-dir", base_run.runs_dir) == 0
         assert list(store.keys("requests"))
-        wait_for(lambda: study._requests)
+        wait_for(lambda: study._requests.trials)
         cloned = study.next_run()
         assert cloned is not None
         assert study.point_of(cloned) == {"optimizer.learning_rate": 0.5}

@@ -15,7 +15,7 @@ from ftray.config.domains import Choice, Range, as_yaml, parse_domain
 from ftray.config.expression import Expression
 from ftray.errors import ConfigError, DataError, NotFoundError
 from ftray.model.hardware import choose_hardware
-from ftray.storage import write_json
+from ftray.storage import write_bytes, write_json
 from ftray.sweep.fused.coordinator import MAX_HAND_OUTS, TrialCoordinator
 from ftray.sweep.fused.eligibility import fusing_of
 from ftray.sweep.fused.group import RowSharing
@@ -29,7 +29,7 @@ from ftray.sweep.search.algorithms import STARTUP_TRIALS
 from ftray.sweep.search.importance import importance
 from ftray.sweep.search.schedulers import Arrival, Asha, MedianStopping
 from ftray.sweep.study import JOURNAL, Study
-from ftray.sweep.trials import Report, SweepRun, Trial
+from ftray.sweep.trials import Progress, Report, SweepRun, Trial
 
 SPACE = """
   adapter.rank: [2, 8]
@@ -575,12 +575,53 @@ def test_the_report_shows_every_trial_and_how_to_run_the_best_again(load, tmp_pa
     assert all(f"<td>{trial.name}</td>" in page for trial in study.trials)
     assert "cloned from t001" in page
     assert page.count("<svg") == 3
+    assert page.count("to come") == 0
+    assert "<b>13 of 13</b>" in page
     assert "http-equiv" not in page  # it is over
     words = shlex.split(train_command(study, study.best_run))
     run = load_config(words[2], words[3:], kind="run")
     wanted = study.config_of(study.best_run)
     for key in ("adapter", "optimizer", "data", "seed", "max_steps"):
         assert getattr(run, key) == getattr(wanted, key)
+
+
+def test_the_page_of_a_sweep_that_runs_shows_what_is_to_come_and_links_reports(load, tmp_path):
+    study = study_of(load("{algorithm: random, trials: 6}"), tmp_path)
+    play(study, lambda point, step: 1 / step, until=2)  # one is finished, one has begun
+    write_json(tmp_path / "environment.json", {"packages": {"torch": "2"}})
+    write_bytes(tmp_path / "trials" / "t000" / "report.html", b"")
+    page = write_sweep_report(study, tmp_path).read_text()
+    assert "<b>2 of 6</b>" in page
+    assert page.count("<td>to come</td>") == 4
+    assert '<a href="trials/t000/report.html">t000</a>' in page
+    assert "<td>t001</td>" in page  # which has none yet
+    assert [point["adapter.rank"] for point in study.points_to_come] == [
+        study_of(load("{algorithm: random, trials: 6}"), tmp_path / "other").points_to_come[at]["adapter.rank"]
+        for at in range(2, 6)
+    ]
+    assert study_of(load("{algorithm: tpe, trials: 6}"), tmp_path / "tpe").points_to_come == []
+
+
+def test_a_run_that_diverged_before_its_first_report_counts_what_it_did(load, tmp_path):
+    study = study_of(load("{algorithm: random, trials: 2}"), tmp_path)
+    run = study.next_run()
+    study.end(run.name, "diverged", "step 2: the loss is nan", progress=Progress(1, 195, 0.5))
+    for known in (study, study_of(load("{algorithm: random, trials: 2}"), tmp_path)):
+        trial = known.trials[0]
+        assert (trial.step, trial.tokens, trial.seconds) == (1, 195, 0.5)
+        assert (known.steps, known.tokens) == (1, 195)
+
+
+def test_the_winner_is_published_as_the_file_says(load):
+    assert load()[0].publish.name is None
+    assert load(more="publish: {name: winner, alias: candidate}")[0].publish.alias == "candidate"
+    assert load(more="publish: off")[0].publish == "off"
+    with pytest.raises(ConfigError, match=r"publish"):
+        load(more="publish: never")
+
+
+def test_sampled_answers_do_not_keep_trials_apart(load):
+    assert fusing_of(*load(more="overrides: {evaluation: {samples: 2}}")).reason is None
 
 
 def test_a_command_of_a_sweep_or_a_file(tmp_path, capsys):

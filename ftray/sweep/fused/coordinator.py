@@ -27,7 +27,7 @@ from ftray.sweep.fused.job import FusedJob
 from ftray.sweep.report.report import LivePage
 from ftray.sweep.report.text import describe_end
 from ftray.sweep.study import Study
-from ftray.sweep.trials import Outcome, Report
+from ftray.sweep.trials import NOTHING_DONE, Outcome, Progress, Report
 from ftray.train.hooks.watchdog import HangReader
 from ftray.train.on_ray.controller_notes import unkept_notes
 from ftray.train.on_ray.process_group import process_group_of
@@ -110,8 +110,8 @@ class TrialCoordinator:
         self._lines += [f"{name}  {reason}" for name, reason in stopped.items()]
         return list(stopped)
 
-    def end(self, name: str, outcome: Outcome, message: str | None) -> None:
-        self._lines.append(describe_end(self._study, self._study.end(name, outcome, message)))
+    def end(self, name: str, outcome: Outcome, message: str | None, progress: Progress = NOTHING_DONE) -> None:
+        self._lines.append(describe_end(self._study, self._study.end(name, outcome, message, progress=progress)))
         del self._handed_out[name]  # its workers have lived
         for taken in self._taken.values():
             taken.discard(name)

@@ -74,7 +74,6 @@ def why_not(run: RunConfig) -> str | None:
         "compile": run.compile is not True,
         "memory.sequence_parallel": run.memory.sequence_parallel == 1,
         "workers.count": isinstance(run.workers.count, int),
-        "evaluation.samples": run.evaluation.samples == 0,
         "guard.on_bad_loss": run.guard.on_bad_loss == "stop",
     }
     odd = next((key for key, is_plain in plain.items() if not is_plain), None)

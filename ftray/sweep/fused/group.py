@@ -22,6 +22,7 @@ from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedCausalLM
 from ftray.objectives import LogProbs, Loss, LossFunction, Objective
 from ftray.sweep.fused.member import Member
+from ftray.train.engine.protocol import StepLoss
 from ftray.train.loop import denominator_of
 
 Work = tuple[Member, Sequence[Example]]
@@ -137,18 +138,25 @@ class FusedGroup:
     @torch.no_grad()
     def evaluate(
         self, members: Sequence[Member], dataset: TokenizedDataset, *, on_row: Callable[[], None] = lambda: None
-    ) -> dict[str, float]:
-        """Mean loss per trained token of each. `on_row`: called as it goes."""
+    ) -> dict[str, StepLoss]:
+        """Of each. `on_row`: called as it goes."""
         self._model.eval()
         budget = max(member.config.batch.tokens_per_micro_batch for member in members)
         shares = self._shares(examples_of(dataset), budget)
         work = [(member, micro_batch) for micro_batch in shares if micro_batch for member in members]
-        sums = {member.name: torch.zeros(2, dtype=torch.float64) for member in members}
+        sums = {member.name: torch.zeros(0, dtype=torch.float64) for member in members}
+        names: list[str] = []
         for together in self._rows(work):
             for (member, _), loss in zip(together, self._losses(together)[0], strict=True):
-                sums[member.name] += torch.stack([loss.sum, loss.count]).double().cpu()
+                found = torch.stack([loss.sum, loss.count, *loss.metrics.values()]).double().cpu()
+                sums[member.name] = found if not len(sums[member.name]) else sums[member.name] + found
+                names = list(loss.metrics)
             on_row()
-        return {name: (total / count).item() for name, (total, count) in self._reduce_sums(sums).items()}
+        evaluated = {}
+        for name, (total, count, *metrics) in self._reduce_sums(sums).items():
+            means = [(metric / count).item() for metric in metrics]
+            evaluated[name] = StepLoss((total / count).item(), dict(zip(names, means, strict=False)))
+        return evaluated
 
     def _rows(self, work: Sequence[Work]) -> Iterable[list[Work]]:
         """Neighbouring micro-batches together, up to the budget."""

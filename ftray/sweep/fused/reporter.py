@@ -17,10 +17,11 @@ from ftray.sweep.fused.group import MemberStep, RowSharing
 from ftray.sweep.fused.job import FusedJob
 from ftray.sweep.fused.member import Member, save
 from ftray.sweep.fused.member_run import MemberRun, member_run
-from ftray.sweep.trial_run import Reporter
+from ftray.sweep.trial_run import Reporter, progress_of
 from ftray.sweep.trials import Outcome, Report
 from ftray.tracking.events import SAVE_FAILED, record_event
 from ftray.train.checkpoints.listing import read_state
+from ftray.train.engine.protocol import StepLoss
 from ftray.train.hooks.recorder import Recorder
 from ftray.train.job import STOP_REQUEST
 from ftray.train.loss_guard import recent_losses
@@ -151,8 +152,8 @@ class GroupReporter:
         )
         self._append(member, record.as_dict())
 
-    def evaluated(self, member: Member, loss: float) -> None:
-        self._append(member, {"step": member.step, "eval_loss": loss, "time": time.time()})
+    def evaluated(self, member: Member, evaluated: StepLoss) -> None:
+        self._append(member, {"step": member.step, **evaluated.as_record(), "time": time.time()})
 
     def stopping(self, members: list[Member]) -> list[str]:
         """By the study, or by the user."""
@@ -216,8 +217,9 @@ class GroupReporter:
                 raise FtrayError(f"{run.handle.uri}: ended without a checkpoint")
             finalize_run(run.handle, checkpoint, self._base, self._data, seconds=seconds)
             run.drop_checkpoints()
+        progress = progress_of(member.directory)
         run.leave()
-        ray.get(self._job.coordinator.end.remote(member.name, outcome, message))
+        ray.get(self._job.coordinator.end.remote(member.name, outcome, message, progress))
 
     def _append(self, member: Member, record: dict[str, Any]) -> None:
         assert member.recorder is not None
@@ -247,7 +249,7 @@ class SilentReporter:
 
     def record(self, member: Member, reported: MemberStep) -> None: ...
 
-    def evaluated(self, member: Member, loss: float) -> None: ...
+    def evaluated(self, member: Member, evaluated: StepLoss) -> None: ...
 
     def stopping(self, members: list[Member]) -> Any: ...
 

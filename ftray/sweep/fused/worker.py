@@ -132,9 +132,9 @@ class GroupTraining:
         self._reporter.compare(self._group.sharing)
         due = [member for member in running if member.is_evaluated]
         if due and self._data.eval is not None:
-            losses = self._group.evaluate(due, self._data.eval, on_row=self._watchdog.beat)
-            for name, loss in losses.items():
-                self._reporter.evaluated(named(due, name), loss)
+            evaluated = self._group.evaluate(due, self._data.eval, on_row=self._watchdog.beat)
+            for name, means in evaluated.items():
+                self._reporter.evaluated(named(due, name), means)
         stopping = {*agreed(self._reporter.stopping(running))}
         stopping |= {member.name for member in running if self._has_come(member)}
         over |= {member.name: ("stopped", None) for member in running if member.name in stopping and not member.is_done}

@@ -23,7 +23,7 @@ from ftray.sweep.report.report import LivePage
 from ftray.sweep.report.text import describe_end
 from ftray.sweep.study import Study
 from ftray.sweep.trial_run import REFUSED
-from ftray.sweep.trials import Report, trial_name
+from ftray.sweep.trials import NOTHING_DONE, Progress, Report, trial_name
 from ftray.train.runs.store import run_store
 
 # A driver of a trial only waits: it takes no CPU, and it runs where the sweep's own driver keeps its files.
@@ -122,7 +122,7 @@ class StudyCallback(tune.Callback):
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         name = self._search.runs[trial.trial_id]
         if "outcome" in result:
-            self._end(trial.trial_id, result["outcome"], result["message"])
+            self._end(trial.trial_id, result["outcome"], result["message"], Progress(**result["progress"]))
         elif "value" in result:
             report = Report(result["step"], result["value"], result["tokens"], result["seconds"])
             is_news = self._study.is_news(name, report)
@@ -140,7 +140,7 @@ class StudyCallback(tune.Callback):
         """Its driver died more often than `MAX_TRIAL_FAILURES`."""
         self._end(trial.trial_id, "failed", f"its driver died {MAX_TRIAL_FAILURES + 1} times")
 
-    def _end(self, trial_id: str, outcome: Any, message: str | None) -> None:
+    def _end(self, trial_id: str, outcome: Any, message: str | None, progress: Progress = NOTHING_DONE) -> None:
         if trial_id in self._ended:
             return
         self._ended.add(trial_id)
@@ -149,14 +149,14 @@ class StudyCallback(tune.Callback):
             self._search.refusal = f"{name}: {message}"
             self._search.refused_trial = trial_name(self._study.run(name).trial)
             return
-        self._log(describe_end(self._study, self._study.end(name, outcome, message)))
+        self._log(describe_end(self._study, self._study.end(name, outcome, message, progress=progress)))
         self._on_news(has_ended=True)
 
 
 def run_trial(settings: dict[str, Any], secrets: dict[str, str]) -> None:
     """In a Tune trial: the driver of one run. What goes wrong with the run is its outcome, not an error of Tune's."""
     os.environ.update(secrets)
-    from ftray.sweep.trial_run import run_to_end
+    from ftray.sweep.trial_run import progress_of, run_to_end
 
     trial = TrialSettings(**settings)
     config = RunConfig.model_validate_json(trial.run)
@@ -167,5 +167,7 @@ def run_trial(settings: dict[str, Any], secrets: dict[str, str]) -> None:
         until_step=trial.until_step,
         is_new=trial.is_new,
     )
-    run_store(config.runs_dir).forget_local_copy(config.name)
-    tune.report({"outcome": outcome, "message": message})
+    store = run_store(config.runs_dir)
+    progress = progress_of(store.local(config.name))
+    store.forget_local_copy(config.name)
+    tune.report({"outcome": outcome, "message": message, "progress": vars(progress)})

@@ -12,7 +12,7 @@ from ftray.config.space import short
 from ftray.sweep.search.importance import Importance
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Trial
-from ftray.tracking.report import svg
+from ftray.tracking.curves import Curve, figure, svg
 
 BEST, OTHERS, ENDED = "#2563eb", "#64748b", "#cbd5e1"
 COLOURS = "viridis_r"  # dark is good
@@ -20,30 +20,17 @@ COLOURS = "viridis_r"  # dark is good
 
 def curves(study: Study) -> str:
     """The metric of every run by step; the best trial stands out, those that were ended early are pale."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    best = study.best
-    for trial in study.trials:
-        colour = BEST if trial is best else OTHERS if trial.is_finished or not trial.is_over else ENDED
-        for run in trial.runs:
+    drawn, best = [], study.best
+    for trial in sorted(study.trials, key=lambda trial: trial is best):  # the last one is drawn over the others
+        is_best = trial is best
+        colour = BEST if is_best else OTHERS if trial.is_finished or not trial.is_over else ENDED
+        note = ", the best" if is_best else "" if trial.is_finished else f", {trial.status}"
+        for run in [run for run in trial.runs if run.reports]:
             points = [report.step for report in run.reports], [report.value for report in run.reports]
-            axes.plot(*points, color=colour, linewidth=2 if trial is best else 1, marker="o", markersize=2.5)
-            if run.reports and trial.status == "stopped":
-                axes.plot(points[0][-1], points[1][-1], marker="x", color="#b91c1c", markersize=6)
-    if best is not None:
-        axes.plot([], [], color=BEST, linewidth=2, label=f"{best.name}, the best")
-    if any(trial.status == "stopped" for trial in study.trials):
-        axes.plot([], [], color="#b91c1c", marker="x", linestyle="", label="stopped")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
-    values = [report.value for run in study.runs for report in run.reports]
-    if values and min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel(study.config.search.metric.replace("_", " "))
-    return tidy(figure)
+            drawn.append(Curve(f"{run.name}{note}", *points, colour, 2 if is_best else 1))
+    values = [value for curve in drawn for value in curve.values]
+    is_wide = bool(values) and min(values) > 0 and max(values) > 20 * min(values)
+    return figure(drawn, label=study.config.search.metric.replace("_", " "), is_log=is_wide)
 
 
 def parallel_coordinates(study: Study) -> str:
@@ -53,8 +40,8 @@ def parallel_coordinates(study: Study) -> str:
 
     trials = [trial for trial in of_the_space(study) if trial.mean is not None and math.isfinite(trial.mean)]
     keys = list(study.space.free)
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.add_subplot()
+    drawn = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = drawn.add_subplot()
     means = [trial.mean for trial in trials if trial.mean is not None]
     heights = scaled(means)
     shade = colormaps[COLOURS]
@@ -63,19 +50,19 @@ def parallel_coordinates(study: Study) -> str:
         good = 1 - height if study.config.search.mode == "min" else height
         width = 2.5 if trial is study.best else 1
         axes.plot([*line, height], color=shade(good), linewidth=width, alpha=1 if trial.is_finished else 0.45)
-    axes.set_xticks(range(len(keys) + 1), [*keys, study.config.search.metric], fontsize=8)
+    axes.set_xticks(range(len(keys) + 1), [*keys, study.config.search.metric], fontsize=10)
     for index in range(len(keys) + 1):
         axes.axvline(index, color="#94a3b8", linewidth=0.8, zorder=0)
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1}
     for index, key in enumerate(keys):
         for at, text in marks(study.space.free[key]):
-            axes.text(index + 0.03, at, text, fontsize=7, color="#334155", va="center", bbox=paper)
+            axes.text(index + 0.03, at, text, fontsize=9, color="#334155", va="center", bbox=paper)
     if means:
         for at, value in ((0, min(means)), (1, max(means))):
-            axes.text(len(keys), at, f" {value:.4g}", fontsize=7, color="#334155", va="center")
+            axes.text(len(keys), at, f" {value:.4g}", fontsize=9, color="#334155", va="center")
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(keys) + 0.35)
-    return tidy(figure, grid=False)
+    return tidy(drawn, grid=False)
 
 
 def heat_map(study: Study, keys: tuple[str, str]) -> str:
@@ -95,34 +82,34 @@ def heat_map(study: Study, keys: tuple[str, str]) -> str:
                 grid[at], is_final[at] = trial.mean, trial.is_finished
             elif trial.is_finished == is_final[at]:
                 grid[at] = better(grid[at], trial.mean)
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.add_subplot()
+    drawn = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = drawn.add_subplot()
     image = axes.imshow(grid, cmap=COLOURS if study.config.search.mode == "max" else "viridis", aspect="auto")
     middle = float(np.nanmean(grid)) if not np.isnan(grid).all() else 0.0
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
             colour = "white" if (value < middle) == (study.config.search.mode == "min") else "black"
             text = f"{value:.4g}" if is_final[row, column] else f"{value:.4g}\n(not to the end)"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    axes.set_xticks(range(len(columns)), columns, fontsize=8)
-    axes.set_ylabel(keys[0], fontsize=8)
-    axes.set_xlabel(keys[1], fontsize=8)
-    figure.colorbar(image, label=study.config.search.metric.replace("_", " "))
-    return svg(figure)
+            axes.text(column, row, text, ha="center", va="center", fontsize=10, color=colour)
+    axes.set_yticks(range(len(rows)), rows, fontsize=10)
+    axes.set_xticks(range(len(columns)), columns, fontsize=10)
+    axes.set_ylabel(keys[0], fontsize=10)
+    axes.set_xlabel(keys[1], fontsize=10)
+    drawn.colorbar(image, label=study.config.search.metric.replace("_", " "))
+    return svg(drawn)
 
 
 def importances(found: Importance) -> str:
     from matplotlib.figure import Figure
 
     shares = found.shares
-    figure = Figure(figsize=(6.4, 0.8 + 0.35 * len(shares)), layout="constrained")
-    axes = figure.add_subplot()
+    drawn = Figure(figsize=(6.4, 0.8 + 0.35 * len(shares)), layout="constrained")
+    axes = drawn.add_subplot()
     names = list(shares)[::-1]
     axes.barh(names, [shares[name] for name in names], color=BEST)
-    axes.set_xlabel(f"share of what the trials differ by ({found.method})", fontsize=8)
-    axes.tick_params(labelsize=8)
-    return tidy(figure)
+    axes.set_xlabel(f"share of what the trials differ by ({found.method})", fontsize=10)
+    axes.tick_params(labelsize=10)
+    return tidy(drawn)
 
 
 # -- values on an axis ---------------------------------------------------------------------------------------------
@@ -182,12 +169,12 @@ def heat_map_keys(study: Study, shares: dict[str, float]) -> tuple[str, str] | N
     return (keys[0], keys[1]) if len(keys) > 1 else None
 
 
-def tidy(figure: Any, *, grid: bool = True) -> str:
-    for axes in figure.axes:
+def tidy(drawn: Any, *, grid: bool = True) -> str:
+    for axes in drawn.axes:
         if grid:
             axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    return svg(figure)
+    return svg(drawn)
 
 
 def of_the_space(study: Study) -> list[Trial]:

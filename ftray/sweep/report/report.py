@@ -25,7 +25,9 @@ from ftray.sweep.report.plots import (
 from ftray.sweep.report.text import conclusion, describe_plan, describe_state
 from ftray.sweep.search.importance import importance
 from ftray.sweep.study import Study
-from ftray.sweep.trials import SweepRun, Trial
+from ftray.sweep.trials import TRIALS, SweepRun, Trial
+from ftray.tracking.curves import assets, style
+from ftray.tracking.report import REPORT as RUN_REPORT
 
 TEMPLATE = Path(__file__).with_name("sweep.html")
 REPORT = "sweep.html"
@@ -58,7 +60,9 @@ def write_sweep_report(study: Study, directory: Path) -> Path:
         refresh=not study.is_over,  # while it runs, the page shows it as it goes
         config=study.config,
         keys=list(study.space.free),
-        rows=[row_of(trial, study) for trial in study.ranked],
+        rows=[row_of(trial, study, directory) for trial in study.ranked],
+        to_come=[[short(point[key]) for key in study.space.free] for point in study.points_to_come],
+        num_planned=study.num_planned,
         conclusion=conclusion(study),
         best=study.best,
         command=train_command(study, study.best_run) if study.best_run is not None and not study.moves else None,
@@ -68,6 +72,8 @@ def write_sweep_report(study: Study, directory: Path) -> Path:
         tokens=study.tokens,
         minutes=study.seconds / 60,
         plots=plots,
+        style=style(),
+        assets=assets() if plots else "",
         environment=read_json(directory / "environment.json"),
         comparison=comparison_table(read_comparison(study, directory)),
     )
@@ -76,9 +82,11 @@ def write_sweep_report(study: Study, directory: Path) -> Path:
     return path
 
 
-def row_of(trial: Trial, study: Study) -> dict:
+def row_of(trial: Trial, study: Study, directory: Path) -> dict:
+    reports = {run.name: f"{TRIALS}/{run.name}/{RUN_REPORT}" for run in trial.runs}
     return {
         "name": trial.name,
+        "reports": {name: path for name, path in reports.items() if (directory / path).is_file()},
         "values": [short(trial.latest[key]) for key in study.space.free],
         "metric": metric_text(trial),
         "step": trial.step,

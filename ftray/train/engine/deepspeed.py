@@ -121,14 +121,18 @@ class DeepSpeedEngine:
         return float(norm)
 
     @torch.no_grad()
-    def evaluate(self, rows: Iterable[PackedRow]) -> float:
+    def evaluate(self, rows: Iterable[PackedRow]) -> StepLoss:
         self._engine.eval()
-        total = count = 0.0
+        sums: list[Tensor] = []  # (sum, count, metrics)
+        names: list[str] = []
         for row in rows:
             loss = self._loss(row)
-            total += loss.sum.item()
-            count += loss.count.item()
-        return self.sum_over_ranks(total) / self.sum_over_ranks(count)
+            sums.append(torch.stack([loss.sum, loss.count, *loss.metrics.values()]).double())
+            names = list(loss.metrics)
+        total = torch.stack(sums).sum(0)
+        dist.all_reduce(total)
+        loss, *metrics = (torch.cat([total[:1], total[2:]]) / total[1]).tolist()
+        return StepLoss(loss, dict(zip(names, metrics, strict=True)))
 
     @torch.no_grad()
     def next_tokens(self, row: PackedRow) -> list[int]:

@@ -17,10 +17,14 @@ from ftray.train.step_record import FlopsMeter
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Means over the step, on every rank the same."""
+    """Means over a step or an evaluation, on every rank the same."""
 
     loss: float
     metrics: dict[str, float]
+
+    def as_record(self) -> dict[str, float]:
+        """Of an evaluation, as metrics.jsonl has it."""
+        return {"eval_loss": self.loss} | {f"eval_{name}": value for name, value in self.metrics.items()}
 
 
 class Ranks(Protocol):
@@ -62,8 +66,8 @@ class TrainingEngine(Ranks, Protocol):
         """One update; returns the norm of the whole gradient before clipping."""
         ...
 
-    def evaluate(self, rows: Iterable[PackedRow]) -> float:
-        """Mean loss per trained token over all ranks."""
+    def evaluate(self, rows: Iterable[PackedRow]) -> StepLoss:
+        """Means over all ranks, per what the objective counts: trained tokens, or examples."""
         ...
 
     def next_tokens(self, row: PackedRow) -> list[int]:

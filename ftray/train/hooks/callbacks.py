@@ -9,7 +9,7 @@ from ftray.errors import DivergedError, FtrayError
 from ftray.model.base import BaseModel
 from ftray.tracking.events import SAVE_FAILED, SKIPPED, read_events, record_event
 from ftray.train.checkpoints.saver import Publish, Saver, Upload
-from ftray.train.engine.protocol import TrainingEngine
+from ftray.train.engine.protocol import StepLoss, TrainingEngine
 from ftray.train.hooks.profiler import StepProfiler
 from ftray.train.hooks.watchdog import Watchdog
 from ftray.train.job import SCRATCH, STOP_REQUEST, TrainJob
@@ -82,9 +82,9 @@ class WorkerCallbacks:
         self._emit()
         self._saver.poll()
 
-    def on_evaluated(self, step: int, loss: float) -> None:
+    def on_evaluated(self, step: int, evaluated: StepLoss) -> None:
         self._watchdog.beat()
-        self._record({"step": step, "eval_loss": loss})
+        self._record({"step": step, **evaluated.as_record()})
         self._sample(step)
         self._watchdog.beat()
 
