@@ -16,6 +16,8 @@ class ColumnsConfig(Strict):
     """Several columns are joined by a blank line, empty ones left out."""
     completion: Text | None = None
     system: Text | None = None
+    tools: Text | None = None
+    """Functions that are offered, as a list or as JSON text; null: `tools`, where it is there."""
     text: Text | None = None
     """Objective text."""
     chosen: Text | None = None
@@ -28,8 +30,8 @@ class ColumnsConfig(Strict):
             raise ValueError("`chosen` and `rejected` go together")
         if self.text is not None and any(value is not None for key, value in self if key != "text"):
             raise ValueError("`text` stands alone")
-        if self.messages is not None and (self.prompt is not None or self.system is not None):
-            raise ValueError("`prompt` and `system` do not go with `messages`, which hold their own turns")
+        if self.messages is not None and self.prompt is not None:
+            raise ValueError("`prompt` does not go with `messages`, which hold their own turns")
         if self.chosen is not None and self.completion is not None:
             raise ValueError("`completion` does not go with `chosen` and `rejected`")
         if self.chosen is None and (self.prompt is None) != (self.completion is None):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ftray.config.data import DataConfig
-from ftray.data.formats import Pair
+from ftray.data.formats import Conversation, Pair
 from ftray.model.chat import ChatRenderer, Rendered
 from ftray.objectives import Shape
 
@@ -19,8 +19,18 @@ Encoder = Callable[[Any], list[Example]]  # of a conversation, a document or a p
 
 
 def chat_encoder(data: DataConfig, renderer: ChatRenderer) -> Encoder:
+    """An example for each prompt that serving would give: one of all turns, where the template goes on from the turn
+    before, else one of each answer."""
     renderer.check_template()
-    return lambda messages: [[renderer.training_ids(messages)]]
+
+    def encode(talk: Conversation) -> list[Example]:
+        def is_trained(turn: int) -> bool:
+            return turn not in talk.untrained
+
+        examples = renderer.training_examples(talk.messages, talk.tools, is_trained=is_trained)
+        return [[rendered] for rendered in examples]
+
+    return encode
 
 
 def pair_encoder(data: DataConfig, renderer: ChatRenderer) -> Encoder:

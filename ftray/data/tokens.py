@@ -38,7 +38,7 @@ MAX_LISTED = 5
 ROWS_PER_PROCESS = 20_000
 CANCEL_POLL_S = 0.5
 READ_BY = ("columns", "format", "transform", "max_example_tokens", "overlong")  # keys of `data` that tokens depend on
-FORMAT = 2  # of the kept files, and how texts become tokens: another number makes them anew
+FORMAT = 3  # of the kept files, and how texts become tokens: another number makes them anew
 
 
 @dataclass

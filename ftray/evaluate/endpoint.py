@@ -24,6 +24,8 @@ def evaluate_endpoint(
 
 def ask(client: httpx.Client, question: Question, *, model: str, max_tokens: int) -> str:
     body = {"model": model, "messages": question.messages, "temperature": 0, "max_tokens": max_tokens}
+    if question.tools:
+        body["tools"] = question.tools
     try:
         response = client.post("/v1/chat/completions", json=body)
     except httpx.HTTPError as error:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ftray.config.data import DataConfig
-from ftray.data.formats import reader_of
+from ftray.data.formats import Conversation, reader_of
 from ftray.data.sources import load_rows
 from ftray.errors import DataError
-from ftray.model.chat import ChatRenderer, Message
+from ftray.model.chat import ChatRenderer
 from ftray.tasks import EXACT_MATCH, Question, Task
 
 # An answer longer than every expected one is wrong already; a few tokens more show how it goes on.
@@ -69,21 +69,27 @@ def load_questions(data: DataConfig) -> list[Question]:
         raise DataError("data.eval: not given; an evaluation needs held-out rows")
     rows = load_rows("data.eval", data.eval, revision=data.revision)
     read = reader_of(data, rows, shape="conversation", key=f"data.eval: {data.eval}")
-    return [
-        make_question(messages, number)
-        for number, row in enumerate(rows, start=1)
-        if (messages := read(row)) is not None
-    ]
+    return [make_question(talk, number) for number, row in enumerate(rows, start=1) if (talk := read(row)) is not None]
 
 
-def make_question(messages: list[Message], number: int) -> Question:
+def make_question(talk: Conversation, number: int) -> Question:
+    messages = talk.messages
     last = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant"), None)
     if last is None:
         raise DataError(f"data.eval: row {number}: no assistant turn to compare an answer with")
-    return Question(messages[:last], messages[last]["content"])
+    if messages[last].get("tool_calls"):
+        raise DataError(f"data.eval: row {number}: its last answer is a tool call, which no task judges yet")
+    return Question(messages[:last], messages[last]["content"], talk.tools)
 
 
 def answer_tokens(questions: Sequence[Question], renderer: ChatRenderer) -> int:
     """`max_tokens` for the answers."""
-    longest = max(len(renderer.tokenizer(q.expected, add_special_tokens=False)["input_ids"]) for q in questions)
-    return longest + SPARE_TOKENS
+    return max(num_answer_tokens(question, renderer) for question in questions) + SPARE_TOKENS
+
+
+def num_answer_tokens(question: Question, renderer: ChatRenderer) -> int:
+    """Of the expected answer, with what the template writes around it."""
+    answered = [*question.messages, {"role": "assistant", "content": question.expected}]
+    last = len(question.messages)
+    rendered = renderer.training_examples(answered, question.tools, is_trained=lambda turn: turn == last)
+    return int(rendered[-1].trained.sum())

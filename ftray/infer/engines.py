@@ -62,3 +62,15 @@ def generate(engine: Any, requests: list[Request]) -> dict[str, str]:
             if event.index == 0:
                 texts[event.request_id] += event.text
     return texts
+
+
+def generate_tokens(engine: Any, requests: list[Request]) -> dict[str, list[int]]:
+    """As `generate`: {request id: token ids} (of the first answer)."""
+    for request in requests:
+        engine.add(request)
+    ids: dict[str, list[int]] = {request.id: [] for request in requests}
+    while engine.has_work:
+        for event in engine.step():
+            if event.index == 0:
+                ids[event.request_id].append(event.token_id)
+    return ids

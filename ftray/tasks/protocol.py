@@ -1,7 +1,7 @@
 """What a task is: how an answer to a question is judged. Evaluation asks; a task only judges."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -11,6 +11,7 @@ class Question:
 
     messages: list[dict[str, Any]]
     expected: str
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def text(self) -> str:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ftray.errors import DataError
-from ftray.model.chat import ChatRenderer, check_messages
+from ftray.model.chat import ChatRenderer, read_messages
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -76,12 +76,12 @@ def test_no_answer_is_refused(renderer):
         renderer.training_ids(TALK[:2])
 
 
-def test_a_template_that_rewrites_history_is_refused(tiny_base):
+def test_a_template_whose_prompt_is_none_of_its_turns_is_refused(tiny_base):
     from ftray.model.base import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_base)
     tokenizer.chat_template = "{{ messages|length }}:{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(DataError, match="rewrites earlier turns"):
+    with pytest.raises(DataError, match="renders this turn otherwise"):
         ChatRenderer(tokenizer).training_ids(TALK)
 
 
@@ -108,4 +108,4 @@ def test_a_template_that_marks_no_prompt_is_refused(tiny_base):
 )
 def test_malformed_messages_are_named(messages, message):
     with pytest.raises(DataError, match=message):
-        check_messages(messages)
+        read_messages(messages)

@@ -8,9 +8,9 @@ from fake_endpoint import ask, make_client
 
 from ftray.infer.structure import Grammars
 from ftray.model.base import load_tokenizer
+from ftray.model.chat import read_messages
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.openai.json_schema import ready
-from ftray.serve.openai.messages import renderable
 from ftray.serve.openai.schemas import ChatRequest
 from ftray.serve.protocol import Failed
 from ftray.serve.routing.model_names import ModelNames
@@ -201,7 +201,7 @@ def test_the_first_call_alone_where_they_may_not_be_parallel(client, backend):
 )
 def test_histories_hold_the_calls_that_models_wrote(given, rendered):
     message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": given}}]}
-    (read,) = renderable([message])
+    (read,) = read_messages([message])
     assert read["content"] == ""
     assert read["tool_calls"][0]["function"] == {"name": "f", "arguments": rendered}
 
@@ -215,7 +215,7 @@ def test_other_histories(renderer):
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
         {"role": "function", "name": "f", "content": "rain"},
     ]
-    read = renderable(talk)
+    read = read_messages(talk)
     assert [message["content"] for message in read] == ["hi", "", "no", "never", "", "rain"]
     assert read[4]["tool_calls"][0]["function"]["name"] == "f"
     assert read[5]["role"] == "tool"

@@ -6,9 +6,9 @@ import pytest
 from fake_endpoint import DIED, LocalLedger, ask, make_client
 
 from ftray.errors import FtrayError
+from ftray.model.chat import read_messages
 from ftray.registry import CanaryLimits
 from ftray.serve.http.ingress import Ingress
-from ftray.serve.openai.messages import renderable
 from ftray.serve.protocol import Failed
 from ftray.serve.replica.admission import Admission
 from ftray.serve.routing.model_names import ModelNames
@@ -127,7 +127,7 @@ def test_stop_texts_are_few_and_short(client):
 
 
 def test_no_text_of_a_client_gets_into_the_log(client, backend, log_file):
-    backend.error = Failed("message 0: 'my secret prompt' is not served here", 400)
+    backend.error = Failed("message 0: 'my secret prompt' is not read here", 400)
     ask(client, "support")
     half = b'{"model": "\\ud83d", "messages": [{"role": "user", "content": "x"}]}'
     json_header = {"Content-Type": "application/json"}
@@ -142,12 +142,12 @@ def test_no_text_of_a_client_gets_into_the_log(client, backend, log_file):
 
 def test_messages_that_are_not_as_they_should_be_are_named():
     for message, part in (
-        ({"role": "user", "content": ["my secret prompt"]}, "content of type 'str' is not served"),
+        ({"role": "user", "content": ["my secret prompt"]}, "content of type 'str' is not read"),
         ({"role": "assistant", "tool_calls": 5}, "tool_calls must be a list"),
         ({"role": "assistant", "tool_calls": [5]}, "a tool call needs"),
     ):
         with pytest.raises(FtrayError, match=part):
-            renderable([message])
+            read_messages([message])
 
 
 def test_a_caller_learns_neither_the_registrys_place_nor_what_others_have(registry, backend, accounts, tmp_path):

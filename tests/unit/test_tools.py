@@ -7,9 +7,9 @@ from fake_endpoint import ask, make_client
 
 from ftray.errors import DataError
 from ftray.infer.protocol import StructuredOutput
+from ftray.model.chat import read_messages
 from ftray.serve.http.ingress import Ingress
 from ftray.serve.openai.calls import Call, CallFinder
-from ftray.serve.openai.messages import renderable
 from ftray.serve.routing.model_names import ModelNames
 from ftray.serve.tenants.auth import Authenticator
 
@@ -144,7 +144,7 @@ CONVERSATION = [
 
 
 def test_a_template_without_tools_gets_them_in_text(renderer):
-    prompt = renderer.tokenizer.decode(renderer.prompt_ids(renderable(CONVERSATION), [WEATHER]))
+    prompt = renderer.tokenizer.decode(renderer.prompt_ids(read_messages(CONVERSATION), [WEATHER]))
     assert "Be brief." in prompt
     assert '"name": "weather", "description": "Of a city"' in prompt
     assert "Weather in Oslo?" in prompt
@@ -161,7 +161,7 @@ def test_a_template_that_knows_tools_tells_them_itself(renderer, monkeypatch):
         "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     monkeypatch.setattr(renderer.tokenizer, "chat_template", template)
-    prompt = renderer.tokenizer.decode(renderer.prompt_ids(renderable(CONVERSATION), [WEATHER]))
+    prompt = renderer.tokenizer.decode(renderer.prompt_ids(read_messages(CONVERSATION), [WEATHER]))
     assert prompt == (
         "TOOL weather\nsystem: Be brief.\nuser: Weather in Oslo?\nassistant: [weather Oslo]\ntool: rain\nassistant: "
     )
@@ -169,7 +169,7 @@ def test_a_template_that_knows_tools_tells_them_itself(renderer, monkeypatch):
 
 def test_without_tools_the_prompt_is_the_one_of_training(renderer):
     messages = [{"role": "user", "content": "hi"}, {"role": "tool", "content": "rain"}]
-    prompt = renderer.prompt_ids(renderable(messages))
+    prompt = renderer.prompt_ids(read_messages(messages))
     answered = renderer.training_ids([*messages, {"role": "assistant", "content": "ok"}])
     assert answered.ids[: len(prompt)].tolist() == prompt
 
@@ -177,7 +177,7 @@ def test_without_tools_the_prompt_is_the_one_of_training(renderer):
 @pytest.mark.parametrize(
     ("message", "problem"),
     [
-        ({"role": "user", "content": [{"type": "image_url"}]}, "'image_url' is not served"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "'image_url' is not read"),
         ({"role": ["user"], "content": "x"}, "role must be a text"),
         ({"role": {"": None}, "content": "x"}, "role must be a text"),
         ({"role": "tool", "tool_call_id": 7, "content": "x"}, "tool_call_id must be a text"),
@@ -186,4 +186,4 @@ def test_without_tools_the_prompt_is_the_one_of_training(renderer):
 )
 def test_messages_that_cannot_be_rendered_are_refused(message, problem):
     with pytest.raises(DataError, match=problem):
-        renderable([message])
+        read_messages([message])

@@ -10,7 +10,8 @@ from ftray.config.data import DataConfig
 from ftray.data.formats.conversation import row_reader
 from ftray.data.formats.document import text_reader
 from ftray.data.formats.pair import pair_reader
-from ftray.data.formats.protocol import Format, Pair, Read, Transform
+from ftray.data.formats.protocol import Conversation, Format, Pair, Read, Transform
+from ftray.data.formats.turns import read_conversation, read_messages
 from ftray.errors import DataError, UserError
 from ftray.objectives import Shape
 from ftray.plugins import import_module, load_function, load_plugin
@@ -37,7 +38,7 @@ def reader_of(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> Read:
     """`rows`: a `datasets.Dataset`. What is read of a row that `data.transform` drops is None. Raises `UserError` or
     `DataError` where the columns do not fit."""
     own = own_format(data, shape=shape)
-    make = READERS[shape] if own is None else lambda columns, have, *, key: own.read
+    make = READERS[shape] if own is None else lambda columns, have, *, key: checked(own)
     transform = own_transform(data)
     if transform is None:
         return make(data.columns, rows.column_names, key=key)
@@ -51,6 +52,20 @@ def reader_of(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> Read:
         return None if changed is None else read(dict.fromkeys(have) | changed)
 
     return read_transformed
+
+
+def checked(own: Format) -> Read:
+    """What it reads as a conversation, as the other formats give it."""
+    if own.shape != "conversation":
+        return own.read
+
+    def read(row: dict[str, Any]) -> Conversation:
+        found = own.read(row)
+        if isinstance(found, Conversation):
+            return Conversation(read_messages(found.messages), found.tools, found.untrained)
+        return read_conversation(found)
+
+    return read
 
 
 def columns_after(transform: Transform, rows: Any) -> list[str] | None:
@@ -84,4 +99,14 @@ def code_digest(data: DataConfig) -> str | None:
     return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
 
 
-__all__ = ["Format", "Pair", "Read", "Transform", "code_digest", "own_format", "own_transform", "reader_of"]
+__all__ = [
+    "Conversation",
+    "Format",
+    "Pair",
+    "Read",
+    "Transform",
+    "code_digest",
+    "own_format",
+    "own_transform",
+    "reader_of",
+]

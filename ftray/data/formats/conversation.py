@@ -5,42 +5,85 @@ from typing import Any
 
 from ftray.config.data import ColumnsConfig
 from ftray.data.formats.columns import check_columns
-from ftray.data.formats.turns import read_messages, read_prompt, read_turns
+from ftray.data.formats.protocol import Conversation
+from ftray.data.formats.turns import read_conversation, read_prompt, read_tools, read_turns
 from ftray.errors import DataError
-from ftray.model.chat import Message
+
+ALPACA = ("instruction", "output")  # beside them input, system, history
 
 
-def row_reader(columns: ColumnsConfig | None, have: Sequence[str], *, key: str) -> Callable[[dict], list[Message]]:
+def row_reader(columns: ColumnsConfig | None, have: Sequence[str], *, key: str) -> Callable[[dict], Conversation]:
     """Conversations. Chooses the mapping once for the whole set; raises `DataError` when a column is not there."""
+    if columns is None and set(ALPACA) <= set(have):
+        return read_alpaca
     if columns is None:
         columns = guess_conversation(have, key=key)
     check_columns(columns, have, key=key)
+    tools = columns.tools or ("tools" if "tools" in have else None)
     if columns.messages is not None:
-        column = columns.messages
-        return lambda row: read_messages(row[column])
+        column, system = columns.messages, columns.system or ("system" if "system" in have else None)
+        return lambda row: read_conversation(
+            row[column], tools=row[tools] if tools else None, system=row[system] if system else None
+        )
     if columns.prompt is None or columns.completion is None:
         raise DataError(f"{key}: data.columns names no conversation; give `messages`, or `prompt` and `completion`")
-    return lambda row: prompt_and_completion(row, columns)
+    return lambda row: prompt_and_completion(row, columns, tools=tools)
 
 
 def guess_conversation(have: Sequence[str], *, key: str) -> ColumnsConfig:
-    for name in ("messages", "conversations"):
+    for name in ("messages", "conversations", "conversation"):
         if name in have:
             return ColumnsConfig(messages=name)
     if "prompt" in have and "completion" in have:
         return ColumnsConfig(prompt="prompt", completion="completion")
-    raise DataError(
-        f"{key}: the columns are {', '.join(have)}; without data.columns a row needs `messages`, or `prompt` and "
-        "`completion`. Example: data.columns: {prompt: " + have[0] + ", completion: " + have[-1] + "}"
+    raise DataError(f"{key}: the columns are {', '.join(have)}; {advice(have)}")
+
+
+# Names that are known to be questions, and their answers.
+ASKED, ANSWERED = (
+    ("prompt", "question", "query", "input", "instruction"),
+    ("completion", "response", "answer", "output"),
+)
+
+
+def advice(have: Sequence[str]) -> str:
+    """What to do about columns that say nothing by themselves."""
+    if {"chosen", "rejected"} <= set(have):
+        return "these are pairs: objective: {type: dpo}"
+    if "label" in have and {"completion", "messages"} & set(have):
+        return "these are rated answers, which no objective of ftray trains on yet"
+    if len(have) == 1 and (separator := next((mark for mark in (";", "\t", "|") if mark in have[0]), None)):
+        return f"the file has one column: it is separated by {separator!r}, and must be by ','"
+    if "text" in have:
+        return "texts are trained on with objective: {type: text}"
+    asked, answered = (next((n for n in names if n in have), None) for names in (ASKED, ANSWERED))
+    mapping = f"prompt: {asked}, completion: {answered}" if asked and answered else "prompt: ..., completion: ..."
+    return (
+        "without data.columns a row needs `messages`, `prompt` and `completion`, or Alpaca's `instruction` and "
+        f"`output`. Example: data.columns: {{{mapping}}}"
     )
 
 
-def prompt_and_completion(row: dict[str, Any], columns: ColumnsConfig) -> list[Message]:
+def read_alpaca(row: dict[str, Any]) -> Conversation:
+    """Stanford Alpaca's rows: instruction, input, output, and where they are there system and history (pairs of a
+    question and its answer that come before)."""
+    turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for asked, answered in row.get("history") or []:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    question = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name) not in (None, ""))
+    if not question or row["output"] in (None, ""):
+        raise DataError("the instruction and the output must not be empty")
+    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+    return read_conversation(turns)
+
+
+def prompt_and_completion(row: dict[str, Any], columns: ColumnsConfig, *, tools: str | None) -> Conversation:
     names = [columns.prompt] if isinstance(columns.prompt, str) else list(columns.prompt or [])
     asked = read_prompt(row, names, columns)
     answer = row[str(columns.completion)]
     if answer in (None, ""):
         raise DataError(f"column {columns.completion!r} is empty")
+    answered = [{"role": "assistant", "content": str(answer)}]
     if isinstance(answer, (list, dict)):
-        return [*asked, *read_turns(answer, role="assistant", column=str(columns.completion))]
-    return [*asked, {"role": "assistant", "content": str(answer)}]
+        answered = read_turns(answer, role="assistant", column=str(columns.completion))
+    return Conversation([*asked, *answered], read_tools(row[tools]) if tools else [])

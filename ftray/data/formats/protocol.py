@@ -1,11 +1,20 @@
 """What a format is: how a row of a source becomes a conversation, a document or a pair."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ftray.model.chat import Message
 from ftray.objectives import Shape
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, the tools that are offered in it, and the numbers of assistant turns that are not trained."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    untrained: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -17,14 +26,14 @@ class Pair:
     rejected: list[Message]
 
 
-Read = Callable[[dict[str, Any]], Any]  # a row to messages, a text or a `Pair`; raises `DataError` for that row
+Read = Callable[[dict[str, Any]], Any]  # a row to a `Conversation`, a text or a `Pair`; raises `DataError` for it
 Transform = Callable[[dict[str, Any]], dict[str, Any] | None]  # before it is read; None: the row is dropped
 
 
 @dataclass(frozen=True)
 class Format:
-    """A user's own: `data.format: "module:NAME"`. `read` gives list[Message] for the shape conversation, a str for
-    document, a `Pair` for pair."""
+    """A user's own: `data.format: "module:NAME"`. `read` gives list[Message] or a `Conversation` for the shape
+    conversation, a str for document, a `Pair` for pair."""
 
     shape: Shape
     read: Read

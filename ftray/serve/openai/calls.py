@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ftray.infer.text import overlap
-from ftray.model.tool_prompt import CLOSING, OPENING
+from ftray.model.chat.tool_prompt import CLOSING, OPENING
 
 # Of a call, up to its arguments.
 HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*')

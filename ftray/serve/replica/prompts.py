@@ -5,8 +5,7 @@ from typing import Any
 
 from ftray.infer.checks import check_token_ids, too_long
 from ftray.infer.protocol import Engine
-from ftray.model.chat import ChatRenderer, check_messages
-from ftray.serve.openai.messages import renderable
+from ftray.model.chat import ChatRenderer, read_messages
 
 
 class PromptReader:
@@ -21,7 +20,7 @@ class PromptReader:
 
     def chat(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
         """Raises `UserError`."""
-        plain = check_messages(renderable(messages))
+        plain = read_messages(messages)
         self._check_length(sum(len(message["content"]) for message in plain), param="messages")
         return self._renderer.prompt_ids(plain, tools)
 

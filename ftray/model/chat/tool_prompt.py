@@ -19,12 +19,11 @@ For each call return a JSON object with the function's name and arguments within
 </tool_call>"""
 
 
-def knows_tools(chat_template: str) -> bool:
-    return "tools" in chat_template
-
-
-def tools_in_text(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
-    """The same conversation in plain messages: tools in the system message, calls and results as marked text."""
+def tools_in_text(
+    messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, takes_system: bool = True
+) -> list[Message]:
+    """The same conversation in plain messages: tools in the system message, or where the template takes none before
+    the first user turn; calls and results as marked text."""
     signatures = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     plain = [plain_message(message) for message in messages]
     if not tools:
@@ -32,6 +31,8 @@ def tools_in_text(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) 
     introduction = INTRODUCTION.format(tools=signatures)
     if plain and plain[0]["role"] == "system":
         return [{"role": "system", "content": f"{plain[0]['content']}\n\n{introduction}"}, *plain[1:]]
+    if not takes_system and plain and plain[0]["role"] == "user":
+        return [{"role": "user", "content": f"{introduction}\n\n{plain[0]['content']}"}, *plain[1:]]
     return [{"role": "system", "content": introduction}, *plain]
 
 
@@ -42,4 +43,5 @@ def plain_message(message: Message) -> Message:
         f"{OPENING}\n{json.dumps(call['function'], ensure_ascii=False)}\n{CLOSING}"
         for call in message.get("tool_calls", [])
     ]
-    return {"role": message["role"], "content": "\n".join([*filter(None, [message["content"]]), *calls])}
+    rest = {key: value for key, value in message.items() if key not in ("content", "tool_calls")}
+    return {**rest, "content": "\n".join([*filter(None, [message["content"]]), *calls])}

@@ -1,0 +1,208 @@
+"""One chat renderer for training and serving, so that the prompts of both are the same token ids.
+
+A conversation is walked turn by turn. Before each assistant turn stands exactly the prompt that serving gives there;
+where the template goes on from the turn before, both are one sequence, and where it rewrites what it has rendered (it
+drops earlier thoughts, say), a new sequence begins. The text is cut where an assistant turn starts and where it ends,
+and each piece is tokenised alone: a served prompt ends at such a cut, so its ids are a prefix of the training ids by
+construction.
+"""
+
+from bisect import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ftray.errors import DataError
+from ftray.model.chat.control_tokens import ControlTokens
+from ftray.model.chat.messages import Message
+from ftray.model.chat.template import CLOSED, OPENED, THOUGHT_KEYS, Template, leaves_thought_open
+
+# Of pieces of text, the token ids are remembered: of so many, each of so many characters at most.
+MAX_PIECES, SHORT_PIECE = 10_000, 1_000
+
+
+@dataclass(frozen=True)
+class Rendered:
+    ids: np.ndarray  # int32, [T]
+    trained: np.ndarray  # bool, [T]: tokens of assistant turns, each turn's end token included
+
+
+@dataclass
+class Passage:
+    """Text in pieces: (text, number of the assistant turn that it is, or None)."""
+
+    pieces: list[tuple[str, int | None]] = field(default_factory=list)
+    text: str = ""
+
+    def add(self, text: str, turn: int | None) -> None:
+        self.text += text
+        if text:
+            self.pieces.append((text, turn))
+
+
+class ChatRenderer:
+    def __init__(self, tokenizer: Any, *, remembers: bool = True):
+        """`remembers`: the token ids of short pieces, which recur in the rows of a data set."""
+        self.tokenizer = tokenizer
+        self._remembers = remembers
+        self._pieces: dict[str, list[int]] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._control = ControlTokens(self.tokenizer)
+        self._template = Template(self.tokenizer, self._control)
+        self.stop_ids = stop_token_ids(self.tokenizer, self._template)
+
+    @property
+    def template(self) -> Template:
+        if self.tokenizer.chat_template is not self._template.source:  # another one was set
+            self._prepare()
+        if self._template.source is None:
+            raise DataError("base_model: its tokenizer has no chat template, so chat messages cannot be rendered")
+        return self._template
+
+    def check_template(self) -> None:
+        """Raises `DataError` where there is none."""
+        _ = self.template
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """The prompt that asks for the next assistant turn. `tools`: OpenAI's function tools, rendered as the template
+        does, or else in text (`tool_prompt.py`)."""
+        template = self.template
+        read, given = template.readable(messages, tools, drops_thoughts=True)
+        sequence = self._walk(template, read, given, is_lenient=True)[0][-1]
+        prompt = template.render(read, ask=True, tools=given)
+        if not prompt.startswith(sequence.text):
+            sequence = Passage()
+        sequence.add(prompt[len(sequence.text) :], None)
+        return [token for text, _ in sequence.pieces for token in self._encode(text)]
+
+    def training_examples(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        is_trained: Callable[[int], bool] = lambda turn: True,
+    ) -> list[Rendered]:
+        """Sequences in which each assistant turn stands once behind the prompt that asks for it. `is_trained`: by the
+        number of its message. Those that have nothing trained are left out.
+
+        Raises `DataError` where no token is trained, or in a sequence all are.
+        """
+        template = self.template
+        read, given = template.readable(messages, tools)
+        sequences, whole = self._walk(template, read, given)
+        if read[-1]["role"] != "assistant":
+            whole = template.render(read, ask=False, tools=given)
+        if whole.startswith(sequences[-1].text):  # turns behind the last answer, and line breaks
+            sequences[-1].add(whole[len(sequences[-1].text) :], None)
+        found = [self._encoded(sequence, is_trained) for sequence in sequences]
+        examples = [example for example in found if example.trained.any()]
+        if not examples:
+            raise DataError("no trained token: the conversation has no assistant turn")
+        if any(example.trained.all() for example in examples):
+            raise DataError("every token is trained: the template marks no prompt")
+        return examples
+
+    def training_ids(self, messages: Sequence[Message], *, train_from: int = 0) -> Rendered:
+        """The one sequence of the assistant turns from message number `train_from` on. Raises `DataError` where the
+        template needs several."""
+        examples = self.training_examples(messages, is_trained=lambda turn: turn >= train_from)
+        if len(examples) > 1:
+            raise DataError(
+                "the chat template rewrites earlier turns, so each answer has a sequence of its own; give one answer"
+            )
+        return examples[0]
+
+    def _walk(
+        self, template: Template, messages: Sequence[Message], tools: Sequence[Any], *, is_lenient: bool = False
+    ) -> tuple[list[Passage], str]:
+        """(at least one sequence, the text up to the last answer as the template renders it). Where `is_lenient`, turns
+        that no prompt asks for are passed over: in a history that somebody serves they need not be trained."""
+        sequences, whole = [Passage()], ""
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            try:
+                if index == 0:
+                    raise DataError("the conversation begins with an answer; put the turn that asks for it before")
+                prompt = template.render(messages[:index], ask=True, tools=tools)
+                whole = template.render(messages[: index + 1], ask=False, tools=tools)
+                turn = turn_behind(template, prompt, whole, message)
+            except DataError:
+                if not is_lenient:
+                    raise
+                sequences.append(Passage())
+                continue
+            if not prompt.startswith(sequences[-1].text):
+                sequences.append(Passage())
+            sequences[-1].add(prompt[len(sequences[-1].text) :], None)
+            sequences[-1].add(turn, index)
+        return sequences, whole
+
+    def read_answer(self, ids: Sequence[int]) -> tuple[str, str]:
+        """(thought, answer) of what a model wrote, without the control tokens around them; the answer is as a message's
+        content has it."""
+        frame, decode = self.template.thought_frame, self.tokenizer.decode
+        if frame is None:
+            return "", decode(ids, skip_special_tokens=True)
+        thought, answer = frame.split(decode(ids))
+        start = bisect(range(len(ids)), -len(answer) - 1, key=lambda at: -len(decode(ids[at:]).lstrip()))
+        return thought, decode(ids[start:], skip_special_tokens=True).lstrip()
+
+    def _encoded(self, sequence: Passage, is_trained: Callable[[int], bool]) -> Rendered:
+        ids: list[int] = []
+        trained: list[bool] = []
+        for text, turn in sequence.pieces:
+            piece = self._encode(text)
+            ids += piece
+            trained += [turn is not None and is_trained(turn)] * len(piece)
+        return Rendered(np.asarray(ids, np.int32), np.asarray(trained, bool))
+
+    def _encode(self, text: str) -> list[int]:
+        """Prompt heads and labels recur in every row: remember short pieces."""
+        ids = self._pieces.get(text)
+        if ids is None:
+            ids = self._control.encode(text)
+            if self._remembers and len(text) <= SHORT_PIECE and len(self._pieces) < MAX_PIECES:
+                self._pieces[text] = ids
+        return ids
+
+
+def turn_behind(template: Template, prompt: str, whole: str, message: Message) -> str:
+    """What the model is to write behind the prompt, with the turn's end. `whole`: with the turn, as it is rendered."""
+    turn = whole[len(prompt) :] if whole.startswith(prompt) else answer_behind(prompt, whole, thought_of(message))
+    if template.ending_by_next:
+        return turn + template.ending_by_next.get("tool" if message.get("tool_calls") else "user", "")
+    return turn[: template.end_of(turn)]
+
+
+def thought_of(message: Message) -> str:
+    return next((message[key] for key in THOUGHT_KEYS if message.get(key)), "")
+
+
+def answer_behind(prompt: str, whole: str, thought: str) -> str:
+    """What closes the thought that the prompt opens, and the answer, where the template renders neither behind it.
+    Raises `DataError` where they differ in something else."""
+    before = prompt[: prompt.rfind(OPENED)] if leaves_thought_open(prompt) else None
+    if before is None or not whole.startswith(before):
+        raise DataError(
+            f"the chat template asks for an answer with {prompt[-40:]!r}, and renders this turn otherwise; where it "
+            "asks for no thought, the turn must have none"
+        )
+    turn = whole[len(before) :]
+    if turn.startswith(OPENED):  # in both; white space behind it differs
+        return turn.removeprefix(OPENED)
+    return f"{thought}\n{CLOSED}\n\n{turn}"
+
+
+def stop_token_ids(tokenizer: Any, template: Template | None = None) -> set[int]:
+    """End of text, and the tokens by which the tokenizer's chat template closes a turn."""
+    stops = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    vocabulary = tokenizer.get_vocab()
+    known = {"<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|eom_id|>"}
+    if tokenizer.chat_template is not None:
+        known |= (template or Template(tokenizer, ControlTokens(tokenizer))).stop_tokens
+    return stops | {vocabulary[token] for token in known if token in vocabulary}
