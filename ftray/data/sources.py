@@ -1,59 +1,156 @@
-"""Reading rows: a file (also `s3://...`), a saved directory, or a hub id, all through Hugging Face `datasets`."""
+"""Reading rows: a file (also `s3://...`), a glob, a directory of files or a saved one, or a hub id."""
 
 import difflib
 import glob
+import gzip
 import hashlib
-import json
 import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ftray.data.rows import JoinedRows, Rows, read_json, read_table, read_texts
 from ftray.errors import DataError, FtrayError
 from ftray.storage import local_copies
 from ftray.storage.cache import cache_directory
 from ftray.storage.manifest import MANIFEST
 
-FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".json": read_json,
+    ".csv": lambda path: read_table(path, delimiter=","),
+    ".tsv": lambda path: read_table(path, delimiter="\t"),
+    ".txt": read_texts,
+}
+PARQUET = ".parquet"
+PACKED = (".gz", ".zst")
+KINDS = ", ".join([*READERS, PARQUET])
+SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `datasets.save_to_disk`
+
+
+def kind_of(path: Path) -> str:
+    """Its ending, in lower case and without that of its packing."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in PACKED), "")
+
+
+def is_known(path: Path) -> bool:
+    return kind_of(path) in READERS or (kind_of(path) == PARQUET and path.suffix.lower() == PARQUET)
 
 
 def check_source(key: str, source: str) -> None:
-    """What costs nothing to know before any work: the file is there and of a known kind."""
+    """What costs nothing to know before any work: the file is there and of a known kind. Raises `DataError`."""
     path = Path(source)
-    if path.is_dir() or ((path.is_file() or "://" in source) and path.suffix in FILE_READERS):
+    if path.is_dir():
+        if not any((path / name).is_file() for name in SAVED):
+            files_in(key, source)
+        return
+    if (path.is_file() or "://" in source) and is_known(path):
         return
     if path.is_file() or "://" in source:
-        raise DataError(f"{key}: {source}: unknown kind of file; use {', '.join(FILE_READERS)}")
+        raise DataError(f"{key}: {source}: unknown kind of file; use {KINDS}, also with {' or '.join(PACKED)}")
     if path.exists():
         raise DataError(f"{key}: {source}: is no file but a pipe or device; write the rows to a file first")
-    if path.suffix in FILE_READERS or source.count("/") != 1 or source.startswith("."):
+    if glob.has_magic(source):
+        files_in(key, source)
+        return
+    if is_known(path) or source.count("/") != 1 or source.startswith("."):
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else f" (looked from {Path.cwd()})"
         raise DataError(f"{key}: {source}: no such file{hint}")
 
 
-def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
-    """A `datasets.Dataset`. Raises `DataError` naming the source when it cannot be read or is empty."""
+def files_in(key: str, source: str) -> list[Path]:
+    """Of a directory or a glob, in the order of their names, all of one kind. Raises `DataError`."""
+    path = Path(source)
+    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(source, recursive=True))
+    files = sorted(file for file in found if file.is_file() and is_known(file) and not file.name.startswith("."))
+    if not files:
+        raise DataError(f"{key}: {source}: has no file of a kind that is read ({KINDS})")
+    if len(kinds := sorted({kind_of(file) for file in files})) > 1:
+        raise DataError(f"{key}: {source}: has files of several kinds ({', '.join(kinds)}); give a glob of one")
+    return files
+
+
+def load_rows(key: str, source: str, *, revision: str | None = None) -> Rows:
+    """Raises `DataError` naming the source when it cannot be read or is empty."""
     check_source(key, source)
+    path = local_file(key, source)
+    if (path.is_dir() and not any((path / name).is_file() for name in SAVED)) or (
+        "://" not in source and not path.exists() and glob.has_magic(source)
+    ):
+        files = files_in(key, source)
+        rows: Rows = JoinedRows([read_file(key, str(file), file) for file in files])
+    elif path.is_file():
+        rows = read_file(key, source, path)
+    else:
+        rows = of_datasets(key, source, path, revision=revision)
+    if len(rows) == 0:
+        raise DataError(f"{key}: {source}: has no rows")
+    return rows
+
+
+def read_file(key: str, source: str, path: Path) -> Rows:
+    if path.stat().st_size == 0:
+        raise DataError(f"{key}: {source}: the file is empty")
+    if kind_of(path) == PARQUET:
+        return of_datasets(key, source, path, revision=None)
+    try:
+        return READERS[kind_of(path)](unpacked(path))
+    except DataError as error:
+        raise DataError(f"{key}: {source}: {error}") from None
+
+
+def unpacked(path: Path) -> Path:
+    """The file, or what a packed one holds, kept by its content. Raises `DataError`."""
+    packing = path.suffix.lower()
+    if packing not in PACKED:
+        return path
+    place = cache_directory() / "unpacked" / f"{file_digest(path)}{kind_of(path)}"
+    if place.is_file():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    staging = place.with_name(f"{place.name}.new")
+    try:
+        with open_packed(path, packing) as stream, staging.open("wb") as file:
+            shutil.copyfileobj(stream, file)
+    except (OSError, EOFError) as error:
+        staging.unlink(missing_ok=True)
+        raise DataError(f"cannot be unpacked: {error}") from None
+    staging.replace(place)
+    return place
+
+
+def open_packed(path: Path, packing: str) -> Any:
+    if packing == ".gz":
+        return gzip.open(path)
+    import pyarrow
+
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+def of_datasets(key: str, source: str, path: Path, *, revision: str | None) -> Any:
+    """What Hugging Face `datasets` reads: parquet, a saved directory, a hub id. Raises `DataError`."""
     import datasets
     from datasets.config import HF_DATASETS_CACHE
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs of a file is said in the error
-    path = local_file(key, source)
     try:
         if path.is_dir():
             rows = datasets.load_from_disk(str(path))
         elif path.is_file():
-            if path.stat().st_size == 0:
-                raise DataError(f"{key}: {source}: the file is empty")
-            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=glob.escape(str(path)), split="train")
+            # By content: `datasets` itself takes a file of the same name and time for the same one.
+            kept = str(Path(HF_DATASETS_CACHE) / "ftray" / file_digest(path))
+            rows = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", cache_dir=kept)
         else:
             rows = datasets.load_dataset(source, revision=revision, split="train")
     except (DatasetGenerationError, DatasetNotFoundError) as error:
-        where = first_bad_json(path) if path.suffix in (".jsonl", ".json") else None
-        raise DataError(f"{key}: {source}: {where or f'cannot be read: {root_cause(error)}'}") from None
+        raise DataError(f"{key}: {source}: cannot be read: {root_cause(error)}") from None
     except (OSError, ValueError) as error:
         if "corresponds to no data" in str(error):  # what `datasets` says of a file with a header and no rows
             raise DataError(f"{key}: {source}: has no rows") from None
@@ -68,8 +165,6 @@ def load_rows(key: str, source: str, *, revision: str | None = None) -> Any:
         raise DataError(
             f"{key}: {source}: holds the splits {', '.join(map(str, rows))}; save the one to use as its own directory"
         )
-    if len(rows) == 0:
-        raise DataError(f"{key}: {source}: has no rows")
     return rows
 
 
@@ -83,33 +178,25 @@ def local_file(key: str, source: str) -> Path:
         raise DataError(f"{key}: {error}") from None
     paths = [path for path in directory.iterdir() if path.name != MANIFEST]
     if len(paths) != 1 or not paths[0].is_file():
-        raise DataError(f"{key}: {source}: is no single file; give one of {', '.join(FILE_READERS)}")
+        raise DataError(f"{key}: {source}: is no single file; give one of {KINDS}")
     return paths[0]
 
 
 def source_digest(source: str, rows: Any) -> str:
-    """Of its content: the bytes of a file; for a directory or hub id, the fingerprint that `datasets` keeps."""
+    """Of its content: the bytes of a file or of several; for a saved directory or hub id, the fingerprint that
+    `datasets` keeps."""
     path = local_file("data", source)
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
+    if isinstance(rows, JoinedRows):
+        digests = [f"{file.name} {file_digest(file)}" for file in files_in("data", source)]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return rows._fingerprint
 
 
-def first_bad_json(path: Path) -> str | None:
-    """Which line is no JSON, and why; pyarrow counts from another end. None: each is."""
+def file_digest(path: Path) -> str:
     with path.open("rb") as file:
-        is_array = file.read(64).lstrip().startswith(b"[")
-        file.seek(0)
-        for first, text in [(1, file.read())] if is_array else enumerate(file, 1):
-            try:
-                json.loads(text.decode("utf-8-sig")) if text.strip() else None
-            except json.JSONDecodeError as error:
-                return f"line {first + error.lineno - 1}, column {error.colno}: is no JSON ({error.msg})"
-            except UnicodeDecodeError as error:
-                number = first + text.count(b"\n", 0, error.start)
-                return f"line {number}: is no UTF-8 ({error.reason})"
-    return None
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def root_cause(error: BaseException) -> str:

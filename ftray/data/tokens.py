@@ -24,7 +24,7 @@ from filelock import FileLock
 from ftray.config.data import DataConfig
 from ftray.data.dataset import DatasetWriter, TokenizedDataset, open_dataset
 from ftray.data.encode import ENCODERS, Example
-from ftray.data.formats import code_digest, reader_of
+from ftray.data.formats import code_digest, reader_of, unread_columns
 from ftray.data.sources import load_rows, source_digest
 from ftray.errors import DataError, FtrayError
 from ftray.model.chat import ChatRenderer, Rendered
@@ -102,6 +102,7 @@ def tokenize_source(
     kept_in: Path | None = None,
     processes: int | None = None,
     cancelled: threading.Event | None = None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> TokenizedDataset:
     """Reads and tokenises a whole source, or finds it in `kept_in` (None: nothing is kept).
 
@@ -110,6 +111,8 @@ def tokenize_source(
     cancelled = cancelled or threading.Event()
     source = Source(key, location, data, renderer.tokenizer, shape)
     rows = source.rows()
+    if unread := unread_columns(data, rows, shape=shape, key=str(source)):
+        log(f"{key}: columns that are not read: {', '.join(unread)}")
     if kept_in is None:
         with tempfile.TemporaryDirectory(prefix="ftray-tokens-") as scratch:
             tokenize(source, rows, Path(scratch) / "tokens", processes=processes, cancelled=cancelled)
@@ -145,7 +148,7 @@ def tokenize(source: Source, rows: Any, directory: Path, *, processes: int | Non
         if count <= 1:
             tally = encode_rows(rows, encode, source.data, writer)
         else:
-            tally = encode_in_processes(source, len(rows), count, directory, writer, cancelled)
+            tally = encode_in_processes(source, rows, count, directory, writer, cancelled)
         refuse_problems(tally, source)
         dropped = tally.num_dropped + tally.num_left_out
         writer.finish(num_rows=tally.num_rows, num_truncated=tally.num_truncated, num_dropped=dropped)
@@ -156,14 +159,18 @@ def tokenize(source: Source, rows: Any, directory: Path, *, processes: int | Non
 
 
 def encode_in_processes(
-    source: Source, num_rows: int, count: int, directory: Path, writer: DatasetWriter, cancelled: threading.Event
+    source: Source, rows: Any, count: int, directory: Path, writer: DatasetWriter, cancelled: threading.Event
 ) -> Tally:
     """Parts of the rows, joined in their order. Processes are started anew, not forked: the driver has threads."""
-    bounds = [*range(0, num_rows, ROWS_PER_PROCESS), num_rows]
-    parts = [(source, start, stop, directory / f"part-{start}") for start, stop in itertools.pairwise(bounds)]
+    bounds = [*range(0, len(rows), ROWS_PER_PROCESS), len(rows)]
+    places = {start: directory / f"part-{start}" for start in bounds[:-1]}
     total = Tally()
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for (_, start, _, place), future in [(part, pool.submit(encode_part, part)) for part in parts]:
+        futures = [
+            (start, places[start], pool.submit(encode_part, source, rows.select(range(start, stop)), places[start]))
+            for start, stop in itertools.pairwise(bounds)
+        ]
+        for start, place, future in futures:
             while not wait([future], timeout=CANCEL_POLL_S).done:
                 if cancelled.is_set():
                     pool.shutdown(wait=False, cancel_futures=True)
@@ -175,11 +182,9 @@ def encode_in_processes(
     return total
 
 
-def encode_part(part: tuple[Source, int, int, Path]) -> Tally:
-    source, start, stop, directory = part
-    rows = source.rows()
+def encode_part(source: Source, rows: Any, directory: Path) -> Tally:
     writer = DatasetWriter(directory)
-    tally = encode_rows(rows.select(range(start, stop)), source.encoder(rows), source.data, writer)
+    tally = encode_rows(rows, source.encoder(rows), source.data, writer)
     writer.close()
     return tally
 

@@ -58,7 +58,8 @@ def prepare_data(
 
     def tokens(key: str, source: str) -> TokenizedDataset:
         shape = objective_of(config.objective).shape
-        return tokenize_source(key, source, config.data, renderer, shape=shape, kept_in=kept_in, cancelled=cancelled)
+        how = {"shape": shape, "kept_in": kept_in, "cancelled": cancelled}
+        return tokenize_source(key, source, config.data, renderer, log=log, **how)
 
     train = tokens("data.train", config.data.train)
     evaluation = tokens("data.eval", config.data.eval) if config.data.eval is not None else None

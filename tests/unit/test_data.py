@@ -74,10 +74,10 @@ def test_overlong_rows_by_rule(tmp_path, renderer):
     [
         ("x.jsonl", "", "the file is empty"),
         ("x.jsonl", "{not json\n", "line 1, column 2: is no JSON"),
-        ("x.jsonl", '{"a": 1}\n\n{"a": "b\n', "line 3, column 9: is no JSON"),
+        ("x.jsonl", '{"prompt": "a", "completion": "b"}\n\n{"prompt": "b\n', r"row 2: line 3, column \d+: is no JSON"),
         ("x.json", '[{"a": 1},\n {"a": }]', "line 2, column 8: is no JSON"),
         ("x.csv", "a,b\n", "has no rows"),
-        ("x.txt", "hello", "unknown kind of file"),
+        ("x.bin", "hello", "unknown kind of file"),
         ("x.jsonl", '{"text": "a"}\n', "the columns are text"),
     ],
 )

@@ -148,7 +148,7 @@ def test_data_and_base_models_come_from_a_store(s3, tmp_path, monkeypatch, tiny_
     check_base_name(model)
     assert prepare_base(model).fingerprint == prepare_base(str(tiny_model)).fingerprint
     check_source("data.train", rows)
-    assert load_rows("data.train", rows).to_list() == load_rows("data.train", str(train_file)).to_list()
+    assert list(load_rows("data.train", rows)) == list(load_rows("data.train", str(train_file)))
     assert source_digest(rows, None) == source_digest(str(train_file), None)
     with pytest.raises(DataError, match=r"data\.train: s3://.*absent\.jsonl: there is nothing of that name"):
         load_rows("data.train", f"{s3}/absent.jsonl")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config.data import DataConfig
-from ftray.data.formats.conversation import row_reader
+from ftray.data.formats.conversation import columns_read, row_reader
 from ftray.data.formats.document import text_reader
 from ftray.data.formats.pair import pair_reader
 from ftray.data.formats.protocol import Conversation, Format, Pair, Read, Transform
 from ftray.data.formats.turns import read_conversation, read_messages
+from ftray.data.rows import BrokenRow
 from ftray.errors import DataError, UserError
 from ftray.objectives import Shape
 from ftray.plugins import import_module, load_function, load_plugin
@@ -37,6 +38,25 @@ def own_transform(data: DataConfig) -> Transform | None:
 def reader_of(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> Read:
     """`rows`: a `datasets.Dataset`. What is read of a row that `data.transform` drops is None. Raises `UserError` or
     `DataError` where the columns do not fit."""
+    read = reader_of_columns(data, rows, shape=shape, key=key)
+
+    def read_whole(row: dict[str, Any]) -> Any:
+        if isinstance(row, BrokenRow):
+            raise DataError(row.problem)
+        return read(row)
+
+    return read_whole
+
+
+def unread_columns(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> list[str]:
+    """Of conversations, where ftray chooses what is read: what it leaves."""
+    if shape != "conversation" or data.format is not None or data.transform is not None:
+        return []
+    read = columns_read(data.columns, rows.column_names, key=key)
+    return [name for name in rows.column_names if name not in read]
+
+
+def reader_of_columns(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> Read:
     own = own_format(data, shape=shape)
     make = READERS[shape] if own is None else lambda columns, have, *, key: checked(own)
     transform = own_transform(data)
@@ -71,6 +91,8 @@ def checked(own: Format) -> Read:
 def columns_after(transform: Transform, rows: Any) -> list[str] | None:
     """Those of the first row that can be transformed and is kept; None: there is none."""
     for row in rows:
+        if isinstance(row, BrokenRow):
+            continue
         with contextlib.suppress(DataError):  # told with its number when all rows are read
             if (changed := transform_row(transform, row)) is not None:
                 return list(changed)
@@ -109,4 +131,5 @@ __all__ = [
     "own_format",
     "own_transform",
     "reader_of",
+    "unread_columns",
 ]

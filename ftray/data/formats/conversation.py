@@ -9,7 +9,9 @@ from ftray.data.formats.protocol import Conversation
 from ftray.data.formats.turns import read_conversation, read_prompt, read_tools, read_turns
 from ftray.errors import DataError
 
-ALPACA = ("instruction", "output")  # beside them input, system, history
+ALPACA = ("instruction", "output")
+BESIDE_ALPACA = ("input", "system", "history")
+TOOLS, SYSTEM = "tools", "system"
 
 
 def row_reader(columns: ColumnsConfig | None, have: Sequence[str], *, key: str) -> Callable[[dict], Conversation]:
@@ -19,12 +21,10 @@ def row_reader(columns: ColumnsConfig | None, have: Sequence[str], *, key: str) 
     if columns is None:
         columns = guess_conversation(have, key=key)
     check_columns(columns, have, key=key)
-    tools = columns.tools or ("tools" if "tools" in have else None)
+    tools, system = columns.tools or TOOLS, columns.system or SYSTEM  # a row may have them that the first ones lack
     if columns.messages is not None:
-        column, system = columns.messages, columns.system or ("system" if "system" in have else None)
-        return lambda row: read_conversation(
-            row[column], tools=row[tools] if tools else None, system=row[system] if system else None
-        )
+        column = columns.messages
+        return lambda row: read_conversation(row[column], tools=row.get(tools), system=row.get(system))
     if columns.prompt is None or columns.completion is None:
         raise DataError(f"{key}: data.columns names no conversation; give `messages`, or `prompt` and `completion`")
     return lambda row: prompt_and_completion(row, columns, tools=tools)
@@ -77,7 +77,16 @@ def read_alpaca(row: dict[str, Any]) -> Conversation:
     return read_conversation(turns)
 
 
-def prompt_and_completion(row: dict[str, Any], columns: ColumnsConfig, *, tools: str | None) -> Conversation:
+def columns_read(columns: ColumnsConfig | None, have: Sequence[str], *, key: str) -> set[str]:
+    if columns is None and set(ALPACA) <= set(have):
+        return {*ALPACA, *BESIDE_ALPACA}
+    columns = columns or guess_conversation(have, key=key)
+    beside = {columns.tools or TOOLS} | ({columns.system or SYSTEM} if columns.messages else {columns.system})
+    prompt = [columns.prompt] if isinstance(columns.prompt, str) else columns.prompt or []
+    return {name for name in (columns.messages, *prompt, columns.completion, *beside) if name is not None}
+
+
+def prompt_and_completion(row: dict[str, Any], columns: ColumnsConfig, *, tools: str) -> Conversation:
     names = [columns.prompt] if isinstance(columns.prompt, str) else list(columns.prompt or [])
     asked = read_prompt(row, names, columns)
     answer = row[str(columns.completion)]
@@ -86,4 +95,4 @@ def prompt_and_completion(row: dict[str, Any], columns: ColumnsConfig, *, tools:
     answered = [{"role": "assistant", "content": str(answer)}]
     if isinstance(answer, (list, dict)):
         answered = read_turns(answer, role="assistant", column=str(columns.completion))
-    return Conversation([*asked, *answered], read_tools(row[tools]) if tools else [])
+    return Conversation([*asked, *answered], read_tools(row.get(tools)))
