@@ -47,13 +47,13 @@ def make_tokenizer():
     return wrapped
 
 
-def write_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True, **sizes: int) -> Path:
+def write_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True, tokenizer=None, **sizes: int) -> Path:
     """`sizes`: other values of the config's own keys."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     small = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
     config = LlamaConfig(
         **(small | sizes),  # pyright: ignore[reportArgumentType]

@@ -58,11 +58,12 @@ def check_asks(run: RunConfig) -> None:
 
 def through_endpoint(run: RunConfig, questions: Any, endpoint: str, *, adapter: str | None, task: Task) -> "Evaluation":
     from ftray.evaluate.endpoint import evaluate_endpoint
-    from ftray.evaluate.task import answer_tokens
+    from ftray.evaluate.task import answer_tokens, with_thoughts_apart
     from ftray.model.base import load_tokenizer, prepare_base
     from ftray.model.chat import ChatRenderer
 
     renderer = ChatRenderer(load_tokenizer(prepare_base(run.base_model)))
+    questions = with_thoughts_apart(questions, renderer)
     tokens = answer_tokens(questions, renderer)
     model = adapter or run.base_model
     return evaluate_endpoint(endpoint.removesuffix("/v1"), questions, model=model, max_tokens=tokens, task=task)

@@ -8,6 +8,7 @@ from ftray.api.local import base_of, load_engine, resolve_adapter
 from ftray.errors import UserError
 from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request, SamplingParams, TokenEvent
+from ftray.infer.thoughts import split, thought_stream
 from ftray.model.chat import ChatRenderer
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Model:
         return "".join(self.stream(messages, adapter=adapter, **sampling))
 
     def stream(self, messages: Messages, *, adapter: str | None = None, **sampling: Any) -> Iterator[str]:
-        """The answer in pieces, as they come."""
+        """The answer in pieces, as they come; what the model thinks before it is left out."""
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         key = self.adapter if adapter is None else self._loaded(adapter)
         self._num_requests += 1
@@ -46,6 +47,8 @@ class Model:
         )
         if request.sampling.n != 1:
             raise UserError("n: a chat has one answer; call it several times")
+        frame = self._renderer.template.thought_frame
+        thoughts = thought_stream(frame, self.engine.tokenizer, request.prompt_ids)
         self.engine.add(request)
         mine = self._events[request.id] = deque()
         try:
@@ -54,7 +57,7 @@ class Model:
                     self._step()
                 while mine:
                     event = mine.popleft()
-                    yield event.text
+                    yield event.text if thoughts is None else split(event, thoughts, self.engine.stop_ids)[1]
                     if event.finish_reason is not None:
                         return
         finally:

@@ -8,7 +8,7 @@ from ftray.data.examples import examples_of
 from ftray.data.micro_batches import first_fit
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
-from ftray.evaluate.task import Answer, Evaluation, answer_tokens, judged
+from ftray.evaluate.task import Answer, Evaluation, answer_tokens, judged, with_thoughts_apart
 from ftray.infer.engines import generate_tokens
 from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine.engine import TorchEngine
@@ -37,6 +37,7 @@ def answer_questions(
     engine: TorchEngine, questions: Sequence[Question], *, adapter: str | None, task: Task = EXACT_MATCH
 ) -> list[Answer]:
     renderer = ChatRenderer(engine.tokenizer)
+    questions = with_thoughts_apart(questions, renderer)
     sampling = SamplingParams(temperature=0, max_tokens=answer_tokens(questions, renderer))
     requests = [
         Request(str(i), renderer.prompt_ids(question.messages, question.tools), sampling, adapter)

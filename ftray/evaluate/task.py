@@ -1,7 +1,7 @@
 """Held-out questions, and what their answers came to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftray.config.data import DataConfig
 from ftray.data.formats import Conversation, reader_of
@@ -79,7 +79,14 @@ def make_question(talk: Conversation, number: int) -> Question:
         raise DataError(f"data.eval: row {number}: no assistant turn to compare an answer with")
     if messages[last].get("tool_calls"):
         raise DataError(f"data.eval: row {number}: its last answer is a tool call, which no task judges yet")
-    return Question(messages[:last], messages[last]["content"], talk.tools)
+    expected = messages[last]
+    return Question(messages[:last], expected["content"], talk.tools, expected.get("reasoning_content"))
+
+
+def with_thoughts_apart(questions: Sequence[Question], renderer: ChatRenderer) -> list[Question]:
+    """A thought within an expected answer is judged no more than one that the model writes."""
+    split = [(question, *renderer.template.split_inline(question.expected)) for question in questions]
+    return [q if thought is None else replace(q, expected=expected, thought=thought) for q, thought, expected in split]
 
 
 def answer_tokens(questions: Sequence[Question], renderer: ChatRenderer) -> int:
@@ -89,7 +96,8 @@ def answer_tokens(questions: Sequence[Question], renderer: ChatRenderer) -> int:
 
 def num_answer_tokens(question: Question, renderer: ChatRenderer) -> int:
     """Of the expected answer, with what the template writes around it."""
-    answered = [*question.messages, {"role": "assistant", "content": question.expected}]
+    thought = {} if question.thought is None else {"reasoning_content": question.thought}
+    answered = [*question.messages, {"role": "assistant", "content": question.expected, **thought}]
     last = len(question.messages)
     rendered = renderer.training_examples(answered, question.tools, is_trained=lambda turn: turn == last)
     return int(rendered[-1].trained.sum())

@@ -123,6 +123,7 @@ class Engine(Protocol):
 
     tokenizer: Any
     vocab_size: int
+    stop_ids: set[int]  # at which an answer ends
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises `UserError` when it can never run: too long, unknown adapter, bad structure."""

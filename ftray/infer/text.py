@@ -8,8 +8,10 @@ MOST_BYTES = 8  # tokens that may be parts of one character
 
 
 class TextStream:
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]):
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], *, shows_control: bool = False):
+        """`shows_control`: control tokens are text too."""
         self._tokenizer = tokenizer
+        self._skips = not shows_control
         self._stop = stop
         self._stop_ids = control_ids(tokenizer, stop)
         self._ids: list[int] = []
@@ -24,8 +26,8 @@ class TextStream:
             return shown
         self._ids.append(token_id)
         first = max(0, self._decoded - CONTEXT_TOKENS)
-        before = self._tokenizer.decode(self._ids[first : self._decoded], skip_special_tokens=True)
-        after = self._tokenizer.decode(self._ids[first:], skip_special_tokens=True)
+        before = self._tokenizer.decode(self._ids[first : self._decoded], skip_special_tokens=self._skips)
+        after = self._tokenizer.decode(self._ids[first:], skip_special_tokens=self._skips)
         is_cut = after.endswith("\ufffd")  # the bytes of a character are not all here
         if is_cut and len(self._ids) - self._decoded < MOST_BYTES:  # beyond, they are no character's
             return ""
@@ -39,7 +41,7 @@ class TextStream:
         if self.stopped:
             return ""
         if self._decoded < len(self._ids):
-            self._pending += self._tokenizer.decode(self._ids[self._decoded :], skip_special_tokens=True)
+            self._pending += self._tokenizer.decode(self._ids[self._decoded :], skip_special_tokens=self._skips)
             self._decoded = len(self._ids)
         return self._release() + self._pending
 

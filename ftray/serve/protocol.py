@@ -99,6 +99,7 @@ class Tokens:
     cached_tokens: int = 0  # of its prompt
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt: EchoedPrompt | None = None
+    thought: str = ""  # of a chat: what the model thinks before it answers
 
     def followed_by(self, later: "Tokens") -> "Tokens":
         """Both of one answer."""
@@ -106,6 +107,7 @@ class Tokens:
             later,
             num_tokens=self.num_tokens + later.num_tokens,
             text=self.text + later.text,
+            thought=self.thought + later.thought,
             logprobs=self.logprobs + later.logprobs,
             prompt=self.prompt or later.prompt,
         )

@@ -12,6 +12,7 @@ class Question:
     messages: list[dict[str, Any]]
     expected: str
     tools: list[dict[str, Any]] = field(default_factory=list)
+    thought: str | None = None  # of the expected turn, which is not judged
 
     @property
     def text(self) -> str:

@@ -73,7 +73,8 @@ def prepare_data(
 def describe_counts(dataset: TokenizedDataset) -> str:
     counts = dataset.counts()
     lost = "".join(f", {counts[key]} {key}" for key in ("truncated", "dropped") if counts[key])
+    rows = f"{counts['rows']:,} rows, " if counts["rows"] != counts["examples"] else ""
     return (
-        f"{counts['examples']:,} examples{lost}, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained, "
-        f"longest {counts['longest']:,}"
+        f"{rows}{counts['examples']:,} examples{lost}, {counts['tokens']:,} tokens, "
+        f"{counts['trained_tokens']:,} trained, longest {counts['longest']:,}"
     )

@@ -19,6 +19,9 @@ from chat_templates import (
 )
 
 from ftray.errors import DataError
+from ftray.infer.protocol import TokenEvent
+from ftray.infer.text import TextStream
+from ftray.infer.thoughts import split, thought_stream
 from ftray.model.chat import ChatRenderer, read_messages
 from ftray.model.chat.template import as_parts
 
@@ -225,3 +228,53 @@ def test_plain_added_tokens_in_words_are_words(renderers):
     assert renderer.read_answer(ids) == ("", FORGED)
     as_special = tokenizer(FORGED, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert control & set(as_special)  # the twin: the tokenizer's own switch leaves them whole
+
+
+# -- served --------------------------------------------------------------------------------------------------------
+
+THINKING = [name for name in NAMES if name not in THOUGHTLESS | {"qwen3_5_nothink"}]
+
+
+def streamed(renderer, talk, turn: int, ids: np.ndarray) -> list[tuple[str, str]]:
+    """What a client gets of an answer that comes token by token."""
+    tokenizer = renderer.tokenizer
+    stream = thought_stream(renderer.template.thought_frame, tokenizer, renderer.prompt_ids(talk[:turn]))
+    assert stream is not None
+    shown, found = TextStream(tokenizer, ()), []
+    for place, token in enumerate(ids.tolist()):
+        is_last = place == len(ids) - 1
+        text = shown.finish() if is_last else shown.push(token)
+        event = TokenEvent("r", token, text, place + 1, "stop" if is_last else None)
+        found.append(split(event, stream, renderer.stop_ids))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["one turn", "two turns", "thought", "two thoughts"])
+@pytest.mark.parametrize("name", THINKING)
+def test_thoughts_are_told_apart_while_they_come(renderers, name, kind):
+    renderer, talk = renderers[name], read_messages(TALKS[kind])
+    examples = renderer.training_examples(talk)
+    turns = [number for number, message in enumerate(talk) if message["role"] == "assistant"]
+    for turn, ids in zip(turns, [ids for example in examples for ids in runs(renderer, example)], strict=True):
+        pieces = streamed(renderer, talk, turn, ids)
+        thought, text = ("".join(part) for part in zip(*pieces, strict=True))
+        assert (thought, text) == (talk[turn].get("reasoning_content", ""), talk[turn]["content"])
+        if thought:
+            assert sum(bool(piece) for piece, _ in pieces) > 1  # as it comes, not at its end
+
+
+def test_an_answer_that_is_cut_within_its_thought(renderers):
+    talk = read_messages(TALKS["thought"])
+    for name in ("qwen3", "qwen3_8", "gptoss"):
+        (example,) = renderers[name].training_examples(talk)
+        (ids,) = runs(renderers[name], example)
+        tokenizer = renderers[name].tokenizer
+        end = next(n for n in range(len(ids)) if "Two and" in tokenizer.decode(ids[:n]))
+        stream = thought_stream(renderers[name].template.thought_frame, tokenizer, renderers[name].prompt_ids(talk[:1]))
+        shown, pieces = TextStream(tokenizer, ()), []
+        for place, token in enumerate(ids[:end].tolist()):
+            text = shown.push(token)
+            event = TokenEvent("r", token, text, place + 1, "length" if place == end - 1 else None)
+            pieces.append(split(event, stream, renderers[name].stop_ids))
+        assert tuple("".join(part) for part in zip(*pieces, strict=True)) == ("Two and", "")
+        assert renderers[name].read_answer(ids[:end])[0] == "Two and"

@@ -204,5 +204,8 @@ def stop_token_ids(tokenizer: Any, template: Template | None = None) -> set[int]
     vocabulary = tokenizer.get_vocab()
     known = {"<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|eom_id|>"}
     if tokenizer.chat_template is not None:
-        known |= (template or Template(tokenizer, ControlTokens(tokenizer))).stop_tokens
+        template = template or Template(tokenizer, ControlTokens(tokenizer))
+        frame = template.thought_frame
+        within = f"{frame.opening}{frame.closing}{frame.bare}" if frame is not None else ""  # as gpt-oss' <|end|>
+        known = {token for token in known if token not in within} | template.stop_tokens
     return stops | {vocabulary[token] for token in known if token in vocabulary}

@@ -63,16 +63,21 @@ class Template:
         except Exception as error:  # noqa: BLE001  a template is a program of others: what it raises, it refuses
             raise DataError(f"the chat template refuses this conversation: {error}") from None
 
+    def split_inline(self, content: str) -> tuple[str | None, str]:
+        """(thought, the rest) of an answer's text that begins with a thought, where the template has thoughts."""
+        has_thoughts = self.thought_key is not None or self.opens_thought
+        found = INLINE.fullmatch(content) if has_thoughts else None
+        return (None, content) if found is None else (found[1].strip("\n"), found[2])
+
     def _with_thought(self, index: int, message: Message, *, drops: bool) -> Message:
         """A thought under the key that the template reads; also one that stands at the head of the answer's text, since
         the template would write an empty one beside it."""
         thought = message.get("reasoning_content")
         if thought is None:
-            is_split = message["role"] == "assistant" and (self.thought_key is not None or self.opens_thought)
-            found = INLINE.fullmatch(message["content"]) if is_split else None
-            if found is None:
+            thought, content = self.split_inline(message["content"]) if message["role"] == "assistant" else (None, "")
+            if thought is None:
                 return message
-            thought, message = found[1].strip("\n"), {**message, "content": found[2]}
+            message = {**message, "content": content}
         rest = {key: value for key, value in message.items() if key != "reasoning_content"}
         if self.thought_key is None and not self.opens_thought:
             if drops:

@@ -27,15 +27,19 @@ class ChatResponses:
         text = "".join(part for part in parts if isinstance(part, str))
         calls = [part.body() for part in whole_calls(parts)]
         message = {"role": "assistant", "content": text if text or not calls else None}
+        if answer.thought:
+            message["reasoning_content"] = answer.thought
         return self._around(answer, {"message": message | ({"tool_calls": calls} if calls else {})})
 
     def delta(self, answer: Tokens, *, first: bool) -> dict | None:
         """None where there is nothing to show yet."""
         begun = self._num_calls[answer.index]
         parts = self._parts(answer)
-        if not (parts or answer.finish_reason or answer.logprobs or first):
+        if not (parts or answer.thought or answer.finish_reason or answer.logprobs or first):
             return None
         body: dict = {"role": "assistant"} if first else {}
+        if answer.thought:
+            body["reasoning_content"] = answer.thought
         calls = []
         for part in parts:
             if isinstance(part, Call | CallStart):
@@ -44,7 +48,7 @@ class ChatResponses:
             elif isinstance(part, Arguments):
                 calls.append({"index": begun - 1, "function": {"arguments": part.text}})
         text = "".join(part for part in parts if isinstance(part, str))
-        if text or not calls:
+        if text or not (calls or answer.thought):
             body["content"] = text
         return self._around(answer, {"delta": body | ({"tool_calls": calls} if calls else {})})
 

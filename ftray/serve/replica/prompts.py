@@ -5,7 +5,9 @@ from typing import Any
 
 from ftray.infer.checks import check_token_ids, too_long
 from ftray.infer.protocol import Engine
+from ftray.infer.thoughts import ThoughtStream, thought_stream
 from ftray.model.chat import ChatRenderer, read_messages
+from ftray.serve.protocol import GenerateJob
 
 
 class PromptReader:
@@ -23,6 +25,15 @@ class PromptReader:
         plain = read_messages(messages)
         self._check_length(sum(len(message["content"]) for message in plain), param="messages")
         return self._renderer.prompt_ids(plain, tools)
+
+    def thoughts(self, job: GenerateJob, prompts: list[list[int]]) -> dict[int, ThoughtStream]:
+        """By number of the answer. One that a structure guides has none: it is what it must be from its beginning."""
+        if not job.is_chat or job.echo or job.sampling.structure is not None:
+            return {}
+        frame, tokenizer, n = self._renderer.template.thought_frame, self._engine.tokenizer, job.sampling.n
+        answers = [(number, prompts[number // n]) for number in range(job.num_answers)]
+        streams = {number: thought_stream(frame, tokenizer, prompt) for number, prompt in answers}
+        return {number: stream for number, stream in streams.items() if stream is not None}
 
     def text(self, text: str | list[int], *, key: str, with_special: bool = True) -> list[int]:
         """Raises `UserError`, naming `key`."""

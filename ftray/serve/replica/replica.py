@@ -19,6 +19,7 @@ from ftray.errors import AdapterError, FtrayError, RequestError, StoreError, Use
 from ftray.infer.checks import check_token_ids, too_long
 from ftray.infer.engines import make_engine
 from ftray.infer.protocol import PreparedAdapter, Request, StructuredOutput
+from ftray.infer.thoughts import split
 from ftray.infer.token_bytes import TokenBytes
 from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
@@ -250,6 +251,7 @@ class EngineReplica:
             for ids in prompts
         ]
         started, decode, raw = False, self.engine.tokenizer.decode, self._token_bytes
+        thoughts = self._prompts.thoughts(job, prompts)
         async with contextlib.aclosing(merged([self.runner.generate(request) for request in requests])) as events:
             async for number, event in events:
                 if not started:  # only now: a request that the engine refuses has no beginning
@@ -266,6 +268,9 @@ class EngineReplica:
                     tokens = replace(tokens, prompt=echoed(prompts[number], event.prompt_logprobs, decode, raw))
                 if job.is_prompt_only:
                     tokens = replace(tokens, num_tokens=0, text="", logprobs=(), finish_reason="length")
+                if (stream := thoughts.get(tokens.index)) is not None:
+                    thought, text = split(event, stream, self.engine.stop_ids)
+                    tokens = replace(tokens, thought=thought, text=text)
                 yield tokens
 
     def _pinned(self, job: GenerateJob | EmbedJob) -> contextlib.AbstractAsyncContextManager[None]:

@@ -1,0 +1,62 @@
+"""Bases that think, whole: a run on rows with and without a thought, exact match, and the endpoint's own words."""
+
+import asyncio
+
+import pytest
+from chat_templates import answer, tokenizer_of, user
+from tiny import write_tiny_model
+
+import ftray
+from ftray.config import parse_config
+from ftray.infer.protocol import SamplingParams
+from ftray.serve.protocol import GenerateJob, Tokens
+from ftray.serve.replica.replica import EngineReplica
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+ROWS = [
+    {"messages": [user("one?"), answer("1", reasoning_content="a")]},
+    {"messages": [user("two?"), answer("2")]},
+    {"messages": [user("one?"), answer("<think>a</think>1"), user("two?"), answer("2")]},
+]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss", "nemotron_3_nano"])
+def test_a_perfect_adapter_is_seen_as_one(name, tmp_path):
+    base = write_tiny_model(tmp_path / "base", tokenizer=tokenizer_of(name))
+    config = {
+        "name": "thinks",
+        "base_model": str(base),
+        "max_steps": 200,
+        "data": {"max_example_tokens": 512},
+        "adapter": {"rank": 16, "alpha": 32.0},
+        "batch": {"examples_per_step": 4, "tokens_per_micro_batch": 2048},
+        "optimizer": {"learning_rate": 1e-2},
+        "runs_dir": str(tmp_path / "runs"),
+    }
+    lines: list[str] = []
+    run = ftray.train(config, data=ROWS, eval_data=ROWS[:2], log=lines.append)
+    assert any("3 rows, 4 examples" in line for line in lines)  # each answer as it is asked for
+    assert run.adapter is not None
+    result = ftray.evaluate(run.config, adapter=run.adapter)
+    assert result.accuracy == 1.0, result.answers
+    registry = str(tmp_path / "registry")
+    run.publish(registry=registry)
+    model = ftray.load("thinks@1", registry=registry)
+    assert model.chat("one?", temperature=0, max_tokens=64) == "1"
+    model.close()
+    text = f"kind: serve\nbase_model: {base}\nadapters: {{registry: {registry}}}\nengine: {{context_tokens: 512}}\n"
+    replica = EngineReplica(parse_config(text, kind="serve", source="test"))
+    try:
+        assert asyncio.run(answered(replica, "one?")) == ("a", "1")
+        assert asyncio.run(answered(replica, "two?")) == ("", "2")
+    finally:
+        replica.close()
+
+
+async def answered(replica: EngineReplica, question: str) -> tuple[str, str]:
+    sampling = SamplingParams(temperature=0, max_tokens=64)
+    job = GenerateJob([[user(question)]], True, sampling, "thinks@1")
+    events = [event async for event in replica.generate(job)]
+    tokens = [event for event in events if isinstance(event, Tokens)]
+    return "".join(event.thought for event in tokens), "".join(event.text for event in tokens)
