@@ -139,8 +139,17 @@ def tokenize_source(
         return kept(kept_in.with_name(f"{kept_in.name}-{user_name()}"))
 
 
-def tokenize(source: Source, rows: Any, directory: Path, *, processes: int | None, cancelled: threading.Event) -> None:
-    """Writes the dataset's directory, or, when a row cannot be used, nothing."""
+def tokenize(
+    source: Source,
+    rows: Any,
+    directory: Path,
+    *,
+    processes: int | None,
+    cancelled: threading.Event,
+    refuse: Callable[[Tally, Source], None] | None = None,
+) -> Tally:
+    """Writes the dataset's directory, or, when a row cannot be used, nothing. `refuse`: raises `DataError` for what was
+    found; None: for rows that cannot be used."""
     encode = source.encoder(rows)  # says what is wrong with the columns
     count = min(processes or usable_cores(), len(rows) // ROWS_PER_PROCESS)
     writer = DatasetWriter(directory)
@@ -149,9 +158,10 @@ def tokenize(source: Source, rows: Any, directory: Path, *, processes: int | Non
             tally = encode_rows(rows, encode, source.data, writer)
         else:
             tally = encode_in_processes(source, rows, count, directory, writer, cancelled)
-        refuse_problems(tally, source)
+        (refuse or refuse_problems)(tally, source)
         dropped = tally.num_dropped + tally.num_left_out
         writer.finish(num_rows=tally.num_rows, num_truncated=tally.num_truncated, num_dropped=dropped)
+        return tally
     except BaseException:
         writer.close()
         shutil.rmtree(directory, ignore_errors=True)

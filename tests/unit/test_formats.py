@@ -223,7 +223,7 @@ def test_packed_files_folders_globs_and_texts(tmp_path, renderer, monkeypatch):
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "these are pairs: objective: {type: dpo}"),
         ({"text": "t"}, "objective: {type: text}"),
         ({"question": "q", "answer": "a", "id": 3}, "{prompt: question, completion: answer}"),
-        ({"messages": [ASKED], "label": True}, "no assistant turn"),
+        ({"messages": [ASKED, ANSWERED], "label": True}, "rated answers, which objective kto trains on"),
         ({"messages": [ASKED, {"role": "assistant", "content": ""}]}, "message 1: the answer is empty"),
         ({"messages": [ANSWERED, ASKED]}, "begins with an answer"),
         (

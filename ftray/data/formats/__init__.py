@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config.data import DataConfig
-from ftray.data.formats.conversation import columns_read, row_reader
+from ftray.data.formats.conversation import columns_read, guess_conversation, is_alpaca, row_reader
 from ftray.data.formats.document import text_reader
 from ftray.data.formats.pair import pair_reader
 from ftray.data.formats.protocol import Conversation, Format, Pair, Read, Transform
-from ftray.data.formats.turns import read_conversation, read_messages
+from ftray.data.formats.turns import parsed, read_conversation, read_messages
 from ftray.data.rows import BrokenRow
 from ftray.errors import DataError, UserError
 from ftray.objectives import Shape
 from ftray.plugins import import_module, load_function, load_plugin
 
+RATING = "label"
 READERS: dict[Shape, Callable[..., Read]] = {"conversation": row_reader, "document": text_reader, "pair": pair_reader}
 
 
@@ -56,7 +57,35 @@ def unread_columns(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> li
     return [name for name in rows.column_names if name not in read]
 
 
+def has_ratings(rows: Any) -> bool:
+    """KTO's rows: an answer that is good or bad."""
+    return RATING in rows.column_names and isinstance(next(iter(rows))[RATING], bool)
+
+
+def recognised(data: DataConfig, rows: Any, *, shape: Shape) -> str:
+    """What the rows are read as, in words."""
+    if data.format is not None:
+        return f"{data.format}, a format of your own"
+    by = "data.columns" if data.columns is not None else "their columns"
+    if shape != "conversation":
+        return f"{'texts' if shape == 'document' else 'preference pairs'}, by {by}"
+    if data.columns is None and is_alpaca(rows.column_names):
+        return "Alpaca's instruction, input and output"
+    columns = data.columns or guess_conversation(rows.column_names, key="")
+    if columns.messages is None:
+        return f"prompts and completions, by {by}"
+    first = next((parsed(row[columns.messages]) for row in rows if row.get(columns.messages)), None)
+    is_sharegpt = isinstance(first, list) and bool(first) and isinstance(first[0], dict) and "from" in first[0]
+    return f"conversations in {'ShareGPT' if is_sharegpt else 'OpenAI'}'s form, of the column {columns.messages}"
+
+
 def reader_of_columns(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> Read:
+    is_left_to_us = data.columns is None and data.format is None and data.transform is None
+    if shape == "conversation" and is_left_to_us and has_ratings(rows):
+        raise DataError(
+            f"{key}: rows with a `label` of true or false are rated answers, which objective kto trains on; ftray has "
+            "none yet. With data.columns all of them are trained as they stand, the bad ones too"
+        )
     own = own_format(data, shape=shape)
     make = READERS[shape] if own is None else lambda columns, have, *, key: checked(own)
     transform = own_transform(data)
@@ -131,5 +160,6 @@ __all__ = [
     "own_format",
     "own_transform",
     "reader_of",
+    "recognised",
     "unread_columns",
 ]

@@ -16,7 +16,7 @@ TOOLS, SYSTEM = "tools", "system"
 
 def row_reader(columns: ColumnsConfig | None, have: Sequence[str], *, key: str) -> Callable[[dict], Conversation]:
     """Conversations. Chooses the mapping once for the whole set; raises `DataError` when a column is not there."""
-    if columns is None and set(ALPACA) <= set(have):
+    if columns is None and is_alpaca(have):
         return read_alpaca
     if columns is None:
         columns = guess_conversation(have, key=key)
@@ -28,6 +28,10 @@ def row_reader(columns: ColumnsConfig | None, have: Sequence[str], *, key: str) 
     if columns.prompt is None or columns.completion is None:
         raise DataError(f"{key}: data.columns names no conversation; give `messages`, or `prompt` and `completion`")
     return lambda row: prompt_and_completion(row, columns, tools=tools)
+
+
+def is_alpaca(have: Sequence[str]) -> bool:
+    return set(ALPACA) <= set(have)
 
 
 def guess_conversation(have: Sequence[str], *, key: str) -> ColumnsConfig:
@@ -78,7 +82,7 @@ def read_alpaca(row: dict[str, Any]) -> Conversation:
 
 
 def columns_read(columns: ColumnsConfig | None, have: Sequence[str], *, key: str) -> set[str]:
-    if columns is None and set(ALPACA) <= set(have):
+    if columns is None and is_alpaca(have):
         return {*ALPACA, *BESIDE_ALPACA}
     columns = columns or guess_conversation(have, key=key)
     beside = {columns.tools or TOOLS} | ({columns.system or SYSTEM} if columns.messages else {columns.system})

@@ -81,14 +81,14 @@ class ControlTokens:
     def _of_text(self, text: str) -> list[int]:
         """Without a control token, whatever the text says."""
         ids = self._encode_as_text(text)
-        if self._ids.isdisjoint(ids):
+        if self.ids.isdisjoint(ids):
             return ids
         # A vocabulary that has them as words of its own: each is cut in two, which is no token.
         pieces = self._in_text.sub(lambda found: f"{found[0][:1]}\0{found[0][1:]}", text).split("\0")
         return [token for piece in pieces if piece for token in self._encode_as_text(piece)]
 
     @cached_property
-    def _ids(self) -> frozenset[int]:
+    def ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.convert_tokens_to_ids(self._tokens))
 
     @cached_property

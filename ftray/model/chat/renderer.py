@@ -56,6 +56,11 @@ class ChatRenderer:
         self.stop_ids = stop_token_ids(self.tokenizer, self._template)
 
     @property
+    def control_ids(self) -> frozenset[int]:
+        """Of the tokens that no message's text becomes."""
+        return self._control.ids
+
+    @property
     def template(self) -> Template:
         if self.tokenizer.chat_template is not self._template.source:  # another one was set
             self._prepare()
