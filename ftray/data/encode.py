@@ -49,6 +49,8 @@ def document_encoder(data: DataConfig, renderer: ChatRenderer) -> Encoder:
 
     def encode(text: str) -> list[Example]:
         ids = tokenizer(text)["input_ids"]
+        if ids[:2] == [tokenizer.bos_token_id] * 2:  # the text has it, and the tokenizer adds another
+            ids = ids[1:]
         if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids = [*ids, tokenizer.eos_token_id]
         whole = np.asarray(ids, np.int32)

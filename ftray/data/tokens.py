@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -87,9 +88,15 @@ class Source:
             "shape": self.shape,
             "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
             "template": tokenizer.chat_template,
+            "date": time.strftime("%Y-%m-%d") if asks_for_date(tokenizer) else None,
             "special": [tokenizer.eos_token, tokenizer.bos_token],
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def asks_for_date(tokenizer: Any) -> bool:
+    """Its chat template writes today's date, in training and in serving."""
+    return "strftime_now" in json.dumps(tokenizer.chat_template)
 
 
 def tokenize_source(
@@ -113,6 +120,10 @@ def tokenize_source(
     rows = source.rows()
     if unread := unread_columns(data, rows, shape=shape, key=str(source)):
         log(f"{key}: columns that are not read: {', '.join(unread)}")
+    if shape != "document" and asks_for_date(renderer.tokenizer):
+        log(
+            f"{key}: the chat template writes today's date, {time.strftime('%Y-%m-%d')}; another day gives other tokens"
+        )
     if kept_in is None:
         with tempfile.TemporaryDirectory(prefix="ftray-tokens-") as scratch:
             tokenize(source, rows, Path(scratch) / "tokens", processes=processes, cancelled=cancelled)

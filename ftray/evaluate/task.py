@@ -77,6 +77,8 @@ def make_question(talk: Conversation, number: int) -> Question:
     last = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant"), None)
     if last is None:
         raise DataError(f"data.eval: row {number}: no assistant turn to compare an answer with")
+    if last != len(messages) - 1 and any(message["role"] == "user" for message in messages[last:]):
+        raise DataError(f"data.eval: row {number}: ends with a question that has no answer; remove it, or answer it")
     if messages[last].get("tool_calls"):
         raise DataError(f"data.eval: row {number}: its last answer is a tool call, which no task judges yet")
     expected = messages[last]

@@ -14,6 +14,9 @@ from ftray.data.formats import reader_of
 from ftray.data.sources import load_rows, source_digest
 from ftray.data.tokens import tokenize_source
 from ftray.errors import DataError
+from ftray.evaluate.task import load_questions
+from ftray.model.base import load_tokenizer
+from ftray.model.chat import ChatRenderer
 
 ASKED = {"role": "user", "content": "hi"}
 ANSWERED = {"role": "assistant", "content": "hello"}
@@ -222,6 +225,7 @@ def test_packed_files_folders_globs_and_texts(tmp_path, renderer, monkeypatch):
     [
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "these are pairs: objective: {type: dpo}"),
         ({"text": "t"}, "objective: {type: text}"),
+        ({"text": "t", "category": "c"}, "{prompt: text, completion: category}"),
         ({"question": "q", "answer": "a", "id": 3}, "{prompt: question, completion: answer}"),
         ({"messages": [ASKED, ANSWERED], "label": True}, "rated answers, which objective kto trains on"),
         ({"messages": [ASKED, {"role": "assistant", "content": ""}]}, "message 1: the answer is empty"),
@@ -287,3 +291,48 @@ def test_columns_that_are_not_read_are_named(tmp_path, renderer):
         tokenize_source("data.train", str(path), data, renderer, log=lines.append)
         assert lines.pop() == f"data.train: columns that are not read: {unread}"
     tokenize_source("data.train", str(path), DataConfig(train=str(path)), renderer, log=lines.append)
+
+
+def test_pairs_whose_conversations_begin_with_the_prompt(tmp_path, renderer):
+    short = {"prompt": "hi", "chosen": "good", "rejected": "bad"}
+    whole = {"prompt": "hi"} | {
+        key: [ASKED, {"role": "assistant", "content": short[key]}] for key in ("chosen", "rejected")
+    }
+    one, other = (tokenize(write_jsonl(tmp_path / "p.jsonl", [row]), renderer, shape="pair") for row in (short, whole))
+    assert one.ids.tolist() == other.ids.tolist()
+    assert one.trained.tolist() == other.trained.tolist()
+
+
+def test_an_evaluation_row_that_ends_with_a_question_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "e.jsonl", [{"messages": [ASKED, ANSWERED, ASKED]}])
+    with pytest.raises(DataError, match="row 1: ends with a question that has no answer"):
+        load_questions(DataConfig(train="x", eval=str(path)))
+
+
+def test_a_document_has_one_beginning_of_text(tmp_path, tiny_base):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": "<|endoftext|>hi"}, {"text": "hi"}])
+    dataset = tokenize(path, ChatRenderer(tokenizer), shape="document")
+    first, second = (dataset.sequences(number)[0][0].tolist() for number in range(2))
+    assert first == second
+    assert first.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_template_that_writes_the_date_says_so_and_is_made_anew(tmp_path, tiny_base, monkeypatch):
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
+    renderer, lines = ChatRenderer(tokenizer), []
+    path = write_jsonl(tmp_path / "a.jsonl", [ROW])
+    found = []
+    for day in ("2026-11-30", "2026-11-30", "2031-01-02"):
+        monkeypatch.setattr("ftray.data.tokens.time.strftime", lambda form, day=day: day)
+        how = {"kept_in": tmp_path / "kept", "log": lines.append}
+        found.append(tokenize_source("data.train", str(path), DataConfig(train=str(path)), renderer, **how).directory)
+    assert found[0] == found[1] != found[2]
+    assert "writes today's date, 2026-11-30" in lines[0]

@@ -50,6 +50,9 @@ ASKED, ANSWERED = (
 )
 
 
+LABELS = ("label", "category", "class", "intent")
+
+
 def advice(have: Sequence[str]) -> str:
     """What to do about columns that say nothing by themselves."""
     if {"chosen", "rejected"} <= set(have):
@@ -58,6 +61,8 @@ def advice(have: Sequence[str]) -> str:
         return "these are rated answers, which no objective of ftray trains on yet"
     if len(have) == 1 and (separator := next((mark for mark in (";", "\t", "|") if mark in have[0]), None)):
         return f"the file has one column: it is separated by {separator!r}, and must be by ','"
+    if "text" in have and (label := next((name for name in LABELS if name in have), None)):
+        return f"texts and their classes: data.columns: {{prompt: text, completion: {label}}}"
     if "text" in have:
         return "texts are trained on with objective: {type: text}"
     asked, answered = (next((n for n in names if n in have), None) for names in (ASKED, ANSWERED))

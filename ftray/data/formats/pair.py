@@ -25,6 +25,7 @@ def pair_reader(columns: ColumnsConfig | None, have: Sequence[str], *, key: str)
         if prompt is not None:
             names = [prompt] if isinstance(prompt, str) else list(prompt)
             asked = read_prompt(row, names, columns)
+            answers = [answer[len(asked) :] if answer[: len(asked)] == asked else answer for answer in answers]
         else:
             asked, answers = split_common_start(*answers)
         if answers[0] == answers[1]:
