@@ -7,6 +7,7 @@ import codecs
 import csv
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from ftray.errors import DataError
 Row = dict[str, Any]
 CHUNK = 1 << 26  # bytes
 LOOKED_AT = 1000  # rows, whose keys are the columns
-SHORT = 16  # bytes: a line that may be blank
+SHORT = 256  # bytes: a line that may be blank
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 TURN_KEYS = ({"role", "content"}, {"from", "value"})
 
@@ -166,8 +167,10 @@ def read_line(line: bytes, number: int) -> Row:
         return BrokenRow(f"line {number}, column {error.colno}: is no JSON ({error.msg})")
     except UnicodeDecodeError as error:
         return BrokenRow(f"line {number}: is no UTF-8 ({error.reason}); save the file as UTF-8")
-    except DataError as error:
+    except (DataError, ValueError) as error:  # also a number of thousands of digits
         return BrokenRow(f"line {number}: {error}")
+    except RecursionError:
+        return BrokenRow(f"line {number}: is nested without end")
 
 
 def as_row(value: Any) -> Row:
@@ -183,6 +186,10 @@ def as_row(value: Any) -> Row:
     raise DataError(f"a row must be an object, and this is {type(value).__name__}: {json.dumps(value)[:40]}")
 
 
+def holds_rows(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"data"} and isinstance(value["data"], list)
+
+
 def is_conversation(value: Any) -> bool:
     is_list = isinstance(value, list) and bool(value)
     return is_list and all(isinstance(turn, dict) and any(keys <= turn.keys() for keys in TURN_KEYS) for turn in value)
@@ -196,12 +203,12 @@ def read_json(path: Path) -> Rows:
     """JSON lines; or one list of rows, also as `{"data": [...]}`. Raises `DataError`."""
     with path.open("rb") as file:
         first = next((line for line in file if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
-    has_more = path.stat().st_size > len(first) + SHORT
+        has_more = any(line.strip() for line in file)
     try:
         value = json.loads(first.decode("utf-8-sig"))
-    except ValueError:  # it goes on in the next line, or is broken
+    except (ValueError, RecursionError):  # it goes on in the next line, or is broken
         value = None
-    if (isinstance(value, dict) and (has_more or "data" not in value)) or (isinstance(value, list) and has_more):
+    if (isinstance(value, dict) and (has_more or not holds_rows(value))) or (isinstance(value, list) and has_more):
         return JsonLines(path)
     try:
         whole = load_whole(path)
@@ -209,7 +216,7 @@ def read_json(path: Path) -> Rows:
         if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             raise
         return JsonLines(path)  # whose broken lines are told
-    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+    if holds_rows(whole):
         whole = whole["data"]
     rows = whole if isinstance(whole, list) else [whole]
     return ListedRows([as_row(rows)] if is_conversation(rows) else [as_row(row) for row in rows])
@@ -222,6 +229,8 @@ def load_whole(path: Path) -> Any:
         raise DataError(f"line {error.lineno}, column {error.colno}: is no JSON ({error.msg})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"is no UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except RecursionError:
+        raise DataError("is nested without end") from None
 
 
 def read_table(path: Path, *, delimiter: str) -> TableRows:
@@ -230,13 +239,19 @@ def read_table(path: Path, *, delimiter: str) -> TableRows:
     from pyarrow import csv as arrow
 
     with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter)
         try:
-            header = next(csv.reader(file, delimiter=delimiter), [])
+            header = next((row for row in reader if row), [])
+            num_before = reader.line_num - 1 if header else 0  # blank lines
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"cannot be read as UTF-8 text: {error}") from None
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise DataError(f"has several columns {twice[0]!r}; give each a name of its own")
+    check_quotes(path, delimiter=delimiter)
     try:
         table = arrow.read_csv(
             path,
+            read_options=arrow.ReadOptions(block_size=CHUNK, skip_rows=num_before),
             parse_options=arrow.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             convert_options=arrow.ConvertOptions(
                 column_types=dict.fromkeys(header, pyarrow.string()), strings_can_be_null=False, null_values=[]
@@ -247,10 +262,28 @@ def read_table(path: Path, *, delimiter: str) -> TableRows:
     return TableRows(table)
 
 
+def check_quotes(path: Path, *, delimiter: str) -> None:
+    """Raises `DataError` for one that is opened and never closed: it would swallow the rest of the file."""
+    with path.open("rb") as file:
+        count = 0
+        while chunk := file.read(CHUNK):
+            count += chunk.count(b'"')
+        if count % 2 == 0:
+            return
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader, begun = csv.reader(file, delimiter=delimiter, strict=True), 0
+        try:
+            for _ in reader:
+                begun = reader.line_num
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise DataError(f"line {begun + 1}: a quote is opened there and never closed") from None
+
+
 def read_texts(path: Path) -> ListedRows:
     """A document a line, blank ones left out. Raises `DataError`."""
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"is no UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     return ListedRows([{"text": line} for line in lines if line.strip()])

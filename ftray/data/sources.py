@@ -27,6 +27,7 @@ READERS: dict[str, Callable[[Path], Rows]] = {
 PARQUET = ".parquet"
 PACKED = (".gz", ".zst")
 KINDS = ", ".join([*READERS, PARQUET])
+NOTES = ("dataset_infos.json",)  # of a hub's data set, beside its files
 SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `datasets.save_to_disk`
 
 
@@ -67,7 +68,9 @@ def files_in(key: str, source: str) -> list[Path]:
     """Of a directory or a glob, in the order of their names, all of one kind. Raises `DataError`."""
     path = Path(source)
     found = path.iterdir() if path.is_dir() else map(Path, glob.glob(source, recursive=True))
-    files = sorted(file for file in found if file.is_file() and is_known(file) and not file.name.startswith("."))
+    files = sorted(
+        file for file in found if file.is_file() and is_known(file) and not file.name.startswith((".", *NOTES))
+    )
     if not files:
         raise DataError(f"{key}: {source}: has no file of a kind that is read ({KINDS})")
     if len(kinds := sorted({kind_of(file) for file in files})) > 1:
@@ -152,7 +155,7 @@ def of_datasets(key: str, source: str, path: Path, *, revision: str | None) -> A
     except (DatasetGenerationError, DatasetNotFoundError) as error:
         raise DataError(f"{key}: {source}: cannot be read: {root_cause(error)}") from None
     except (OSError, ValueError) as error:
-        if "corresponds to no data" in str(error):  # what `datasets` says of a file with a header and no rows
+        if any(words in str(error) for words in ("corresponds to no data", "BatchSize")):  # as `datasets` says it
             raise DataError(f"{key}: {source}: has no rows") from None
         place = str(error.filename or "") if isinstance(error, OSError) else ""
         if place.startswith(str(HF_DATASETS_CACHE)):

@@ -85,14 +85,14 @@ def test_a_template_whose_prompt_is_none_of_its_turns_is_refused(tiny_base):
         ChatRenderer(tokenizer).training_ids(TALK)
 
 
-def test_a_template_that_marks_no_prompt_is_refused(tiny_base):
+def test_a_template_that_leaves_out_what_was_asked_is_refused(tiny_base):
     from ftray.model.base import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_base)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(DataError, match="every token is trained"):
+    with pytest.raises(DataError, match="leaves out 'Be brief"):
         ChatRenderer(tokenizer).training_ids(TALK[:3])
 
 

@@ -283,7 +283,7 @@ def test_columns_that_are_not_read_are_named(tmp_path, renderer):
     lines: list[str] = []
     for row, unread in (
         ({**ROW, "id": 1, "source": "x", "tools": []}, "id, source"),
-        ({"prompt": "q", "completion": "a", "system": "s"}, "system"),
+        ({"prompt": "q", "completion": "a", "system": "s", "note": "n"}, "note"),
         (ALPACA | {"text": "whole"}, "text"),
     ):
         path = write_jsonl(tmp_path / "a.jsonl", [row])
@@ -336,3 +336,49 @@ def test_a_template_that_writes_the_date_says_so_and_is_made_anew(tmp_path, tiny
         found.append(tokenize_source("data.train", str(path), DataConfig(train=str(path)), renderer, **how).directory)
     assert found[0] == found[1] != found[2]
     assert "writes today's date, 2026-11-30" in lines[0]
+
+
+def test_tables_whose_cells_would_be_lost_are_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    for content, says in (
+        ('prompt,completion\nq1,"a1\nq2,a2\n', "line 2: a quote is opened there and never closed"),
+        ("id,text,text\n1,a,b\n", "several columns 'text'"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=says):
+            load_rows("data.train", str(path))
+    path.write_text("\ufeff\n\nprompt,completion\n007,1.50\n")  # blank lines first
+    assert list(load_rows("data.train", str(path))) == [{"prompt": "007", "completion": "1.50"}]
+    path.write_text('prompt,completion\n5" disk,a\n')  # a quote that opens nothing
+    assert list(load_rows("data.train", str(path))) == [{"prompt": '5" disk', "completion": "a"}]
+    (tmp_path / "a.txt").write_text("a\u2028b\r\nc\x0cd\n")
+    assert [row["text"] for row in load_rows("data.train", str(tmp_path / "a.txt"))] == ["a\u2028b", "c\x0cd"]
+
+
+def test_odd_json_is_a_problem_of_its_row(tmp_path, renderer):
+    lines = [LINE, "[" * 5000 + "]" * 5000, '{"n": ' + "1" * 5000 + "}", " " * 200, LINE.replace("hello", "\\ud83d")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError) as raised:
+        tokenize(tmp_path / "a.jsonl", renderer)
+    for says in (
+        "3 of 4 rows",
+        "row 2: line 2: is nested without end",
+        "row 3: line 3:",
+        "row 4: a message is no Unicode",
+    ):
+        assert says in str(raised.value)
+    (tmp_path / "b.json").write_text(json.dumps({**ROW, "data": ["x"]}))
+    assert trained(tmp_path / "b.json", renderer) == ["hello<|im_end|>"]
+    (tmp_path / "c.json").write_text(json.dumps([ROW]) + "\n" * 300)
+    assert trained(tmp_path / "c.json", renderer) == ["hello<|im_end|>"]
+
+
+@pytest.mark.parametrize("history", ["abc", [["a"]], [{"role": "user", "content": "x"}]])
+def test_a_history_that_is_no_list_of_pairs(tmp_path, renderer, history):
+    with pytest.raises(DataError, match="history must be a list of pairs"):
+        tokenize(write_jsonl(tmp_path / "a.jsonl", [ALPACA | {"history": history}]), renderer)
+
+
+def test_answers_within_a_prompt_are_not_what_is_trained(tmp_path, renderer):
+    row = {"prompt": [ASKED, {"role": "assistant", "content": "before"}, ASKED], "completion": "hello"}
+    assert trained(write_jsonl(tmp_path / "a.jsonl", [row]), renderer) == ["hello<|im_end|>"]

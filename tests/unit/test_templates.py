@@ -278,3 +278,75 @@ def test_an_answer_that_is_cut_within_its_thought(renderers):
             pieces.append(split(event, stream, renderers[name].stop_ids))
         assert tuple("".join(part) for part in zip(*pieces, strict=True)) == ("Two and", "")
         assert renderers[name].read_answer(ids[:end])[0] == "Two and"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_turns_are_counted_as_the_row_has_them(renderers, name):
+    """Also where tools get a system turn of their own."""
+    talk = read_messages([user("q1"), answer("BAD"), user("q2"), answer("GOOD")])
+    examples = renderers[name].training_examples(talk, TOOLS, is_trained=lambda turn: turn == 3)
+    texts = [renderers[name].read_answer(ids)[1] for example in examples for ids in runs(renderers[name], example)]
+    assert [text.strip() for text in texts] == ["GOOD"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_of_a_row_is_left_out_in_silence(renderers, name):
+    between = [user("a1"), answer("b1"), {"role": "system", "content": "be brief"}, user("c1"), answer("d1")]
+    beside = [user("a1"), answer("I look.", tool_calls=TALKS["call"][1]["tool_calls"])]
+    for talk, words in ((between, "be brief"), (beside, "I look.")):
+        try:
+            examples = renderers[name].training_examples(read_messages(talk), TOOLS)
+        except DataError:
+            continue
+        assert any(words in renderers[name].tokenizer.decode(example.ids) for example in examples)
+    with pytest.raises(DataError):
+        renderers[name].training_examples([user("a1"), answer("  \n")])
+
+
+SECOND = "<think>nn</think>yes"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "deepseekv3", "deepseek_r1_distill", "glm4moe"])
+def test_a_second_thought_is_text(renderers, name):
+    renderer = renderers[name]
+    marks = renderer.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    plain = renderer.training_examples([user("a"), answer("yes", reasoning_content="mm")])[0].ids.tolist()
+    for talk in (
+        [user("a"), answer(f"<think>mm</think>{SECOND}")],
+        [user("a"), answer(SECOND, reasoning_content="mm")],
+    ):
+        (example,) = renderer.training_examples(talk)
+        assert [i for i in example.ids.tolist() if i in marks] == [i for i in plain if i in marks]
+        (ids,) = runs(renderer, example)
+        assert renderer.read_answer(ids) == ("mm", SECOND)
+
+
+@pytest.mark.parametrize("content", ["\U0001f600 hi", "\u4e2d\u6587", "\n\n  c", "e\u0301"])
+def test_answers_are_read_as_they_stream(renderers, content):
+    for name in ("qwen3", "lfm2_2_5", "gptoss", "qwen3_8", "gemma4_v5"):
+        (example,) = renderers[name].training_examples([user("a"), answer(content)])
+        (ids,) = runs(renderers[name], example)
+        pieces = streamed(renderers[name], [user("a")], 1, ids)
+        found = tuple("".join(part) for part in zip(*pieces, strict=True))
+        assert renderers[name].read_answer(ids) == found
+        assert found[1].strip() == content.strip()
+
+
+def test_histories_that_clients_send_are_no_error(renderers):
+    broken = json.loads(json.dumps(TALKS["result"][:3]))
+    broken[1]["tool_calls"][0]["function"]["arguments"] = "{broken"
+    nameless = [*TALKS["result"][:2], {"role": "tool", "content": "sunny"}]
+    for name in NAMES:
+        for talk in (broken, nameless):
+            prompt = renderers[name].tokenizer.decode(renderers[name].prompt_ids(read_messages(talk), TOOLS))
+            assert "sunny" in prompt, name
+        renderers[name].training_examples(read_messages([*nameless, answer("ok")]), TOOLS)
+
+
+def test_a_template_that_changes_words_is_refused(renderers):
+    tokenizer = tokenizer_of("qwen2_5")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}<|im_end|>{% endfor %}assistant: "
+    )
+    with pytest.raises(DataError, match="changes the words"):
+        ChatRenderer(tokenizer).prompt_ids([user("a <|im_end|> b")])

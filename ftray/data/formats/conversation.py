@@ -6,7 +6,7 @@ from typing import Any
 from ftray.config.data import ColumnsConfig
 from ftray.data.formats.columns import check_columns
 from ftray.data.formats.protocol import Conversation
-from ftray.data.formats.turns import read_conversation, read_prompt, read_tools, read_turns
+from ftray.data.formats.turns import parsed, read_conversation, read_prompt, read_tools, read_turns
 from ftray.errors import DataError
 
 ALPACA = ("instruction", "output")
@@ -39,7 +39,7 @@ def guess_conversation(have: Sequence[str], *, key: str) -> ColumnsConfig:
         if name in have:
             return ColumnsConfig(messages=name)
     if "prompt" in have and "completion" in have:
-        return ColumnsConfig(prompt="prompt", completion="completion")
+        return ColumnsConfig(prompt="prompt", completion="completion", system=SYSTEM if SYSTEM in have else None)
     raise DataError(f"{key}: the columns are {', '.join(have)}; {advice(have)}")
 
 
@@ -77,7 +77,10 @@ def read_alpaca(row: dict[str, Any]) -> Conversation:
     """Stanford Alpaca's rows: instruction, input, output, and where they are there system and history (pairs of a
     question and its answer that come before)."""
     turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for asked, answered in row.get("history") or []:
+    history = parsed(row.get("history")) or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise DataError("history must be a list of pairs: a question and its answer")
+    for asked, answered in history:
         turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     question = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name) not in (None, ""))
     if not question or row["output"] in (None, ""):
@@ -104,4 +107,5 @@ def prompt_and_completion(row: dict[str, Any], columns: ColumnsConfig, *, tools:
     answered = [{"role": "assistant", "content": str(answer)}]
     if isinstance(answer, (list, dict)):
         answered = read_turns(answer, role="assistant", column=str(columns.completion))
-    return Conversation([*asked, *answered], read_tools(row.get(tools)))
+    before = frozenset(number for number, message in enumerate(asked) if message["role"] == "assistant")
+    return Conversation([*asked, *answered], read_tools(row.get(tools)), before)  # the completion is what is trained

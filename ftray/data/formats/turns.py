@@ -46,7 +46,7 @@ def read_messages(value: Any) -> list[Message]:
     value = parsed(value)
     messages = read_plain([to_message(message) for message in value] if isinstance(value, list) else value)
     for index, message in enumerate(messages):
-        if message["role"] == "assistant" and not (message["content"] or message.keys() & {"tool_calls"}):
+        if message["role"] == "assistant" and not (message["content"].strip() or message.get("tool_calls")):
             raise DataError(f"message {index}: the answer is empty")
     return messages
 
@@ -92,7 +92,8 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
         raise DataError("tools must be a list of functions, or JSON text of one")
     tools = [given(tool) if "function" in tool else {"type": "function", "function": given(tool)} for tool in found]
     for number, tool in enumerate(tools):
-        if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f"tool {number}: has no name")
     return tools
 

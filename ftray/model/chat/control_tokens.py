@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from ftray.errors import DataError
+
 # Letters and digits alone: JSON, repr and `trim` leave them as they are.
 OPEN, CLOSE = "Zq7controlx", "xZq7"
 MARK = re.compile(OPEN + r"(\d+)" + CLOSE)
@@ -49,9 +51,12 @@ class ControlTokens:
             return [self.hide(item) for item in value]
         return value
 
-    def hide_in_messages(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A thought at the beginning of an assistant's turn keeps its two marks."""
-        return [self._hide_in_turn(m) if m.get("role") == "assistant" else self.hide(m) for m in messages]
+    def hide_in_messages(self, messages: Sequence[dict[str, Any]], *, keeps_thought: bool) -> list[dict[str, Any]]:
+        """`keeps_thought`: one at the beginning of an assistant's text keeps its two marks."""
+        return [
+            self._hide_in_turn(message) if keeps_thought and message.get("role") == "assistant" else self.hide(message)
+            for message in messages
+        ]
 
     def _hide_in_turn(self, message: dict[str, Any]) -> dict[str, Any]:
         found = THOUGHT.fullmatch(message["content"])
@@ -62,6 +67,8 @@ class ControlTokens:
 
     def encode(self, rendered: str) -> list[int]:
         """Token ids of a text that the template has made of hidden values."""
+        if OPEN.lower() in MARK.sub("", rendered).lower():
+            raise DataError("the chat template changes the words of messages, so control tokens in them cannot be told")
         if OPEN not in rendered:
             return self._of_clean(rendered)
         ids: list[int] = []

@@ -7,6 +7,7 @@ and each piece is tokenised alone: a served prompt ends at such a cut, so its id
 construction.
 """
 
+import json
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -77,8 +78,15 @@ class ChatRenderer:
         does, or else in text (`tool_prompt.py`)."""
         template = self.template
         read, given = template.readable(messages, tools, drops_thoughts=True)
+        try:
+            prompt = template.render(read, ask=True, tools=given)
+        except DataError:
+            if not any(message.get("tool_calls") for message in messages):
+                raise
+            # A call whose arguments a model has broken, say: no template has words for it.
+            read, given = template.readable(messages, tools, drops_thoughts=True, tells_calls_as_text=True)
+            prompt = template.render(read, ask=True, tools=given)
         sequence = self._walk(template, read, given, is_lenient=True)[0][-1]
-        prompt = template.render(read, ask=True, tools=given)
         if not prompt.startswith(sequence.text):
             sequence = Passage()
         sequence.add(prompt[len(sequence.text) :], None)
@@ -98,12 +106,16 @@ class ChatRenderer:
         """
         template = self.template
         read, given = template.readable(messages, tools)
+        if not read:
+            raise DataError("the conversation has no turn")
+        shift = len(read) - len(messages)  # tools that are told as text may have a system turn of their own
         sequences, whole = self._walk(template, read, given)
         if read[-1]["role"] != "assistant":
             whole = template.render(read, ask=False, tools=given)
         if whole.startswith(sequences[-1].text):  # turns behind the last answer, and line breaks
             sequences[-1].add(whole[len(sequences[-1].text) :], None)
-        found = [self._encoded(sequence, is_trained) for sequence in sequences]
+        check_nothing_is_left_out(read, sequences, shift=shift)
+        found = [self._encoded(sequence, lambda turn: is_trained(turn - shift)) for sequence in sequences]
         examples = [example for example in found if example.trained.any()]
         if not examples:
             raise DataError("no trained token: the conversation has no assistant turn")
@@ -151,11 +163,16 @@ class ChatRenderer:
         """(thought, answer) of what a model wrote, without the control tokens around them; the answer is as a message's
         content has it."""
         frame, decode = self.template.thought_frame, self.tokenizer.decode
+        while len(ids) and int(ids[-1]) in self.stop_ids:
+            ids = ids[:-1]
         if frame is None:
             return "", decode(ids, skip_special_tokens=True)
         thought, answer = frame.split(decode(ids))
-        start = bisect(range(len(ids)), -len(answer) - 1, key=lambda at: -len(decode(ids[at:]).lstrip()))
-        return thought, decode(ids[start:], skip_special_tokens=True).lstrip()
+        start = bisect(range(len(ids)), -len(answer.lstrip()) - 1, key=lambda at: -len(decode(ids[at:]).lstrip()))
+        while start and decode(ids[start:]).lstrip() != answer.lstrip():  # within a character of several tokens
+            start -= 1
+        text = decode(ids[start:], skip_special_tokens=True)
+        return thought, text if text == answer else text.lstrip()
 
     def _encoded(self, sequence: Passage, is_trained: Callable[[int], bool]) -> Rendered:
         ids: list[int] = []
@@ -170,10 +187,28 @@ class ChatRenderer:
         """Prompt heads and labels recur in every row: remember short pieces."""
         ids = self._pieces.get(text)
         if ids is None:
-            ids = self._control.encode(text)
+            try:
+                ids = self._control.encode(text)
+            except (TypeError, UnicodeEncodeError):
+                raise DataError("a message is no Unicode text: it has half of a character (a lone surrogate)") from None
             if self._remembers and len(text) <= SHORT_PIECE and len(self._pieces) < MAX_PIECES:
                 self._pieces[text] = ids
         return ids
+
+
+def check_nothing_is_left_out(messages: Sequence[Message], sequences: Sequence[Passage], *, shift: int) -> None:
+    """Raises `DataError` for a message whose words the template has left out, or has none."""
+    answers = {turn: text for sequence in sequences for text, turn in sequence.pieces if turn is not None}
+    whole = "\n".join(sequence.text for sequence in sequences)
+    for index, message in enumerate(messages):
+        words = message["content"]
+        words = words if isinstance(words, str) else words[0]["text"]
+        if message["role"] == "assistant" and not words.strip() and not message.get("tool_calls"):
+            raise DataError(f"message {index - shift}: the answer is empty")
+        text = answers.get(index, whole)
+        for part in (words, thought_of(message)):
+            if part.strip() not in text and json.dumps(part.strip(), ensure_ascii=False)[1:-1] not in text:
+                raise DataError(f"message {index - shift}: the chat template leaves out {part.strip()[:40]!r}")
 
 
 def turn_behind(template: Template, prompt: str, whole: str, message: Message) -> str:

@@ -40,14 +40,22 @@ class Template:
     # -- rendering -------------------------------------------------------------------------------------------------
 
     def readable(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, drops_thoughts: bool = False
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        *,
+        drops_thoughts: bool = False,
+        tells_calls_as_text: bool = False,
     ) -> tuple[list[Message], Any]:
         """(messages, tools) as this template reads them; control tokens in them are hidden. Thoughts that it has no
         place for are refused (`DataError`), or, of answers that were given long ago, left out."""
         named = [self._with_thought(index, m, drops=drops_thoughts) for index, m in enumerate(messages)]
-        hidden, tools = self._control.hide_in_messages(named), self._control.hide(list(tools))
+        keeps_thought = self.thought_key is None and not self.opens_thought  # it stands in the text, as it is
+        hidden = self._control.hide_in_messages(with_names_of_results(named), keeps_thought=keeps_thought)
+        tools = self._control.hide(list(tools))
         has_calls = any(message.get("tool_calls") for message in hidden)
-        if (tools and not self.takes_tools) or (has_calls and not tools and not self.takes_calls):
+        takes_them = self.takes_tools if tools else self.takes_calls or not has_calls
+        if not takes_them or tells_calls_as_text:
             hidden, tools = tools_in_text(hidden, tools, takes_system=self.takes_system), ()
         if self.wants_text_arguments:
             hidden = [with_text_arguments(message) for message in hidden]
@@ -229,7 +237,7 @@ class ThoughtFrame:
             thought, found, rest = text[len(self.opening) :].partition(self.closing)
             if found or not self.bare or not text.startswith(self.bare):
                 return thought.strip(), rest.lstrip()
-        return "", text.removeprefix(self.bare).lstrip()
+        return "", text.removeprefix(self.bare).lstrip() if self.bare and text.startswith(self.bare) else answer
 
 
 def leaves_thought_open(prompt: str) -> bool:
@@ -238,6 +246,19 @@ def leaves_thought_open(prompt: str) -> bool:
 
 def as_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def with_names_of_results(messages: Sequence[Message]) -> list[Message]:
+    """A tool's result has the name of the call that it answers: some templates need it."""
+    names: dict[str | None, str] = {}
+    named = []
+    for message in messages:
+        for call in message.get("tool_calls", []):
+            names[call.get("id")] = names[None] = call["function"]["name"]
+        if message["role"] == "tool" and "name" not in message and names:
+            message = {**message, "name": names.get(message.get("tool_call_id"), names[None])}
+        named.append(message)
+    return named
 
 
 def with_text_arguments(message: Message) -> Message:
