@@ -44,3 +44,14 @@ def test_another_failure_is_not_tried_again(monkeypatch, tries):
     with pytest.raises(RuntimeError, match="something else"):
         session.start_ray()
     assert tries == ["init"]
+
+
+def test_of_a_message_of_rays_the_first_sentence_is_shown(capsys):
+    paragraph = (
+        "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot the problem, "
+        "check the logs for the dead worker. RayTask ID: 1f. Worker ID: 2a.\n"
+    )
+    session.print_message_of_ray({"lines": [paragraph], "pid": "raylet", "is_err": False})
+    out, err = capsys.readouterr()
+    assert out == ""  # no line of a table, nor of what `--json` prints
+    assert err == "Ray: A worker died or was killed while executing a task by an unexpected system error.\n"
