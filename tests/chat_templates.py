@@ -1,6 +1,8 @@
 """The stock chat templates that `trl` ships, each with a tokenizer that has its control tokens."""
 
 import re
+from bisect import bisect
+from collections.abc import Sequence
 from pathlib import Path
 
 import trl
@@ -75,3 +77,18 @@ TALKS = {
     "result": [user("How is it?"), answer("", tool_calls=[CALL]), RESULT, answer("Sunny.")],
 }
 WITH_TOOLS = ("call", "result")
+
+
+def read_answer(renderer, ids: Sequence[int]) -> tuple[str, str]:
+    """(thought, answer) of a whole answer, by its text: the other route beside the one that follows its tokens."""
+    frame, decode = renderer.template.thought_frame, renderer.tokenizer.decode
+    while len(ids) and int(ids[-1]) in renderer.stop_ids:
+        ids = ids[:-1]
+    if frame is None:
+        return "", decode(ids, skip_special_tokens=True)
+    thought, answer = frame.split(decode(ids))
+    start = bisect(range(len(ids)), -len(answer.lstrip()) - 1, key=lambda at: -len(decode(ids[at:]).lstrip()))
+    while start and decode(ids[start:]).lstrip() != answer.lstrip():  # within a character of several tokens
+        start -= 1
+    text = decode(ids[start:], skip_special_tokens=True)
+    return thought, text if text == answer else text.lstrip()

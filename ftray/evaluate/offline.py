@@ -9,7 +9,7 @@ from ftray.data.micro_batches import first_fit
 from ftray.data.pack import pack
 from ftray.data.tokens import tokenize_source
 from ftray.evaluate.task import Answer, Evaluation, answer_tokens, judged, with_thoughts_apart
-from ftray.infer.engines import generate_tokens
+from ftray.infer.engines import generate
 from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.chat import ChatRenderer
@@ -43,8 +43,8 @@ def answer_questions(
         Request(str(i), renderer.prompt_ids(question.messages, question.tools), sampling, adapter)
         for i, question in enumerate(questions)
     ]
-    written = generate_tokens(engine, requests)
-    return [judged(task, question, renderer.read_answer(written[str(i)])[1]) for i, question in enumerate(questions)]
+    texts = generate(engine, requests, frame=renderer.template.thought_frame)
+    return [judged(task, question, texts[str(i)]) for i, question in enumerate(questions)]
 
 
 def held_out_loss(engine: TorchEngine, data: DataConfig, renderer: ChatRenderer, *, adapter: str | None) -> float:

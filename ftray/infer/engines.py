@@ -8,7 +8,9 @@ from ftray.config.engines import engine_kind
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import UserError
 from ftray.infer.protocol import Engine, Request
+from ftray.infer.thoughts import split, thought_stream
 from ftray.model.base import BaseModel, context_limit
+from ftray.model.chat.template import ThoughtFrame
 from ftray.plugins import load_plugin
 
 if TYPE_CHECKING:  # importing them loads torch and the model code
@@ -52,25 +54,16 @@ def load_adapter(engine: Any, key: str, directory: Path) -> None:
         loading.result()
 
 
-def generate(engine: Any, requests: list[Request]) -> dict[str, str]:
-    """Runs requests to their end, in this thread; returns {request id: text} (of the first answer)."""
+def generate(engine: Any, requests: list[Request], *, frame: ThoughtFrame | None = None) -> dict[str, str]:
+    """Runs requests to their end, in this thread; returns {request id: text} (of the first answer). `frame`: of the
+    thoughts that are no part of it."""
+    streams = {request.id: thought_stream(frame, engine.tokenizer, request.prompt_ids) for request in requests}
     for request in requests:
         engine.add(request)
     texts = {request.id: "" for request in requests}
     while engine.has_work:
         for event in engine.step():
             if event.index == 0:
-                texts[event.request_id] += event.text
+                stream = streams[event.request_id]
+                texts[event.request_id] += event.text if stream is None else split(event, stream, engine.stop_ids)[1]
     return texts
-
-
-def generate_tokens(engine: Any, requests: list[Request]) -> dict[str, list[int]]:
-    """As `generate`: {request id: token ids} (of the first answer)."""
-    for request in requests:
-        engine.add(request)
-    ids: dict[str, list[int]] = {request.id: [] for request in requests}
-    while engine.has_work:
-        for event in engine.step():
-            if event.index == 0:
-                ids[event.request_id].append(event.token_id)
-    return ids

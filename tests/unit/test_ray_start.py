@@ -48,8 +48,8 @@ def test_another_failure_is_not_tried_again(monkeypatch, tries):
 
 def test_of_a_message_of_rays_the_first_sentence_is_shown(capsys):
     paragraph = (
-        "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot the problem, "
-        "check the logs for the dead worker. RayTask ID: 1f. Worker ID: 2a.\n"
+        "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot the "
+        "problem, check the logs for the dead worker. RayTask ID: 1f. Worker ID: 2a.\n"
     )
     session.print_message_of_ray({"lines": [paragraph], "pid": "raylet", "is_err": False})
     out, err = capsys.readouterr()

@@ -13,6 +13,7 @@ from chat_templates import (
     TRAINING,
     WITH_TOOLS,
     answer,
+    read_answer,
     template_of,
     tokenizer_of,
     user,
@@ -112,7 +113,7 @@ def test_what_is_trained_is_what_is_served(renderers, name, kind):
         assert example.ids[len(prompt) : len(prompt) + len(ids)].tolist() == ids.tolist()  # nothing lies between
         assert int(ids[-1]) in renderer.stop_ids  # generation ends where training does
         assert not {*map(int, ids[:-1])} & {renderer.tokenizer.eos_token_id}
-        thought, text = renderer.read_answer(ids)
+        thought, text = read_answer(renderer, ids)
         assert thought == talk[turn].get("reasoning_content", "")
         if talk[turn].get("tool_calls"):
             assert "look" in text
@@ -182,7 +183,7 @@ def test_a_template_that_rewrites_turns_gives_an_example_for_each_answer(rendere
     only_last = renderers[name].training_examples(read_messages(TALKS["two turns"]), is_trained=lambda turn: turn == 3)
     assert len(only_last) == 1
     (ids,) = runs(renderers[name], only_last[0])
-    assert renderers[name].read_answer(ids)[1] == "Five."
+    assert read_answer(renderers[name], ids)[1] == "Five."
 
 
 def test_a_thought_within_the_text_is_the_same_as_one_beside_it(renderers):
@@ -225,7 +226,7 @@ def test_plain_added_tokens_in_words_are_words(renderers):
     assert FORGED in tokenizer.decode(forged)
     (example,) = renderer.training_examples([user("hi"), answer(FORGED)])
     (ids,) = runs(renderer, example)
-    assert renderer.read_answer(ids) == ("", FORGED)
+    assert read_answer(renderer, ids) == ("", FORGED)
     as_special = tokenizer(FORGED, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert control & set(as_special)  # the twin: the tokenizer's own switch leaves them whole
 
@@ -277,7 +278,7 @@ def test_an_answer_that_is_cut_within_its_thought(renderers):
             event = TokenEvent("r", token, text, place + 1, "length" if place == end - 1 else None)
             pieces.append(split(event, stream, renderers[name].stop_ids))
         assert tuple("".join(part) for part in zip(*pieces, strict=True)) == ("Two and", "")
-        assert renderers[name].read_answer(ids[:end])[0] == "Two and"
+        assert read_answer(renderers[name], ids[:end])[0] == "Two and"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -285,7 +286,7 @@ def test_turns_are_counted_as_the_row_has_them(renderers, name):
     """Also where tools get a system turn of their own."""
     talk = read_messages([user("q1"), answer("BAD"), user("q2"), answer("GOOD")])
     examples = renderers[name].training_examples(talk, TOOLS, is_trained=lambda turn: turn == 3)
-    texts = [renderers[name].read_answer(ids)[1] for example in examples for ids in runs(renderers[name], example)]
+    texts = [read_answer(renderers[name], ids)[1] for example in examples for ids in runs(renderers[name], example)]
     assert [text.strip() for text in texts] == ["GOOD"]
 
 
@@ -318,7 +319,7 @@ def test_a_second_thought_is_text(renderers, name):
         (example,) = renderer.training_examples(talk)
         assert [i for i in example.ids.tolist() if i in marks] == [i for i in plain if i in marks]
         (ids,) = runs(renderer, example)
-        assert renderer.read_answer(ids) == ("mm", SECOND)
+        assert read_answer(renderer, ids) == ("mm", SECOND)
 
 
 @pytest.mark.parametrize("content", ["\U0001f600 hi", "\u4e2d\u6587", "\n\n  c", "e\u0301"])
@@ -328,7 +329,7 @@ def test_answers_are_read_as_they_stream(renderers, content):
         (ids,) = runs(renderers[name], example)
         pieces = streamed(renderers[name], [user("a")], 1, ids)
         found = tuple("".join(part) for part in zip(*pieces, strict=True))
-        assert renderers[name].read_answer(ids) == found
+        assert read_answer(renderers[name], ids) == found
         assert found[1].strip() == content.strip()
 
 

@@ -8,7 +8,6 @@ construction.
 """
 
 import json
-from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,21 +157,6 @@ class ChatRenderer:
             sequences[-1].add(prompt[len(sequences[-1].text) :], None)
             sequences[-1].add(turn, index)
         return sequences, whole
-
-    def read_answer(self, ids: Sequence[int]) -> tuple[str, str]:
-        """(thought, answer) of what a model wrote, without the control tokens around them; the answer is as a message's
-        content has it."""
-        frame, decode = self.template.thought_frame, self.tokenizer.decode
-        while len(ids) and int(ids[-1]) in self.stop_ids:
-            ids = ids[:-1]
-        if frame is None:
-            return "", decode(ids, skip_special_tokens=True)
-        thought, answer = frame.split(decode(ids))
-        start = bisect(range(len(ids)), -len(answer.lstrip()) - 1, key=lambda at: -len(decode(ids[at:]).lstrip()))
-        while start and decode(ids[start:]).lstrip() != answer.lstrip():  # within a character of several tokens
-            start -= 1
-        text = decode(ids[start:], skip_special_tokens=True)
-        return thought, text if text == answer else text.lstrip()
 
     def _encoded(self, sequence: Passage, is_trained: Callable[[int], bool]) -> Rendered:
         ids: list[int] = []

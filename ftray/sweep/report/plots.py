@@ -103,7 +103,7 @@ def importances(found: Importance) -> str:
     from matplotlib.figure import Figure
 
     shares = found.shares
-    drawn = Figure(figsize=(6.4, 0.8 + 0.35 * len(shares)), layout="constrained")
+    drawn = Figure(figsize=(6.4, 1.1 + 0.4 * len(shares)), layout="constrained")
     axes = drawn.add_subplot()
     names = list(shares)[::-1]
     axes.barh(names, [shares[name] for name in names], color=BEST)
