@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def chat(
     model: Annotated[str, typer.Argument(help="An adapter (NAME, NAME@N, NAME@ALIAS) or a base model.")],
     url: Annotated[
-        str | None, typer.Option(help="Talk to a running endpoint; without it, a model in this process.")
+        str | None,
+        typer.Option(
+            help="Talk to a running endpoint (its key in OPENAI_API_KEY, if it asks); else to a model in this process."
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
@@ -105,7 +108,6 @@ def check_model(endpoint: str, model: str) -> None:
 
     try:
         response = httpx.get(f"{endpoint}/models/{quote(model)}", headers=key(), timeout=30)
-        response.read()
     except httpx.HTTPError as error:
         raise silent(endpoint, error) from None
     if response.status_code != 200:
@@ -119,13 +121,11 @@ def key() -> dict[str, str]:
 
 
 def problem_of(response: "httpx.Response") -> str:
-    """What the endpoint says, or one that is none of ours."""
-    import json
+    """What the endpoint says, or something in between."""
+    from ftray.cli.rollout import message_of
 
-    try:
-        return json.loads(response.read())["error"]["message"]
-    except (ValueError, LookupError, TypeError):
-        return f"answers {response.status_code} {response.reason_phrase}"
+    response.read()
+    return message_of(response)
 
 
 def silent(url: str, error: Exception) -> Exception:

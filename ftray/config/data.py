@@ -24,6 +24,11 @@ class ColumnsConfig(Strict):
     """Objective dpo, after `prompt` or `messages`."""
     rejected: Text | None = None
 
+    @property
+    def prompts(self) -> list[str]:
+        """The columns whose texts are the prompt."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt or []
+
     @model_validator(mode="after")
     def one_shape(self):
         if (self.chosen is None) != (self.rejected is None):

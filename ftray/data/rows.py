@@ -177,11 +177,7 @@ def as_row(value: Any) -> Row:
     """An object, or a list of turns, which is a conversation by itself. Raises `DataError`."""
     if isinstance(value, dict):
         return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(t, dict) and any(k <= t.keys() for k in TURN_KEYS) for t in value)
-    ):
+    if is_conversation(value):
         return {"messages": value}
     raise DataError(f"a row must be an object, and this is {type(value).__name__}: {json.dumps(value)[:40]}")
 

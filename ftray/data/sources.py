@@ -44,9 +44,10 @@ def is_known(path: Path) -> bool:
 def check_source(key: str, source: str) -> None:
     """What costs nothing to know before any work: the file is there and of a known kind. Raises `DataError`."""
     path = Path(source)
+    if is_several(source):
+        files_in(key, source)
+        return
     if path.is_dir():
-        if not any((path / name).is_file() for name in SAVED):
-            files_in(key, source)
         return
     if (path.is_file() or "://" in source) and is_known(path):
         return
@@ -54,14 +55,19 @@ def check_source(key: str, source: str) -> None:
         raise DataError(f"{key}: {source}: unknown kind of file; use {KINDS}, also with {' or '.join(PACKED)}")
     if path.exists():
         raise DataError(f"{key}: {source}: is no file but a pipe or device; write the rows to a file first")
-    if glob.has_magic(source):
-        files_in(key, source)
-        return
     if is_known(path) or source.count("/") != 1 or source.startswith("."):
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else f" (looked from {Path.cwd()})"
         raise DataError(f"{key}: {source}: no such file{hint}")
+
+
+def is_several(source: str) -> bool:
+    """A glob, or a directory of files that was not saved by `datasets`. A path that exists is that path."""
+    path = Path(source)
+    if path.is_dir():
+        return not any((path / name).is_file() for name in SAVED)
+    return "://" not in source and not path.exists() and glob.has_magic(source)
 
 
 def files_in(key: str, source: str) -> list[Path]:
@@ -81,13 +87,9 @@ def files_in(key: str, source: str) -> list[Path]:
 def load_rows(key: str, source: str, *, revision: str | None = None) -> Rows:
     """Raises `DataError` naming the source when it cannot be read or is empty."""
     check_source(key, source)
-    path = local_file(key, source)
-    if (path.is_dir() and not any((path / name).is_file() for name in SAVED)) or (
-        "://" not in source and not path.exists() and glob.has_magic(source)
-    ):
-        files = files_in(key, source)
-        rows: Rows = JoinedRows([read_file(key, str(file), file) for file in files])
-    elif path.is_file():
+    if is_several(source):
+        rows: Rows = JoinedRows([read_file(key, str(file), file) for file in files_in(key, source)])
+    elif (path := local_file(key, source)).is_file():
         rows = read_file(key, source, path)
     else:
         rows = of_datasets(key, source, path, revision=revision)

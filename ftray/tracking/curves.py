@@ -88,9 +88,16 @@ def draw(curves: Sequence[Curve], *, label: str, is_log: bool = False) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return svg(drawn)
+    return tidy(drawn)
+
+
+def tidy(figure: Any, *, grid: bool = True) -> str:
+    """The SVG of a figure whose axes are open to the top and right."""
+    for axes in figure.axes:
+        if grid:
+            axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return svg(figure)
 
 
 def svg(figure: Any) -> str:

@@ -382,3 +382,10 @@ def test_a_history_that_is_no_list_of_pairs(tmp_path, renderer, history):
 def test_answers_within_a_prompt_are_not_what_is_trained(tmp_path, renderer):
     row = {"prompt": [ASKED, {"role": "assistant", "content": "before"}, ASKED], "completion": "hello"}
     assert trained(write_jsonl(tmp_path / "a.jsonl", [row]), renderer) == ["hello<|im_end|>"]
+
+
+def test_a_first_row_that_is_broken_is_named_also_beside_labels(tmp_path, renderer):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{broken\n" + json.dumps({**ROW, "label": "x"}) + "\n")
+    with pytest.raises(DataError, match="row 1: line 1, column 2: is no JSON"):
+        tokenize(path, renderer)

@@ -59,7 +59,7 @@ def unread_columns(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> li
 
 def has_ratings(rows: Any) -> bool:
     """KTO's rows: an answer that is good or bad."""
-    return RATING in rows.column_names and isinstance(next(iter(rows))[RATING], bool)
+    return RATING in rows.column_names and isinstance(next(iter(rows)).get(RATING), bool)
 
 
 def recognised(data: DataConfig, rows: Any, *, shape: Shape) -> str:

@@ -7,16 +7,8 @@ from ftray.errors import DataError
 
 
 def check_columns(columns: ColumnsConfig, have: Sequence[str], *, key: str) -> None:
-    prompt = [columns.prompt] if isinstance(columns.prompt, str) else columns.prompt or []
-    named = [
-        columns.messages,
-        *prompt,
-        columns.completion,
-        columns.system,
-        columns.tools,
-        columns.chosen,
-        columns.rejected,
-    ]
+    named = [columns.messages, *columns.prompts, columns.completion, columns.system, columns.tools]
+    named += [columns.chosen, columns.rejected]
     missing = [name for name in named if name is not None and name not in have]
     if missing:
         raise DataError(f"{key}: no column {missing[0]!r}; the data has {', '.join(have)}; see data.columns")

@@ -94,13 +94,12 @@ def columns_read(columns: ColumnsConfig | None, have: Sequence[str], *, key: str
         return {*ALPACA, *BESIDE_ALPACA}
     columns = columns or guess_conversation(have, key=key)
     beside = {columns.tools or TOOLS} | ({columns.system or SYSTEM} if columns.messages else {columns.system})
-    prompt = [columns.prompt] if isinstance(columns.prompt, str) else columns.prompt or []
-    return {name for name in (columns.messages, *prompt, columns.completion, *beside) if name is not None}
+    read = (columns.messages, *columns.prompts, columns.completion, *beside)
+    return {name for name in read if name is not None}
 
 
 def prompt_and_completion(row: dict[str, Any], columns: ColumnsConfig, *, tools: str) -> Conversation:
-    names = [columns.prompt] if isinstance(columns.prompt, str) else list(columns.prompt or [])
-    asked = read_prompt(row, names, columns)
+    asked = read_prompt(row, columns.prompts, columns)
     answer = row[str(columns.completion)]
     if answer in (None, ""):
         raise DataError(f"column {columns.completion!r} is empty")

@@ -18,13 +18,13 @@ def pair_reader(columns: ColumnsConfig | None, have: Sequence[str], *, key: str)
     check_columns(columns, have, key=key)
     if columns.chosen is None or columns.rejected is None:
         raise DataError(f"{key}: a preference objective needs data.columns.chosen and data.columns.rejected")
-    chosen, rejected, prompt = columns.chosen, columns.rejected, columns.messages or columns.prompt
+    chosen, rejected = columns.chosen, columns.rejected
+    prompt = [columns.messages] if columns.messages is not None else columns.prompts
 
     def read(row: dict) -> Pair:
         answers = [read_turns(row[column], role="assistant", column=column) for column in (chosen, rejected)]
-        if prompt is not None:
-            names = [prompt] if isinstance(prompt, str) else list(prompt)
-            asked = read_prompt(row, names, columns)
+        if prompt:
+            asked = read_prompt(row, prompt, columns)
             answers = [answer[len(asked) :] if answer[: len(asked)] == asked else answer for answer in answers]
         else:
             asked, answers = split_common_start(*answers)

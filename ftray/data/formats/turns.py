@@ -30,8 +30,8 @@ WEIGHTS = ("weight", "train", "loss_weight")
 
 def read_conversation(value: Any, *, tools: Any = None, system: Any = None) -> Conversation:
     """`tools` and `system`: of the columns beside it. Raises `DataError`."""
-    turns = [to_message(turn) for turn in parsed(value)] if isinstance(parsed(value), list) else value
-    messages = read_messages(turns)
+    turns = turns_in(value)
+    messages = messages_of(turns)
     if system not in (None, ""):
         if messages[0]["role"] == "system":
             raise DataError("both the conversation and the column beside it have a system turn")
@@ -43,8 +43,18 @@ def read_conversation(value: Any, *, tools: Any = None, system: Any = None) -> C
 
 def read_messages(value: Any) -> list[Message]:
     """Raises `DataError` naming the message."""
-    value = parsed(value)
-    messages = read_plain([to_message(message) for message in value] if isinstance(value, list) else value)
+    return messages_of(turns_in(value))
+
+
+def turns_in(value: Any) -> Any:
+    """With whatever the row says of each, such as its weight; what is no list stays as it is."""
+    found = parsed(value)
+    return [to_message(turn) for turn in found] if isinstance(found, list) else found
+
+
+def messages_of(turns: Any) -> list[Message]:
+    """Raises `DataError` naming the message."""
+    messages = read_plain(turns)
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and not (message["content"].strip() or message.get("tool_calls")):
             raise DataError(f"message {index}: the answer is empty")

@@ -67,10 +67,10 @@ class ControlTokens:
 
     def encode(self, rendered: str) -> list[int]:
         """Token ids of a text that the template has made of hidden values."""
+        if OPEN.lower() not in rendered.lower():
+            return self._of_clean(rendered)
         if OPEN.lower() in MARK.sub("", rendered).lower():
             raise DataError("the chat template changes the words of messages, so control tokens in them cannot be told")
-        if OPEN not in rendered:
-            return self._of_clean(rendered)
         ids: list[int] = []
         clean = ""  # what comes before this part and is not encoded yet
         for part in self._of_template.split(rendered):  # the template's control tokens are parts as well

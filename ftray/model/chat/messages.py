@@ -13,7 +13,7 @@ from ftray.errors import DataError
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 OTHER_ROLES = {"developer": "system", "function": "tool"}  # a newer and an older word
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what a message's thought is called
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # what a message's thought is called
 # Of a part, by its type: where its text is.
 TEXTS = {
     "text": "text",
@@ -45,7 +45,7 @@ def check_messages(messages: list[Message]) -> list[Message]:
 def plain_message(index: int, message: Any) -> Any:
     if not isinstance(message, dict):
         return message
-    for key in ("role", "name", "tool_call_id", "refusal", *THOUGHTS):
+    for key in ("role", "name", "tool_call_id", "refusal", *THOUGHT_KEYS):
         if not isinstance(message.get(key), str | None):
             raise DataError(f"message {index}: {key} must be a text")
     calls = message.get("tool_calls") or []
@@ -64,7 +64,7 @@ def plain_message(index: int, message: Any) -> Any:
         plain["role"] = role
     if content is not None:
         plain["content"] = content
-    if (thought := next((message[key] for key in THOUGHTS if message.get(key) is not None), None)) is not None:
+    if (thought := next((message[key] for key in THOUGHT_KEYS if message.get(key) is not None), None)) is not None:
         plain["reasoning_content"] = thought
     return plain | ({"tool_calls": [call(index, entry) for entry in calls]} if calls else {})
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from ftray.errors import DataError
 from ftray.model.chat.control_tokens import ControlTokens
-from ftray.model.chat.messages import Message
-from ftray.model.chat.template import CLOSED, OPENED, THOUGHT_KEYS, Template, leaves_thought_open
+from ftray.model.chat.messages import THOUGHT_KEYS, Message
+from ftray.model.chat.template import CLOSED, OPENED, Template, leaves_thought_open
 
 # Of pieces of text, the token ids are remembered: of so many, each of so many characters at most.
 MAX_PIECES, SHORT_PIECE = 10_000, 1_000

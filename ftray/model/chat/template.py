@@ -14,10 +14,9 @@ from typing import Any
 
 from ftray.errors import DataError
 from ftray.model.chat.control_tokens import ControlTokens
-from ftray.model.chat.messages import Message
+from ftray.model.chat.messages import THOUGHT_KEYS, Message
 from ftray.model.chat.tool_prompt import tools_in_text
 
-THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 OPENED, CLOSED = "<think>", "</think>"
 INLINE = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
 # Words of letters and digits alone, which every template passes through.
@@ -117,6 +116,10 @@ class Template:
     def _user(self) -> Message:
         return self._shaped("user", ASKED)
 
+    @cached_property
+    def _answer(self) -> Message:
+        return self._shaped("assistant", ANSWERED)
+
     def _shaped(self, role: str, content: str, **more: Any) -> Message:
         message = {"role": role, "content": content, **more}
         return as_parts(message) if self.wants_parts else message
@@ -168,7 +171,7 @@ class Template:
     @cached_property
     def ending(self) -> str:
         """Control tokens that close an answer, as the template writes them behind its text; empty: none."""
-        text = self._rendered([self._user, self._shaped("assistant", ANSWERED)])
+        text = self._rendered([self._user, self._answer])
         found = re.match(rf"\s*(?:{self._control.pattern})+", text.rpartition(ANSWERED)[2])
         return found[0] if found is not None and ANSWERED in text else ""
 
@@ -181,7 +184,7 @@ class Template:
         return {role: token for role in ("user", "tool") if (token := self._beginning_of(role)) is not None}
 
     def _beginning_of(self, role: str) -> str | None:
-        answer = self._probe_call if role == "tool" else self._shaped("assistant", ANSWERED)
+        answer = self._probe_call if role == "tool" else self._answer
         following = self._shaped(role, ASKED, **({"tool_call_id": "call00001"} if role == "tool" else {}))
         whole, longer = self._rendered([self._user, answer]), self._rendered([self._user, answer, following])
         found = re.match(self._control.pattern, longer[len(whole) :]) if whole and longer.startswith(whole) else None
@@ -204,10 +207,7 @@ class Template:
         if self.thought_key is None:
             return ThoughtFrame("", CLOSED, "") if self.opens_thought else None
         turn = self._shaped("assistant", ANSWERED, **{self.thought_key: THOUGHT})
-        with_thought, without = (
-            self._rendered([self._user, turn]),
-            self._rendered([self._user, self._shaped("assistant", ANSWERED)]),
-        )
+        with_thought, without = (self._rendered([self._user, answer]) for answer in (turn, self._answer))
         if not with_thought.startswith(prompt):
             return None
         opening, _, rest = with_thought[len(prompt) :].partition(THOUGHT)

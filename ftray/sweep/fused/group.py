@@ -22,7 +22,7 @@ from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedCausalLM
 from ftray.objectives import LogProbs, Loss, LossFunction, Objective
 from ftray.sweep.fused.member import Member
-from ftray.train.engine.protocol import StepLoss
+from ftray.train.engine.protocol import StepLoss, sums_of
 from ftray.train.loop import denominator_of
 
 Work = tuple[Member, Sequence[Example]]
@@ -148,7 +148,7 @@ class FusedGroup:
         names: list[str] = []
         for together in self._rows(work):
             for (member, _), loss in zip(together, self._losses(together)[0], strict=True):
-                found = torch.stack([loss.sum, loss.count, *loss.metrics.values()]).double().cpu()
+                found = sums_of(loss).cpu()
                 sums[member.name] = found if not len(sums[member.name]) else sums[member.name] + found
                 names = list(loss.metrics)
             on_row()

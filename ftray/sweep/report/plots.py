@@ -12,7 +12,7 @@ from ftray.config.space import short
 from ftray.sweep.search.importance import Importance
 from ftray.sweep.study import Study
 from ftray.sweep.trials import Trial
-from ftray.tracking.curves import Curve, figure, svg
+from ftray.tracking.curves import Curve, figure, svg, tidy
 
 BEST, OTHERS, ENDED = "#2563eb", "#64748b", "#cbd5e1"
 COLOURS = "viridis_r"  # dark is good
@@ -167,14 +167,6 @@ def heat_map_keys(study: Study, shares: dict[str, float]) -> tuple[str, str] | N
     if set(wanted) <= set(keys):
         return wanted
     return (keys[0], keys[1]) if len(keys) > 1 else None
-
-
-def tidy(drawn: Any, *, grid: bool = True) -> str:
-    for axes in drawn.axes:
-        if grid:
-            axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    return svg(drawn)
 
 
 def of_the_space(study: Study) -> list[Trial]:

@@ -18,7 +18,7 @@ from ftray.model.packed import PackedCausalLM, PackedRow
 from ftray.objectives import LogProbs, Loss, LossFunction, Objective
 from ftray.train.engine.adamw_8bit import AdamW8bit
 from ftray.train.engine.optimizer import make_optimizer
-from ftray.train.engine.protocol import StepLoss
+from ftray.train.engine.protocol import StepLoss, sums_of
 from ftray.train.engine.state import Shard, ShardedState
 from ftray.train.engine.zero import (
     freeze,
@@ -102,7 +102,7 @@ class DeepSpeedEngine:
             loss = self._loss(row)
             # DeepSpeed averages gradients over the ranks; we want their sum.
             self._engine.backward(loss.sum * (self.world_size / denominator), scale_wrt_gas=False)
-            sums.append(torch.stack([loss.sum.detach(), loss.count, *loss.metrics.values()]).double())
+            sums.append(sums_of(loss))
             names = list(loss.metrics)
         by_row = torch.stack(sums)
         self.micro_batch_losses = (by_row[:, 0] / by_row[:, 1].clamp(min=1)).tolist()
@@ -127,7 +127,7 @@ class DeepSpeedEngine:
         names: list[str] = []
         for row in rows:
             loss = self._loss(row)
-            sums.append(torch.stack([loss.sum, loss.count, *loss.metrics.values()]).double())
+            sums.append(sums_of(loss))
             names = list(loss.metrics)
         total = torch.stack(sums).sum(0)
         dist.all_reduce(total)

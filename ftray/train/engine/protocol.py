@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ftray.model.packed import PackedRow
-from ftray.objectives import Objective
+from ftray.objectives import Loss, Objective
 from ftray.train.engine.state import Shard, ShardedState
 from ftray.train.step_record import FlopsMeter
 
@@ -25,6 +26,11 @@ class StepLoss:
     def as_record(self) -> dict[str, float]:
         """Of an evaluation, as metrics.jsonl has it."""
         return {"eval_loss": self.loss} | {f"eval_{name}": value for name, value in self.metrics.items()}
+
+
+def sums_of(loss: Loss) -> Tensor:
+    """[2 + metrics], float64: its sum, what that is a sum over, and the sums of its metrics."""
+    return torch.stack([loss.sum.detach(), loss.count, *loss.metrics.values()]).double()
 
 
 class Ranks(Protocol):
