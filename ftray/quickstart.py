@@ -83,7 +83,7 @@ def run_quickstart(run: RunConfig, serve: ServeConfig, watcher: Watcher, announc
     watch = Stopwatch(announce)
     try:
         with watch.stage("prepare", f"Preparing {run.base_model}"):
-            base = prepare_base(run.base_model, log=watcher.log)
+            base = prepare_base(run.base_model, chat=run.chat, log=watcher.log)
             questions = load_questions(run.data)
             hardware = choose_hardware(use_gpu=serve.replicas.gpus_each > 0)  # as the endpoint will
             engine = TorchEngine(base, hardware, serve.engine, serve.adapters)

@@ -62,7 +62,7 @@ def through_endpoint(run: RunConfig, questions: Any, endpoint: str, *, adapter: 
     from ftray.model.base import load_tokenizer, prepare_base
     from ftray.model.chat import ChatRenderer
 
-    renderer = ChatRenderer(load_tokenizer(prepare_base(run.base_model)))
+    renderer = ChatRenderer(load_tokenizer(prepare_base(run.base_model, chat=run.chat)))
     questions = with_thoughts_apart(questions, renderer)
     tokens = answer_tokens(questions, renderer)
     model = adapter or run.base_model
@@ -73,5 +73,7 @@ def in_this_process(run: RunConfig, questions: Any, location: str, *, adapter: s
     from ftray.api.local import load_engine
     from ftray.evaluate.offline import evaluate_offline
 
-    engine, key = load_engine(run.base_model, adapter, location, context_tokens=2 * run.data.max_example_tokens)
+    engine, key = load_engine(
+        run.base_model, adapter, location, chat=run.chat, context_tokens=2 * run.data.max_example_tokens
+    )
     return evaluate_offline(engine, questions, run.data, adapter=key, model=key or run.base_model, task=task)

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ftray.api.local import base_of, load_engine, resolve_adapter
+from ftray.config.chat import ChatConfig
 from ftray.errors import UserError
 from ftray.infer.engines import load_adapter
 from ftray.infer.protocol import Request, SamplingParams, TokenEvent
+from ftray.infer.renderers import Renderers
 from ftray.infer.thoughts import split, thought_stream
-from ftray.model.chat import ChatRenderer
+from ftray.model.base import kept_chat
 
 if TYPE_CHECKING:
     from ftray.infer.torch_engine.engine import TorchEngine
@@ -24,7 +26,11 @@ class Model:
         self.engine = engine
         self.adapter = adapter  # that answers where a call names none; None: the base
         self._registry = registry
-        self._renderer = ChatRenderer(engine.tokenizer)
+        self._renderers = Renderers(engine.base)
+        self._chats: dict[str | None, ChatConfig | None] = {
+            None: kept_chat(engine.base.directory) or ChatConfig(),
+            adapter: engine.base.chat,
+        }  # of adapters, by key
         self._num_requests = 0
         self._events: dict[str, deque[TokenEvent]] = {}  # of streams that are being read
 
@@ -42,12 +48,18 @@ class Model:
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         key = self.adapter if adapter is None else self._loaded(adapter)
         self._num_requests += 1
+        renderer = self._renderers.of(self._chats[key])
+        stops = frozenset(renderer.stop_ids)
         request = Request(
-            f"chat-{self._num_requests}", self._renderer.prompt_ids(turns), SamplingParams(**sampling), key
+            f"chat-{self._num_requests}",
+            renderer.prompt_ids(turns),
+            SamplingParams(**sampling),
+            key,
+            stop_ids=stops,
         )
         if request.sampling.n != 1:
             raise UserError("n: a chat has one answer; call it several times")
-        frame = self._renderer.template.thought_frame
+        frame = renderer.template.thought_frame
         thoughts = thought_stream(frame, self.engine.tokenizer, request.prompt_ids)
         self.engine.add(request)
         mine = self._events[request.id] = deque()
@@ -57,7 +69,7 @@ class Model:
                     self._step()
                 while mine:
                     event = mine.popleft()
-                    yield event.text if thoughts is None else split(event, thoughts, self.engine.stop_ids)[1]
+                    yield event.text if thoughts is None else split(event, thoughts, self.engine.stop_ids | stops)[1]
                     if event.finish_reason is not None:
                         return
         finally:
@@ -77,10 +89,11 @@ class Model:
     def _loaded(self, adapter: str | None) -> str | None:
         if adapter is None:
             return None
-        key, directory = resolve_adapter(adapter, self._registry, self.engine.base)
-        if key not in self.engine.stats().adapters:
-            load_adapter(self.engine, key, directory)
-        return key
+        found = resolve_adapter(adapter, self._registry, self.engine.base)
+        if found.key not in self.engine.stats().adapters:
+            load_adapter(self.engine, found.key, found.directory)
+        self._chats[found.key] = found.chat
+        return found.key
 
 
 def load(model: str, *, registry: str = "registry", base_model: str | None = None, context_tokens: int = 2048) -> Model:

@@ -68,7 +68,7 @@ def open_training(config: RunConfig | dict[str, Any] | str | Path, *overrides: s
     run = config if isinstance(config, RunConfig) and not overrides else read_config(config, overrides, kind="run")
     prepared = resolve_start(PreparedRun(run, fresh=False, callbacks=()))
     run, start = prepared.config, prepared.init_from
-    base = prepare_base(run.base_model)
+    base = prepare_base(run.base_model, chat=run.chat)
     renderer, shape = ChatRenderer(load_tokenizer(base)), objective_of(run.objective).shape
     dataset = tokenize_source("data.train", run.data.train, run.data, renderer, shape=shape)
     if run.workers.gpus_each:

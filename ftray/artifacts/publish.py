@@ -7,6 +7,7 @@ from typing import Any
 
 from ftray.errors import UserError
 from ftray.model.adapters.directory import read_adapter_config
+from ftray.model.base import kept_chat
 from ftray.registry import AdapterVersion, Registry
 from ftray.storage import read_json, verify_directory
 from ftray.storage.manifest import MANIFEST, build_manifest
@@ -27,6 +28,8 @@ def publish_adapter(
     config = read_adapter_config(directory, label=str(directory))
     adapter = read_adapter(directory, label=str(directory))
     metadata.setdefault("base_model", config.get("base_model_name_or_path"))
+    if "chat" not in metadata and (kept := kept_chat(directory)) is not None:
+        metadata["chat"] = kept.model_dump()
     metadata |= {"rank": adapter.max_rank, "num_bytes": adapter.num_bytes}
     metadata |= of_the_run(directory.parent)
     if lineage is not None:

@@ -4,8 +4,9 @@ import json
 from dataclasses import replace
 
 from ftray.config import RunConfig
+from ftray.config.chat import ChatConfig
 from ftray.model.adapters.directory import check_base, local_adapter
-from ftray.model.base import prepare_base
+from ftray.model.base import chat_in, kept_chat, prepare_base
 from ftray.registry import Registry
 from ftray.registry.reference import parse_reference
 from ftray.storage import ObjectStore, verify_directory
@@ -24,13 +25,22 @@ def resolve_start(prepared: PreparedRun) -> PreparedRun:
     if (directory := local_adapter(reference)) is not None:
         if (directory / MANIFEST).is_file():  # a foreign PEFT directory has none
             check_base(reference, verify_directory(directory).metadata, base, here="this run's base is")
-        return replace(prepared, init_from=reference if "://" in reference else directory.absolute())
+        run = with_chat_of(run, kept_chat(directory))
+        return replace(prepared, config=run, init_from=reference if "://" in reference else directory.absolute())
     registry = Registry(run.registry)
     version = registry.get((None if prepared.fresh else version_begun_with(run, reference)) or reference)
     check_base(str(version), version.metadata, base, here="this run's base is")
     adapter = run.adapter.model_copy(update={"init_from": str(version)})
     registry.directory(version)  # whole
-    return replace(prepared, config=run.model_copy(update={"adapter": adapter}), init_from=registry.place(version))
+    run = with_chat_of(run.model_copy(update={"adapter": adapter}), chat_in(version.metadata))
+    return replace(prepared, config=run, init_from=registry.place(version))
+
+
+def with_chat_of(run: RunConfig, kept: ChatConfig | None) -> RunConfig:
+    """An adapter goes on being trained on conversations as it has read them, where `chat` says nothing else."""
+    if run.chat is not None or kept in (None, ChatConfig()):
+        return run
+    return run.model_copy(update={"chat": kept})
 
 
 def version_begun_with(run: RunConfig, reference: str) -> str | None:

@@ -132,7 +132,7 @@ def merge(
     """Add an adapter into its base for good: a model directory to train on or to serve."""
     from ftray.model.adapters.directory import check_base, local_adapter, read_adapter_config
     from ftray.model.adapters.merge import merge_adapter
-    from ftray.model.base import prepare_base
+    from ftray.model.base import chat_in, prepare_base
     from ftray.registry import Registry
     from ftray.storage import verify_directory
     from ftray.storage.manifest import MANIFEST
@@ -148,7 +148,7 @@ def merge(
     named = named or read_adapter_config(directory, label=label).get("base_model_name_or_path")
     if named is None:
         raise UserError(f"{label} does not name its base; give it with --base")
-    base = prepare_base(named, log=print)
+    base = prepare_base(named, chat=chat_in(metadata), log=print)
     check_base(label, metadata, base, here="--base is")
     merge_adapter(directory, base, Path(output), label=label)
     print(f"{label} is merged into {base.name}: {output}")

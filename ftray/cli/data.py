@@ -46,7 +46,7 @@ def inspect(
     sources = {"data.train": run.data.train} | ({"data.eval": run.data.eval} if run.data.eval is not None else {})
     for key, location in sources.items():
         check_source(key, location)
-    base = prepare_base(run.base_model, log=lambda text: None)
+    base = prepare_base(run.base_model, chat=run.chat, log=lambda text: None)
     renderer = ChatRenderer(load_tokenizer(base))
     found = [inspect_source(key, location, run, renderer, show=rows) for key, location in sources.items()]
     if as_json:

@@ -30,8 +30,8 @@ def train(
     check_address()
     from ftray.artifacts.resolve import resolve_start
     from ftray.cli.progress import TrainProgress
-    from ftray.config.advice import advise
     from ftray.tracking.facts import next_command
+    from ftray.train.advice import advise
     from ftray.train.launch import launch
 
     prepared = resolve_start(prepared)

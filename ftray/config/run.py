@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, model_validator
 
 from ftray.config.adapter import AdapterConfig
+from ftray.config.chat import ChatConfig
 from ftray.config.data import DataConfig
 from ftray.config.renamed import with_new_names
 from ftray.objectives import ObjectiveConfig, SftConfig, objective_of
@@ -141,6 +142,8 @@ class RunConfig(Strict):
     max_steps: PositiveInt | None = None
     data: DataConfig
     objective: ObjectiveConfig = SftConfig()
+    chat: ChatConfig | None = None
+    """null: as the base model says."""
     adapter: AdapterConfig | None = AdapterConfig()
     """null: full fine-tuning."""
     optimizer: OptimizerConfig = OptimizerConfig()

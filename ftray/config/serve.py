@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ftray.config.chat import ChatConfig
 from ftray.config.engines import engine_kind, who_can
 from ftray.errors import UserError
 from ftray.plugins import PluginName
@@ -114,6 +115,8 @@ class ServeConfig(Strict):
     """What requests call the base; None: as base_model is written."""
     host: Text = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
+    chat: ChatConfig | None = None
+    """Of the base, and of adapters that do not say how they were trained; null: as the base model says."""
     engine: EngineConfig = EngineConfig()
     adapters: AdaptersConfig = AdaptersConfig()
     replicas: ReplicasConfig = ReplicasConfig()

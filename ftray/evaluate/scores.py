@@ -59,7 +59,7 @@ def score_artifacts(job: ScoreJob, secrets: dict[str, str]) -> dict[str, Score]:
     from ftray.model.hardware import choose_hardware
 
     hardware = choose_hardware(use_gpu=job.run.workers.gpus_each > 0)
-    base, tokens = prepare_base(job.base_model), job.run.data.max_example_tokens
+    base, tokens = prepare_base(job.base_model, chat=job.run.chat), job.run.data.max_example_tokens
     with contextlib.closing(make_local_engine(base, hardware, context_tokens=2 * tokens)) as engine:
         measures = measures_of(job, ChatRenderer(engine.tokenizer))
         return {name: score_artifact(engine, name, uri, measures) for name, uri in job.adapters.items()}

@@ -59,6 +59,7 @@ class Request:
     tenant: str = ""  # who asks, if that is known: tenants and adapters share the engine fairly
     user: str = ""  # the name that an unknown caller gives
     priority: float = 1.0  # the share of this flow against others
+    stop_ids: frozenset[int] = frozenset()  # at which its answers end too, beside the engine's own
     cache_salt: str = ""  # pages of the prompt are shared with requests of the same one
 
     @property

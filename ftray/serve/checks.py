@@ -1,16 +1,21 @@
 """What of an endpoint can be known before Ray starts."""
 
 from ftray.config import ServeConfig
-from ftray.model.base import check_base_name, prepare_base
+from ftray.model.base import check_base_name, load_tokenizer, prepare_base
 from ftray.registry import Registry
 from ftray.serve.http.ports import check_port
 
 
 def check_endpoint(config: ServeConfig, *, in_session: bool = False) -> None:
-    """Base, port, preloaded adapters. `in_session`: the caller's Ray has started. Raises `UserError`."""
+    """Base, port, chat template, preloaded adapters. `in_session`: the caller's Ray has started. Raises `UserError`."""
     check_base_name(config.base_model)
     check_port(config.host, config.port, in_session=in_session)
+    if config.chat is None and not config.adapters.preload:
+        return
+    base = prepare_base(config.base_model, chat=config.chat)
+    if config.chat is not None:
+        load_tokenizer(base)
     if config.adapters.preload:
         from ftray.serve.replica.versions import check_preloaded  # torch
 
-        check_preloaded(config.adapters, Registry(config.adapters.registry), prepare_base(config.base_model))
+        check_preloaded(config.adapters, Registry(config.adapters.registry), base)

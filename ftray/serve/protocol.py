@@ -59,6 +59,7 @@ class TokenizeJob:
     ids: list[int] | None = None
     with_special: bool = True
     with_strings: bool = False  # each token's text too
+    adapter: str | None = None  # whose rendering of messages it is
 
 
 QuickJob = EmbedJob | TokenizeJob | TokenizerInfoJob

@@ -50,7 +50,7 @@ def prepare_data(
     cancelled: threading.Event | None = None,
 ) -> tuple[BaseModel, PreparedData]:
     """`kept_in`: where tokens are kept, for the workers and for the next run on the same data; None: nowhere."""
-    base = prepare_base(config.base_model, log=log)
+    base = prepare_base(config.base_model, chat=config.chat, log=log)
     check_length(base, config.data.max_example_tokens, key="data.max_example_tokens")
     if config.adapter is not None:
         check_targets(base, config.adapter)

@@ -19,6 +19,7 @@ ROWS = [
     {"messages": [user("two?"), answer("2")]},
     {"messages": [user("one?"), answer("<think>a</think>1"), user("two?"), answer("2")]},
 ]
+PLAIN = [{"messages": [user("one?"), answer("1")]}, {"messages": [user("two?"), answer("2")]}]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gptoss", "nemotron_3_nano"])
@@ -54,9 +55,54 @@ def test_a_perfect_adapter_is_seen_as_one(name, tmp_path):
         replica.close()
 
 
-async def answered(replica: EngineReplica, question: str) -> tuple[str, str]:
+def test_an_endpoint_renders_each_adapter_as_its_training_did(tmp_path):
+    """Two adapters of one base: one trained without thinking, one with a template of its own. The endpoint's own
+    settings are the base's."""
+    tokenizer = tokenizer_of("qwen3")
+    base = write_tiny_model(tmp_path / "base", tokenizer=tokenizer)
+    registry = str(tmp_path / "registry")
+    quiet = {"arguments": {"enable_thinking": False}}
+    for name, chat in (("quiet", quiet), ("alpaca", {"template": "alpaca"})):
+        config = {
+            "name": name,
+            "base_model": str(base),
+            "chat": chat,
+            "max_steps": 120,
+            "data": {"max_example_tokens": 512},
+            "adapter": {"rank": 16, "alpha": 32.0},
+            "batch": {"examples_per_step": 4, "tokens_per_micro_batch": 2048},
+            "optimizer": {"learning_rate": 1e-2},
+            "runs_dir": str(tmp_path / "runs"),
+        }
+        run = ftray.train(config, data=PLAIN, eval_data=PLAIN)
+        run.publish(registry=registry)
+        assert ftray.evaluate(run.config, adapter=run.adapter).accuracy == 1.0
+        assert ftray.evaluate(run.config.model_copy(update={"chat": None}), adapter=run.adapter).accuracy == 1.0
+    assert run.adapter is not None
+    assert "### Response" in (run.adapter / "chat_template.jinja").read_text()
+    model = ftray.load("quiet@1", registry=registry)
+    assert model.chat("one?", temperature=0, max_tokens=64) == "1"
+    assert model.chat("two?", adapter="alpaca@1", temperature=0, max_tokens=64) == "2"
+    model.close()
+    text = f"kind: serve\nbase_model: {base}\nadapters: {{registry: {registry}}}\nengine: {{context_tokens: 512}}\n"
+    replica = EngineReplica(parse_config(text, kind="serve", source="test"))
+    turns = [user("one?")]
+    how = {"add_generation_prompt": True, "return_dict": False}
+    try:
+        for name in ("quiet@1", "alpaca@1"):
+            assert asyncio.run(answered(replica, "one?", adapter=name)) == ("", "1")
+        prompts = replica._prompts
+        assert prompts.chat(turns, ()) == tokenizer.apply_chat_template(turns, **how)
+        assert prompts.chat(turns, (), adapter="quiet@1") == tokenizer.apply_chat_template(
+            turns, enable_thinking=False, **how
+        )
+    finally:
+        replica.close()
+
+
+async def answered(replica: EngineReplica, question: str, *, adapter: str = "thinks@1") -> tuple[str, str]:
     sampling = SamplingParams(temperature=0, max_tokens=64)
-    job = GenerateJob([[user(question)]], True, sampling, "thinks@1")
+    job = GenerateJob([[user(question)]], True, sampling, adapter)
     events = [event async for event in replica.generate(job)]
     tokens = [event for event in events if isinstance(event, Tokens)]
     return "".join(event.thought for event in tokens), "".join(event.text for event in tokens)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from ftray.config import RunConfig, ServeConfig, load_config, load_sweep, parse_config, to_yaml
-from ftray.config.advice import advise
 from ftray.config.load import models_in
 from ftray.config.renamed import HERE, RenamedWarning
 from ftray.errors import ConfigError
+from ftray.train.advice import advise
 from ftray.train.runs.claim import config_changes
 
 ROOT = Path(__file__).parents[2]

@@ -199,7 +199,7 @@ class TorchEngine:
         text = ""
         if sequence.sampler.has_failed:
             reason = "structure"
-        elif token in self.stop_ids and not sequence.request.sampling.ignore_eos:
+        elif sequence.ends_at(token, self.stop_ids):
             reason = "stop"
         else:
             text = sequence.text.push(token)
@@ -223,6 +223,9 @@ class TorchEngine:
             prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and wants_prompt else None,
             queued_s=sequence.queued_s,
         )
+
+    def _is_stop(self, token: int, request: Request) -> bool:
+        return not request.sampling.ignore_eos and (token in self.stop_ids or token in request.stop_ids)
 
     def _finish(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)

@@ -31,6 +31,10 @@ class Sequence:
     crowded_out_since: int | None = None  # the step since which it is next, and only others' many places are in its way
     siblings: list["Sequence"] = field(default_factory=list)  # wait until the prompt's pages are there to share
 
+    def ends_at(self, token: int, stop_ids: set[int]) -> bool:
+        """`stop_ids`: of the engine."""
+        return not self.request.sampling.ignore_eos and (token in stop_ids or token in self.request.stop_ids)
+
     @property
     def num_prompt(self) -> int:
         return len(self.request.prompt_ids)

@@ -94,7 +94,7 @@ class VllmEngine:
             self._grammars.matcher(request.sampling.structure)  # refused here rather than in the other process
         lora = self._loaded[request.adapter][0] if request.adapter is not None else None
         own_stops = control_ids(self.tokenizer, request.sampling.stop)
-        stop_ids = own_stops if request.sampling.ignore_eos else own_stops | self.stop_ids
+        stop_ids = own_stops if request.sampling.ignore_eos else own_stops | self.stop_ids | request.stop_ids
         answering = Answering(request, sampling_params(request.sampling, max_tokens, stop_ids), lora)
         self._answering[request.id] = answering
         self._waiting.push(answering.request.flow, answering, weight=answering.request.priority)

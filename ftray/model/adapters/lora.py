@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ftray.config.adapter import AdapterConfig, target_pattern
 from ftray.errors import AdapterError
 from ftray.model.adapters.directory import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter_config
-from ftray.model.base import BaseModel
+from ftray.model.base import BaseModel, keep_template
 from ftray.model.heads import CAUSAL_LM, Head
 from ftray.storage import write_json, write_manifest
 
@@ -176,7 +176,8 @@ def write_adapter(
         tensors[f"{PREFIX}lm_head.weight"] = tensors[key].clone()
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(directory / CONFIG_FILE, describe(tensors, config, base, head, growth=growth, ties=bool(embeddings)))
-    write_manifest(directory, metadata={**metadata, "base_model": base.name, "base_fingerprint": base.fingerprint})
+    keep_template(base, directory)
+    write_manifest(directory, metadata={**metadata, **base.described})
 
 
 def relative_to_base(weights: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.errors import UserError
-from ftray.model.base import BaseModel
+from ftray.model.base import BaseModel, keep_template
 from ftray.storage import write_manifest
 
 
@@ -38,7 +38,7 @@ def merge_adapter(adapter: Path, base: BaseModel, directory: Path, *, label: str
         raise UserError(f"{directory} cannot be written: {error.strerror}; choose another directory") from None
     merged.save_pretrained(staging)
     AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False).save_pretrained(staging)
-    origin = {"merged_adapter": label, "base_model": base.name, "base_fingerprint": base.fingerprint}
-    write_manifest(staging, metadata=origin)
+    keep_template(base, staging)
+    write_manifest(staging, metadata={"merged_adapter": label, **base.described})
     staging.rename(directory)
     return directory

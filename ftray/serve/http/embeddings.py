@@ -47,7 +47,7 @@ class EmbeddingRequest(RequestBody):
 class TokenizeRequest(RequestBody):
     """vLLM's."""
 
-    model: str | None = None  # all share one tokenizer
+    model: str | None = None  # whose rendering of messages it is; all share one tokenizer
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[Tool] | None = None
@@ -115,13 +115,17 @@ class Embeddings:
     async def tokenize(self, request: TokenizeRequest, context: RequestContext) -> dict[str, Any]:
         if (request.prompt is None) == (request.messages is None):
             raise HTTPException(400, "prompt or messages: give one of them")
-        await self._auth.admit(context)
+        caller, adapter = await self._auth.admit(context), None
+        if request.model is not None and request.messages is not None:
+            may_use = caller.tenant.may_use
+            adapter = (await resolved(self._names, request.model, session=caller.session, may_use=may_use)).adapter
         job = TokenizeJob(
             request.prompt,
             request.messages,
             as_given(request.tools or []),
             with_special=request.add_special_tokens,
             with_strings=request.return_token_strs,
+            adapter=adapter,
         )
         found = expect(TokenIds, await self._replica.ask(job))
         return {

@@ -1,36 +1,53 @@
 """What a request asks, as token ids."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from ftray.infer.checks import check_token_ids, too_long
 from ftray.infer.protocol import Engine
+from ftray.infer.renderers import Renderers
 from ftray.infer.thoughts import ThoughtStream, thought_stream
+from ftray.model.base import BaseModel, chat_in
 from ftray.model.chat import ChatRenderer, read_messages
+from ftray.registry import Registry
 from ftray.serve.protocol import GenerateJob
+
+KNOWN_VERSIONS = 4096  # whose settings are remembered: they never change
 
 
 class PromptReader:
     """For any thread: a text of megabytes takes seconds."""
 
-    def __init__(self, engine: Engine, *, context_tokens: int):
+    def __init__(self, engine: Engine, base: BaseModel, registry: Registry, *, context_tokens: int):
         self._engine = engine
         self._context_tokens = context_tokens
         self._longest_token = max(map(len, engine.tokenizer.get_vocab()))
         # Nothing is remembered: nobody may learn by the time what others have asked.
-        self._renderer = ChatRenderer(engine.tokenizer, remembers=False)
+        self._renderers = Renderers(base, remembers=False)
+        self._chat_of = lru_cache(KNOWN_VERSIONS)(lambda key: chat_in(registry.get(key).metadata))
 
-    def chat(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
+    def renderer(self, adapter: str | None) -> ChatRenderer:
+        """As the version was trained, where it says so. Raises `FtrayError` where it cannot be read."""
+        return self._renderers.of(self._chat_of(adapter) if adapter is not None else None)
+
+    def chat(
+        self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], *, adapter: str | None = None
+    ) -> list[int]:
         """Raises `UserError`."""
         plain = read_messages(messages)
         self._check_length(sum(len(message["content"]) for message in plain), param="messages")
-        return self._renderer.prompt_ids(plain, tools)
+        return self.renderer(adapter).prompt_ids(plain, tools)
+
+    def stop_ids(self, job: GenerateJob) -> frozenset[int]:
+        """Of what its adapter was trained to write."""
+        return frozenset(self.renderer(job.adapter).stop_ids)
 
     def thoughts(self, job: GenerateJob, prompts: list[list[int]]) -> dict[int, ThoughtStream]:
         """By number of the answer. One that a structure guides has none: it is what it must be from its beginning."""
         if not job.is_chat or job.echo or job.sampling.structure is not None:
             return {}
-        frame, tokenizer, n = self._renderer.template.thought_frame, self._engine.tokenizer, job.sampling.n
+        frame, tokenizer, n = self.renderer(job.adapter).template.thought_frame, self._engine.tokenizer, job.sampling.n
         answers = [(number, prompts[number // n]) for number in range(job.num_answers)]
         streams = {number: thought_stream(frame, tokenizer, prompt) for number, prompt in answers}
         return {number: stream for number, stream in streams.items() if stream is not None}

@@ -72,12 +72,11 @@ class EngineReplica:
     ):
         torch.set_num_threads(max(1, int(config.replicas.cpus_each)))
         self.config = config
-        self.base = prepare_base(config.base_model)
+        self.base = prepare_base(config.base_model, chat=config.chat)
         gpus = config.replicas.gpus_each
         hardware = choose_hardware(use_gpu=gpus > 0, gpu_share=min(1.0, gpus))
         engine = make_engine(self.base, hardware, config.engine, config.adapters)
         self.engine = engine
-        self._prompts = PromptReader(engine, context_tokens=config.engine.context_tokens)
         self._token_bytes = TokenBytes(engine.tokenizer)
         self._shared = frozenset(config.tenants.shared_prompts)
         self.runner = EngineRunner(engine, failed=engine_failed)
@@ -85,6 +84,7 @@ class EngineReplica:
         self._embedding = FairSemaphore(1)  # one group of texts at a time: others decode in between
         self._admission = Admission(config.engine.max_sequences + config.engine.max_waiting)
         self.registry = Registry(config.adapters.registry, tolerant=True)
+        self._prompts = PromptReader(engine, self.base, self.registry, context_tokens=config.engine.context_tokens)
         self.residency = AdapterResidency(
             self._prepare,
             self._load,
@@ -136,7 +136,7 @@ class EngineReplica:
         read = self._prompts
 
         def ids(prompt: Any) -> list[int]:
-            return read.chat(prompt, job.tools) if job.is_chat else read.text(prompt, key="prompt")
+            return read.chat(prompt, job.tools, adapter=job.adapter) if job.is_chat else read.text(prompt, key="prompt")
 
         return await asyncio.to_thread(lambda: [ids(prompt) for prompt in job.prompts])
 
@@ -187,7 +187,7 @@ class EngineReplica:
             check_token_ids(job.ids, key="tokens", vocab_size=self.engine.vocab_size)
             return PlainText(tokenizer.decode(job.ids))
         if job.messages is not None:
-            ids = self._prompts.chat(job.messages, job.tools)
+            ids = self._prompts.chat(job.messages, job.tools, adapter=job.adapter)
         else:
             ids = self._prompts.text(job.text or "", key="prompt", with_special=job.with_special)
         strings = [tokenizer.decode([token]) for token in ids] if job.with_strings else None
@@ -245,9 +245,9 @@ class EngineReplica:
         return json.dumps([tenant, job.cache_salt]) if tenant or job.cache_salt else ""
 
     async def _tokens(self, job: GenerateJob, prompts: list[list[int]], adapter_s: float) -> AsyncGenerator[Event]:
-        salt = self._cache_salt(job)
+        salt, stops = self._cache_salt(job), self._prompts.stop_ids(job)
         requests = [
-            Request(uuid.uuid4().hex, ids, job.sampling, job.adapter, job.tenant, job.user, job.priority, salt)
+            Request(uuid.uuid4().hex, ids, job.sampling, job.adapter, job.tenant, job.user, job.priority, stops, salt)
             for ids in prompts
         ]
         started, decode, raw = False, self.engine.tokenizer.decode, self._token_bytes
@@ -269,7 +269,7 @@ class EngineReplica:
                 if job.is_prompt_only:
                     tokens = replace(tokens, num_tokens=0, text="", logprobs=(), finish_reason="length")
                 if (stream := thoughts.get(tokens.index)) is not None:
-                    thought, text = split(event, stream, self.engine.stop_ids)
+                    thought, text = split(event, stream, self.engine.stop_ids | stops)
                     tokens = replace(tokens, thought=thought, text=text)
                 yield tokens
 

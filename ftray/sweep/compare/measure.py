@@ -10,6 +10,7 @@ from ray.exceptions import RayError
 from ftray.cluster.fit_thread import last_line
 from ftray.cluster.worker_env import passed_secrets, worker_environment
 from ftray.config import RunConfig
+from ftray.config.chat import ChatConfig
 from ftray.evaluate.scores import Score, ScoreJob, score_artifacts
 from ftray.model.base import BaseModel
 from ftray.sweep.compare.comparison import BASE, Alone, compared_trials, note_measured, read_measured
@@ -56,7 +57,7 @@ def score_in_task(job: ScoreJob) -> dict[str, Score]:
 
 
 def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepRun]) -> list[ScoreJob]:
-    """All adapters in a job, and the untuned base with them; each trained model in a job of its own."""
+    """All adapters of one rendering in a job, the untuned base with the first; each trained model in one of its own."""
     compare = study.config.compare
     assert compare is not None
     done = read_measured(directory)["scores"]
@@ -65,17 +66,23 @@ def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepR
     shared = with_absolute_data(study.config_of(runs[0]))
     general = absolute(compare.general_text) if compare.general_text is not None else None
     base_name = base.name_for_workers
-    adapters: dict[str, Path | str | None] = {} if BASE in done else {BASE: None}
+    adapters: dict[ChatConfig | None, dict[str, Path | str | None]] = (
+        {} if BASE in done else {shared.chat: {BASE: None}}
+    )
     jobs = []
     for run in runs:
         if run.name in done:
             continue
         config, artifact = with_absolute_data(study.config_of(run)), study.artifact_of(run)
         if config.adapter is not None:
-            adapters[run.name] = artifact
+            adapters.setdefault(config.chat, {})[run.name] = artifact
         else:
             jobs.append(ScoreJob(artifact, {run.name: None}, config, general))
-    return [ScoreJob(base_name, adapters, shared, general), *jobs] if adapters else jobs
+    together = [
+        ScoreJob(base_name, named, shared.model_copy(update={"chat": chat}), general)
+        for chat, named in adapters.items()
+    ]
+    return [*together, *jobs]
 
 
 def with_absolute_data(config: RunConfig) -> RunConfig:

@@ -8,7 +8,7 @@ from ftray.config.space import value_at
 from ftray.objectives import objective_of
 
 # What members of a group share, and a space must therefore leave alone.
-SHARED = ("base_model", "data", "objective", "workers", "memory")
+SHARED = ("base_model", "chat", "data", "objective", "workers", "memory")
 
 HEADS = ("lm_head", "embed_out", "output_layer")  # the output head sees trained tokens only
 

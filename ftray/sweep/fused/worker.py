@@ -41,7 +41,7 @@ def fused_worker(job: FusedJob) -> None:
         torch.cuda.set_device(ray.train.torch.get_device())
     hardware = choose_hardware(use_gpu=use_gpu)
     make_deterministic(num_threads=job.base_run.workers.cpus_each)
-    base = prepare_base(job.base_name)
+    base = prepare_base(job.base_name, chat=job.base_run.chat)
     model = prepare_layers(load_weights(base, hardware, attention=register_packed_attention()), job.base_run.memory)
     ranks_per_node = ray.train.get_context().get_local_world_size()
     memory = MemoryBudget(model, job.adapters, hardware, world_size=world_size, ranks_per_node=ranks_per_node)

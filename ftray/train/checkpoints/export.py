@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ftray.model.base import BaseModel
+from ftray.model.base import BaseModel, keep_template
 from ftray.storage import read_json, write_json, write_manifest
 from ftray.train.engine.state import MASTER, ShardedState
 
@@ -31,7 +31,8 @@ def export_model(checkpoint: Path, directory: Path, base: BaseModel, *, metadata
     write_json(directory / "config.json", config)
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     write_weights(ShardedState(checkpoint), directory, dtype=dtype)
-    write_manifest(directory, metadata={**metadata, "base_model": base.name, "base_fingerprint": base.fingerprint})
+    keep_template(base, directory)
+    write_manifest(directory, metadata={**metadata, **base.described})
 
 
 def write_weights(saved: ShardedState, directory: Path, *, dtype: torch.dtype) -> None:

@@ -98,7 +98,7 @@ def take_device(config: RunConfig) -> Hardware:
 
 
 def find_base(job: TrainJob) -> BaseModel:
-    base = prepare_base(job.base_name)
+    base = prepare_base(job.base_name, chat=job.config.chat)
     if base.fingerprint != job.base_fingerprint:
         raise UserError(
             f"base_model: {job.base_name} is another model on this node than the driver had (its files were changed); "

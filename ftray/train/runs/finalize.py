@@ -49,7 +49,8 @@ def remake_artifact(run: RunHandle, log: Callable[[str], None]) -> None:
         raise DamagedError(f"{problem}, and its last checkpoint is gone as well; start over with --fresh")
     log(f"{problem}; it is made again from {run.uri_of(checkpoint)}")
     run.fetch_artifact(checkpoint, whole=run.config.adapter is None)
-    put_artifact(run.artifact, checkpoint, prepare_base(run.config.base_model), run_name=run.config.name)
+    base = prepare_base(run.config.base_model, chat=run.config.chat)
+    put_artifact(run.artifact, checkpoint, base, run_name=run.config.name)
     run.keep_artifact(run.artifact)
 
 
