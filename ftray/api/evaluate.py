@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ftray.api.config import read_config, rows_file
 from ftray.config import RunConfig
 from ftray.errors import UserError
-from ftray.objectives import objective_of
+from ftray.objectives import objective_of, trained_turns
 from ftray.tasks import Task, find_task
 
 if TYPE_CHECKING:
@@ -34,13 +34,12 @@ def evaluate(
     if eval_data is not None:
         file = rows_file(eval_data, runs_dir=run.runs_dir, key="data.eval")
         run = run.model_copy(update={"data": run.data.model_copy(update={"eval": file})})
-    from ftray.data.sources import check_source
+    from ftray.data.sets import check_evaluation
     from ftray.evaluate.task import load_questions
     from ftray.model.base import check_base_name
 
     check_base_name(run.base_model)
-    if run.data.eval is not None:
-        check_source("data.eval", run.data.eval)
+    check_evaluation(run.data)
     questions = load_questions(run.data)
     name = str(adapter) if adapter is not None else None
     if endpoint is not None:
@@ -76,4 +75,12 @@ def in_this_process(run: RunConfig, questions: Any, location: str, *, adapter: s
     engine, key = load_engine(
         run.base_model, adapter, location, chat=run.chat, context_tokens=2 * run.data.max_example_tokens
     )
-    return evaluate_offline(engine, questions, run.data, adapter=key, model=key or run.base_model, task=task)
+    return evaluate_offline(
+        engine,
+        questions,
+        run.data,
+        adapter=key,
+        model=key or run.base_model,
+        task=task,
+        turns=trained_turns(run.objective),
+    )

@@ -17,13 +17,13 @@ from ftray.data.dataset import TokenizedDataset
 from ftray.data.examples import Example, ExampleSource, dataset_source
 from ftray.data.micro_batches import divide
 from ftray.data.pack import pack_all
-from ftray.data.tokens import tokenize_source
+from ftray.data.sets import training_set
 from ftray.model.adapters.directory import local_adapter
 from ftray.model.base import load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.model.hardware import choose_hardware
 from ftray.model.packed import PackedRow
-from ftray.objectives import objective_of
+from ftray.objectives import objective_of, trained_turns
 from ftray.train.engine.build import make_engine
 from ftray.train.engine.deepspeed import DeepSpeedEngine
 from ftray.train.engine.schedule import make_schedule
@@ -70,7 +70,7 @@ def open_training(config: RunConfig | dict[str, Any] | str | Path, *overrides: s
     run, start = prepared.config, prepared.init_from
     base = prepare_base(run.base_model, chat=run.chat)
     renderer, shape = ChatRenderer(load_tokenizer(base)), objective_of(run.objective).shape
-    dataset = tokenize_source("data.train", run.data.train, run.data, renderer, shape=shape)
+    dataset = training_set(run.data, renderer, shape=shape, turns=trained_turns(run.objective))
     if run.workers.gpus_each:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     hardware = choose_hardware(use_gpu=run.workers.gpus_each > 0)

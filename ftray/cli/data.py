@@ -1,6 +1,8 @@
 """`ftray data`"""
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,16 +41,17 @@ def inspect(
     """Rows as the model gets them, and figures of the whole set. No weights are read, nothing is trained."""
     run: RunConfig = load_config(config, overrides or (), kind="run")
     from ftray.data.inspect import inspect_source
-    from ftray.data.sources import check_source
+    from ftray.data.sets import check_data, sources_of
     from ftray.model.base import load_tokenizer, prepare_base
     from ftray.model.chat import ChatRenderer
 
-    sources = {"data.train": run.data.train} | ({"data.eval": run.data.eval} if run.data.eval is not None else {})
-    for key, location in sources.items():
-        check_source(key, location)
+    check_data(run.data)
     base = prepare_base(run.base_model, chat=run.chat, log=lambda text: None)
     renderer = ChatRenderer(load_tokenizer(base))
-    found = [inspect_source(key, location, run, renderer, show=rows) for key, location in sources.items()]
+    found = []
+    for key, source in sources_of(run.data):
+        with progress_of(f"{key}: {source.label}") as on_rows:
+            found.append(inspect_source(key, source, run, renderer, show=rows, on_rows=on_rows))
     if as_json:
         print(json.dumps([inspection.as_object() for inspection in found], indent=2, ensure_ascii=False))
     else:
@@ -56,11 +59,26 @@ def inspect(
             print(f"chat template: {line}")
         for inspection in found:
             show(inspection)
+        for line in shares_of(found):
+            print(line)
     if html is not None:
         from ftray.data.inspect_page import write_page
 
         write_page(Path(html), run.name, found)
         print(html)
+
+
+@contextlib.contextmanager
+def progress_of(title: str) -> "Iterator[Callable[[int, int], None]]":
+    """A bar on a terminal's standard error, which goes when all rows are read."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda count, total: bar.update(task, advance=count, total=total)
 
 
 def show(found: "Inspection") -> None:
@@ -92,13 +110,32 @@ def show(found: "Inspection") -> None:
         console.print("  ".join(f"[{STYLES[kind]}]{text}[/]" for kind, text in LEGEND.items()), soft_wrap=True)
 
 
+def shares_of(found: "list[Inspection]") -> list[str]:
+    """A line for each of several training sources: what part of the rows and tokens it is, and of an epoch."""
+    sources = [inspection for inspection in found if inspection.key.startswith("data.train")]
+    if len(sources) == 1:
+        return []
+    rows, tokens = (sum(getattr(source, name) for source in sources) for name in ("rows", "tokens"))
+    weights = sum(source.weight or 0 for source in sources)
+    lines = ["sources of data.train:"]
+    for source in sources:
+        drawn = f", {source.weight / weights:.0%} of the examples that are drawn" if source.weight else ""
+        lines.append(
+            f"  {source.name}: {source.rows / rows:.0%} of rows, {source.tokens / tokens:.0%} of tokens{drawn}"
+        )
+    return lines
+
+
 def figures(found: "Inspection") -> str:
     over = f", {found.over_limit:,} over data.max_example_tokens ({found.limit:,})" if found.over_limit else ""
     left_out = f", {found.left_out:,} left out by data.transform" if found.left_out else ""
     bad = f", {found.num_bad:,} that cannot be trained" if found.num_bad else ""
+    held_out = f", {found.held_out:,} held out for evaluation" if found.held_out else ""
+    untrained = f"; {found.untrained_answers:,} answers are not trained" if found.untrained_answers else ""
     duplicates = f", {found.duplicates:,} the same as an earlier one" if found.duplicates else ""
     return (
-        f"{found.rows:,} rows{bad}{left_out}; {found.examples:,} examples{over}{duplicates}; {found.tokens:,} tokens, "
+        f"{found.rows:,} rows{bad}{left_out}; {found.examples:,} examples{over}{held_out}{duplicates}{untrained}; "
+        f"{found.tokens:,} tokens, "
         f"{found.trained_share:.0%} trained, longest {found.longest:,}; micro-batches {found.packing:.0%} full"
     )
 

@@ -5,6 +5,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+from ftray.tracking.metrics import losses_of_sources
 from ftray.train.on_ray.trainer import Watcher
 
 PLAIN_INTERVAL_S = 10.0
@@ -45,7 +46,9 @@ class TrainProgress:
     def on_metrics(self, records: list[dict[str, Any]]) -> None:
         for record in records:
             if "eval_loss" in record:
-                self.log(f"step {record['step']}/{self._num_steps}  evaluation loss {record['eval_loss']:.4f}")
+                parts = [f"{name} {value:.4f}" for name, value in losses_of_sources(record).items()]
+                of_each = f" ({', '.join(parts)})" if parts else ""
+                self.log(f"step {record['step']}/{self._num_steps}  evaluation loss {record['eval_loss']:.4f}{of_each}")
             else:
                 self._latest = record
                 self._step_seconds.append(record["seconds"])

@@ -210,10 +210,15 @@ def walk(model: type[BaseModel], parts: Sequence[Any]) -> tuple[list[str], list[
     here: Any = model  # what the key before led to
     beside: list[str] = []
     for part in parts:
+        if part in SHAPES_OF_SOURCES:
+            continue
         arms = models_in(here)
         tagged = next((arm for arm in arms if len(arms) > 1 and tag_of(arm) == part), None)
         if tagged is not None:  # `objective.dpo.beta`: dpo is no key
             here = tagged
+            continue
+        if isinstance(part, int):  # of a list
+            keys.append(str(part))
             continue
         if not arms and (part in TYPE_TAGS or "[" in str(part) or str(part).startswith("constrained-")):
             continue
@@ -227,6 +232,7 @@ def walk(model: type[BaseModel], parts: Sequence[Any]) -> tuple[list[str], list[
 
 # Names that pydantic adds to a location for the branch of a union it tried; they are no keys of ours.
 TYPE_TAGS = {"str", "int", "float", "bool"}
+SHAPES_OF_SOURCES = {"a path", "one source", "several", "held out"}  # tags of data.train and data.eval
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -105,9 +105,9 @@ HERE = {
     "fp16": "nothing: the hardware decides (bfloat16 where it has it, else float32)",
     "dtype": "nothing: the hardware decides (bfloat16 where it has it, else float32)",
     "torch_dtype": "nothing: the hardware decides (bfloat16 where it has it, else float32)",
-    "val_size": "data.eval, a file of its own",
-    "val_set_size": "data.eval, a file of its own",
-    "eval_fraction": "data.eval, a file of its own",
+    "val_size": "data.eval: a fraction, such as 0.05",
+    "val_set_size": "data.eval: a fraction, such as 0.05",
+    "eval_fraction": "data.eval: a fraction, such as 0.05",
 }
 
 

@@ -190,7 +190,7 @@ def problems_of(space: Space, config: SweepConfig) -> list[str]:
         else:
             if config.search.metric == "eval_loss" and run.data.eval is None:
                 found["metric"] = "search.metric: eval_loss needs data.eval in the run; add it, or choose metric loss"
-            evaluated_on.add(run.data.eval)
+            evaluated_on.add(run.data.model_dump_json(include={"eval"}))
             if len(evaluated_on) > 1:
                 found.setdefault("eval", f"{at}: data.eval is {run.data.eval}: {NOT_SWEPT['data.eval']}")
             steps, every = config.search.generation_steps, run.evaluation.every

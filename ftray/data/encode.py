@@ -12,28 +12,42 @@ import numpy as np
 from ftray.config.data import DataConfig
 from ftray.data.formats import Conversation, Pair
 from ftray.model.chat import ChatRenderer, Rendered
-from ftray.objectives import Shape
+from ftray.objectives import Shape, TrainedTurns
 
 Example = list[Rendered]
 Encoder = Callable[[Any], list[Example]]  # of a conversation, a document or a pair
 
 
-def chat_encoder(data: DataConfig, renderer: ChatRenderer) -> Encoder:
+def chat_encoder(data: DataConfig, renderer: ChatRenderer, turns: TrainedTurns) -> Encoder:
     """An example for each prompt that serving would give: one of all turns, where the template goes on from the turn
     before, else one of each answer."""
     renderer.check_template()
 
     def encode(talk: Conversation) -> list[Example]:
-        def is_trained(turn: int) -> bool:
-            return turn not in talk.untrained
-
-        examples = renderer.training_examples(talk.messages, talk.tools, is_trained=is_trained)
+        trained = trained_answers(talk, turns)
+        examples = renderer.training_examples(
+            talk.messages, talk.tools, is_trained=trained.__contains__, trains_thoughts=turns.reasoning
+        )
         return [[rendered] for rendered in examples]
 
     return encode
 
 
-def pair_encoder(data: DataConfig, renderer: ChatRenderer) -> Encoder:
+def trained_answers(talk: Conversation, turns: TrainedTurns) -> set[int]:
+    """The numbers of their messages."""
+    answers = answers_of(talk)
+    if turns.on == "last":
+        answers = answers[-1:]
+    elif turns.on == "by_weight":
+        answers = [turn for turn in answers if turn in talk.chosen]
+    return set(answers) - talk.untrained
+
+
+def answers_of(talk: Conversation) -> list[int]:
+    return [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"]
+
+
+def pair_encoder(data: DataConfig, renderer: ChatRenderer, turns: TrainedTurns) -> Encoder:
     renderer.check_template()
 
     def encode(pair: Pair) -> list[Example]:
@@ -43,7 +57,7 @@ def pair_encoder(data: DataConfig, renderer: ChatRenderer) -> Encoder:
     return encode
 
 
-def document_encoder(data: DataConfig, renderer: ChatRenderer) -> Encoder:
+def document_encoder(data: DataConfig, renderer: ChatRenderer, turns: TrainedTurns) -> Encoder:
     """The tokenizer's own special tokens, the text, and the end-of-text token: every token is trained."""
     tokenizer = renderer.tokenizer
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ftray.config.run import RunConfig
 from ftray.data.dataset import TokenizedDataset
+from ftray.errors import DataError
 
 
 class Example(Protocol):
@@ -144,16 +145,62 @@ class DatasetSource:
         return int(epoch_order(len(self._dataset), self._seed, epoch)[place]) if self._shuffle else place
 
 
+MIXED = 1  # in the seeds of a mixture's orders, which are not those of one source
+
+
+class MixtureSource(DatasetSource):
+    """Several sources by weight: an epoch has as many examples as the set, of each source its share, mixed.
+
+    A source's examples come in an order of their own that goes on from epoch to epoch: each comes as often as every
+    other of it, give or take one. All of it follows from the position in the run.
+    """
+
+    def __init__(self, dataset: TokenizedDataset, weights: Sequence[float], *, seed: int, **how):
+        """`weights`: of the sources, relative to each other. Raises `DataError` for one that draws nothing."""
+        super().__init__(dataset, seed=seed, shuffle=True, **how)
+        self._members = [dataset.examples_of_source(number) for number in range(len(weights))]
+        self._counts = shares(weights, len(dataset))
+        for name, count in zip(dataset.names, self._counts, strict=True):
+            if count == 0:
+                raise DataError(f"data.train: the weight of {name} is too small: an epoch draws none of its examples")
+        self._mixed = lru_cache(maxsize=2)(self._mix)
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self._dataset))
+        return int(self._mixed(epoch)[place])
+
+    def _mix(self, epoch: int) -> np.ndarray:
+        """The examples of an epoch, in their order."""
+        drawn = [self._drawn(number, epoch * count, count) for number, count in enumerate(self._counts)]
+        together = np.concatenate(drawn)
+        return together[np.random.default_rng([self._seed, epoch, MIXED]).permutation(len(together))]
+
+    def _drawn(self, source: int, first: int, count: int) -> np.ndarray:
+        """From `first` on in the source's own endless order."""
+        members = self._members[source]
+        rounds = range(first // len(members), -(-(first + count) // len(members)))
+        orders = [np.random.default_rng([self._seed, source, number, MIXED]).permutation(members) for number in rounds]
+        start = first - rounds.start * len(members)
+        return np.concatenate(orders)[start : start + count]
+
+
+def shares(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that add up to `total`, by largest remainder."""
+    exact = np.asarray(weights, np.float64) / sum(weights) * total
+    counts = np.floor(exact).astype(int)
+    for number in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
+        counts[number] += 1
+    return counts.tolist()
+
+
 def dataset_source(config: RunConfig, dataset: TokenizedDataset) -> DatasetSource:
-    """What a run goes through."""
-    return DatasetSource(
-        dataset,
-        examples_per_step=config.batch.examples_per_step,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-    )
+    """What a run goes through. Raises `DataError` for a weight that draws nothing."""
+    length = {"epochs": config.epochs, "max_steps": config.max_steps}
+    how = {"examples_per_step": config.batch.examples_per_step, "seed": config.seed, **length}
+    weights = [source.weight for source in config.data.training_sources if source.weight is not None]
+    if weights:
+        return MixtureSource(dataset, weights, **how)
+    return DatasetSource(dataset, shuffle=config.data.shuffle, **how)
 
 
 @lru_cache(maxsize=2)

@@ -4,7 +4,7 @@ import hashlib
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +12,17 @@ from typing import Any, Literal
 import numpy as np
 
 from ftray.config import RunConfig
+from ftray.config.data import DataConfig, SourceConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.examples import examples_of
 from ftray.data.formats import recognised, unread_columns
 from ftray.data.micro_batches import first_fit
-from ftray.data.tokens import Source, Tally, tokenize
+from ftray.data.sets import TRAIN, is_held_out
+from ftray.data.tally import Tally
+from ftray.data.tokens import Source, tokenize
 from ftray.errors import DataError
 from ftray.model.chat import ChatRenderer
-from ftray.objectives import objective_of
+from ftray.objectives import objective_of, trained_turns
 
 Kind = Literal["prompt", "control", "trained", "end", "cut"]
 NO_LIMIT = 2**31 - 1
@@ -48,6 +51,8 @@ class Shown:
 class Inspection:
     key: str
     location: str
+    name: str
+    weight: float | None
     read_as: str
     unread: list[str]
     template: list[str]  # what the chat template does, in words
@@ -60,6 +65,8 @@ class Inspection:
     over_limit: int  # examples
     histogram: list[tuple[int, int]]  # (tokens at most, examples)
     duplicates: int  # examples that an earlier one equals
+    untrained_answers: int
+    held_out: int  # examples that are kept for evaluation
     left_out: int  # rows, by data.transform
     bad: list[tuple[int, str]]  # the first rows that cannot be used
     num_bad: int
@@ -74,25 +81,44 @@ class Inspection:
         return asdict(self) | {"trained_share": self.trained_share}
 
 
-def inspect_source(key: str, location: str, run: RunConfig, renderer: ChatRenderer, *, show: int) -> Inspection:
-    """`show`: so many of the first examples. Raises `DataError` where nothing can be read."""
+def inspect_source(
+    key: str,
+    config: SourceConfig,
+    run: RunConfig,
+    renderer: ChatRenderer,
+    *,
+    show: int,
+    on_rows: Callable[[int, int], None] = lambda count, total: None,
+) -> Inspection:
+    """`show`: so many of the first examples. `on_rows`: told of so many more rows, of so many in all. Raises
+    `DataError` where nothing can be read."""
     shape = objective_of(run.objective).shape
     limit = run.data.max_example_tokens
-    data = run.data.model_copy(update={"max_example_tokens": NO_LIMIT if run.data.overlong != "split" else limit})
-    source = Source(key, location, data, renderer.tokenizer, shape)
+    data = run.data.of(config).model_copy(
+        update={"max_example_tokens": NO_LIMIT if run.data.overlong != "split" else limit}
+    )
+    source = Source(key, config, data, renderer.tokenizer, shape, trained_turns(run.objective))
     rows = source.rows()
     with tempfile.TemporaryDirectory(prefix="ftray-inspect-") as scratch:
         place = Path(scratch) / "tokens"
         tally = tokenize(
-            source, rows, place, processes=None, cancelled=threading.Event(), refuse=refuse_where_nothing_is_left
+            source,
+            rows,
+            place,
+            processes=None,
+            cancelled=threading.Event(),
+            refuse=refuse_where_nothing_is_left,
+            on_rows=lambda count: on_rows(count, len(rows)),
         )
         dataset = open_dataset(place)
         lengths = np.asarray(dataset.lengths)
         return Inspection(
             key=key,
-            location=location,
-            read_as=recognised(run.data, rows, shape=shape),
-            unread=unread_columns(run.data, rows, shape=shape, key=str(source)),
+            location=config.path,
+            name=config.label,
+            weight=config.weight,
+            read_as=recognised(data, rows, shape=shape),
+            unread=unread_columns(data, rows, shape=shape, key=str(source)),
             template=describe_template(renderer) if shape != "document" else [],
             rows=tally.num_rows,
             examples=len(dataset),
@@ -103,6 +129,8 @@ def inspect_source(key: str, location: str, run: RunConfig, renderer: ChatRender
             over_limit=int((lengths > limit).sum()),
             histogram=histogram(lengths),
             duplicates=count_duplicates(dataset),
+            untrained_answers=tally.num_untrained,
+            held_out=num_held_out(dataset, run) if key.startswith(TRAIN) else 0,
             left_out=tally.num_left_out,
             bad=tally.bad[:MOST_LISTED],
             num_bad=len(tally.bad),
@@ -111,7 +139,7 @@ def inspect_source(key: str, location: str, run: RunConfig, renderer: ChatRender
         )
 
 
-def refuse_where_nothing_is_left(tally: Tally, source: Source) -> None:
+def refuse_where_nothing_is_left(tally: Tally, source: str, data: DataConfig) -> None:
     if tally.num_examples == 0:
         first = f"; row {tally.bad[0][0]}: {tally.bad[0][1]}" if tally.bad else ""
         raise DataError(f"{source}: of {tally.num_rows} rows none can be trained{first}")
@@ -161,6 +189,10 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
         pieces.append(after[len(before) :])
         done = count
     return pieces
+
+
+def num_held_out(dataset: TokenizedDataset, run: RunConfig) -> int:
+    return int(is_held_out(dataset.keys, run.data.held_out).sum()) if run.data.held_out is not None else 0
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int]]:

@@ -1,11 +1,13 @@
 """What `ftray data inspect` found, as one HTML file that needs no network."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 
 from ftray.data.inspect import Inspection
+from ftray.data.sets import TRAIN
 from ftray.storage import write_bytes
 
 TEMPLATE = Path(__file__).with_name("inspect.html")
@@ -13,5 +15,14 @@ TEMPLATE = Path(__file__).with_name("inspect.html")
 
 def write_page(path: Path, name: str, found: Sequence[Inspection]) -> None:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(name=name, found=found)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        name=name, found=found, shares=defaultdict(str, shares_of_tokens(found))
+    )
     write_bytes(path.absolute(), page.encode())
+
+
+def shares_of_tokens(found: Sequence[Inspection]) -> dict[str, str]:
+    """By key, of several training sources: as a percentage."""
+    sources = [source for source in found if source.key.startswith(TRAIN)]
+    total = max(1, sum(source.tokens for source in sources))
+    return {source.key: f"{source.tokens / total:.0%}" for source in sources} if len(sources) > 1 else {}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ftray.config.data import SourceConfig
 from ftray.data.rows import JoinedRows, Rows, read_json, read_table, read_texts
 from ftray.errors import DataError, FtrayError
 from ftray.storage import local_copies
@@ -84,15 +85,25 @@ def files_in(key: str, source: str) -> list[Path]:
     return files
 
 
-def load_rows(key: str, source: str, *, revision: str | None = None) -> Rows:
+def load_source(key: str, source: SourceConfig) -> Rows:
     """Raises `DataError` naming the source when it cannot be read or is empty."""
+    rows = load_rows(key, source.path, split=source.split, subset=source.subset, revision=source.revision)
+    return rows if source.limit is None else rows.select(range(min(source.limit, len(rows))))
+
+
+def load_rows(
+    key: str, source: str, *, split: str | None = None, subset: str | None = None, revision: str | None = None
+) -> Rows:
+    """`split`: of a hub id or a saved directory; None: train. Raises `DataError` as `load_source` does."""
     check_source(key, source)
+    if (split or subset or revision) and (is_several(source) or local_file(key, source).is_file()):
+        raise DataError(f"{key}: {source}: split, subset and revision are of a hub id, and this is a file")
     if is_several(source):
         rows: Rows = JoinedRows([read_file(key, str(file), file) for file in files_in(key, source)])
     elif (path := local_file(key, source)).is_file():
         rows = read_file(key, source, path)
     else:
-        rows = of_datasets(key, source, path, revision=revision)
+        rows = of_datasets(key, source, path, split=split, subset=subset, revision=revision)
     if len(rows) == 0:
         raise DataError(f"{key}: {source}: has no rows")
     return rows
@@ -102,7 +113,7 @@ def read_file(key: str, source: str, path: Path) -> Rows:
     if path.stat().st_size == 0:
         raise DataError(f"{key}: {source}: the file is empty")
     if kind_of(path) == PARQUET:
-        return of_datasets(key, source, path, revision=None)
+        return of_datasets(key, source, path)
     try:
         return READERS[kind_of(path)](unpacked(path))
     except DataError as error:
@@ -137,7 +148,15 @@ def open_packed(path: Path, packing: str) -> Any:
     return pyarrow.input_stream(str(path), compression="zstd")
 
 
-def of_datasets(key: str, source: str, path: Path, *, revision: str | None) -> Any:
+def of_datasets(
+    key: str,
+    source: str,
+    path: Path,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
+) -> Any:
     """What Hugging Face `datasets` reads: parquet, a saved directory, a hub id. Raises `DataError`."""
     import datasets
     from datasets.config import HF_DATASETS_CACHE
@@ -153,7 +172,7 @@ def of_datasets(key: str, source: str, path: Path, *, revision: str | None) -> A
             kept = str(Path(HF_DATASETS_CACHE) / "ftray" / file_digest(path))
             rows = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", cache_dir=kept)
         else:
-            rows = datasets.load_dataset(source, revision=revision, split="train")
+            rows = datasets.load_dataset(source, subset, revision=revision, split=split or "train")
     except (DatasetGenerationError, DatasetNotFoundError) as error:
         raise DataError(f"{key}: {source}: cannot be read: {root_cause(error)}") from None
     except (OSError, ValueError) as error:
@@ -167,9 +186,11 @@ def of_datasets(key: str, source: str, path: Path, *, revision: str | None) -> A
             ) from None
         raise DataError(f"{key}: {source}: cannot be read: {root_cause(error)}") from None
     if isinstance(rows, datasets.DatasetDict):
-        raise DataError(
-            f"{key}: {source}: holds the splits {', '.join(map(str, rows))}; save the one to use as its own directory"
-        )
+        if split in rows:
+            return rows[split]
+        raise DataError(f"{key}: {source}: holds the splits {', '.join(map(str, rows))}; name one with split")
+    if split is not None and path.is_dir():
+        raise DataError(f"{key}: {source}: holds one set of rows and no split {split!r}")
     return rows
 
 

@@ -16,43 +16,43 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from ftray.config.data import DataConfig
+from ftray.config.data import DataConfig, SourceConfig
 from ftray.data.dataset import DatasetWriter, TokenizedDataset, open_dataset
-from ftray.data.encode import ENCODERS, Example
-from ftray.data.formats import code_digest, reader_of, unread_columns
-from ftray.data.sources import load_rows, source_digest
+from ftray.data.encode import ENCODERS, Example, answers_of, trained_answers
+from ftray.data.formats import Conversation, code_digest, reader_of, unread_columns
+from ftray.data.sources import load_source, source_digest
+from ftray.data.tally import Tally, add, refuse_problems
 from ftray.errors import DataError, FtrayError
 from ftray.model.chat import ChatRenderer, Rendered
-from ftray.objectives import Shape
+from ftray.objectives import Shape, TrainedTurns
 from ftray.storage import verify_directory
 from ftray.storage.machine import usable_cores, user_name
 
-RowEncoder = Callable[[dict[str, Any]], list[Example]]  # of a raw row; one that data.transform drops has no example
-MAX_LISTED = 5
 # Fewer rows than this a process are not worth its start.
 ROWS_PER_PROCESS = 20_000
 CANCEL_POLL_S = 0.5
-READ_BY = ("columns", "format", "transform", "max_example_tokens", "overlong")  # keys of `data` that tokens depend on
-FORMAT = 3  # of the kept files, and how texts become tokens: another number makes them anew
+ROWS_BETWEEN_NEWS = 200
+ALL_TURNS = TrainedTurns()
+READ_BY = ("columns", "format", "transform", "bad_rows", "max_example_tokens", "overlong")  # keys that tokens depend on
+FORMAT = 4  # of the kept files, and how texts become tokens: another number makes them anew
 
 
-@dataclass
-class Tally:
-    """What became of the rows of one part; problems as (row, text)."""
+@dataclass(frozen=True)
+class Encoded:
+    """What became of a row."""
 
-    num_rows: int = 0
-    num_truncated: int = 0
-    num_dropped: int = 0  # by data.overlong
-    num_left_out: int = 0  # by data.transform
-    num_examples: int = 0
-    bad: list[tuple[int, str]] = field(default_factory=list)
-    overlong: list[tuple[int, str]] = field(default_factory=list)
+    key: int  # the hash of what it says
+    examples: list[Example]
+    num_untrained: int  # answers
+
+
+RowEncoder = Callable[[dict[str, Any]], Encoded | None]  # of a raw row; None: data.transform drops it
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,30 @@ class Source:
     """Raw rows and how they become tokens. It can be sent to another process."""
 
     key: str  # of the config, for messages
-    location: str
-    data: DataConfig
+    config: SourceConfig
+    data: DataConfig  # as this source is read
     tokenizer: Any
     shape: Shape
+    turns: TrainedTurns
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.location}"
+        return f"{self.key}: {self.config.path}"
 
     def rows(self) -> Any:
-        return load_rows(self.key, self.location, revision=self.data.revision)
+        return load_source(self.key, self.config)
 
     def encoder(self, rows: Any) -> RowEncoder:
         read = reader_of(self.data, rows, shape=self.shape, key=str(self))
-        encode = ENCODERS[self.shape](self.data, ChatRenderer(self.tokenizer))
-        return lambda row: [] if (value := read(row)) is None else encode(value)
+        encode = ENCODERS[self.shape](self.data, ChatRenderer(self.tokenizer), self.turns)
+
+        def encoded(row: dict[str, Any]) -> Encoded | None:
+            value = read(row)
+            if value is None:
+                return None
+            untrained = num_untrained(value, self.turns) if self.shape == "conversation" else 0
+            return Encoded(key_of(value), encode(value), untrained)
+
+        return encoded
 
     def digest(self, rows: Any) -> str:
         """Of all that the tokens depend on."""
@@ -82,7 +91,8 @@ class Source:
         vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
         depends = {
             "format": FORMAT,
-            "source": source_digest(self.location, rows),
+            "source": [source_digest(self.config.path, rows), self.config.limit],
+            "trained": astuple(self.turns),
             "data": self.data.model_dump(mode="json", include=set(READ_BY)),
             "own_code": code_digest(self.data),
             "shape": self.shape,
@@ -94,6 +104,21 @@ class Source:
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 
 
+def key_of(value: Any) -> int:
+    """The hash, 64 bits, of what a row says: a conversation's turns and tools, what a pair asks, a text."""
+    if isinstance(value, str):
+        said = value
+    else:
+        asked = [value.messages, value.tools] if isinstance(value, Conversation) else value.prompt
+        said = json.dumps(asked, sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def num_untrained(talk: Conversation, turns: TrainedTurns) -> int:
+    """Of its answers."""
+    return len(answers_of(talk)) - len(trained_answers(talk, turns))
+
+
 def asks_for_date(tokenizer: Any) -> bool:
     """Its chat template writes today's date, in training and in serving."""
     return "strftime_now" in json.dumps(tokenizer.chat_template)
@@ -101,11 +126,12 @@ def asks_for_date(tokenizer: Any) -> bool:
 
 def tokenize_source(
     key: str,
-    location: str,
+    location: str | SourceConfig,
     data: DataConfig,
     renderer: ChatRenderer,
     *,
     shape: Shape = "conversation",
+    turns: TrainedTurns = ALL_TURNS,
     kept_in: Path | None = None,
     processes: int | None = None,
     cancelled: threading.Event | None = None,
@@ -116,9 +142,10 @@ def tokenize_source(
     Raises one `DataError` that lists the rows that cannot be used; `CancelledError` soon after `cancelled` is set.
     """
     cancelled = cancelled or threading.Event()
-    source = Source(key, location, data, renderer.tokenizer, shape)
+    config = SourceConfig(path=location) if isinstance(location, str) else location
+    source = Source(key, config, data.of(config), renderer.tokenizer, shape, turns)
     rows = source.rows()
-    if unread := unread_columns(data, rows, shape=shape, key=str(source)):
+    if unread := unread_columns(source.data, rows, shape=shape, key=str(source)):
         log(f"{key}: columns that are not read: {', '.join(unread)}")
     if shape != "document" and asks_for_date(renderer.tokenizer):
         log(
@@ -157,21 +184,21 @@ def tokenize(
     *,
     processes: int | None,
     cancelled: threading.Event,
-    refuse: Callable[[Tally, Source], None] | None = None,
+    refuse: Callable[[Tally, str, DataConfig], None] | None = None,
+    on_rows: Callable[[int], None] = lambda count: None,
 ) -> Tally:
     """Writes the dataset's directory, or, when a row cannot be used, nothing. `refuse`: raises `DataError` for what was
-    found; None: for rows that cannot be used."""
+    found; None: for rows that cannot be used. `on_rows`: told of so many more rows that are done."""
     encode = source.encoder(rows)  # says what is wrong with the columns
     count = min(processes or usable_cores(), len(rows) // ROWS_PER_PROCESS)
     writer = DatasetWriter(directory)
     try:
         if count <= 1:
-            tally = encode_rows(rows, encode, source.data, writer)
+            tally = encode_rows(rows, encode, source.data, writer, on_rows=on_rows)
         else:
-            tally = encode_in_processes(source, rows, count, directory, writer, cancelled)
-        (refuse or refuse_problems)(tally, source)
-        dropped = tally.num_dropped + tally.num_left_out
-        writer.finish(num_rows=tally.num_rows, num_truncated=tally.num_truncated, num_dropped=dropped)
+            tally = encode_in_processes(source, rows, count, directory, writer, cancelled, on_rows=on_rows)
+        (refuse or refuse_problems)(tally, str(source), source.data)
+        writer.finish([tally.row_counts], [source.config.label])
         return tally
     except BaseException:
         writer.close()
@@ -180,7 +207,14 @@ def tokenize(
 
 
 def encode_in_processes(
-    source: Source, rows: Any, count: int, directory: Path, writer: DatasetWriter, cancelled: threading.Event
+    source: Source,
+    rows: Any,
+    count: int,
+    directory: Path,
+    writer: DatasetWriter,
+    cancelled: threading.Event,
+    *,
+    on_rows: Callable[[int], None],
 ) -> Tally:
     """Parts of the rows, joined in their order. Processes are started anew, not forked: the driver has threads."""
     bounds = [*range(0, len(rows), ROWS_PER_PROCESS), len(rows)]
@@ -200,6 +234,7 @@ def encode_in_processes(
             writer.extend(place, row_offset=start)
             shutil.rmtree(place)
             add(total, tally, row_offset=start)
+            on_rows(tally.num_rows)
     return total
 
 
@@ -210,21 +245,31 @@ def encode_part(source: Source, rows: Any, directory: Path) -> Tally:
     return tally
 
 
-def encode_rows(rows: Any, encode: RowEncoder, data: DataConfig, writer: DatasetWriter) -> Tally:
+def encode_rows(
+    rows: Any,
+    encode: RowEncoder,
+    data: DataConfig,
+    writer: DatasetWriter,
+    *,
+    on_rows: Callable[[int], None] = lambda count: None,
+) -> Tally:
     tally = Tally(num_rows=len(rows))
     for number, row in enumerate(rows, start=1):
+        if number % ROWS_BETWEEN_NEWS == 0:
+            on_rows(ROWS_BETWEEN_NEWS)
         try:
-            examples = encode(row)
+            encoded = encode(row)
         except DataError as error:
             tally.bad.append((number, str(error)))
             continue
-        if not examples:
+        if encoded is None:
             tally.num_left_out += 1
             continue
-        if not all(sequence.trained[1:].any() for example in examples for sequence in example):
+        if not all(sequence.trained[1:].any() for example in encoded.examples for sequence in example):
             tally.bad.append((number, "no trained token has one before it to be predicted from"))
             continue
-        for example in examples:
+        tally.num_untrained += encoded.num_untrained
+        for example in encoded.examples:
             longest = max(len(sequence.ids) for sequence in example)
             if longest > data.max_example_tokens:
                 if data.overlong != "truncate":
@@ -237,43 +282,11 @@ def encode_rows(rows: Any, encode: RowEncoder, data: DataConfig, writer: Dataset
                     tally.num_dropped += 1
                     continue
                 tally.num_truncated += 1
-            writer.append([(sequence.ids, sequence.trained) for sequence in example], row=number)
+            sequences = [(sequence.ids, sequence.trained) for sequence in example]
+            writer.append(sequences, row=number, key=encoded.key)
             tally.num_examples += 1
     return tally
 
 
-def add(total: Tally, part: Tally, *, row_offset: int) -> None:
-    total.num_rows += part.num_rows
-    total.num_truncated += part.num_truncated
-    total.num_dropped += part.num_dropped
-    total.num_left_out += part.num_left_out
-    total.num_examples += part.num_examples
-    total.bad += [(number + row_offset, text) for number, text in part.bad]
-    total.overlong += [(number + row_offset, text) for number, text in part.overlong]
-
-
 def truncate(sequence: Rendered, size: int) -> Rendered:
     return Rendered(sequence.ids[:size], sequence.trained[:size])
-
-
-def refuse_problems(tally: Tally, source: Source) -> None:
-    limit = source.data.max_example_tokens
-    share = f"of {tally.num_rows} rows"
-    raise_listed(tally.bad, f"{source}: {len(tally.bad)} {share} cannot be trained", fix="fix or remove them")
-    raise_listed(
-        tally.overlong,
-        f"{source}: {len(tally.overlong)} {share} are longer than data.max_example_tokens ({limit})",
-        fix="raise it (with batch.tokens_per_micro_batch), or set data.overlong to truncate, drop or, for documents, "
-        "split",
-    )
-    if tally.num_examples == 0:
-        by_transform = f", {tally.num_left_out} were dropped by data.transform" if tally.num_left_out else ""
-        too_long = f"{tally.num_dropped} are over data.max_example_tokens"
-        raise DataError(f"{source}: no row is left: {too_long}{by_transform}")
-
-
-def raise_listed(problems: list[tuple[int, str]], what: str, *, fix: str) -> None:
-    if problems:
-        shown = "\n".join(f"  - row {number}: {text}" for number, text in problems[:MAX_LISTED])
-        more = f"\n  - and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise DataError(f"{what}:\n{shown}{more}\n  {fix}")

@@ -7,12 +7,14 @@ from ftray.data.dataset import TokenizedDataset
 from ftray.data.examples import examples_of
 from ftray.data.micro_batches import first_fit
 from ftray.data.pack import pack
-from ftray.data.tokens import tokenize_source
+from ftray.data.sets import evaluation_set
+from ftray.data.tokens import ALL_TURNS
 from ftray.evaluate.task import Answer, Evaluation, answer_tokens, judged, with_thoughts_apart
 from ftray.infer.engines import generate
 from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.chat import ChatRenderer
+from ftray.objectives import TrainedTurns
 from ftray.tasks import EXACT_MATCH, Question, Task
 
 SCORE_TOKENS = 2048  # of one packed row
@@ -26,10 +28,14 @@ def evaluate_offline(
     adapter: str | None,
     model: str,
     task: Task = EXACT_MATCH,
+    turns: TrainedTurns = ALL_TURNS,
 ) -> Evaluation:
-    """`adapter`: the key it is loaded under in the engine, or None for the base model."""
+    """`adapter`: the key it is loaded under in the engine, or None for the base model. `turns`: that the loss is of."""
     answers = answer_questions(engine, questions, adapter=adapter, task=task)
-    loss = held_out_loss(engine, data, ChatRenderer(engine.tokenizer), adapter=adapter)
+    dataset = evaluation_set(data, ChatRenderer(engine.tokenizer), turns=turns)
+    assert dataset is not None
+    # Mean negative log-likelihood per answer token: what training reports as eval_loss.
+    loss = mean_loss(engine, dataset, adapter=adapter, max_example_tokens=data.max_example_tokens)
     return Evaluation(model, answers, loss, task)
 
 
@@ -45,13 +51,6 @@ def answer_questions(
     ]
     texts = generate(engine, requests, frame=renderer.template.thought_frame)
     return [judged(task, question, texts[str(i)]) for i, question in enumerate(questions)]
-
-
-def held_out_loss(engine: TorchEngine, data: DataConfig, renderer: ChatRenderer, *, adapter: str | None) -> float:
-    """Mean negative log-likelihood per answer token: what training reports as eval_loss."""
-    assert data.eval is not None
-    dataset = tokenize_source("data.eval", data.eval, data, renderer)
-    return mean_loss(engine, dataset, adapter=adapter, max_example_tokens=data.max_example_tokens)
 
 
 def mean_loss(engine: TorchEngine, dataset: TokenizedDataset, *, adapter: str | None, max_example_tokens: int) -> float:

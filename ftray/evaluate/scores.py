@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from ftray.config.data import DataConfig
 from ftray.config.run import RunConfig
 from ftray.data.dataset import TokenizedDataset
+from ftray.data.sets import evaluation_set
 from ftray.data.tokens import tokenize_source
 from ftray.errors import FtrayError, StoreError
 from ftray.evaluate.task import Evaluation, load_questions
 from ftray.model.adapters.directory import local_adapter
 from ftray.model.chat import ChatRenderer
-from ftray.objectives import objective_of
+from ftray.objectives import objective_of, trained_turns
 from ftray.tasks import Question
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ def measures_of(job: ScoreJob, renderer: ChatRenderer) -> Measures:
     text, held_out = None, None
     if job.general_text is not None:
         text = tokenize_text(renderer, job.general_text, max_example_tokens=data.max_example_tokens)
-    if job.held_out and data.eval is not None:
-        held_out = tokenize_source("data.eval", data.eval, data, renderer, shape=shape)
+    if job.held_out:
+        held_out = evaluation_set(data, renderer, shape=shape, turns=trained_turns(job.run.objective))
     asks = shape == "conversation" and data.eval is not None
     return Measures(load_questions(data) if asks else None, text, held_out, data.max_example_tokens)
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ftray.config.data import DataConfig
-from ftray.data.formats import Conversation, reader_of
-from ftray.data.sources import load_rows
+from ftray.data.formats import Conversation
+from ftray.data.sets import read_evaluation
 from ftray.errors import DataError
 from ftray.model.chat import ChatRenderer
 from ftray.tasks import EXACT_MATCH, Question, Task
@@ -65,22 +65,26 @@ def judged(task: Task, question: Question, answer: str) -> Answer:
 
 
 def load_questions(data: DataConfig) -> list[Question]:
-    if data.eval is None:
-        raise DataError("data.eval: not given; an evaluation needs held-out rows")
-    rows = load_rows("data.eval", data.eval, revision=data.revision)
-    read = reader_of(data, rows, shape="conversation", key=f"data.eval: {data.eval}")
-    return [make_question(talk, number) for number, row in enumerate(rows, start=1) if (talk := read(row)) is not None]
+    rows = read_evaluation(data, shape="conversation")
+    questions = []
+    for key, number, talk in rows:
+        try:
+            questions.append(make_question(talk, f"{key}: row {number}"))
+        except DataError:
+            if data.bad_rows == "error":
+                raise
+    return questions
 
 
-def make_question(talk: Conversation, number: int) -> Question:
+def make_question(talk: Conversation, label: str) -> Question:
     messages = talk.messages
     last = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant"), None)
     if last is None:
-        raise DataError(f"data.eval: row {number}: no assistant turn to compare an answer with")
+        raise DataError(f"{label}: no assistant turn to compare an answer with")
     if last != len(messages) - 1 and any(message["role"] == "user" for message in messages[last:]):
-        raise DataError(f"data.eval: row {number}: ends with a question that has no answer; remove it, or answer it")
+        raise DataError(f"{label}: ends with a question that has no answer; remove it, or answer it")
     if messages[last].get("tool_calls"):
-        raise DataError(f"data.eval: row {number}: its last answer is a tool call, which no task judges yet")
+        raise DataError(f"{label}: its last answer is a tool call, which no task judges yet")
     expected = messages[last]
     return Question(messages[:last], expected["content"], talk.tools, expected.get("reasoning_content"))
 

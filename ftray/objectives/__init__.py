@@ -10,7 +10,7 @@ from pydantic import Discriminator, Tag
 
 from ftray.objectives.dpo import DPO, DpoConfig
 from ftray.objectives.plugin import PLUGIN, PluginConfig, tag_of
-from ftray.objectives.protocol import LogProbs, Loss, LossFunction, Objective, Shape
+from ftray.objectives.protocol import LogProbs, Loss, LossFunction, Objective, Shape, TrainedTurns
 from ftray.objectives.sft import SFT, TEXT, SftConfig, TextConfig, sft_loss
 from ftray.plugins import load_plugin
 from ftray.schema import Strict
@@ -34,6 +34,11 @@ def objective_of(section: Strict) -> Objective:
     return OBJECTIVES[getattr(section, "type")]  # noqa: B009  each section has one
 
 
+def trained_turns(section: Strict) -> TrainedTurns:
+    """Of conversations."""
+    return section.trained_turns if isinstance(section, SftConfig) else TrainedTurns()
+
+
 def make_loss(section: Strict) -> LossFunction:
     if isinstance(section, PluginConfig):
         return section.loss()
@@ -49,7 +54,9 @@ __all__ = [
     "ObjectiveConfig",
     "SftConfig",
     "Shape",
+    "TrainedTurns",
     "make_loss",
     "objective_of",
     "sft_loss",
+    "trained_turns",
 ]

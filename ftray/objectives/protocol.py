@@ -20,6 +20,14 @@ SEQUENCES = {"conversation": 1, "document": 1, "pair": 2}
 
 
 @dataclass(frozen=True)
+class TrainedTurns:
+    """Which of a conversation's answers are trained, and whether their thoughts are."""
+
+    on: Literal["all", "last", "by_weight"] = "all"
+    reasoning: bool = True
+
+
+@dataclass(frozen=True)
 class LogProbs:
     """log p of every target [N], float32: under the model, and under the frozen reference where it is needed."""
 

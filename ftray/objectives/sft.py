@@ -3,7 +3,7 @@
 
 from typing import Literal
 
-from ftray.objectives.protocol import LogProbs, Loss, LossFunction, Objective, Row
+from ftray.objectives.protocol import LogProbs, Loss, LossFunction, Objective, Row, TrainedTurns
 from ftray.schema import Strict
 
 
@@ -11,6 +11,15 @@ class SftConfig(Strict):
     """Conversations: the assistant's tokens are trained."""
 
     type: Literal["sft"] = "sft"
+    train_on: Literal["all", "last", "by_weight"] = "all"
+    """last: of a conversation the last answer; by_weight: answers whose message says weight: 1 or train: true. One that
+    says 0 or false is never trained."""
+    train_reasoning: bool = True
+    """false: thoughts are read, and not trained."""
+
+    @property
+    def trained_turns(self) -> TrainedTurns:
+        return TrainedTurns(self.train_on, self.train_reasoning)
 
 
 class TextConfig(Strict):

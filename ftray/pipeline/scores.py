@@ -12,6 +12,7 @@ from ftray.cluster.fit_thread import last_line
 from ftray.cluster.session import ray_session
 from ftray.config import PipelineConfig, RunConfig
 from ftray.config.expression import Expression
+from ftray.data.sets import evaluated_sources
 from ftray.errors import FtrayError
 from ftray.evaluate.scores import Score, ScoreJob
 from ftray.model.base import prepare_base
@@ -91,9 +92,11 @@ def measure(config: PipelineConfig, artifact: Artifact) -> Iterator[tuple[str, S
 
 def digest_of(config: PipelineConfig, artifact: Artifact) -> str:
     """Of the weights and of what they are measured on."""
-    sources = [artifact.run.data.eval, config.general_text]
+    data = artifact.run.data
+    sources = [*(source.path for _, source in evaluated_sources(data)), config.general_text]
     contents = [sha256_of(Path(s)) if s is not None and Path(s).is_file() else s for s in sources]
-    return hashlib.sha256(repr([artifact.run.base_model, digest_of_weights(artifact), contents]).encode()).hexdigest()
+    depends = [artifact.run.base_model, digest_of_weights(artifact), contents, str(data.held_out)]
+    return hashlib.sha256(repr(depends).encode()).hexdigest()
 
 
 def digest_of_weights(artifact: Artifact) -> str:

@@ -106,13 +106,13 @@ def find_work(run: RunConfig, examples: int | None, example_tokens: int | None) 
     share = 1.0
     source = f"examples of {example_tokens} tokens"
     here = run.base_model in EMBEDDED or Path(run.base_model).exists()  # else its tokenizer comes with all its weights
-    if example_tokens is None and here and Path(run.data.train).is_file():
+    if example_tokens is None and here and all(Path(source.path).exists() for source in run.data.training_sources):
         from ftray.train.prepared_data import prepare_data
 
         _, data = prepare_data(run, log=lambda text: None)
         counts = data.train.counts()
         examples = examples or counts["examples"]
-        example_tokens = counts["tokens"] // counts["examples"]
+        example_tokens = int(counts["tokens"]) // int(counts["examples"])
         share = counts["trained_tokens"] / counts["tokens"]
         source = f"{counts['examples']:,} examples of {example_tokens} tokens on average, as data.train has them"
     elif example_tokens is None:

@@ -32,7 +32,7 @@ def prepare_sweep(config: SweepConfig, space: Space) -> PreparedSweep:
             f"adapter.init_from: {starts[0]}: the trials of a sweep start from their base; fold the adapter into it "
             "(`ftray adapters merge`) and give that as base_model"
         )
-    for run in {(run.base_model, run.data.train, run.data.eval): run for run in runs}.values():
+    for run in {(run.base_model, run.chat, run.data.model_dump_json()): run for run in runs}.values():
         check_before_anything(run)
     refuse_vanishing_directory(base_run)
     own_callbacks(base_run)

@@ -11,6 +11,12 @@ from ftray.errors import DamagedError
 from ftray.storage import write_bytes
 
 METRICS = "metrics.jsonl"
+OF_SOURCE = "eval_loss/"  # and a source's name, where an evaluation has several
+
+
+def losses_of_sources(record: dict[str, Any]) -> dict[str, float]:
+    """Of an evaluation, by name; empty where it has one source."""
+    return {key.removeprefix(OF_SOURCE): value for key, value in record.items() if key.startswith(OF_SOURCE)}
 
 
 class MetricsLog:

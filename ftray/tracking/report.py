@@ -15,7 +15,7 @@ from ftray.storage import read_json, write_bytes, write_json
 from ftray.tracking.curves import COLOURS, assets, curve_of, figure, style
 from ftray.tracking.events import read_events
 from ftray.tracking.facts import changed_settings, facts_of
-from ftray.tracking.metrics import read_metrics
+from ftray.tracking.metrics import OF_SOURCE, losses_of_sources, read_metrics
 from ftray.tracking.runs import RESULT, RunSummary
 from ftray.tracking.samples import read_samples
 
@@ -70,7 +70,7 @@ def render_report(run_directory: Path, *, answers: AnswerTable | None = None) ->
         changed=changed_settings(config),
         environment=read_json(run_directory / "environment.json"),
         result=result,
-        plots=[draw(metrics, name) for name in SHOWN if any(name in record for record in metrics)],
+        plots=[draw(metrics, name) for name in SHOWN if any(name in r for r in metrics)] + draw_sources(metrics),
         events=[described(event) for event in read_events(run_directory)],
         answers=answers,
         samples=samples,
@@ -129,6 +129,18 @@ def draw(metrics: list[dict[str, Any]], name: str) -> str:
     if evaluations := [record for record in metrics if f"eval_{name}" in record]:
         curves.append(curve_of(f"evaluation {label}", evaluations, f"eval_{name}", colour=COLOURS[1]))
     return figure(curves, label=label)
+
+
+def draw_sources(metrics: list[dict[str, Any]]) -> list[str]:
+    """The evaluation loss of each source, where there are several."""
+    evaluations = [record for record in metrics if losses_of_sources(record)]
+    if not evaluations:
+        return []
+    curves = [
+        curve_of(name, evaluations, f"{OF_SOURCE}{name}", colour=COLOURS[number % len(COLOURS)])
+        for number, name in enumerate(losses_of_sources(evaluations[-1]))
+    ]
+    return [figure(curves, label="evaluation loss of each source")]
 
 
 def label_of(name: str) -> str:

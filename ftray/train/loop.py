@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 
 from ftray.data.dataset import TokenizedDataset
-from ftray.data.examples import Example, ExampleSource, examples_of
+from ftray.data.examples import DatasetExample, Example, ExampleSource, examples_of
 from ftray.data.micro_batches import divide
 from ftray.data.pack import pack, pack_all
 from ftray.model.packed import PackedRow
 from ftray.objectives import Objective
-from ftray.train.engine.protocol import StepLoss, TrainingEngine
+from ftray.train.engine.protocol import StepLoss, TrainingEngine, combined
 from ftray.train.loss_guard import LossGuard, suspects
 from ftray.train.step_record import StepRecord, record_step
 
@@ -123,12 +123,30 @@ def suspect_rows(engine: TrainingEngine, micro_batches: list[list[Example]]) -> 
     return suspects([found for rank in engine.gather(own) for found in rank])
 
 
-def evaluation_rows(
-    dataset: TokenizedDataset, engine: TrainingEngine, *, token_budget: int
+def evaluator(dataset: TokenizedDataset, engine: TrainingEngine, *, token_budget: int) -> Callable[[], StepLoss]:
+    """Evaluates the whole set, and where it has several sources each of them."""
+    parts = by_source(dataset)
+    rows = {name: rows_of(dataset, chosen, engine, token_budget=token_budget) for name, chosen in parts.items()}
+    if len(rows) == 1:
+        (only,) = rows.values()
+        return lambda: engine.evaluate(only())
+    counts = {name: denominator_of(engine.objective, chosen) for name, chosen in parts.items()}
+    return lambda: combined({name: engine.evaluate(of_source()) for name, of_source in rows.items()}, counts)
+
+
+def by_source(dataset: TokenizedDataset) -> dict[str, list[DatasetExample]]:
+    """The examples of each source that has some."""
+    numbers = {name: dataset.examples_of_source(number) for number, name in enumerate(dataset.names)}
+    return {name: examples_of(dataset, chosen.tolist()) for name, chosen in numbers.items() if len(chosen)}
+
+
+def rows_of(
+    dataset: TokenizedDataset, examples: Sequence[Example], engine: TrainingEngine, *, token_budget: int
 ) -> Callable[[], Iterator[PackedRow]]:
-    shares = divide(examples_of(dataset), world_size=engine.num_shares, token_budget=token_budget)
+    """This rank's share of them."""
+    shares = divide(examples, world_size=engine.num_shares, token_budget=token_budget)
     num_sequences = dataset.sequences_per_example
-    return lambda: (pack(examples, num_sequences=num_sequences) for examples in shares[engine.share])
+    return lambda: (pack(together, num_sequences=num_sequences) for together in shares[engine.share])
 
 
 def seed_step(seed: int, *, step: int, rank: int) -> None:

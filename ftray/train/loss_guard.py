@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ftray.config.run import GuardConfig
@@ -54,6 +54,7 @@ def suspects(micro_batches: Sequence[tuple[float, list[int]]]) -> list[int]:
     return sorted({row for rows in broken for row in rows})  # ranks that share a row each name it
 
 
-def name_rows(rows: Sequence[int]) -> str:
-    shown = ", ".join(map(str, rows[:MAX_NAMED_ROWS]))
+def name_rows(rows: Sequence[int], name_of: Callable[[int], str] = str) -> str:
+    """`name_of`: where there are several sources, with that one's."""
+    shown = ", ".join(map(name_of, rows[:MAX_NAMED_ROWS]))
     return shown + (f" and {len(rows) - MAX_NAMED_ROWS} more" if len(rows) > MAX_NAMED_ROWS else "")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ftray.config import RunConfig
 from ftray.data.formats import own_format, own_transform
-from ftray.data.sources import check_source
+from ftray.data.sets import check_data
 from ftray.model.base import check_base_name
 from ftray.objectives import objective_of
 from ftray.train.hooks.own_callbacks import Callback, own_callbacks
@@ -37,8 +37,6 @@ def prepare(config: RunConfig, *, fresh: bool = False, callbacks: Sequence[Callb
 def check_before_anything(config: RunConfig) -> None:
     """What is wrong with the input as far as a file listing can tell."""
     check_base_name(config.base_model)
-    check_source("data.train", config.data.train)
-    if config.data.eval is not None:
-        check_source("data.eval", config.data.eval)
+    check_data(config.data)
     own_format(config.data, shape=objective_of(config.objective).shape)
     own_transform(config.data)

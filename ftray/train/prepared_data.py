@@ -9,11 +9,11 @@ from ftray.child_process import in_child_process
 from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.examples import dataset_source
-from ftray.data.tokens import tokenize_source
+from ftray.data.sets import evaluation_set, num_shared, training_set
 from ftray.model.adapters.targets import check_targets
 from ftray.model.base import BaseModel, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
-from ftray.objectives import objective_of
+from ftray.objectives import objective_of, trained_turns
 from ftray.train.checkpoints.listing import read_state
 
 Log = Callable[[str], None]
@@ -55,26 +55,42 @@ def prepare_data(
     if config.adapter is not None:
         check_targets(base, config.adapter)
     renderer = ChatRenderer(load_tokenizer(base))
-
-    def tokens(key: str, source: str) -> TokenizedDataset:
-        shape = objective_of(config.objective).shape
-        how = {"shape": shape, "kept_in": kept_in, "cancelled": cancelled}
-        return tokenize_source(key, source, config.data, renderer, log=log, **how)
-
-    train = tokens("data.train", config.data.train)
-    evaluation = tokens("data.eval", config.data.eval) if config.data.eval is not None else None
+    shape, turns = objective_of(config.objective).shape, trained_turns(config.objective)
+    how = {"shape": shape, "turns": turns, "kept_in": kept_in, "cancelled": cancelled, "log": log}
+    train = training_set(config.data, renderer, **how)
+    evaluation = evaluation_set(config.data, renderer, **how)
     log(f"base model: {base}")
+    if shape != "document" and not renderer.template.ends_answers:
+        log("the chat template ends no answer: a model that is trained on it may write on to its limit")
     log(f"training data: {describe_counts(train)}")
+    for line in describe_sources(train):
+        log(f"  {line}")
     if evaluation is not None:
         log(f"evaluation data: {describe_counts(evaluation)}")
+        if shared := num_shared(train, evaluation):
+            log(f"evaluation data: {shared:,} of its conversations are training data too, so eval_loss flatters")
     return base, PreparedData(train, evaluation, train.digest(), num_steps(config, train))
 
 
 def describe_counts(dataset: TokenizedDataset) -> str:
     counts = dataset.counts()
-    lost = "".join(f", {counts[key]} {key}" for key in ("truncated", "dropped") if counts[key])
-    rows = f"{counts['rows']:,} rows, " if counts["rows"] != counts["examples"] else ""
+    lost = "".join(f", {counts[key]:,} {key}" for key in ("truncated", "dropped") if counts[key])
+    lost += f", {counts['bad_rows']:,} bad rows left out" if counts["bad_rows"] else ""
+    lost += f", {counts['untrained_answers']:,} answers not trained" if counts["untrained_answers"] else ""
+    rows = f" of {counts['rows']:,} rows" if counts["rows"] != counts["examples"] else ""
     return (
-        f"{rows}{counts['examples']:,} examples{lost}, {counts['tokens']:,} tokens, "
+        f"{counts['examples']:,} examples{rows}{lost}, {counts['tokens']:,} tokens, "
         f"{counts['trained_tokens']:,} trained, longest {counts['longest']:,}"
     )
+
+
+def describe_sources(dataset: TokenizedDataset) -> list[str]:
+    """A line of each, where there are several."""
+    if len(dataset.names) == 1:
+        return []
+    numbers = [dataset.examples_of_source(number) for number in range(len(dataset.names))]
+    tokens = [int(dataset.lengths[chosen].sum()) for chosen in numbers]
+    return [
+        f"{name}: {len(chosen):,} examples, {count:,} tokens ({count / max(1, sum(tokens)):.0%})"
+        for name, chosen, count in zip(dataset.names, numbers, tokens, strict=True)
+    ]

@@ -215,7 +215,7 @@ def config_of(record: Record, *, base_directory: str, train_file: str) -> Any:
 
 def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: str, train_file: str) -> dict[str, Any]:
     from ftray.data.examples import dataset_source
-    from ftray.data.tokens import tokenize_source
+    from ftray.data.sets import training_set
     from ftray.model.base import load_tokenizer, prepare_base
     from ftray.model.chat import ChatRenderer
     from ftray.model.hardware import choose_hardware
@@ -225,14 +225,13 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     from ftray.train.checkpoints.saver import Saver
     from ftray.train.engine.build import make_engine
     from ftray.train.engine.schedule import make_schedule
-    from ftray.train.loop import Schedule, Training, evaluation_rows, train
+    from ftray.train.loop import Schedule, Training, evaluator, train
     from ftray.train.loss_guard import LossGuard
 
     config = config_of(record, base_directory=base_directory, train_file=train_file)
     base = prepare_base(base_directory)
     renderer = ChatRenderer(load_tokenizer(base))
-    source, shape = config.data.train, objective_of(config.objective).shape
-    dataset = tokenize_source("data.train", source, config.data, renderer, shape=shape)
+    dataset = training_set(config.data, renderer, shape=objective_of(config.objective).shape)
     torch.manual_seed(12345 + rank)  # what came before must not matter
     engine = make_engine(config, base, choose_hardware(use_gpu=torch.distributed.get_backend() == "nccl"))
     if record.break_it is not None:
@@ -242,7 +241,7 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
     if record.resume_from is not None:
         restore(Path(record.resume_from), engine)
         start_step = read_state(Path(record.resume_from)).step
-    rows = evaluation_rows(dataset, engine, token_budget=1024)
+    evaluate = evaluator(dataset, engine, token_budget=1024)
     seen = Seen()
 
     def publish(directory: Path, step: int) -> None:
@@ -270,7 +269,7 @@ def run_record(record: Record, rank: int, checkpoints: Path, *, base_directory: 
         learning_rate=make_schedule(config.optimizer, num_steps=record.steps),
     )
     source, budget = dataset_source(config, dataset), config.batch.tokens_per_micro_batch
-    training = Training(source, schedule, config.seed, budget, evaluate=lambda: engine.evaluate(rows()))
+    training = Training(source, schedule, config.seed, budget, evaluate=evaluate)
     train(engine, training, LossGuard(config.guard), seen)
     saver.finish(last=True)
     saver.close()

@@ -6,7 +6,7 @@ from tiny import write_tiny_model
 
 from ftray.config.adapter import AdapterConfig
 from ftray.config.run import MemoryConfig
-from ftray.data.dataset import TokenizedDataset
+from ftray.data.dataset import RowCounts, TokenizedDataset
 from ftray.data.examples import examples_of
 from ftray.data.pack import pack
 from ftray.errors import AdapterError, UserError
@@ -182,9 +182,7 @@ def tiny_dataset() -> TokenizedDataset:
         rows=np.array([1, 2]),
         trained_lengths=np.array([12, 26]),
         sequences_per_example=1,
-        num_rows=2,
-        num_truncated=0,
-        num_dropped=0,
+        row_counts=(RowCounts(2),),
     )
 
 

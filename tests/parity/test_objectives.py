@@ -10,6 +10,7 @@ from torch import nn
 
 from ftray.config.adapter import AdapterConfig
 from ftray.config.data import DataConfig
+from ftray.data.dataset import RowCounts
 from ftray.data.examples import examples_of
 from ftray.data.pack import dummy_row, pack
 from ftray.data.tokens import tokenize_source
@@ -217,7 +218,7 @@ def test_a_split_document_loses_no_target(renderer, tmp_path):
     assert len(split) > len(whole)
     assert split.lengths.max() == 8
     assert split.trained_lengths.sum() == whole.trained_lengths.sum()
-    assert (split.num_rows, split.num_dropped, split.num_truncated) == (3, 0, 0)
+    assert split.row_counts == (RowCounts(3),)
     assert list(split.rows) == sorted(split.rows)
 
 

@@ -2,18 +2,20 @@
 one by one; in one go or resumed. In float32 sums of another order differ in the last bits, hence rtol 1e-5 on losses,
 and 1e-4 on the norm of the difference of the weights over the norm of the change."""
 
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from ranks import Record, Trainings
-from tiny import pair_rows, write_jsonl
+from tiny import chat_rows, pair_rows, write_jsonl
 
 LOSS_RTOL = 1e-5
 WEIGHT_NORM = 1e-4
 
 DPO = {"objective": "{type: dpo, beta: 0.2}", "data.train": "PAIRS"}  # the file is made by the fixture
+MIXTURE = {"data.train": "MIXTURE", "epochs": 2, "max_steps": "null"}  # of 16 rows by weight: 4 steps
 BITS = {"optimizer.type": "adamw_8bit"}
 SHARED = {"memory.sequence_parallel": 2}
 PISSA = {"adapter.initialization": "pissa", "optimizer.lora_plus_ratio": 4}
@@ -78,11 +80,17 @@ PARTS = [
     Record("whole-full-1-rank", stage=2, steps=10, full=True),
     Record("part-plain", world_size=2, stage=2, steps=10, stop_after=5),
     Record("whole-plain", world_size=2, stage=2, steps=10),
+    Record("part-mixture", world_size=2, stage=2, stop_after=2, settings=MIXTURE),
 ]
 REFERENCE = Record("reference", stage=0)
 REFERENCE_FULL = Record("reference-full", stage=0, full=True)
 REFERENCE_DPO = Record("reference-dpo", stage=0, settings=DPO)
 REFERENCE_FULL_DPO = Record("reference-full-dpo", stage=0, full=True, settings=DPO)
+REFERENCE_MIXTURE = Record("reference-mixture", stage=0, settings=MIXTURE)
+SAME_MIXTURE = [
+    Record("mixture-one-by-one", stage=0, tokens_per_micro_batch=96, settings=MIXTURE),
+    Record("mixture-2-ranks", world_size=2, stage=2, settings=MIXTURE),
+]
 
 
 RESTS = [
@@ -98,6 +106,7 @@ RESTS = [
     Record("rest-full-1-rank", stage=1, steps=10, resume_from="part-full", full=True),
     Record("rest-4-ranks", world_size=4, stage=2, steps=10, resume_from="part-1-rank"),
     Record("rest-full-4-ranks", world_size=4, stage=3, steps=10, resume_from="part-full-1-rank", full=True),
+    Record("rest-mixture", world_size=2, stage=2, resume_from="part-mixture", settings=MIXTURE),
     Record("rest-broken", steps=10, resume_from="part-plain", break_it="forget_moments"),
 ]
 
@@ -106,11 +115,13 @@ RESTS = [
 def trained(tmp_path_factory, tiny_model, train_file):
     out = tmp_path_factory.mktemp("parity")
     pairs = write_jsonl(out / "pairs.jsonl", pair_rows(40))
-    references = [REFERENCE, REFERENCE_FULL, REFERENCE_DPO, REFERENCE_FULL_DPO]
-    every = [*references, *SAME, *SAME_FULL, *SAME_DPO, *SAME_FULL_DPO, *BROKEN, *PARTS, *RESTS]
+    one, two = (str(write_jsonl(out / f"{n}.jsonl", chat_rows(n, seed=n))) for n in (11, 5))
+    mixture = [{"path": one, "weight": 1.0, "name": "one"}, {"path": two, "weight": 2.0, "name": "two"}]
+    files = {"PAIRS": str(pairs), "MIXTURE": json.dumps(mixture)}
+    references = [REFERENCE, REFERENCE_FULL, REFERENCE_DPO, REFERENCE_FULL_DPO, REFERENCE_MIXTURE]
+    every = [*references, *SAME, *SAME_FULL, *SAME_DPO, *SAME_FULL_DPO, *SAME_MIXTURE, *BROKEN, *PARTS, *RESTS]
     every = [
-        replace(r, settings=r.settings | ({"data.train": str(pairs)} if "data.train" in r.settings else {}))
-        for r in every
+        replace(r, settings={key: files.get(str(value), value) for key, value in r.settings.items()}) for r in every
     ]
     trainings = Trainings(every, out, base_directory=str(tiny_model), train_file=str(train_file))
     yield trainings
@@ -120,6 +131,15 @@ def trained(tmp_path_factory, tiny_model, train_file):
 @pytest.mark.parametrize("record", SAME, ids=str)
 def test_the_division_of_a_step_does_not_matter(trained, record):
     agree(trained["reference"], trained[record.name])
+
+
+@pytest.mark.parametrize("record", SAME_MIXTURE, ids=str)
+def test_nor_for_a_mixture(trained, record):
+    """Its evaluation is the sum of its sources'."""
+    agree(trained["reference-mixture"], trained[record.name])
+    metrics = trained[record.name].eval_metrics[-1]
+    assert metrics.keys() == {"loss/one", "loss/two"}
+    assert min(metrics.values()) < trained[record.name].eval_losses[-1] < max(metrics.values())
 
 
 @pytest.mark.parametrize("record", SAME_FULL, ids=str)
@@ -162,6 +182,7 @@ def agree(reference, other) -> None:
         ("whole-pissa", "part-pissa", "rest-pissa"),
         ("whole-8bit", "part-8bit", "rest-8bit"),
         ("whole-8bit-z3", "part-8bit-z3", "rest-8bit-z3"),
+        ("mixture-2-ranks", "part-mixture", "rest-mixture"),
     ],
 )
 def test_ten_steps_are_five_and_five_bitwise(trained, whole, part, rest):

@@ -37,7 +37,7 @@ def test_a_perfect_adapter_is_seen_as_one(name, tmp_path):
     }
     lines: list[str] = []
     run = ftray.train(config, data=ROWS, eval_data=ROWS[:2], log=lines.append)
-    assert any("3 rows, 4 examples" in line for line in lines)  # each answer as it is asked for
+    assert any("4 examples of 3 rows" in line for line in lines)  # each answer as it is asked for
     assert run.adapter is not None
     result = ftray.evaluate(run.config, adapter=run.adapter)
     assert result.accuracy == 1.0, result.answers

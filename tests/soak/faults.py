@@ -316,7 +316,8 @@ def run_fault(trial: Trial, expected: str, finished: Path) -> str:
     if kind == "killed and restored":  # the directory of before, as a backup has it
         backup = root / "backup"
         shutil.rmtree(backup, ignore_errors=True)
-        shutil.copytree(runs, backup)
+        # What ends with the driver may still move its scratch files about, which no backup is of use for.
+        shutil.copytree(runs, backup, ignore=shutil.ignore_patterns("scratch"))
         killed(root, runs, chance)
         shutil.rmtree(runs)
         shutil.copytree(backup, runs)

@@ -138,7 +138,10 @@ def test_every_problem_is_in_one_report():
         ),
         ("objective={type: dpo, betta: 0.1}", "objective.betta: unknown key; did you mean 'beta'?"),
         ("objective={type: dpo, beta: -1}", "objective.beta: -1 is refused: Input should be greater than 0"),
-        ("objective={type: sft, beta: 0.1}", "objective.beta: unknown key; known keys here: type"),
+        (
+            "objective={type: sft, beta: 0.1}",
+            "objective.beta: unknown key; known keys here: train_on, train_reasoning",
+        ),
         ("data.overlong=split", "split is for documents (objective text), not sft"),
         ("data.columns={chosen: a}", "`chosen` and `rejected` go together"),
         ("data.columns={text: a, system: b}", "`text` stands alone"),

@@ -7,7 +7,7 @@ import pytest
 from tiny import chat_rows, write_jsonl
 
 from ftray.config.data import ColumnsConfig, DataConfig
-from ftray.data.dataset import TokenizedDataset
+from ftray.data.dataset import RowCounts, TokenizedDataset
 from ftray.data.examples import DatasetSource
 from ftray.data.micro_batches import divide
 from ftray.data.sources import load_rows
@@ -112,7 +112,7 @@ def dataset_of(count: int) -> TokenizedDataset:
     trained = np.tile([False, True, True, True, True], count)
     lengths, rows, trained_lengths = np.full(count, 5), np.arange(1, count + 1), np.full(count, 4)
     ids = np.arange(5 * count, dtype=np.int32)
-    return TokenizedDataset(ids, trained, lengths, rows, trained_lengths, 1, count, 0, 0)
+    return TokenizedDataset(ids, trained, lengths, rows, trained_lengths, 1, (RowCounts(count),))
 
 
 def numbers(source: DatasetSource, step: int) -> list[int]:

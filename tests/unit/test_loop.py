@@ -9,12 +9,12 @@ import torch
 from fake_engine import FakeEngine
 
 from ftray.config.run import GuardConfig
-from ftray.data.dataset import TokenizedDataset
+from ftray.data.dataset import RowCounts, TokenizedDataset
 from ftray.data.examples import DatasetSource, ExampleSource
 from ftray.data.pack import pack_all
 from ftray.objectives import OBJECTIVES
 from ftray.train.engine.protocol import TrainingEngine
-from ftray.train.loop import Schedule, Training, evaluation_rows, train
+from ftray.train.loop import Schedule, Training, evaluator, train
 from ftray.train.loss_guard import LossGuard
 
 LENGTHS = [3, 4, 5, 6]  # of its examples, the last two tokens of each trained; example i comes from row i + 1
@@ -60,9 +60,7 @@ def dataset() -> TokenizedDataset:
         rows=np.arange(1, len(lengths) + 1),
         trained_lengths=np.full(len(lengths), 2),
         sequences_per_example=1,
-        num_rows=len(lengths),
-        num_truncated=0,
-        num_dropped=0,
+        row_counts=(RowCounts(len(lengths)),),
     )
 
 
@@ -78,13 +76,12 @@ def go(
     data = dataset()
     when = {"start_step": 0, "num_steps": 4, "evaluate_every": 2, "save_every": 3} | schedule
     length = {"epochs": epochs} if epochs is not None else {"max_steps": when["num_steps"]}
-    rows = evaluation_rows(data, engine, token_budget=8)
     training = Training(
         source or DatasetSource(data, examples_per_step=2, seed=0, shuffle=False, **length),
         Schedule(**when, learning_rate=lambda step: float(step + 1)),
         seed=0,
         token_budget=8,
-        evaluate=(lambda: engine.evaluate(rows())) if evaluates else None,
+        evaluate=evaluator(data, engine, token_budget=8) if evaluates else None,
     )
     kept = Kept(engine.calls, stop_at=stop_at)
     return train(engine, training, LossGuard(GuardConfig()), kept), kept

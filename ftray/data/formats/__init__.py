@@ -111,7 +111,7 @@ def checked(own: Format) -> Read:
     def read(row: dict[str, Any]) -> Conversation:
         found = own.read(row)
         if isinstance(found, Conversation):
-            return Conversation(read_messages(found.messages), found.tools, found.untrained)
+            return Conversation(read_messages(found.messages), found.tools, found.untrained, found.chosen)
         return read_conversation(found)
 
     return read

@@ -107,4 +107,5 @@ def prompt_and_completion(row: dict[str, Any], columns: ColumnsConfig, *, tools:
     if isinstance(answer, (list, dict)):
         answered = read_turns(answer, role="assistant", column=str(columns.completion))
     before = frozenset(number for number, message in enumerate(asked) if message["role"] == "assistant")
-    return Conversation([*asked, *answered], read_tools(row.get(tools)), before)  # the completion is what is trained
+    chosen = frozenset(range(len(asked), len(asked) + len(answered)))  # the completion is what is trained
+    return Conversation([*asked, *answered], read_tools(row.get(tools)), before, chosen)

@@ -10,11 +10,13 @@ from ftray.objectives import Shape
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, the tools that are offered in it, and the numbers of assistant turns that are not trained."""
+    """Messages, the tools that are offered in it, and the numbers of assistant turns that its row says are not trained
+    (`untrained`), or are (`chosen`)."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] = field(default_factory=list)
     untrained: frozenset[int] = frozenset()
+    chosen: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

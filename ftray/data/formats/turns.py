@@ -37,8 +37,11 @@ def read_conversation(value: Any, *, tools: Any = None, system: Any = None) -> C
             raise DataError("both the conversation and the column beside it have a system turn")
         messages = [{"role": "system", "content": str(system)}, *messages]
         turns = [{}, *turns]
-    untrained = {index for index, turn in enumerate(turns) if is_untrained(index, turn)}
-    return Conversation(messages, read_tools(tools), frozenset(untrained))
+    weights = [weight_of(index, turn) for index, turn in enumerate(turns)]
+    untrained, chosen = (
+        frozenset(i for i, weight in enumerate(weights) if weight is wanted) for wanted in (False, True)
+    )
+    return Conversation(messages, read_tools(tools), untrained, chosen)
 
 
 def read_messages(value: Any) -> list[Message]:
@@ -142,12 +145,12 @@ def calls_in(value: Any) -> list[dict[str, Any]]:
     return [{"function": {"name": call["name"], "arguments": call.get("arguments")}} for call in calls]
 
 
-def is_untrained(index: int, turn: dict[str, Any]) -> bool:
-    """By its own weight. Raises `DataError` for one between."""
+def weight_of(index: int, turn: dict[str, Any]) -> bool | None:
+    """Whether it says that it is trained; None: it says nothing. Raises `DataError` for a weight between."""
     for key in WEIGHTS:
         if (weight := turn.get(key)) is None:
             continue
         if isinstance(weight, bool | int | float) and weight in (0, 1):
-            return not weight
+            return bool(weight)
         raise DataError(f"message {index}: {key} {weight!r} must be 0 or 1: an answer is trained or it is not")
-    return False
+    return None

@@ -21,6 +21,7 @@ from ftray.model.chat.template import CLOSED, OPENED, Template, leaves_thought_o
 
 # Of pieces of text, the token ids are remembered: of so many, each of so many characters at most.
 MAX_PIECES, SHORT_PIECE = 10_000, 1_000
+NO_ANSWER = "the conversation has no assistant turn"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class ChatRenderer:
         tools: Sequence[dict[str, Any]] = (),
         *,
         is_trained: Callable[[int], bool] = lambda turn: True,
+        trains_thoughts: bool = True,
     ) -> list[Rendered]:
         """Sequences in which each assistant turn stands once behind the prompt that asks for it. `is_trained`: by the
         number of its message. Those that have nothing trained are left out.
@@ -114,10 +116,14 @@ class ChatRenderer:
         if whole.startswith(sequences[-1].text):  # turns behind the last answer, and line breaks
             sequences[-1].add(whole[len(sequences[-1].text) :], None)
         check_nothing_is_left_out(read, sequences, shift=shift)
-        found = [self._encoded(sequence, lambda turn: is_trained(turn - shift)) for sequence in sequences]
+        untrained = {} if trains_thoughts else {i: thought_of(message) for i, message in enumerate(read)}
+        found = [
+            self._encoded(sequence, lambda turn: is_trained(turn - shift), thoughts=untrained) for sequence in sequences
+        ]
         examples = [example for example in found if example.trained.any()]
         if not examples:
-            raise DataError("no trained token: the conversation has no assistant turn")
+            has_answer = any(message["role"] == "assistant" for message in read)
+            raise DataError(f"no trained token: {'no answer is to be trained' if has_answer else NO_ANSWER}")
         if any(example.trained.all() for example in examples):
             raise DataError("every token is trained: the template marks no prompt")
         return examples
@@ -158,14 +164,26 @@ class ChatRenderer:
             sequences[-1].add(turn, index)
         return sequences, whole
 
-    def _encoded(self, sequence: Passage, is_trained: Callable[[int], bool]) -> Rendered:
+    def _encoded(self, sequence: Passage, is_trained: Callable[[int], bool], *, thoughts: dict[int, str]) -> Rendered:
+        """`thoughts`: that are not trained, by turn."""
         ids: list[int] = []
         trained: list[bool] = []
         for text, turn in sequence.pieces:
             piece = self._encode(text)
+            left_out = self._thought_tokens(text, piece) if turn is not None and thoughts.get(turn) else 0
             ids += piece
-            trained += [turn is not None and is_trained(turn)] * len(piece)
+            trained += [False] * left_out
+            trained += [turn is not None and is_trained(turn)] * (len(piece) - left_out)
         return Rendered(np.asarray(ids, np.int32), np.asarray(trained, bool))
+
+    def _thought_tokens(self, turn: str, ids: Sequence[int]) -> int:
+        """How many of a turn's tokens are its thought, the mark that closes it included."""
+        frame = self.template.thought_frame
+        thought, found, _ = turn.partition(frame.closing if frame is not None else CLOSED)
+        if not found:
+            return 0
+        alone = self._encode(thought + found)
+        return next((at for at, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), len(alone))
 
     def _encode(self, text: str) -> list[int]:
         """Prompt heads and labels recur in every row: remember short pieces."""

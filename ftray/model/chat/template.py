@@ -191,6 +191,10 @@ class Template:
         return found[0] if found is not None else None
 
     @property
+    def ends_answers(self) -> bool:
+        return bool(self.ending or self.ending_by_next)
+
+    @property
     def stop_tokens(self) -> set[str]:
         """At which an answer ends."""
         endings = [self.ending, *self.ending_by_next.values()]

@@ -11,6 +11,7 @@ from ftray.cluster.fit_thread import last_line
 from ftray.cluster.worker_env import passed_secrets, worker_environment
 from ftray.config import RunConfig
 from ftray.config.chat import ChatConfig
+from ftray.data.sources import is_several
 from ftray.evaluate.scores import Score, ScoreJob, score_artifacts
 from ftray.model.base import BaseModel
 from ftray.sweep.compare.comparison import BASE, Alone, compared_trials, note_measured, read_measured
@@ -87,13 +88,12 @@ def score_jobs(study: Study, directory: Path, base: BaseModel, runs: list[SweepR
 
 def with_absolute_data(config: RunConfig) -> RunConfig:
     """A task does not run where the driver does."""
-    evaluation = absolute(config.data.eval) if config.data.eval is not None else None
-    return config.model_copy(update={"data": config.data.model_copy(update={"eval": evaluation})})
+    return config.model_copy(update={"data": config.data.with_paths(absolute)})
 
 
 def absolute(source: str) -> str:
     """A hub id stays as it is."""
-    return str(Path(source).absolute()) if Path(source).exists() else source
+    return str(Path(source).absolute()) if Path(source).exists() or is_several(source) else source
 
 
 def measure_alone(config: RunConfig, runs_dir: str) -> Alone:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ftray.data.dataset import TokenizedDataset
-from ftray.data.examples import Example, examples_of
+from ftray.data.examples import Example
 from ftray.data.micro_batches import divide
 from ftray.data.pack import pack
 from ftray.model.adapters.fused_lora import FusedLora, Span
@@ -22,8 +22,8 @@ from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedCausalLM
 from ftray.objectives import LogProbs, Loss, LossFunction, Objective
 from ftray.sweep.fused.member import Member
-from ftray.train.engine.protocol import StepLoss, sums_of
-from ftray.train.loop import denominator_of
+from ftray.train.engine.protocol import StepLoss, combined, sums_of
+from ftray.train.loop import by_source, denominator_of
 
 Work = tuple[Member, Sequence[Example]]
 STEPS_TO_COMPARE = 3  # of each way
@@ -135,14 +135,27 @@ class FusedGroup:
         """This rank's micro-batches."""
         return divide(examples, world_size=self._world_size, token_budget=token_budget)[self._rank]
 
-    @torch.no_grad()
     def evaluate(
         self, members: Sequence[Member], dataset: TokenizedDataset, *, on_row: Callable[[], None] = lambda: None
     ) -> dict[str, StepLoss]:
         """Of each. `on_row`: called as it goes."""
+        parts = by_source(dataset)
+        found = {name: self._evaluate(members, examples, on_row) for name, examples in parts.items()}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        counts = {name: denominator_of(self._objective, examples) for name, examples in parts.items()}
+        return {
+            member.name: combined({name: of_source[member.name] for name, of_source in found.items()}, counts)
+            for member in members
+        }
+
+    @torch.no_grad()
+    def _evaluate(
+        self, members: Sequence[Member], examples: Sequence[Example], on_row: Callable[[], None]
+    ) -> dict[str, StepLoss]:
         self._model.eval()
         budget = max(member.config.batch.tokens_per_micro_batch for member in members)
-        shares = self._shares(examples_of(dataset), budget)
+        shares = self._shares(examples, budget)
         work = [(member, micro_batch) for micro_batch in shares if micro_batch for member in members]
         sums = {member.name: torch.zeros(0, dtype=torch.float64) for member in members}
         names: list[str] = []

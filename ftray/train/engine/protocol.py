@@ -3,7 +3,7 @@
 Every verb is called on all ranks, at the same step and in the same order.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +26,20 @@ class StepLoss:
     def as_record(self) -> dict[str, float]:
         """Of an evaluation, as metrics.jsonl has it."""
         return {"eval_loss": self.loss} | {f"eval_{name}": value for name, value in self.metrics.items()}
+
+
+def combined(found: Mapping[str, StepLoss], counts: Mapping[str, float]) -> StepLoss:
+    """Means over several sources, by name, from the means of each, and the loss of each by itself. `counts`: what each
+    source's means are over."""
+    total = sum(counts[name] for name in found)
+
+    def mean(value_of: Callable[[StepLoss], float]) -> float:
+        return sum(value_of(loss) * counts[name] for name, loss in found.items()) / total
+
+    shared = next(iter(found.values())).metrics
+    metrics = {key: mean(lambda loss, key=key: loss.metrics[key]) for key in shared}
+    of_sources = {f"loss/{name}": loss.loss for name, loss in found.items()}
+    return StepLoss(mean(lambda loss: loss.loss), metrics | of_sources)
 
 
 def sums_of(loss: Loss) -> Tensor:

@@ -33,9 +33,11 @@ class WorkerCallbacks:
         publish: Publish,
         upload: Upload,
         keep_notes: Callable[[], None],
+        row_name: Callable[[int], str] = str,
     ):
-        """`keep_notes`: brings what rank 0 noted to where the run lies."""
+        """`keep_notes`: brings what rank 0 noted to where the run lies. `row_name`: of a row of the data."""
         self._job = job
+        self._row_name = row_name
         self._keep_notes = keep_notes
         self._sample = sample
         self._rank = rank = engine.rank
@@ -59,7 +61,9 @@ class WorkerCallbacks:
     def on_bad_loss(self, step: int, problem: str, rows: list[int]) -> None:
         self._saver.finish(last=False)  # what was saved before stands
         guard = self._job.config.guard
-        described = f"step {step}: {problem}; the rows {name_rows(rows)} of data.train were in the micro-batch"
+        described = (
+            f"step {step}: {problem}; the rows {name_rows(rows, self._row_name)} of data.train were in the micro-batch"
+        )
         skipped = self._engine.gather(skipped_steps(self._job.run_directory))[0]
         if guard.on_bad_loss == "stop":
             raise DivergedError(

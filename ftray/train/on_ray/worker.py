@@ -32,7 +32,7 @@ from ftray.train.hooks.callbacks import Record, WorkerCallbacks, skipped_steps
 from ftray.train.hooks.recorder import Recorder
 from ftray.train.hooks.samples import Sampler
 from ftray.train.job import HARDWARE, TrainJob, write_worker_error
-from ftray.train.loop import Schedule, Training, evaluation_rows, train
+from ftray.train.loop import Schedule, Training, evaluator, train
 from ftray.train.loss_guard import LossGuard, recent_losses
 from ftray.train.on_ray.communication import describe_bandwidth, measure_all_reduce
 from ftray.train.on_ray.rank_run import RankRun, open_rank_run
@@ -83,6 +83,7 @@ def run_job(run: RankRun, *, rank: int) -> None:
             publish=functools.partial(run.publish, engine),
             upload=run.upload,
             keep_notes=run.push_notes,
+            row_name=dataset.row_name,
         )
         train(engine, training, guard, callbacks)
         callbacks.close()
@@ -140,8 +141,7 @@ def make_training(
     training = Training(source, schedule, config.seed, token_budget)
     if eval_dataset is None:
         return training
-    rows = evaluation_rows(eval_dataset, engine, token_budget=token_budget)
-    return replace(training, evaluate=lambda: engine.evaluate(rows()))
+    return replace(training, evaluate=evaluator(eval_dataset, engine, token_budget=token_budget))
 
 
 def worth_compiling(config: RunConfig, engine: DeepSpeedEngine, dataset: TokenizedDataset, *, num_steps: int) -> bool:
