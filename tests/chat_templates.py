@@ -30,9 +30,9 @@ def template_of(name: str) -> str:
     return (DIRECTORY / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def tokenizer_of(name: str):
+def tokenizer_of(name: str, template: str | None = None):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = template_of(name)
+    tokenizer.chat_template = template or template_of(name)
     known = tokenizer.get_vocab()
     special = [token for token in sorted(set(CONTROL.findall(tokenizer.chat_template))) if token not in known]
     tokenizer.add_special_tokens({"additional_special_tokens": special})

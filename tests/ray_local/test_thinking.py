@@ -1,14 +1,16 @@
 """Bases that think, whole: a run on rows with and without a thought, exact match, and the endpoint's own words."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
-from chat_templates import answer, tokenizer_of, user
+from chat_templates import CALL, TOOLS, answer, tokenizer_of, user
 from tiny import write_tiny_model
 
 import ftray
 from ftray.config import parse_config
 from ftray.infer.protocol import SamplingParams
+from ftray.serve.openai.responses import ChatResponses
 from ftray.serve.protocol import GenerateJob, Tokens
 from ftray.serve.replica.replica import EngineReplica
 
@@ -67,7 +69,7 @@ def test_an_endpoint_renders_each_adapter_as_its_training_did(tmp_path):
             "name": name,
             "base_model": str(base),
             "chat": chat,
-            "max_steps": 120,
+            "max_steps": 80,
             "data": {"max_example_tokens": 512},
             "adapter": {"rank": 16, "alpha": 32.0},
             "batch": {"examples_per_step": 4, "tokens_per_micro_batch": 2048},
@@ -98,6 +100,54 @@ def test_an_endpoint_renders_each_adapter_as_its_training_did(tmp_path):
         )
     finally:
         replica.close()
+
+
+CALLING = [
+    {"messages": [user("how is Rome?"), answer("", tool_calls=[CALL])], "tools": TOOLS},
+    {"messages": [user("hello?"), answer("1")], "tools": TOOLS},
+]
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "gptoss"])
+def test_a_trained_call_is_answered_as_one(name, tmp_path):
+    """Through the format of the base's template, on both sides."""
+    file = Path(__file__).parents[1] / "templates" / f"{name}.jinja"
+    tokenizer = tokenizer_of(name, file.read_text(encoding="utf-8") if file.is_file() else None)
+    base = write_tiny_model(tmp_path / "base", tokenizer=tokenizer)
+    config = {
+        "name": "calls",
+        "base_model": str(base),
+        "max_steps": 70,
+        "data": {"max_example_tokens": 1024},
+        "adapter": {"rank": 16, "alpha": 32.0},
+        "batch": {"examples_per_step": 4, "tokens_per_micro_batch": 4096},
+        "optimizer": {"learning_rate": 1e-2},
+        "runs_dir": str(tmp_path / "runs"),
+    }
+    registry = str(tmp_path / "registry")
+    ftray.train(config, data=CALLING).publish(registry=registry)
+    text = f"kind: serve\nbase_model: {base}\nadapters: {{registry: {registry}}}\nengine: {{context_tokens: 1024}}\n"
+    replica = EngineReplica(parse_config(text, kind="serve", source="test"))
+    try:
+        message = asyncio.run(message_of(replica, "how is Rome?"))
+        assert message["content"] is None
+        assert [call["function"] for call in message["tool_calls"]] == [
+            {"name": "look", "arguments": '{"city": "Rome"}'}
+        ]
+        assert asyncio.run(message_of(replica, "hello?")) == {"role": "assistant", "content": "1"}
+    finally:
+        replica.close()
+
+
+async def message_of(replica: EngineReplica, question: str) -> dict:
+    """As the endpoint lays it out."""
+    sampling = SamplingParams(temperature=0, max_tokens=200)
+    job = GenerateJob([[user(question)]], True, sampling, "calls@1", tools=tuple(TOOLS))
+    tokens = [event async for event in replica.generate(job) if isinstance(event, Tokens)]
+    whole = tokens[0]
+    for later in tokens[1:]:
+        whole = whole.followed_by(later)
+    return ChatResponses(["look"]).choice(whole)["message"]
 
 
 async def answered(replica: EngineReplica, question: str, *, adapter: str = "thinks@1") -> tuple[str, str]:

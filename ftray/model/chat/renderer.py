@@ -77,8 +77,8 @@ class ChatRenderer:
         """The prompt that asks for the next assistant turn. `tools`: OpenAI's function tools, rendered as the template
         does, or else in text (`tool_prompt.py`)."""
         template = self.template
-        read, given = template.readable(messages, tools, drops_thoughts=True)
         try:
+            read, given = template.readable(messages, tools, drops_thoughts=True)
             prompt = template.render(read, ask=True, tools=given)
         except DataError:
             if not any(message.get("tool_calls") for message in messages):

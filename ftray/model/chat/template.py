@@ -54,6 +54,8 @@ class Template:
         tools = self._control.hide(list(tools))
         has_calls = any(message.get("tool_calls") for message in hidden)
         takes_them = self.takes_tools if tools else self.takes_calls or not has_calls
+        if takes_them and not tells_calls_as_text and not self.takes_several_calls:
+            check_one_call(messages)
         if not takes_them or tells_calls_as_text:
             hidden, tools = tools_in_text(hidden, tools, takes_system=self.takes_system), ()
         if self.wants_text_arguments:
@@ -152,6 +154,28 @@ class Template:
         return self._call('{"a": "b"}' if self.wants_text_arguments else {"a": "b"})
 
     @cached_property
+    def takes_several_calls(self) -> bool:
+        """In one turn."""
+        function = {"name": ASKED, "arguments": self._probe_call["tool_calls"][0]["function"]["arguments"]}
+        other = {"id": "call00002", "type": "function", "function": function}
+        turn = {**self._probe_call, "tool_calls": [*self._probe_call["tool_calls"], other]}
+        shown = self._rendered([self._shaped("user", ANSWERED), turn], tools=[PROBE_TOOL])
+        return ASKED in shown and CALLED in shown.partition(ANSWERED)[2]
+
+    @cached_property
+    def rendered_call(self) -> str:
+        """A call as its turn has it; empty where there is no place for one."""
+        if not self.takes_tools:
+            return ""
+        prompt, whole = self._rendered([self._user], ask=True, tools=[PROBE_TOOL]), self._called
+        common = next((at for at, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        return whole[common:]
+
+    @cached_property
+    def _called(self) -> str:
+        return self._rendered([self._user, self._probe_call], tools=[PROBE_TOOL])
+
+    @cached_property
     def thought_key(self) -> str | None:
         """Under which the last turn's thought is read."""
         turns = {key: self._shaped("assistant", ANSWERED, **{key: THOUGHT}) for key in THOUGHT_KEYS}
@@ -199,7 +223,7 @@ class Template:
         """At which an answer ends."""
         endings = [self.ending, *self.ending_by_next.values()]
         if self.ending and self.takes_tools:
-            behind = self._rendered([self._user, self._probe_call], tools=[PROBE_TOOL]).rpartition(CALLED)[2]
+            behind = self._called.rpartition(CALLED)[2]
             endings.append(behind[: self.end_of(behind)])
         found = [re.findall(self._control.pattern, text) for text in endings]
         return {tokens[-1] for tokens in found if tokens}
@@ -246,6 +270,16 @@ class ThoughtFrame:
 
 def leaves_thought_open(prompt: str) -> bool:
     return prompt.rfind(OPENED) > prompt.rfind(CLOSED) and prompt.rstrip().endswith(OPENED)
+
+
+def check_one_call(messages: Sequence[Message]) -> None:
+    """Raises `DataError` for a turn of several: the template has words for the first alone."""
+    for index, message in enumerate(messages):
+        if len(message.get("tool_calls", [])) > 1:
+            raise DataError(
+                f"message {index}: the chat template has a place for one tool call in a turn; write a turn for each, "
+                "with its result behind it"
+            )
 
 
 def as_parts(message: Message) -> Message:

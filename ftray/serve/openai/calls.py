@@ -93,6 +93,8 @@ class CallFinder:
         if self._is_object and (calls := calls_in(rest, self._names)):
             return list(calls)
         call = rest.removeprefix(OPENING)
+        if rest != call and (calls := calls_in(call, self._names)):  # its closing mark was cut
+            return list(calls)
         begun = HEAD.match(call)
         if is_cut and begun is not None and (name := json.loads(begun[1])) in self._names:
             return [Call(name, call[begun.end() :])]

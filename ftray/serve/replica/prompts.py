@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from ftray.infer.calls import answer_stream
 from ftray.infer.checks import check_token_ids, too_long
 from ftray.infer.protocol import Engine
 from ftray.infer.renderers import Renderers
-from ftray.infer.thoughts import ThoughtStream, thought_stream
+from ftray.infer.thoughts import AnswerStream
 from ftray.model.base import BaseModel, chat_in
 from ftray.model.chat import ChatRenderer, read_messages
 from ftray.registry import Registry
@@ -43,13 +44,16 @@ class PromptReader:
         """Of what its adapter was trained to write."""
         return frozenset(self.renderer(job.adapter).stop_ids)
 
-    def thoughts(self, job: GenerateJob, prompts: list[list[int]]) -> dict[int, ThoughtStream]:
-        """By number of the answer. One that a structure guides has none: it is what it must be from its beginning."""
+    def streams(self, job: GenerateJob, prompts: list[list[int]]) -> dict[int, AnswerStream]:
+        """Of thoughts and calls, by number of the answer. One that a structure guides has none: it is what it must be
+        from its beginning."""
         if not job.is_chat or job.echo or job.sampling.structure is not None:
             return {}
-        frame, tokenizer, n = self.renderer(job.adapter).template.thought_frame, self._engine.tokenizer, job.sampling.n
+        template, tokenizer, n = self.renderer(job.adapter).template, self._engine.tokenizer, job.sampling.n
+        # A stop string may stand within a mark: then calls are read as the text that they are.
+        tools = job.tools if not job.sampling.stop else ()
         answers = [(number, prompts[number // n]) for number in range(job.num_answers)]
-        streams = {number: thought_stream(frame, tokenizer, prompt) for number, prompt in answers}
+        streams = {number: answer_stream(template, tokenizer, prompt, tools=tools) for number, prompt in answers}
         return {number: stream for number, stream in streams.items() if stream is not None}
 
     def text(self, text: str | list[int], *, key: str, with_special: bool = True) -> list[int]:

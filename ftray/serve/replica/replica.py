@@ -251,7 +251,7 @@ class EngineReplica:
             for ids in prompts
         ]
         started, decode, raw = False, self.engine.tokenizer.decode, self._token_bytes
-        thoughts = self._prompts.thoughts(job, prompts)
+        streams = self._prompts.streams(job, prompts)
         async with contextlib.aclosing(merged([self.runner.generate(request) for request in requests])) as events:
             async for number, event in events:
                 if not started:  # only now: a request that the engine refuses has no beginning
@@ -268,7 +268,7 @@ class EngineReplica:
                     tokens = replace(tokens, prompt=echoed(prompts[number], event.prompt_logprobs, decode, raw))
                 if job.is_prompt_only:
                     tokens = replace(tokens, num_tokens=0, text="", logprobs=(), finish_reason="length")
-                if (stream := thoughts.get(tokens.index)) is not None:
+                if (stream := streams.get(tokens.index)) is not None:
                     thought, text = split(event, stream, self.engine.stop_ids | stops)
                     tokens = replace(tokens, thought=thought, text=text)
                 yield tokens
