@@ -1,5 +1,6 @@
 """The section `chat`: how conversations are rendered, in training and in serving."""
 
+import datetime
 import difflib
 import re
 from pathlib import Path
@@ -34,11 +35,21 @@ def read_template(given: str) -> str:
     return text
 
 
+def check_date(text: str) -> str:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        raise ValueError("a date is YYYY-MM-DD") from None
+    return text
+
+
 class ChatConfig(Strict):
     template: Annotated[str, Field(min_length=1), AfterValidator(read_template)] | None = None
     """alpaca, chatml, gemma, llama3, mistral, or a file with a Jinja template; null: the base model's own."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Variables that the template reads, such as enable_thinking: false."""
+    date: Annotated[str, AfterValidator(check_date)] | None = None
+    """The day (YYYY-MM-DD) that a dated template writes; null: the day on which the run began."""
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())

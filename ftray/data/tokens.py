@@ -30,6 +30,7 @@ from ftray.data.sources import load_source, source_digest
 from ftray.data.tally import Tally, add, refuse_problems
 from ftray.errors import DataError, FtrayError
 from ftray.model.chat import ChatRenderer, Rendered
+from ftray.model.chat.settings import is_dated
 from ftray.objectives import Shape, TrainedTurns
 from ftray.storage import verify_directory
 from ftray.storage.machine import usable_cores, user_name
@@ -98,7 +99,7 @@ class Source:
             "shape": self.shape,
             "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
             "template": tokenizer.chat_template,
-            "date": time.strftime("%Y-%m-%d") if asks_for_date(tokenizer) else None,
+            "date": time.strftime("%Y-%m-%d") if is_dated(tokenizer) else None,
             "special": [tokenizer.eos_token, tokenizer.bos_token],
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
@@ -117,11 +118,6 @@ def key_of(value: Any) -> int:
 def num_untrained(talk: Conversation, turns: TrainedTurns) -> int:
     """Of its answers."""
     return len(answers_of(talk)) - len(trained_answers(talk, turns))
-
-
-def asks_for_date(tokenizer: Any) -> bool:
-    """Its chat template writes today's date, in training and in serving."""
-    return "strftime_now" in json.dumps(tokenizer.chat_template)
 
 
 def tokenize_source(
@@ -147,7 +143,7 @@ def tokenize_source(
     rows = source.rows()
     if unread := unread_columns(source.data, rows, shape=shape, key=str(source)):
         log(f"{key}: columns that are not read: {', '.join(unread)}")
-    if shape != "document" and asks_for_date(renderer.tokenizer):
+    if shape != "document" and is_dated(renderer.tokenizer):
         log(
             f"{key}: the chat template writes today's date, {time.strftime('%Y-%m-%d')}; another day gives other tokens"
         )

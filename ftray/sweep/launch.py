@@ -35,7 +35,7 @@ from ftray.sweep.trials import trials_directory
 from ftray.tracking.environment import describe_environment
 from ftray.tracking.jobs import SWEEP
 from ftray.tracking.runs import TOKENS, differences
-from ftray.train.prepared_data import PreparedData, prepare_data_apart
+from ftray.train.prepared_data import PreparedData, prepare_data_apart, rendering_as
 from ftray.train.runs.claim import refuse_changes, refuse_unwritable
 from ftray.train.runs.store import run_store, share_data
 
@@ -84,8 +84,9 @@ def search_in(directory: Path, study: Study, *, log: Log) -> None:
 def search(directory: Path, study: Study, *, log: Log) -> None:
     config, base_run = study.config, study.base_run
     fusing = fusing_of(config, study.space)
-    base, data = prepare_data_apart(base_run, log, kept_in=run_store(study.trials_uri).local(TOKENS))
-    check_data_of_sweep(directory, data)
+    date = read_json(directory / DATA).get("date") if (directory / DATA).is_file() else None
+    base, data = prepare_data_apart(base_run, log, kept_in=run_store(study.trials_uri).local(TOKENS), date=date)
+    check_data_of_sweep(directory, data, base)
     check_generations(study, data)
     check_resources(base_run.workers, log=log)
     check_nodes(run_store(study.trials_uri).shared_disk, base_run.workers)
@@ -124,9 +125,10 @@ def check_generations(study: Study, data: PreparedData) -> None:
 def of_groups(example: RunConfig, study: Study, base: BaseModel, data: PreparedData) -> tuple[BaseModel, PreparedData]:
     """Base and data that groups share; they need not be those of the sweep's first run, which are given."""
     first = study.base_run
-    if (example.base_model, example.data) == (first.base_model, first.data):
+    if (example.base_model, example.chat, example.data) == (first.base_model, first.chat, first.data):
         return base, data
-    return prepare_data_apart(example, lambda text: None, kept_in=run_store(study.trials_uri).local(TOKENS))
+    kept_in = run_store(study.trials_uri).local(TOKENS)
+    return prepare_data_apart(example, lambda text: None, kept_in=kept_in, date=base.chat.date)
 
 
 def check_general_text(study: Study, base: BaseModel, *, log: Log) -> None:
@@ -141,9 +143,11 @@ def check_text(base: BaseModel, text: str, max_example_tokens: int, **_: object)
     tokenize_text(ChatRenderer(load_tokenizer(base)), text, max_example_tokens=max_example_tokens)
 
 
-def check_data_of_sweep(directory: Path, data: PreparedData) -> None:
+def check_data_of_sweep(directory: Path, data: PreparedData, base: BaseModel) -> None:
     """Trials on other data could not be compared with those that are done. Raises `UserError`."""
     digests = {"train": data.digest, "eval": data.eval.digest() if data.eval is not None else None}
+    if base.chat.date is not None:
+        digests["date"] = base.chat.date
     if (directory / DATA).is_file() and read_json(directory / DATA) != digests:
         raise UserError(
             f"{directory}: its data have changed since its first trials (rows, template or tokenizer); put the old "
@@ -168,7 +172,7 @@ def run_groups(directory: Path, study: Study, fusing: Fusing, base: BaseModel, d
     groups = f", in {num_groups} groups" if num_groups > 1 else ""
     log(f"fused: {in_all} at a time over one base, on {described(base_run.workers)}{groups}")
     job = {
-        "base_run": base_run,
+        "base_run": rendering_as(base, base_run),
         "base_name": base.name_for_workers,
         "train_data": train,
         "eval_data": evaluation,

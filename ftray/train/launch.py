@@ -28,11 +28,11 @@ from ftray.train.hooks.own_callbacks import calling
 from ftray.train.job import STOP_REQUEST, TrainJob, request_stop
 from ftray.train.on_ray.trainer import Watcher, train_on_ray
 from ftray.train.prepare import PreparedRun
-from ftray.train.prepared_data import PreparedData, is_complete, prepare_data_apart
+from ftray.train.prepared_data import PreparedData, is_complete, prepare_data_apart, rendering_as
 from ftray.train.runs.claim import PLACES
 from ftray.train.runs.finalize import describe_interruption, finalize_run, remake_artifact
 from ftray.train.runs.handle import RunHandle
-from ftray.train.runs.inputs import check_inputs
+from ftray.train.runs.inputs import check_inputs, date_before
 from ftray.train.runs.live_report import live_report
 from ftray.train.runs.rank_directory import new_attempt
 from ftray.train.runs.store import run_store, share_data
@@ -96,7 +96,8 @@ def check_and_prepare(run: RunHandle, log: Log, asked: Stop) -> tuple[BaseModel,
     """Base and data are made ready while Ray starts and its nodes are asked. Raises `UserError`."""
     config = run.config
     with ThreadPoolExecutor(max_workers=1) as pool, set_on_failure() as cancelled:
-        preparing = pool.submit(prepare_data_apart, config, log, kept_in=run.path.parent / TOKENS, cancelled=cancelled)
+        how = {"kept_in": run.path.parent / TOKENS, "date": date_before(run), "cancelled": cancelled}
+        preparing = pool.submit(prepare_data_apart, config, log, **how)
         if not ray.is_initialized():
             start_ray(run=config.name)
             asked.take_over()
@@ -117,7 +118,8 @@ def standing_result(run: RunHandle, log: Log) -> dict[str, Any]:
     """Of a run that is finished: its inputs are those that it had, where they lie elsewhere now, and what it left is
     there, or made again."""
     if any(change.partition(":")[0] in PLACES for change in run.changes):
-        check_inputs(run, *prepare_data_apart(run.config, log, kept_in=run.path.parent / TOKENS))
+        how = {"kept_in": run.path.parent / TOKENS, "date": date_before(run)}
+        check_inputs(run, *prepare_data_apart(run.config, log, **how))
     remake_artifact(run, log)
     assert run.finished is not None
     log(f"{run.config.name} is finished already; its result stands ({run.uri_of(run.path / RESULT)})")
@@ -128,7 +130,7 @@ def make_job(run: RunHandle, base: BaseModel, data: PreparedData, *, init_from: 
     """What the workers get."""
     train, evaluation = share_data(run_store(run.config.runs_dir), data)
     return TrainJob(
-        config=run.config,
+        config=rendering_as(base, run.config),
         uri=run.uri,
         run_directory=run.path,
         base_name=base.name_for_workers,

@@ -1,8 +1,9 @@
 """The base and the tokens of a run, ready before its workers start."""
 
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ftray.child_process import in_child_process
@@ -13,6 +14,7 @@ from ftray.data.sets import evaluation_set, num_shared, training_set
 from ftray.model.adapters.targets import check_targets
 from ftray.model.base import BaseModel, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
+from ftray.model.chat.settings import is_dated
 from ftray.objectives import objective_of, trained_turns
 from ftray.train.checkpoints.listing import read_state
 
@@ -36,10 +38,15 @@ def is_complete(checkpoint: Path, data: PreparedData) -> bool:
 
 
 def prepare_data_apart(
-    config: RunConfig, log: Log, *, kept_in: Path, cancelled: threading.Event | None = None
+    config: RunConfig,
+    log: Log,
+    *,
+    kept_in: Path,
+    date: str | None = None,
+    cancelled: threading.Event | None = None,
 ) -> tuple[BaseModel, PreparedData]:
     """`prepare_data` in a process of its own. Raises `CancelledError` soon after `cancelled` is set."""
-    return in_child_process(prepare_data, config, log=log, cancelled=cancelled, kept_in=kept_in)
+    return in_child_process(prepare_data, config, log=log, cancelled=cancelled, kept_in=kept_in, date=date)
 
 
 def prepare_data(
@@ -47,15 +54,22 @@ def prepare_data(
     *,
     log: Log,
     kept_in: Path | None = None,
+    date: str | None = None,
     cancelled: threading.Event | None = None,
 ) -> tuple[BaseModel, PreparedData]:
-    """`kept_in`: where tokens are kept, for the workers and for the next run on the same data; None: nowhere."""
+    """`kept_in`: where tokens are kept, for the workers and for the next run on the same data; None: nowhere. `date`:
+    that a dated template writes (YYYY-MM-DD); None: today's, which the base then has in its `chat`."""
     base = prepare_base(config.base_model, chat=config.chat, log=log)
     check_length(base, config.data.max_example_tokens, key="data.max_example_tokens")
     if config.adapter is not None:
         check_targets(base, config.adapter)
-    renderer = ChatRenderer(load_tokenizer(base))
     shape, turns = objective_of(config.objective).shape, trained_turns(config.objective)
+    tokenizer = load_tokenizer(base)
+    if shape != "document" and is_dated(tokenizer):
+        base = replace(base, chat=base.chat.model_copy(update={"date": date or time.strftime("%Y-%m-%d")}))
+        tokenizer = load_tokenizer(base)
+        log(f"the chat template writes a date: {base.chat.date}, in all of this run, and where its adapter is served")
+    renderer = ChatRenderer(tokenizer)
     how = {"shape": shape, "turns": turns, "kept_in": kept_in, "cancelled": cancelled, "log": log}
     train = training_set(config.data, renderer, **how)
     evaluation = evaluation_set(config.data, renderer, **how)
@@ -70,6 +84,11 @@ def prepare_data(
         if shared := num_shared(train, evaluation):
             log(f"evaluation data: {shared:,} of its conversations are training data too, so eval_loss flatters")
     return base, PreparedData(train, evaluation, train.digest(), num_steps(config, train))
+
+
+def rendering_as(base: BaseModel, config: RunConfig) -> RunConfig:
+    """For workers: with the date that the driver's base has."""
+    return config if base.chat.date is None else config.model_copy(update={"chat": base.chat})
 
 
 def describe_counts(dataset: TokenizedDataset) -> str:

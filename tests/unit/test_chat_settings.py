@@ -1,10 +1,11 @@
 """The section `chat`: named templates, a file's, arguments; what is refused, and what an adapter keeps of it."""
 
 import json
+import time
 
 import pytest
 from chat_templates import NAMES, TALKS, answer, template_of, tokenizer_of, user
-from tiny import make_tokenizer, write_peft_adapter, write_tiny_model
+from tiny import chat_rows, make_tokenizer, write_jsonl, write_peft_adapter, write_tiny_model
 
 from ftray.artifacts.publish import publish_adapter
 from ftray.config import parse_config
@@ -13,8 +14,10 @@ from ftray.errors import ConfigError, UserError
 from ftray.infer.renderers import Renderers
 from ftray.model.base import kept_chat, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
-from ftray.model.chat.settings import named_source, variables, with_chat
+from ftray.model.chat.settings import is_dated, named_source, variables, with_chat
 from ftray.registry import Registry
+from ftray.train.prepared_data import prepare_data, rendering_as
+from ftray.train.runs.inputs import inputs_of
 
 TURNS = [{"role": "system", "content": "Be brief."}, user("One?"), answer("1"), user("Two?"), answer("2")]
 # As the models' own cards and model code have them.
@@ -95,6 +98,41 @@ def test_values_of_arguments_are_what_yaml_has():
     assert shown == 'True|True|two|2.5|it\'s "so" {{ \n }}|-3'
 
 
+DATED = [name for name in NAMES if is_dated(tokenizer_of(name))]
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_a_fixed_date_is_the_days_own_rendering(name):
+    tokenizer = tokenizer_of(name)
+    today, another = (with_chat(tokenizer, ChatConfig(date=day)) for day in (time.strftime("%Y-%m-%d"), "2021-03-04"))
+    turns = TALKS["one turn"][:1]
+    how = {"tokenize": False, "add_generation_prompt": True}
+    assert today.apply_chat_template(turns, **how) == tokenizer.apply_chat_template(turns, **how)
+    assert another.apply_chat_template(turns, **how) != tokenizer.apply_chat_template(turns, **how)
+    assert "2021" in another.apply_chat_template(turns, **how)
+    assert not is_dated(another)
+    assert is_dated(tokenizer)
+
+
+def test_a_run_that_resumes_on_another_day_has_the_tokens_of_the_first(tmp_path):
+    """The twin: without the day that it began, they differ."""
+    base = write_tiny_model(tmp_path / "base", tokenizer=tokenizer_of("llama3_2"))
+    data = write_jsonl(tmp_path / "rows.jsonl", chat_rows(3))
+    text = f"kind: run\nname: a\nbase_model: {base}\nmax_steps: 1\ndata: {{train: {data}}}\n"
+    run = parse_config(text, kind="run", source="test")
+    lines: list[str] = []
+    began, first = prepare_data(run, log=lines.append, date="2021-03-04")
+    assert any("writes a date: 2021-03-04" in line for line in lines)
+    assert began.chat.date == "2021-03-04"
+    assert rendering_as(began, run).chat == began.chat
+    assert inputs_of(began, first)["date"] == "2021-03-04"
+    _, resumed = prepare_data(run, log=lines.append, date=inputs_of(began, first)["date"])
+    today, other = prepare_data(run, log=lines.append)
+    assert resumed.digest == first.digest != other.digest
+    assert today.chat.date == time.strftime("%Y-%m-%d")
+    assert began.described["chat"]["date"] == "2021-03-04"  # which its adapter keeps
+
+
 @pytest.mark.parametrize(
     ("chat", "named"),
     [
@@ -103,6 +141,7 @@ def test_values_of_arguments_are_what_yaml_has():
         ({"template": "pyproject.toml"}, "holds no Jinja"),
         ({"arguments": {"messages": []}}, "given by ftray"),
         ({"arguments": {"a-b": 1}}, "no name of a variable"),
+        ({"date": "yesterday"}, "a date is YYYY-MM-DD"),
         ({"templat": "chatml"}, "did you mean 'template'"),
     ],
 )

@@ -3,6 +3,7 @@ arguments set in it, so that whatever renders with that tokenizer renders alike.
 """
 
 import copy
+import datetime
 import difflib
 import re
 from functools import cache
@@ -12,6 +13,8 @@ from typing import Any
 from ftray.config.chat import NAMED_TEMPLATES, RENDERERS_OWN, ChatConfig
 from ftray.errors import UserError
 
+FIXED = "{% macro strftime_now(format) %}"
+DATED = re.compile(r"""strftime_now\(\s*["']([^"']+)["']\s*\)""")
 # How most templates write the tokens of a turn; others are words to most tokenizers.
 TURN_TOKEN = re.compile(r"<\|\w+\|>|<(?:start|end)_of_turn>")
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # of transformers, for masks
@@ -21,14 +24,16 @@ BY_TRANSFORMERS = {"raise_exception", "strftime_now", "documents", "range", "nam
 def with_chat(tokenizer: Any, chat: ChatConfig) -> Any:
     """A tokenizer that renders so; the given one where `chat` says nothing. Raises `UserError`."""
     template = tokenizer.chat_template if chat.template is None else source_of(chat.template)
-    if template == tokenizer.chat_template and not chat.arguments:
+    if template == tokenizer.chat_template and not chat.arguments and chat.date is None:
         return tokenizer
     if template is None:
         raise UserError("chat.arguments: the base model has no chat template that could read them; give chat.template")
     if chat.arguments:
         check_arguments(template, chat.arguments)
     sources = template if isinstance(template, dict) else {"": template}
-    made = {name: assignments(chat.arguments) + source for name, source in sources.items()}
+    made = {
+        name: fixed_date(source, chat.date) + assignments(chat.arguments) + source for name, source in sources.items()
+    }
     other = copy.copy(tokenizer)
     other.chat_template = made if isinstance(template, dict) else made[""]
     if chat.template is not None:
@@ -92,6 +97,25 @@ def variables(template: str) -> set[str]:
     except TemplateSyntaxError as error:
         raise UserError(f"chat.template: line {error.lineno}: {error.message}") from None
     return find_undeclared_variables(parsed) - BY_TRANSFORMERS - set(RENDERERS_OWN)
+
+
+def is_dated(tokenizer: Any) -> bool:
+    """Its chat template writes the day on which it renders."""
+    template = tokenizer.chat_template
+    sources = template.values() if isinstance(template, dict) else [template or ""]
+    return any("strftime_now" in source and FIXED not in source for source in sources)
+
+
+def fixed_date(source: str, date: str | None) -> str:
+    """Jinja by which `strftime_now` writes this day. Raises `UserError` where its format is not to be seen."""
+    if date is None or "strftime_now" not in source:
+        return ""
+    formats = DATED.findall(source)
+    if len(formats) < len(re.findall(r"strftime_now\s*\(", source)):
+        raise UserError("chat.date: the chat template computes the format of its date, so no other day can be set")
+    day = datetime.date.fromisoformat(date)
+    written = {format: day.strftime(format) for format in formats}
+    return f"{FIXED}{{{{ {literal(written)}[format] }}}}{{% endmacro %}}{{{{ '' }}}}"
 
 
 def assignments(arguments: dict[str, Any]) -> str:

@@ -17,9 +17,10 @@ WHAT = {
 
 
 def inputs_of(base: BaseModel, data: PreparedData) -> dict[str, Any]:
-    """A digest of each, by its key."""
+    """A digest of each, by its key; and the date that a dated chat template writes."""
     evaluation = data.eval.digest() if data.eval is not None else None
-    return {"base_model": base.fingerprint, "data.train": data.digest, "data.eval": evaluation}
+    digests = {"base_model": base.fingerprint, "data.train": data.digest, "data.eval": evaluation}
+    return digests | ({"date": base.chat.date} if base.chat.date is not None else {})
 
 
 def check_inputs(run: RunHandle, base: BaseModel, data: PreparedData) -> None:
@@ -44,3 +45,8 @@ def inputs_before(run: RunHandle) -> dict[str, Any]:
     result = run.finished or {}
     trained_on = read_state(run.resume_from).data_digest if run.resume_from is not None else result.get("data_digest")
     return {"base_model": result.get("base_fingerprint"), "data.train": trained_on}
+
+
+def date_before(run: RunHandle) -> str | None:
+    """That a dated chat template wrote in the run's earlier parts: another day would be other tokens."""
+    return inputs_before(run).get("date")
