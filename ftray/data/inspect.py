@@ -196,7 +196,7 @@ def num_held_out(dataset: TokenizedDataset, run: RunConfig) -> int:
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
-    edges = np.unique(np.ceil(np.linspace(0, lengths.max(), BINS + 1)).astype(int))[1:]
+    edges = np.unique(np.ceil(np.linspace(lengths.min() - 1, lengths.max(), BINS + 1)).astype(int))[1:]
     places = np.searchsorted(edges, lengths)
     counts = Counter(places.tolist())
     return [(int(edge), counts[place]) for place, edge in enumerate(edges)]
