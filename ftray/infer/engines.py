@@ -11,6 +11,7 @@ from ftray.infer.protocol import Engine, Request
 from ftray.infer.thoughts import split, thought_stream
 from ftray.model.base import BaseModel, context_limit
 from ftray.model.chat.template import ThoughtFrame
+from ftray.model.proof import refuse, remembered
 from ftray.plugins import load_plugin
 
 if TYPE_CHECKING:  # importing them loads torch and the model code
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # importing them loads torch and the model code
     from ftray.model.hardware import Hardware
 
 LOCAL_KV_CACHE_TOKENS = 16384
+SERVED = "torch_engine"  # of a proof
 
 
 def check_engine(config: EngineConfig) -> None:
@@ -32,8 +34,22 @@ def has_engine(config: EngineConfig) -> bool:
     return package is None or importlib.util.find_spec(package) is not None
 
 
+def check_served(base: BaseModel) -> None:
+    """Raises `UserError` where the torch engine is not shown to compute its architecture right: at its first use in a
+    second or two, after that without torch."""
+
+    def find() -> str | None:
+        from ftray.infer.torch_engine.proof import served_problem
+
+        return served_problem(base)
+
+    refuse(base, remembered(SERVED, base, find), what="serving")
+
+
 def make_engine(base: BaseModel, hardware: "Hardware", config: EngineConfig, adapters: AdaptersConfig) -> Engine:
     check_engine(config)
+    if config.type == "torch":
+        check_served(base)
     made = load_plugin(engine_kind(config.type).path, type, key="engine.type")
     return made(base, hardware, config, adapters)
 
@@ -42,6 +58,7 @@ def make_local_engine(base: BaseModel, hardware: "Hardware", *, context_tokens: 
     """For one thread's own questions, with the context that is asked for as far as the model has it."""
     from ftray.infer.torch_engine.engine import TorchEngine
 
+    check_served(base)
     context = min(context_tokens, context_limit(base) or context_tokens)
     settings = EngineConfig(context_tokens=context, kv_cache_tokens=max(LOCAL_KV_CACHE_TOKENS, context))
     return TorchEngine(base, hardware, settings, AdaptersConfig())

@@ -35,7 +35,7 @@ TABLE = {
     "plan": (GROUND | {"model", "train"}, {"ray", "deepspeed"}),
     "artifacts": (GROUND | {"model", "registry", "train"}, {"ray", "deepspeed"}),
     "doctor": (GROUND | {"model", "tracking", "infer", "cluster", "submit"}, {"deepspeed"}),
-    "serve": (GROUND | {"model", "infer", "registry", "tracking"}, {"ray", "deepspeed"}),
+    "serve": (GROUND | {"child_process", "model", "infer", "registry", "tracking"}, {"ray", "deepspeed"}),
     "sweep": (MODELS | {"train"}, {"ray", "deepspeed"}),
     "pipeline": (MODELS | {"train", "artifacts", "sweep"}, {"deepspeed"}),
 }

@@ -1,0 +1,204 @@
+"""A base is used where its computation is shown right, not where nothing is known against it.
+
+A twin of it is made at its first use: its own config with few layers that keep each kind, small widths and windows,
+and random weights. Over packed rows the twin must give what transformers' own forward gives sequence by sequence. It
+takes a second, reads no weights, and is remembered by the architecture and the versions of torch and transformers.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ftray.errors import UserError
+from ftray.model.base import BaseModel
+from ftray.storage import read_json, write_json
+from ftray.storage.cache import cache_directory
+
+PROOFS = "proofs"  # in the cache
+VERSION = 1  # of what is compared: another number compares anew
+# In float32 right ones differ by some 1e-6, wrong ones by 2e-3 and more.
+TOLERANCE = 2e-4
+LENGTHS = (24, 9, 5)  # of sequences: on both sides of a window of 8
+WINDOW = 8
+SPREAD = 0.2  # of the weights: enough that what is left out shows
+# Of a config.json: what makes a twin small.
+SMALL = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "lru_width"), 64),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim"), 96),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(
+        ("head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 16
+    ),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
+    "num_experts_per_tok": 2,
+    "rotary_dim": 8,
+    "hidden_size_per_layer_input": 16,
+    "max_position_embeddings": 512,
+}
+NESTED = ("rope_parameters", "rope_scaling", "text_config")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+NOT_OF_THE_TWIN = ("architectures", "auto_map", "dtype", "quantization_config", "torch_dtype", "transformers_version")
+
+
+def check_packed(base: BaseModel) -> None:
+    """Raises `UserError` where a packed row of its architecture is not shown right."""
+    refuse(base, remembered("packed", base, lambda: packed_problem(base)), what="training")
+
+
+def refuse(base: BaseModel, problem: str | None, *, what: str) -> None:
+    if problem is not None:
+        kind = read_json(base.directory / "config.json").get("model_type")
+        raise UserError(
+            f"base_model: {base.name}: {what} of its architecture ({kind}) is not shown right: {problem}; ftray does "
+            "not compute it yet: choose another base"
+        )
+
+
+def remembered(kind: str, base: BaseModel, find: Callable[[], str | None]) -> str | None:
+    """What is wrong with it; None: nothing."""
+    path = cache_directory() / PROOFS / f"{kind}-{key_of(base)}.json"
+    if path.is_file():
+        return read_json(path)["problem"]
+    problem = find()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"problem": problem})
+    return problem
+
+
+def key_of(base: BaseModel) -> str:
+    config = read_json(base.directory / "config.json")
+    for name in (*NOT_OF_THE_TWIN, "_name_or_path"):
+        config.pop(name, None)
+    versions = [VERSION, version("torch"), version("transformers"), version("ftray")]
+    return hashlib.sha256(json.dumps([config, versions], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def packed_problem(base: BaseModel) -> str | None:
+    try:
+        model = twin_of(base)
+        alone = [log_probs(model, ids) for ids in sequences()]
+    except Exception as error:  # noqa: BLE001  an architecture is code of others, made smaller than it was meant
+        return f"no small twin of it can be made ({first_line(error)})"
+    try:
+        packed = packed_log_probs(model)
+    except Exception as error:  # noqa: BLE001
+        return f"packed rows do not go through it ({first_line(error)})"
+    return difference(packed, alone, what="packed rows differ from transformers' own forward")
+
+
+def difference(found: Sequence[Any], expected: Sequence[Any], *, what: str) -> str | None:
+    """`found`, `expected`: log-probabilities [N] of each sequence."""
+    import torch
+
+    largest = max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+    finite = all(torch.isfinite(values).all() for values in expected)
+    return None if finite and largest <= TOLERANCE else f"{what} by {largest:.1g} (log-probability of a token)"
+
+
+def first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__
+
+
+# -- the twin -----------------------------------------------------------------------------------------------------
+
+
+def twin_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a config.json: the same architecture, smaller."""
+    twin = {name: smaller(name, value) for name, value in config.items() if name not in NOT_OF_THE_TWIN}
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(kv_heads, int):
+        twin["num_key_value_heads"] = max(1, SMALL["num_attention_heads"] * kv_heads // heads)
+    kinds = list(dict.fromkeys(config.get("layer_types") or ()))
+    depth = max(2, len(kinds))
+    twin |= {name: depth for name in DEPTHS if name in twin}
+    return twin | ({"layer_types": (kinds * depth)[:depth]} if kinds else {})
+
+
+def smaller(name: str, value: Any) -> Any:
+    """One value of a config."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if is_number and name in SMALL:
+        return SMALL[name]
+    if is_number and ("window" in name or "chunk" in name or name == "original_max_position_embeddings"):
+        return WINDOW
+    if name.endswith("token_id"):
+        return None
+    return twin_config(value) if name in NESTED and isinstance(value, dict) else copy.deepcopy(value)
+
+
+def twin_of(base: BaseModel) -> Any:
+    """With transformers' eager attention, in float32 on the CPU."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = twin_config(read_json(base.directory / "config.json"))
+    made = AutoConfig.for_model(config.pop("model_type"), **config)
+    model: Any = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="eager").eval()
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=noise) * SPREAD)
+            if "norm" in name and parameter.dim() == 1:
+                parameter.add_(1.0)
+    return model.requires_grad_(False)
+
+
+def save_twin(base: BaseModel, model: Any, directory: Path) -> BaseModel:
+    """As a base of its own, with the tokenizer of the whole."""
+    from transformers.utils import logging
+
+    from ftray.model.base import fingerprint_of, load_tokenizer
+
+    logging.disable_progress_bar()
+    model.save_pretrained(directory)
+    load_tokenizer(base).save_pretrained(directory)
+    return BaseModel(f"a twin of {base.name}", directory, fingerprint_of(directory), base.chat)
+
+
+def sequences() -> list[list[int]]:
+    import torch
+
+    chance = torch.Generator().manual_seed(1)
+    return [torch.randint(1, SMALL["vocab_size"], (length,), generator=chance).tolist() for length in LENGTHS]
+
+
+def log_probs(model: Any, ids: Sequence[int]) -> Any:
+    """[N - 1], of each token but the first, by transformers' own forward."""
+    import torch
+
+    with torch.no_grad():
+        found = model(torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
+    return found[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
+
+
+def packed_log_probs(model: Any) -> list[Any]:
+    """Of each sequence, out of one row."""
+    import torch
+
+    from ftray.model.packed import PackedCausalLM, PackedRow, register_packed_attention
+    from ftray.model.packed_attention import packed_layout
+
+    model.set_attn_implementation(register_packed_attention())
+    ids = [token for one in sequences() for token in one]
+    ends = torch.tensor(LENGTHS).cumsum(0).tolist()
+    rows = [place for end, length in zip(ends, LENGTHS, strict=True) for place in range(end - length, end - 1)]
+    targets = [length - 1 for length in LENGTHS]
+    row = PackedRow(
+        ids_T=torch.tensor(ids),
+        positions_T=torch.cat([torch.arange(length) for length in LENGTHS]),
+        rows_N=torch.tensor(rows),
+        targets_N=torch.tensor([ids[place + 1] for place in rows]),
+        weights_N=torch.ones(len(rows)),
+        sequences_N=torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(targets)),
+        layout=packed_layout(LENGTHS),
+    )
+    with torch.no_grad():
+        return list(PackedCausalLM(model)(row).split(targets))
