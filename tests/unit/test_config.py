@@ -75,6 +75,18 @@ def test_a_run_that_began_under_old_names_goes_on():
     assert config_changes(kept, config.model_dump(mode="json"))[0] == ["compile: was false, is true"]
 
 
+def test_a_run_that_began_before_a_key_was_there_goes_on():
+    """It did what the default says; another value is another run."""
+    config = parse_config(GOOD, kind="run", source="x.yaml")
+    kept = config.model_dump(mode="json")
+    for key in ("bad_rows", "split", "subset"):
+        del kept["data"][key]
+    del kept["chat"], kept["objective"]["train_on"]
+    assert config_changes(kept, config.model_dump(mode="json")) == ([], [])
+    last = parse_config(GOOD, ["objective={type: sft, train_on: last}"], kind="run", source="x.yaml")
+    assert config_changes(kept, last.model_dump(mode="json"))[0] == ['objective.train_on: was "all", is "last"']
+
+
 @pytest.mark.parametrize("overrides", ["{memory.compile: true}", "{memory: {compile: true}}"])
 def test_a_sweeps_override_by_an_old_name_replaces_the_runs(tmp_path, overrides):
     (tmp_path / "run.yaml").write_text(GOOD + "compile: auto\n")

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from ftray.config import RunConfig
 from ftray.config.renamed import with_new_names
-from ftray.errors import UnwritableError, UserError
+from ftray.errors import FtrayError, UnwritableError, UserError
 from ftray.storage import read_json
 from ftray.storage.job_directory import vanishes_with_the_job
 from ftray.tracking.metrics import METRICS
@@ -90,10 +91,18 @@ def may_change(key: str) -> bool:
 def config_changes(earlier: dict[str, Any], config: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What differs from the config that a run began with: (what makes it another run, what may change)."""
     refused, allowed = [], []
-    for key, a, b in differences(with_new_names(earlier), config):
+    for key, a, b in differences(with_defaults(with_new_names(earlier)), config):
         moved = key in PLACES and "null" not in (a, b)
         (allowed if may_change(key) or moved else refused).append(f"{key}: was {a}, is {b}")
     return refused, allowed
+
+
+def with_defaults(earlier: dict[str, Any]) -> dict[str, Any]:
+    """Of keys that an older ftray did not have: it did what they say by default."""
+    try:
+        return RunConfig.model_validate(earlier).model_dump(mode="json")
+    except (ValidationError, FtrayError):  # such as a module of one's own that is gone
+        return earlier
 
 
 def refuse_changes(where: str, changes: list[str], *, can_start_over: bool, what: str = "run") -> None:

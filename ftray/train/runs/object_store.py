@@ -34,6 +34,7 @@ from ftray.train.checkpoints.listing import Log, is_whole
 from ftray.train.checkpoints.stored import StoredCheckpoints
 from ftray.train.hooks.watchdog import HANGS
 from ftray.train.job import HARDWARE, STOP_REQUEST, WORKER_ERROR
+from ftray.train.runs.claim import with_defaults
 from ftray.train.runs.handle import INPUTS, RunHandle
 from ftray.train.runs.uri import local_directory, run_uri
 
@@ -100,7 +101,7 @@ class ObjectRunStore:
         point."""
         content = ObjectStore(self.uri(config.name)).read("config.json")
         if content is not None and any(
-            differences(with_new_names(json.loads(content)), config.model_dump(mode="json"))
+            differences(with_defaults(with_new_names(json.loads(content))), config.model_dump(mode="json"))
         ):
             self.forget(config.name)
 
