@@ -5,7 +5,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from ftray.config import RunConfig
 from ftray.config.data import DataConfig, SourceConfig
 from ftray.data.dataset import TokenizedDataset, open_dataset
 from ftray.data.examples import examples_of
-from ftray.data.formats import recognised, unread_columns
+from ftray.data.formats import describe_ratings, recognised, unread_columns, with_ratings_read
 from ftray.data.micro_batches import first_fit
 from ftray.data.sets import TRAIN, is_held_out
 from ftray.data.tally import Tally
@@ -99,6 +99,8 @@ def inspect_source(
     )
     source = Source(key, config, data, renderer.tokenizer, shape, trained_turns(run.objective))
     rows = source.rows()
+    as_rated = with_ratings_read(data, rows, shape=shape, key=str(source))
+    source = replace(source, data=as_rated)
     with tempfile.TemporaryDirectory(prefix="ftray-inspect-") as scratch:
         place = Path(scratch) / "tokens"
         tally = tokenize(
@@ -117,8 +119,8 @@ def inspect_source(
             location=config.path,
             name=config.label,
             weight=config.weight,
-            read_as=recognised(data, rows, shape=shape),
-            unread=unread_columns(data, rows, shape=shape, key=str(source)),
+            read_as=recognised(data, rows, shape=shape) if as_rated is data else describe_ratings(rows),
+            unread=unread_columns(as_rated, rows, shape=shape, key=str(source)),
             template=describe_template(renderer) if shape != "document" else [],
             rows=tally.num_rows,
             examples=len(dataset),

@@ -76,3 +76,29 @@ def test_both_answers_of_a_pair(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "row 1, chosen" in out
     assert "row 1, rejected" in out
+
+
+def test_rated_answers_are_shown_and_not_trained(run, tmp_path, capsys):
+    rows = [row | {"label": number == 0} for number, row in enumerate(chat_rows(3))]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    run("--json")
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["read_as"].startswith("rated answers (KTO), 1 good and 2 bad")
+    assert found["examples"] == 3
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", str(tmp_path / "run.yaml"), "--dry-run"])
+    assert "objective kto" in capsys.readouterr().err
+
+
+def test_several_sources_have_their_shares(run, tmp_path, capsys):
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": weight} for name, weight in (("a", 1.0), ("b", 3.0))]
+    for number, source in enumerate(sources):
+        write_jsonl(tmp_path / source["path"], chat_rows(10, seed=number))
+    run(f"data.train={json.dumps(sources)}", "data.eval=0.3", "--html", str(tmp_path / "page.html"))
+    shown = capsys.readouterr().out
+    assert "a: 50% of rows" in shown
+    assert "75% of the examples that are drawn" in shown
+    assert "held out for evaluation" in shown
+    page = (tmp_path / "page.html").read_text()
+    assert "data.train.1: b" in page
+    assert "share of tokens" in page

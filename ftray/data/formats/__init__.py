@@ -62,6 +62,19 @@ def has_ratings(rows: Any) -> bool:
     return RATING in rows.column_names and isinstance(next(iter(rows)).get(RATING), bool)
 
 
+def with_ratings_read(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> DataConfig:
+    """For a look at rated answers: read as the conversations that they are. Nothing trains on them yet."""
+    is_left_to_us = data.columns is None and data.format is None and data.transform is None
+    if shape != "conversation" or not is_left_to_us or not has_ratings(rows):
+        return data
+    return data.model_copy(update={"columns": guess_conversation(rows.column_names, key=key)})
+
+
+def describe_ratings(rows: Any) -> str:
+    good = sum(row.get(RATING) is True for row in rows)
+    return f"rated answers (KTO), {good:,} good and {len(rows) - good:,} bad; no objective of ftray trains on them yet"
+
+
 def recognised(data: DataConfig, rows: Any, *, shape: Shape) -> str:
     """What the rows are read as, in words."""
     if data.format is not None:
@@ -157,9 +170,11 @@ __all__ = [
     "Read",
     "Transform",
     "code_digest",
+    "describe_ratings",
     "own_format",
     "own_transform",
     "reader_of",
     "recognised",
     "unread_columns",
+    "with_ratings_read",
 ]
