@@ -267,7 +267,7 @@ def test_a_report_is_there_from_the_first_evaluation_on_and_at_every_end(run):
 def test_a_run_goes_on_with_the_contents_that_it_had(run, tmp_path, file, is_finished):
     def inputs(*, base: str = "b", train: str = "d", evaluation: str = "e") -> tuple[BaseModel, PreparedData]:
         digest = SimpleNamespace(digest=lambda: evaluation)
-        return SimpleNamespace(fingerprint=base), SimpleNamespace(digest=train, eval=digest)  # pyright: ignore
+        return BaseModel("b", Path("b"), base), SimpleNamespace(digest=train, eval=digest)  # pyright: ignore
 
     write_json(run / "result.json", {"steps": 6, "data_digest": "d", "base_fingerprint": "b"})
     if not is_finished:
