@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import chat_rows, write_jsonl, write_tiny_model
 
 # How many of each, of 200.
+# What ends with a driver may still move its scratch files about, and no backup needs them.
+SCRATCH = shutil.ignore_patterns("scratch")
 SHARES = {"registry file": 50, "registry kill": 25, "registry restored": 20, "ledger": 40, "tokens": 35, "run": 30}
 STEPS, EVERY = 24, 4
 RUN = """kind: run
@@ -316,8 +318,7 @@ def run_fault(trial: Trial, expected: str, finished: Path) -> str:
     if kind == "killed and restored":  # the directory of before, as a backup has it
         backup = root / "backup"
         shutil.rmtree(backup, ignore_errors=True)
-        # What ends with the driver may still move its scratch files about, which no backup is of use for.
-        shutil.copytree(runs, backup, ignore=shutil.ignore_patterns("scratch"))
+        shutil.copytree(runs, backup, ignore=SCRATCH)
         killed(root, runs, chance)
         shutil.rmtree(runs)
         shutil.copytree(backup, runs)
@@ -383,7 +384,7 @@ def full_disk(trial: Trial, runs: Path) -> str:
             pass
         process.communicate(timeout=300)
         filler.unlink()
-        shutil.copytree(disk, runs)
+        shutil.copytree(disk, runs, ignore=SCRATCH)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
     return f"a full disk during a run (exit code {process.returncode})"
@@ -432,11 +433,10 @@ def main() -> int:
             try:
                 happened.append(faults[kind]())
             except Exception as error:  # noqa: BLE001  what nobody refused clearly
-                trial.note(f"{kind} {number}", f"{type(error).__name__}: {error}")
+                happened.append(f"{kind} {number}")
+                trial.note(happened[-1], f"{type(error).__name__}: {error}")
             trial.counts[kind] += 1
-            print(
-                f"{number + 1}/{len(plan)} {happened[-1] if happened else kind}; wrong: {len(trial.wrong)}", flush=True
-            )
+            print(f"{number + 1}/{len(plan)} {happened[-1]}; wrong: {len(trial.wrong)}", flush=True)
     result = {
         "faults": len(plan),
         "seed": options.seed,
