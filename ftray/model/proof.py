@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ftray.storage import read_json, write_json
 from ftray.storage.cache import cache_directory
 
 PROOFS = "proofs"  # in the cache
-VERSION = 1  # of what is compared: another number compares anew
+VERSION = 2  # of what is compared: another number compares anew
 # In float32 right ones differ by some 1e-6, wrong ones by 2e-3 and more.
 TOLERANCE = 2e-4
 LENGTHS = (24, 9, 5)  # of sequences: on both sides of a window of 8
@@ -62,13 +63,14 @@ def refuse(base: BaseModel, problem: str | None, *, what: str) -> None:
 
 
 def remembered(kind: str, base: BaseModel, find: Callable[[], str | None]) -> str | None:
-    """What is wrong with it; None: nothing."""
+    """What is wrong with it; None: nothing, which is looked for no more."""
     path = cache_directory() / PROOFS / f"{kind}-{key_of(base)}.json"
     if path.is_file():
-        return read_json(path)["problem"]
+        return None
     problem = find()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"problem": problem})
+    if problem is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"base_model": base.name})
     return problem
 
 
@@ -155,11 +157,11 @@ def save_twin(base: BaseModel, model: Any, directory: Path) -> BaseModel:
     """As a base of its own, with the tokenizer of the whole."""
     from transformers.utils import logging
 
-    from ftray.model.base import fingerprint_of, load_tokenizer
+    from ftray.model.base import AS_IT_IS, fingerprint_of, load_tokenizer
 
     logging.disable_progress_bar()
     model.save_pretrained(directory)
-    load_tokenizer(base).save_pretrained(directory)
+    load_tokenizer(replace(base, chat=AS_IT_IS)).save_pretrained(directory)  # `chat` is set in it as in the whole's
     return BaseModel(f"a twin of {base.name}", directory, fingerprint_of(directory), base.chat)
 
 

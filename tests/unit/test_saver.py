@@ -146,3 +146,36 @@ def test_the_rows_behind_a_bad_loss_are_named():
     assert suspects([(1.0, [4]), (6.0, [8, 1])]) == [1, 8]
     assert suspects([]) == []
     assert name_rows(list(range(1, 13))) == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more"
+
+
+def test_a_manifest_moves_when_the_files_of_all_ranks_are_there(tmp_path, monkeypatch):
+    """A rank that dies in between leaves a checkpoint that does not count, not one that is damaged."""
+    from types import SimpleNamespace
+
+    import ray.train
+
+    from ftray.train.on_ray.rank_run import SharedRun
+
+    target, scratch = tmp_path / "checkpoints" / "step-5", tmp_path / "scratch"
+    for name in ("manifest.json", "state/rank-00000.safetensors", "adapter/manifest.json"):
+        (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / name).write_text('{"files": []}')
+    found = []
+
+    def gather(problem):
+        found.append(sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()))
+        return [problem, None]
+
+    def report(metrics, *, checkpoint, checkpoint_dir_name, checkpoint_upload_fn):
+        checkpoint_upload_fn(checkpoint, checkpoint_dir_name)
+
+    monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr("ftray.train.on_ray.rank_run.remove_unlisted", lambda directory: None)
+    run = SharedRun(SimpleNamespace(run_directory=tmp_path), rank=0)  # pyright: ignore
+    run.publish(SimpleNamespace(gather=gather), scratch, 5)  # pyright: ignore
+    assert found == [["adapter/manifest.json", "state/rank-00000.safetensors"]]
+    assert (target / "manifest.json").is_file()
+    broken = SimpleNamespace(gather=lambda problem: [problem, "rank 1: no room"])
+    with pytest.raises(FtrayError, match="step 6 could not be completed: rank 1: no room"):
+        run.publish(broken, scratch, 6)  # pyright: ignore
+    assert not (tmp_path / "checkpoints" / "step-6" / "manifest.json").exists()

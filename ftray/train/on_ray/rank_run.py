@@ -78,25 +78,37 @@ class SharedRun:
     def upload(self, directory: Path, step: int) -> None: ...
 
     def publish(self, ranks: Ranks, directory: Path, step: int) -> None:
-        """The one place that reports to Ray Train. The files move, since scratch and checkpoints share a disk."""
+        """The one place that reports to Ray Train. The files move, since scratch and checkpoints share a disk; the
+        manifest, which names those of all ranks, moves when they are all there: a rank may die at any point."""
+        target = self.job.run_directory / CHECKPOINTS / f"step-{step}"
+        problem = None
+        try:
+            move_files(directory, target)
+        except OSError as error:
+            problem = f"rank {self._rank}: {error}"
+        if problems := [found for found in ranks.gather(problem) if found is not None]:
+            raise FtrayError(f"the checkpoint of step {step} could not be completed: {problems[0]}")
 
-        def move(_: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-            target = self.job.run_directory / CHECKPOINTS / name
-            manifest = directory / MANIFEST
-            for path in sorted((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p == manifest):
-                place = target / path.relative_to(directory)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, place)
+        def complete(_: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
             if self._rank == 0:
+                os.replace(directory / MANIFEST, target / MANIFEST)
                 remove_unlisted(target)  # of an earlier save of this step, by more ranks
             return ray.train.Checkpoint(str(target))
 
         ray.train.report(
             {"step": step},
             checkpoint=ray.train.Checkpoint.from_directory(directory),
-            checkpoint_dir_name=f"step-{step}",
-            checkpoint_upload_fn=move,
+            checkpoint_dir_name=target.name,
+            checkpoint_upload_fn=complete,
         )
+
+
+def move_files(directory: Path, target: Path) -> None:
+    """All but the manifest."""
+    for path in [path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST]:
+        place = target / path.relative_to(directory)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
 
 
 class StoredRankRun:
