@@ -320,7 +320,7 @@ def run_fault(trial: Trial, expected: str, finished: Path) -> str:
         shutil.rmtree(backup, ignore_errors=True)
         shutil.copytree(runs, backup, ignore=SCRATCH)
         killed(root, runs, chance)
-        shutil.rmtree(runs)
+        removed(runs)
         shutil.copytree(backup, runs)
     elif kind.endswith("a file"):
         files = sorted(path for path in run.rglob("*") if path.is_file() and "scratch" not in path.parts)
@@ -347,6 +347,16 @@ def run_fault(trial: Trial, expected: str, finished: Path) -> str:
     if process.returncode == 0 and weights(run) != expected:
         trial.note(fault, "other weights than the undisturbed run's")
     return fault
+
+
+def removed(directory: Path) -> None:
+    """Also while what ends with a killed driver still writes there."""
+    for _ in range(100):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{directory} is still written to")
 
 
 def killed(root: Path, runs: Path, chance: random.Random) -> float:
