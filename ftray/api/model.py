@@ -50,6 +50,7 @@ class Model:
         self._num_requests += 1
         renderer = self._renderers.of(self._chats[key])
         stops = frozenset(renderer.stop_ids)
+        ends = self.engine.stop_ids | stops
         request = Request(
             f"chat-{self._num_requests}",
             renderer.prompt_ids(turns),
@@ -69,7 +70,7 @@ class Model:
                     self._step()
                 while mine:
                     event = mine.popleft()
-                    yield event.text if thoughts is None else split(event, thoughts, self.engine.stop_ids | stops)[1]
+                    yield event.text if thoughts is None else split(event, thoughts, ends)[1]
                     if event.finish_reason is not None:
                         return
         finally:

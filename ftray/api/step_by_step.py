@@ -21,7 +21,6 @@ from ftray.data.sets import training_set
 from ftray.model.adapters.directory import local_adapter
 from ftray.model.base import load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
-from ftray.model.families import check_layers
 from ftray.model.hardware import choose_hardware
 from ftray.model.packed import PackedRow
 from ftray.model.proof import check_packed
@@ -71,7 +70,6 @@ def open_training(config: RunConfig | dict[str, Any] | str | Path, *overrides: s
     prepared = resolve_start(PreparedRun(run, fresh=False, callbacks=()))
     run, start = prepared.config, prepared.init_from
     base = prepare_base(run.base_model, chat=run.chat)
-    check_layers(base)
     check_packed(base)
     renderer, shape = ChatRenderer(load_tokenizer(base)), objective_of(run.objective).shape
     dataset = training_set(run.data, renderer, shape=shape, turns=trained_turns(run.objective))

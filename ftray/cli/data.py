@@ -112,7 +112,9 @@ def show(found: "Inspection") -> None:
 
 def shares_of(found: "list[Inspection]") -> list[str]:
     """A line for each of several training sources: what part of the rows and tokens it is, and of an epoch."""
-    sources = [inspection for inspection in found if inspection.key.startswith("data.train")]
+    from ftray.data.inspect import training_sources
+
+    sources = training_sources(found)
     if len(sources) == 1:
         return []
     rows, tokens = (sum(getattr(source, name) for source in sources) for name in ("rows", "tokens"))

@@ -1,15 +1,20 @@
 """Tokenised examples as flat arrays in files, mapped into memory: a set of any size is read without being held."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
-from ftray.storage import read_json, write_json, write_manifest
+from ftray.errors import FtrayError
+from ftray.storage import read_json, verify_directory, write_json, write_manifest
 
 COUNTS = "counts.json"
 DIGEST_ELEMENTS = COPIED_TOKENS = 1 << 22  # at a time
@@ -189,6 +194,31 @@ class DatasetWriter:
 
     def _write(self, name: str, values: np.ndarray | list[int]) -> None:
         self._files[name].write(np.asarray(values, ARRAYS[name]).tobytes())
+
+
+Write = Callable[[Path], Any]  # a dataset's directory; raises, and leaves nothing, where it cannot
+
+
+def made_for_now(write: Write) -> TokenizedDataset:
+    """Kept nowhere: a mapped file outlives its name."""
+    with tempfile.TemporaryDirectory(prefix="ftray-tokens-") as scratch:
+        write(Path(scratch) / "tokens")
+        return replace(open_dataset(Path(scratch) / "tokens"), directory=None)
+
+
+def made_once(directory: Path, write: Write) -> TokenizedDataset:
+    """The one that is kept there, where it is whole; else it is written, by one process at a time."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        try:
+            verify_directory(directory)
+        except FtrayError:
+            staging = directory.with_name(f"{directory.name}.new")
+            shutil.rmtree(staging, ignore_errors=True)
+            write(staging)
+            shutil.rmtree(directory, ignore_errors=True)
+            os.replace(staging, directory)
+    return open_dataset(directory)
 
 
 def open_dataset(directory: Path) -> TokenizedDataset:

@@ -113,7 +113,6 @@ def inspect_source(
             on_rows=lambda count: on_rows(count, len(rows)),
         )
         dataset = open_dataset(place)
-        lengths = np.asarray(dataset.lengths)
         return Inspection(
             key=key,
             location=config.path,
@@ -122,23 +121,40 @@ def inspect_source(
             read_as=recognised(data, rows, shape=shape) if as_rated is data else describe_ratings(rows),
             unread=unread_columns(as_rated, rows, shape=shape, key=str(source)),
             template=describe_template(renderer) if shape != "document" else [],
-            rows=tally.num_rows,
-            examples=len(dataset),
-            tokens=int(lengths.sum()),
-            trained_tokens=int(dataset.trained_lengths.sum()),
-            longest=int(lengths.max()),
-            limit=limit,
-            over_limit=int((lengths > limit).sum()),
-            histogram=histogram(lengths),
-            duplicates=count_duplicates(dataset),
-            untrained_answers=tally.num_untrained,
             held_out=num_held_out(dataset, run) if key.startswith(TRAIN) else 0,
-            left_out=tally.num_left_out,
-            bad=tally.bad[:MOST_LISTED],
-            num_bad=len(tally.bad),
             packing=packing(dataset, run.batch.tokens_per_micro_batch),
             shown=[shown(dataset, number, renderer, limit=limit) for number in range(min(show, len(dataset)))],
+            **of_rows(tally),
+            **of_examples(dataset, limit=limit),
         )
+
+
+def of_rows(tally: Tally) -> dict[str, Any]:
+    return {
+        "rows": tally.num_rows,
+        "untrained_answers": tally.num_untrained,
+        "left_out": tally.num_left_out,
+        "bad": tally.bad[:MOST_LISTED],
+        "num_bad": len(tally.bad),
+    }
+
+
+def of_examples(dataset: TokenizedDataset, *, limit: int) -> dict[str, Any]:
+    lengths = np.asarray(dataset.lengths)
+    return {
+        "examples": len(dataset),
+        "tokens": int(lengths.sum()),
+        "trained_tokens": int(dataset.trained_lengths.sum()),
+        "longest": int(lengths.max()),
+        "limit": limit,
+        "over_limit": int((lengths > limit).sum()),
+        "histogram": histogram(lengths),
+        "duplicates": count_duplicates(dataset),
+    }
+
+
+def training_sources(found: Sequence[Inspection]) -> list[Inspection]:
+    return [source for source in found if source.key.startswith(TRAIN)]
 
 
 def refuse_where_nothing_is_left(tally: Tally, source: str, data: DataConfig) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from ftray.data.inspect import Inspection
-from ftray.data.sets import TRAIN
+from ftray.data.inspect import Inspection, training_sources
 from ftray.storage import write_bytes
 
 TEMPLATE = Path(__file__).with_name("inspect.html")
@@ -23,6 +22,6 @@ def write_page(path: Path, name: str, found: Sequence[Inspection]) -> None:
 
 def shares_of_tokens(found: Sequence[Inspection]) -> dict[str, str]:
     """By key, of several training sources: as a percentage."""
-    sources = [source for source in found if source.key.startswith(TRAIN)]
+    sources = training_sources(found)
     total = max(1, sum(source.tokens for source in sources))
     return {source.key: f"{source.tokens / total:.0%}" for source in sources} if len(sources) > 1 else {}

@@ -3,26 +3,21 @@ are held out taken from the one into the other.
 """
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from ftray.config.data import DataConfig, HoldOutConfig, SourceConfig
-from ftray.data.dataset import DatasetWriter, TokenizedDataset, open_dataset
+from ftray.data.dataset import DatasetWriter, TokenizedDataset, made_for_now, made_once
 from ftray.data.formats import reader_of
 from ftray.data.sources import check_source, load_source
 from ftray.data.tokens import key_of, tokenize_source
-from ftray.errors import DataError, FtrayError
+from ftray.errors import DataError
 from ftray.model.chat import ChatRenderer
 from ftray.objectives import Shape
-from ftray.storage import verify_directory
 
 TRAIN, EVAL = "data.train", "data.eval"
 JOINED = 1  # of the kept files: another number makes them anew
@@ -107,23 +102,15 @@ def joined(found: list[Part], *, kept_in: Path | None, key: str) -> TokenizedDat
         raise DataError(
             f"{key}: data.eval: holds out {'no' if key == EVAL else 'every'} row; change the fraction or seed"
         )
+
+    def write(directory: Path) -> None:
+        write_joined(found, directory)
+
     if kept_in is None:
-        with tempfile.TemporaryDirectory(prefix="ftray-tokens-") as scratch:
-            write_joined(found, Path(scratch) / "tokens")
-            return replace(open_dataset(Path(scratch) / "tokens"), directory=None)  # a mapped file outlives its name
+        return made_for_now(write)
     kept = found[0].dataset.directory
     assert kept is not None
-    directory = kept.parent / name_of(found)
-    with FileLock(f"{directory}.lock"):
-        try:
-            verify_directory(directory)
-        except FtrayError:
-            staging = directory.with_name(f"{directory.name}.new")
-            shutil.rmtree(staging, ignore_errors=True)
-            write_joined(found, staging)
-            shutil.rmtree(directory, ignore_errors=True)
-            os.replace(staging, directory)
-    return open_dataset(directory)
+    return made_once(kept.parent / name_of(found), write)
 
 
 def examples_of(part: Part) -> np.ndarray:

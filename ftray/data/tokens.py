@@ -9,30 +9,25 @@ import hashlib
 import itertools
 import json
 import multiprocessing
-import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ProcessPoolExecutor, wait
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from ftray.config.data import DataConfig, SourceConfig
-from ftray.data.dataset import DatasetWriter, TokenizedDataset, open_dataset
+from ftray.data.dataset import DatasetWriter, TokenizedDataset, made_for_now, made_once
 from ftray.data.encode import ENCODERS, Example, answers_of, trained_answers
 from ftray.data.formats import Conversation, code_digest, reader_of, unread_columns
 from ftray.data.sources import load_source, source_digest
 from ftray.data.tally import Tally, add, refuse_problems
-from ftray.errors import DataError, FtrayError
+from ftray.errors import DataError
 from ftray.model.chat import ChatRenderer, Rendered
 from ftray.model.chat.settings import is_dated
 from ftray.objectives import Shape, TrainedTurns
-from ftray.storage import verify_directory
 from ftray.storage.machine import usable_cores, user_name
 
 # Fewer rows than this a process are not worth its start.
@@ -147,30 +142,17 @@ def tokenize_source(
         log(
             f"{key}: the chat template writes today's date, {time.strftime('%Y-%m-%d')}; another day gives other tokens"
         )
+
+    def write(directory: Path) -> None:
+        tokenize(source, rows, directory, processes=processes, cancelled=cancelled)
+
     if kept_in is None:
-        with tempfile.TemporaryDirectory(prefix="ftray-tokens-") as scratch:
-            tokenize(source, rows, Path(scratch) / "tokens", processes=processes, cancelled=cancelled)
-            return replace(open_dataset(Path(scratch) / "tokens"), directory=None)  # a mapped file outlives its name
+        return made_for_now(write)
     name = source.digest(rows)
-
-    def kept(place: Path) -> TokenizedDataset:
-        directory = place / name
-        place.mkdir(parents=True, exist_ok=True)
-        with FileLock(place / f"{name}.lock"):
-            try:
-                verify_directory(directory)
-            except FtrayError:
-                staging = place / f"{name}.new"
-                shutil.rmtree(staging, ignore_errors=True)
-                tokenize(source, rows, staging, processes=processes, cancelled=cancelled)
-                shutil.rmtree(directory, ignore_errors=True)
-                os.replace(staging, directory)
-        return open_dataset(directory)
-
     try:
-        return kept(kept_in)
+        return made_once(kept_in / name, write)
     except PermissionError:  # another user's, in a directory of runs that several share
-        return kept(kept_in.with_name(f"{kept_in.name}-{user_name()}"))
+        return made_once(kept_in.with_name(f"{kept_in.name}-{user_name()}") / name, write)
 
 
 def tokenize(

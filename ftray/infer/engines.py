@@ -11,6 +11,7 @@ from ftray.infer.protocol import Engine, Request
 from ftray.infer.thoughts import split, thought_stream
 from ftray.model.base import BaseModel, context_limit
 from ftray.model.chat.template import ThoughtFrame
+from ftray.model.families import check_layers
 from ftray.model.proof import refuse, remembered
 from ftray.plugins import load_plugin
 
@@ -43,6 +44,7 @@ def check_served(base: BaseModel) -> None:
 
         return served_problem(base)
 
+    check_layers(base)
     refuse(base, remembered(SERVED, base, find), what="serving")
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ftray.errors import UserError
-from ftray.model.base import BaseModel
+from ftray.model.base import AS_IT_IS, BaseModel, fingerprint_of, load_tokenizer
+from ftray.model.families import check_layers
 from ftray.storage import read_json, write_json
 from ftray.storage.cache import cache_directory
 
@@ -50,6 +51,7 @@ NOT_OF_THE_TWIN = ("architectures", "auto_map", "dtype", "quantization_config", 
 
 def check_packed(base: BaseModel) -> None:
     """Raises `UserError` where a packed row of its architecture is not shown right."""
+    check_layers(base)
     refuse(base, remembered("packed", base, lambda: packed_problem(base)), what="training")
 
 
@@ -64,14 +66,22 @@ def refuse(base: BaseModel, problem: str | None, *, what: str) -> None:
 
 def remembered(kind: str, base: BaseModel, find: Callable[[], str | None]) -> str | None:
     """What is wrong with it; None: nothing, which is looked for no more."""
-    path = cache_directory() / PROOFS / f"{kind}-{key_of(base)}.json"
-    if path.is_file():
+    if is_remembered(kind, base):
         return None
-    problem = find()
+    problem, path = find(), proof_file(kind, base)
     if problem is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"base_model": base.name})
     return problem
+
+
+def is_remembered(kind: str, base: BaseModel) -> bool:
+    """As right."""
+    return proof_file(kind, base).is_file()
+
+
+def proof_file(kind: str, base: BaseModel) -> Path:
+    return cache_directory() / PROOFS / f"{kind}-{key_of(base)}.json"
 
 
 def key_of(base: BaseModel) -> str:
@@ -156,8 +166,6 @@ def twin_of(base: BaseModel) -> Any:
 def save_twin(base: BaseModel, model: Any, directory: Path) -> BaseModel:
     """As a base of its own, with the tokenizer of the whole."""
     from transformers.utils import logging
-
-    from ftray.model.base import AS_IT_IS, fingerprint_of, load_tokenizer
 
     logging.disable_progress_bar()
     model.save_pretrained(directory)

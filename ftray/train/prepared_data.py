@@ -15,7 +15,6 @@ from ftray.model.adapters.targets import check_targets
 from ftray.model.base import BaseModel, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.model.chat.settings import is_dated
-from ftray.model.families import check_layers
 from ftray.model.proof import check_packed
 from ftray.objectives import objective_of, trained_turns
 from ftray.train.checkpoints.listing import read_state
@@ -63,7 +62,6 @@ def prepare_data(
     that a dated template writes (YYYY-MM-DD); None: today's, which the base then has in its `chat`."""
     base = prepare_base(config.base_model, chat=config.chat, log=log)
     check_length(base, config.data.max_example_tokens, key="data.max_example_tokens")
-    check_layers(base)
     check_packed(base)
     if config.adapter is not None:
         check_targets(base, config.adapter)

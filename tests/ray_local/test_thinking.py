@@ -1,6 +1,8 @@
 """Bases that think, whole: a run on rows with and without a thought, exact match, and the endpoint's own words."""
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,19 +26,34 @@ ROWS = [
 PLAIN = [{"messages": [user("one?"), answer("1")]}, {"messages": [user("two?"), answer("2")]}]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gptoss", "nemotron_3_nano"])
-def test_a_perfect_adapter_is_seen_as_one(name, tmp_path):
-    base = write_tiny_model(tmp_path / "base", tokenizer=tokenizer_of(name))
-    config = {
-        "name": "thinks",
+def settings(tmp_path: Path, base: Path, *, name: str, max_steps: int, tokens: int = 512) -> dict:
+    """Of a run; `tokens`: an example's at most."""
+    return {
+        "name": name,
         "base_model": str(base),
-        "max_steps": 200,
-        "data": {"max_example_tokens": 512},
+        "max_steps": max_steps,
+        "data": {"max_example_tokens": tokens},
         "adapter": {"rank": 16, "alpha": 32.0},
-        "batch": {"examples_per_step": 4, "tokens_per_micro_batch": 2048},
+        "batch": {"examples_per_step": 4, "tokens_per_micro_batch": 4 * tokens},
         "optimizer": {"learning_rate": 1e-2},
         "runs_dir": str(tmp_path / "runs"),
     }
+
+
+@contextlib.contextmanager
+def served(base: Path, registry: str, *, context_tokens: int = 512) -> Iterator[EngineReplica]:
+    text = f"base_model: {base}\nadapters: {{registry: {registry}}}\nengine: {{context_tokens: {context_tokens}}}\n"
+    replica = EngineReplica(parse_config(f"kind: serve\n{text}", kind="serve", source="test"))
+    try:
+        yield replica
+    finally:
+        replica.close()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss", "nemotron_3_nano"])
+def test_a_perfect_adapter_is_seen_as_one(name, tmp_path):
+    base = write_tiny_model(tmp_path / "base", tokenizer=tokenizer_of(name))
+    config = settings(tmp_path, base, name="thinks", max_steps=200)
     lines: list[str] = []
     run = ftray.train(config, data=ROWS, eval_data=ROWS[:2], log=lines.append)
     assert any("4 examples of 3 rows" in line for line in lines)  # each answer as it is asked for
@@ -48,13 +65,9 @@ def test_a_perfect_adapter_is_seen_as_one(name, tmp_path):
     model = ftray.load("thinks@1", registry=registry)
     assert model.chat("one?", temperature=0, max_tokens=64) == "1"
     model.close()
-    text = f"kind: serve\nbase_model: {base}\nadapters: {{registry: {registry}}}\nengine: {{context_tokens: 512}}\n"
-    replica = EngineReplica(parse_config(text, kind="serve", source="test"))
-    try:
+    with served(base, registry) as replica:
         assert asyncio.run(answered(replica, "one?")) == ("a", "1")
         assert asyncio.run(answered(replica, "two?")) == ("", "2")
-    finally:
-        replica.close()
 
 
 def test_an_endpoint_renders_each_adapter_as_its_training_did(tmp_path):
@@ -65,17 +78,7 @@ def test_an_endpoint_renders_each_adapter_as_its_training_did(tmp_path):
     registry = str(tmp_path / "registry")
     quiet = {"arguments": {"enable_thinking": False}}
     for name, chat in (("quiet", quiet), ("alpaca", {"template": "alpaca"})):
-        config = {
-            "name": name,
-            "base_model": str(base),
-            "chat": chat,
-            "max_steps": 80,
-            "data": {"max_example_tokens": 512},
-            "adapter": {"rank": 16, "alpha": 32.0},
-            "batch": {"examples_per_step": 4, "tokens_per_micro_batch": 2048},
-            "optimizer": {"learning_rate": 1e-2},
-            "runs_dir": str(tmp_path / "runs"),
-        }
+        config = settings(tmp_path, base, name=name, max_steps=80) | {"chat": chat}
         run = ftray.train(config, data=PLAIN, eval_data=PLAIN)
         run.publish(registry=registry)
         assert ftray.evaluate(run.config, adapter=run.adapter).accuracy == 1.0
@@ -86,11 +89,9 @@ def test_an_endpoint_renders_each_adapter_as_its_training_did(tmp_path):
     assert model.chat("one?", temperature=0, max_tokens=64) == "1"
     assert model.chat("two?", adapter="alpaca@1", temperature=0, max_tokens=64) == "2"
     model.close()
-    text = f"kind: serve\nbase_model: {base}\nadapters: {{registry: {registry}}}\nengine: {{context_tokens: 512}}\n"
-    replica = EngineReplica(parse_config(text, kind="serve", source="test"))
     turns = [user("one?")]
     how = {"add_generation_prompt": True, "return_dict": False}
-    try:
+    with served(base, registry) as replica:
         for name in ("quiet@1", "alpaca@1"):
             assert asyncio.run(answered(replica, "one?", adapter=name)) == ("", "1")
         prompts = replica._prompts
@@ -98,8 +99,6 @@ def test_an_endpoint_renders_each_adapter_as_its_training_did(tmp_path):
         assert prompts.chat(turns, (), adapter="quiet@1") == tokenizer.apply_chat_template(
             turns, enable_thinking=False, **how
         )
-    finally:
-        replica.close()
 
 
 CALLING = [
@@ -114,29 +113,16 @@ def test_a_trained_call_is_answered_as_one(name, tmp_path):
     file = Path(__file__).parents[1] / "templates" / f"{name}.jinja"
     tokenizer = tokenizer_of(name, file.read_text(encoding="utf-8") if file.is_file() else None)
     base = write_tiny_model(tmp_path / "base", tokenizer=tokenizer)
-    config = {
-        "name": "calls",
-        "base_model": str(base),
-        "max_steps": 70,
-        "data": {"max_example_tokens": 1024},
-        "adapter": {"rank": 16, "alpha": 32.0},
-        "batch": {"examples_per_step": 4, "tokens_per_micro_batch": 4096},
-        "optimizer": {"learning_rate": 1e-2},
-        "runs_dir": str(tmp_path / "runs"),
-    }
+    config = settings(tmp_path, base, name="calls", max_steps=70, tokens=1024)
     registry = str(tmp_path / "registry")
     ftray.train(config, data=CALLING).publish(registry=registry)
-    text = f"kind: serve\nbase_model: {base}\nadapters: {{registry: {registry}}}\nengine: {{context_tokens: 1024}}\n"
-    replica = EngineReplica(parse_config(text, kind="serve", source="test"))
-    try:
+    with served(base, registry, context_tokens=1024) as replica:
         message = asyncio.run(message_of(replica, "how is Rome?"))
         assert message["content"] is None
         assert [call["function"] for call in message["tool_calls"]] == [
             {"name": "look", "arguments": '{"city": "Rome"}'}
         ]
         assert asyncio.run(message_of(replica, "hello?")) == {"role": "assistant", "content": "1"}
-    finally:
-        replica.close()
 
 
 async def message_of(replica: EngineReplica, question: str) -> dict:

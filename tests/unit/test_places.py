@@ -19,7 +19,7 @@ from ftray.cli.main import main
 from ftray.cluster import leftovers
 from ftray.cluster.reaper import of_session
 from ftray.config import parse_config
-from ftray.data import tokens as tokens_module
+from ftray.data import dataset as dataset_module, tokens as tokens_module
 from ftray.data.sources import check_source, load_rows
 from ftray.data.tokens import tokenize_source
 from ftray.doctor.checks import check_leftovers, check_proxies
@@ -211,14 +211,14 @@ def test_a_home_that_cannot_be_written(monkeypatch, tmp_path):
 def test_tokens_of_another_user_are_left_alone(monkeypatch, tmp_path, renderer, train_file):
     data = run_of("b", str(train_file)).data
     place = tmp_path / ".tokens"
-    real = tokens_module.FileLock
+    real = dataset_module.FileLock
 
     def lock(path):
         if Path(path).parent == place:
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(tokens_module, "FileLock", lock)
+    monkeypatch.setattr(dataset_module, "FileLock", lock)
     monkeypatch.setattr(tokens_module, "user_name", lambda: "second")
     found = tokenize_source("data.train", str(train_file), data, renderer, kept_in=place)
     assert found.directory is not None

@@ -57,15 +57,17 @@ def unread_columns(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> li
     return [name for name in rows.column_names if name not in read]
 
 
-def has_ratings(rows: Any) -> bool:
-    """KTO's rows: an answer that is good or bad."""
-    return RATING in rows.column_names and isinstance(next(iter(rows)).get(RATING), bool)
+def are_rated(data: DataConfig, rows: Any, *, shape: Shape) -> bool:
+    """KTO's rows, an answer that is good or bad, where nothing says how they are to be read."""
+    is_left_to_us = data.columns is None and data.format is None and data.transform is None
+    if shape != "conversation" or not is_left_to_us or RATING not in rows.column_names:
+        return False
+    return isinstance(next(iter(rows)).get(RATING), bool)
 
 
 def with_ratings_read(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> DataConfig:
     """For a look at rated answers: read as the conversations that they are. Nothing trains on them yet."""
-    is_left_to_us = data.columns is None and data.format is None and data.transform is None
-    if shape != "conversation" or not is_left_to_us or not has_ratings(rows):
+    if not are_rated(data, rows, shape=shape):
         return data
     return data.model_copy(update={"columns": guess_conversation(rows.column_names, key=key)})
 
@@ -93,8 +95,7 @@ def recognised(data: DataConfig, rows: Any, *, shape: Shape) -> str:
 
 
 def reader_of_columns(data: DataConfig, rows: Any, *, shape: Shape, key: str) -> Read:
-    is_left_to_us = data.columns is None and data.format is None and data.transform is None
-    if shape == "conversation" and is_left_to_us and has_ratings(rows):
+    if are_rated(data, rows, shape=shape):
         raise DataError(
             f"{key}: rows with a `label` of true or false are rated answers, which objective kto trains on; ftray has "
             "none yet. With data.columns all of them are trained as they stand, the bad ones too"

@@ -14,7 +14,7 @@ from ftray.model.chat import ChatRenderer, read_messages
 from ftray.registry import Registry
 from ftray.serve.protocol import GenerateJob
 
-KNOWN_VERSIONS = 4096  # whose settings are remembered: they never change
+KNOWN_VERSIONS = 4096  # whose renderers are remembered: they never change
 
 
 class PromptReader:
@@ -25,12 +25,16 @@ class PromptReader:
         self._context_tokens = context_tokens
         self._longest_token = max(map(len, engine.tokenizer.get_vocab()))
         # Nothing is remembered: nobody may learn by the time what others have asked.
-        self._renderers = Renderers(base, remembers=False)
-        self._chat_of = lru_cache(KNOWN_VERSIONS)(lambda key: chat_in(registry.get(key).metadata))
+        renderers = Renderers(base, remembers=False)
+
+        def of_version(adapter: str | None) -> ChatRenderer:
+            return renderers.of(chat_in(registry.get(adapter).metadata) if adapter is not None else None)
+
+        self._of_version = lru_cache(KNOWN_VERSIONS)(of_version)
 
     def renderer(self, adapter: str | None) -> ChatRenderer:
         """As the version was trained, where it says so. Raises `FtrayError` where it cannot be read."""
-        return self._renderers.of(self._chat_of(adapter) if adapter is not None else None)
+        return self._of_version(adapter)
 
     def chat(
         self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], *, adapter: str | None = None

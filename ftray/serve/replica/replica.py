@@ -246,6 +246,7 @@ class EngineReplica:
 
     async def _tokens(self, job: GenerateJob, prompts: list[list[int]], adapter_s: float) -> AsyncGenerator[Event]:
         salt, stops = self._cache_salt(job), self._prompts.stop_ids(job)
+        ends = self.engine.stop_ids | stops
         requests = [
             Request(uuid.uuid4().hex, ids, job.sampling, job.adapter, job.tenant, job.user, job.priority, stops, salt)
             for ids in prompts
@@ -269,7 +270,7 @@ class EngineReplica:
                 if job.is_prompt_only:
                     tokens = replace(tokens, num_tokens=0, text="", logprobs=(), finish_reason="length")
                 if (stream := streams.get(tokens.index)) is not None:
-                    thought, text = split(event, stream, self.engine.stop_ids | stops)
+                    thought, text = split(event, stream, ends)
                     tokens = replace(tokens, thought=thought, text=text)
                 yield tokens
 
