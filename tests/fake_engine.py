@@ -32,7 +32,7 @@ class FakeEngine:
         actors."""
         self.objective = objective
         self.meter = FlopsMeter(
-            ModelFlops(1, 1, (FullAttention(1, 1, 1),)), 1.0, trains_base=False, reference=objective.needs_reference
+            ModelFlops(1, 1, (FullAttention(1, 1),)), 1.0, trains_base=False, reference=objective.needs_reference
         )
         self.micro_batch_losses: list[float] = []
         self.calls: list[Any] = calls if calls is not None else []

@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from ftray.config.run import MemoryConfig
 from ftray.errors import UserError
 from ftray.model.families import layer_kinds
+from ftray.model.families.recurrent import PackedStates, RowsOf
+from ftray.model.families.rotary import PackedRotary
+from ftray.model.families.temperature import QueryTemperature
 from ftray.model.heads import CAUSAL_LM, LOGIT_ROWS, Head
 from ftray.model.packed_attention import (
     PACKED,
@@ -25,6 +28,7 @@ from ftray.model.packed_attention import (
     register_attention,
 )
 from ftray.model.sequence_parallel import SequenceRanks, share_row
+from ftray.model.weights import is_sharded
 from ftray.storage.cache import cache_directory
 
 AtTargets = Callable[[Tensor, Tensor], Tensor]
@@ -75,6 +79,11 @@ class PackedCausalLM(nn.Module):
         kinds = layer_kinds(model.config.get_text_config())
         # Of each layer, over whole rows or over those that ranks share.
         self._attend = [kind.attend_packed if ranks is None else ranks.attention(kind.attend_packed) for kind in kinds]
+        decoder = decoder_of(model)
+        self._states = PackedStates(decoder, in_one_batch=is_sharded(model))
+        self._rotary, self._temperature = PackedRotary(decoder), QueryTemperature(decoder)
+        if ranks is not None and self._states.names:
+            raise UserError("memory.sequence_parallel: ranks cannot share rows of a base with recurrent layers; use 1")
 
     def forward(self, row: PackedRow, *, predict: bool = False) -> Tensor:
         """What the head makes of the targets [N], float32: their log-probabilities; or with `predict` the likeliest
@@ -84,13 +93,19 @@ class PackedCausalLM(nn.Module):
         """
         at_targets = self._likeliest if predict else functools.partial(self.head, self.model)
         if self.ranks is None:
+            self._rotary.of_row(row.layout)
             hidden_TE = self._decode(row.ids_T, row.positions_T, row.layout)
             return self._at_rows(at_targets, hidden_TE, row.rows_N, row.targets_N)
         share = share_row(row.ids_T, row.positions_T, row.rows_N, row.layout, self.ranks)
+        self._rotary.of_row(share.layout, slice(share.first, share.first + len(share.ids_t)))
         hidden_tE = self._decode(share.ids_t, share.positions_t, share.layout)
         mine = share.mine_N
         own = self._at_rows(at_targets, hidden_tE, row.rows_N[mine] - share.first, row.targets_N[mine])
         return self.ranks.sum(own.new_zeros(len(row.rows_N)).index_add(0, mine, own))
+
+    def run_states_within(self, rows: RowsOf) -> None:
+        """The recurrent layers of each sequence, for whoever must know whose tokens a layer gets."""
+        self._states.one_by_one(rows)
 
     def _decode(self, ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor:
         """Hidden states [tokens, E].
@@ -98,6 +113,8 @@ class PackedCausalLM(nn.Module):
         use_cache stays off: with a cache transformers would see one sequence. The mask says nothing; one of four
         dimensions keeps transformers from looking for packed sequences, which would wait for the GPU.
         """
+        self._states.of_row(layout)
+        self._temperature.of_row(positions)
         output = decoder_of(self.model)(
             input_ids=ids[None],
             position_ids=positions[None],
@@ -106,7 +123,10 @@ class PackedCausalLM(nn.Module):
             layout=layout,
             attend=self._attend,
         )
-        return output.last_hidden_state[0]
+        hidden_TE = output.last_hidden_state[0]
+        if self._states.names and hidden_TE.requires_grad:  # checkpointed layers of this row are computed again then
+            hidden_TE.register_hook(lambda _: self._states.of_row(layout))
+        return hidden_TE
 
     def _at_rows(self, compute: AtTargets, hidden_TE: Tensor, rows_N: Tensor, targets_N: Tensor) -> Tensor:
         """[N]: `compute` of (hidden states, targets), in chunks of equal size.
@@ -136,8 +156,9 @@ def logit_chunks(tokens_per_micro_batch: int, ranks: SequenceRanks | None) -> in
 
 
 def decoder_of(model: Any) -> Any:
-    """The stack below the output head; PEFT's injection leaves the model's own class in place."""
-    return model.get_decoder()
+    """The text model's stack below the output head; PEFT's injection leaves the model's own class in place."""
+    decoder = model.get_decoder()
+    return decoder if decoder is not model else model.model  # transformers' Llama 4 names itself
 
 
 def prepare_layers(model: Any, config: MemoryConfig, *, compiled: bool = False) -> Any:

@@ -55,13 +55,16 @@ class SequenceRanks:
         value_KtD: Tensor,
         layout: PackedLayout,
         *,
-        scaling: float,
+        sinks_H: Tensor | None = None,
+        **scores: Any,
     ) -> Tensor:
         """[t, H, D]."""
+        if sinks_H is not None:
+            scores["sinks_H"] = sinks_H.chunk(self.size)[self.rank]
         copies = math.lcm(key_KtD.shape[0], self.size) // key_KtD.shape[0]  # so that every rank gets key/value heads
         key_KtD, value_KtD = (x.repeat_interleave(copies, dim=0) for x in (key_KtD, value_KtD))
         query, key, value = (self.heads_for_tokens(x) for x in (query_HtD, key_KtD, value_KtD))
-        return self.tokens_for_heads(attend(query, key, value, layout, scaling=scaling))
+        return self.tokens_for_heads(attend(query, key, value, layout, **scores))
 
     def sum(self, x: Tensor) -> Tensor:
         """Over the ranks; gradients too."""

@@ -18,14 +18,13 @@ def load_weights(base: BaseModel, hardware: Hardware, *, attention: str, quantiz
     """
     check_layers(base)
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     options: dict[str, Any] = {}
     if quantize is not None:
         options = {"quantization_config": nf4_settings(hardware), "device_map": {"": hardware.device}}
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = model_class(base).from_pretrained(
         base.directory,
         dtype=hardware.dtype,
         attn_implementation=attention,
@@ -34,12 +33,35 @@ def load_weights(base: BaseModel, hardware: Hardware, *, attention: str, quantiz
     )
     if quantize is not None:
         check_nf4_rows(model, hardware)
-    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # by ZeRO-3, while loading
+    sharded = is_sharded(model)
     if hardware.device.type == "cpu" and not sharded:
         with torch.no_grad():
             for parameter in model.parameters():  # a tied weight is one parameter and comes once
                 parameter.data = parameter.data.clone()
     return model if sharded or quantize is not None else model.to(hardware.device)
+
+
+def model_class(base: BaseModel) -> Any:
+    """Raises `UserError`."""
+    from transformers import AutoConfig
+
+    return class_of(AutoConfig.from_pretrained(base.directory), name=base.name)
+
+
+def class_of(config: Any, *, name: str) -> Any:
+    """transformers' class for it: the causal LM; of an image model that has none the whole, whose text model is used.
+    Raises `UserError`."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for made in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in made._model_mapping:
+            return made
+    raise UserError(f"base_model: {name}: a {config.model_type} is no language model; choose another base")
+
+
+def is_sharded(model: Any) -> bool:
+    """By ZeRO-3."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def check_nf4_rows(model: Any, hardware: Hardware) -> None:

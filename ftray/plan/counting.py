@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ftray.config.adapter import AdapterConfig
 from ftray.errors import UserError
 from ftray.model.adapters.lora import inject_lora
 from ftray.model.flops import count_flops
-from ftray.model.packed import register_packed_attention
+from ftray.model.packed import decoder_of, register_packed_attention
 from ftray.model.packed_attention import packed_layout
+from ftray.model.weights import class_of
 from ftray.plan.model_size import ModelSize
 
 TOKENS = 251  # of the forward pass that is looked at, and twice as many; no size of a layer is one of these numbers
@@ -49,7 +50,7 @@ def count_modules(config: Any, adapter: AdapterConfig | None, *, dtype: torch.dt
     return ModelSize(
         frozen=total - trained,
         trained=trained,
-        layer=max(sum(p.numel() for p in layer.parameters()) for layer in whole.get_decoder().layers),
+        layer=max(sum(p.numel() for p in layer.parameters()) for layer in decoder_of(whole).layers),
         quantized=quantized,
         num_layers=layers,
         hidden=config.get_text_config().hidden_size,
@@ -73,7 +74,8 @@ def make_meta_model(
             text.layer_types = (text.layer_types * num_layers)[:num_layers]
     with torch.device("meta"):
         attention = register_packed_attention()
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        made = class_of(config, name=config.model_type)
+        model: Any = made.from_config(config, dtype=dtype, attn_implementation=attention)
     if adapter is not None:
         start: dict[str, Any] = {"init_from": None, "initialization": "default"}  # as large whatever its start
         if num_layers is not None:  # patterns of single layers may match none of these
@@ -95,13 +97,13 @@ def kept_bytes(model: Any, num_tokens: int) -> tuple[int, int]:
 
     ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model.get_decoder()(
+        output = decoder_of(model)(
             input_ids=ids,
             position_ids=ids,
             attention_mask=ids.new_ones(1, 1, 1, 1),
             use_cache=False,
             layout=packed_layout([num_tokens]).to(torch.device("meta")),
-            attend=[attend_on_meta] * len(model.get_decoder().layers),
+            attend=[attend_on_meta] * len(decoder_of(model).layers),
         )
     del output
     activations = [size for size, tensor in kept.values() if num_tokens in tensor.shape]
@@ -126,7 +128,7 @@ class FusedAttention(torch.autograd.Function):
         raise NotImplementedError
 
 
-def attend_on_meta(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, layout: Any, *, scaling: float) -> Tensor:
+def attend_on_meta(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, layout: Any, **_: Any) -> Tensor:
     """Like `packed_causal_attention`: the packed copies of query, key and value are what is kept. Returns [T, H, D]."""
     gathered = (x.index_select(1, layout.scatter_T) for x in (query_HTD, key_KTD, value_KTD))
     return FusedAttention.apply(*gathered).transpose(0, 1).index_select(0, layout.scatter_T)  # pyright: ignore

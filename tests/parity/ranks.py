@@ -339,8 +339,8 @@ def neighbours_leak(engine: Any) -> None:
 
     real = attention.packed_causal_attention
 
-    def leaky(query, key, value, layout, *, scaling):
-        return real(query, key, value, packed_layout([sum(layout.lengths)]), scaling=scaling)
+    def leaky(query, key, value, layout, **scores):
+        return real(query, key, value, packed_layout([sum(layout.lengths)]), **scores)
 
     attention.packed_causal_attention = leaky
 

@@ -79,7 +79,7 @@ def check(engine, base, adapter) -> None:
 def test_answers_are_transformers(family):
     name, base, adapter = family
     engine = make_engine(base, adapter)
-    assert isinstance(engine._stack, decoder.TransformersStack) == (name in BY_TRANSFORMERS)
+    assert isinstance(engine._text.stack, decoder.TransformersStack) == (name in BY_TRANSFORMERS)
     check(engine, base, adapter)
 
 
@@ -88,8 +88,8 @@ def test_attention_of_another_temperature_is_found(family, monkeypatch):
     _, base, adapter = family
     real = attention.attend
 
-    def hotter(query, key_value, layer, step, *, scaling):
-        return real(query, key_value, layer, step, scaling=2 * scaling)
+    def hotter(query, key_value, layer, step, *, scaling, **rest):
+        return real(query, key_value, layer, step, scaling=2 * scaling, **rest)
 
     for module in (attention, decoder):
         monkeypatch.setattr(module, "attend", hotter)

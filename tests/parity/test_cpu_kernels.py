@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ftray.infer.torch_engine.attention import (
-    DecodeContext,
-    KernelContext,
-    KernelPrompts,
-    Prompts,
-    decode_context,
-    prompt_context,
-)
+from ftray.infer.torch_engine.attention import Decoding, can_attend, prompts_of
 from ftray.infer.torch_engine.cpu import kernels as cpu_kernels
 from ftray.infer.torch_engine.cpu.huge_pages import BLOCK_BYTES, HugePages, empty_bytes
 from ftray.infer.torch_engine.cpu.kernels import AdaptersArray, Layers, RmsNorm, in_blocks
@@ -25,9 +18,10 @@ from ftray.infer.torch_engine.decoder import rotate_
 from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, KVCache
 from ftray.infer.torch_engine.lora.batch import StepRuns
 from ftray.infer.torch_engine.lora.slots import Factors, Place, Segment, Slab
-from ftray.model.families import FullSpec
+from ftray.model.families import FullAttention, SlidingAttention
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+FULL, CPU = FullAttention(1, 1), torch.device("cpu")
 
 
 @pytest.fixture(
@@ -86,7 +80,7 @@ def test_gated_product_of_extremes(kernels):
 )
 def test_rotation_and_attention(kernels, num_heads, num_kv_heads, width):
     lengths = [1, PAGE_TOKENS, 3 * PAGE_TOKENS + 5, 40]
-    cache = KVCache([FullSpec(num_kv_heads, width)], num_tokens=256, like=torch.zeros(0))
+    cache = KVCache({0: (num_kv_heads, width)}, num_tokens=256, like=torch.zeros(0))
     layer = cache.layers[0].copy_(drawn(*cache.layers[0].shape, seed=3))
     pages = [[7], [2, 9], [4, 1, 12, 6], [3, 5, 11]]
     heads = drawn(4, num_heads + 2 * num_kv_heads, width, seed=4)
@@ -107,21 +101,21 @@ def test_rotation_and_attention(kernels, num_heads, num_kv_heads, width):
     torch.testing.assert_close(heads, turned, **CLOSE)
     torch.testing.assert_close(layer, kept, **CLOSE)
 
-    contexts = [decode_context(pages, lengths, cache, which) for which in (kernels, None)]
-    assert [type(context) for context in contexts] == [KernelContext, DecodeContext]
+    contexts = [Decoding(pages, lengths, which) for which in (kernels, None)]
+    assert [can_attend(which, layer, FULL) for which in (kernels, None)] == [True, False]
     query = heads[:, :num_heads]
-    ours, torchs = (context.attend(query, layer, scaling=width**-0.5) for context in contexts)
+    ours, torchs = (context.attend(query, layer, FULL, scaling=width**-0.5) for context in contexts)
     torch.testing.assert_close(ours, torchs, **CLOSE)
     apart = query.transpose(0, 1).contiguous().transpose(0, 1)  # as transformers lays them out
-    assert torch.equal(contexts[0].attend(apart, layer, scaling=width**-0.5), ours)
-    forgotten = decode_context(pages, [max(1, n - 1) for n in lengths], cache, kernels)  # the twin
-    assert (forgotten.attend(query, layer, scaling=width**-0.5) - torchs)[1:].abs().amax(dim=(1, 2)).min() > 1e-3
+    assert torch.equal(contexts[0].attend(apart, layer, FULL, scaling=width**-0.5), ours)
+    forgotten = Decoding(pages, [max(1, n - 1) for n in lengths], kernels)  # the twin
+    assert (forgotten.attend(query, layer, FULL, scaling=width**-0.5) - torchs)[1:].abs().amax(dim=(1, 2)).min() > 1e-3
 
 
 def test_a_sequence_does_not_depend_on_others_nor_on_threads(kernels):
     """Nor on what is in a page behind its last token."""
     lengths, threads = [70, 1, 16, 47, 5], torch.get_num_threads()
-    cache = KVCache([FullSpec(3, 64)], num_tokens=256, like=torch.zeros(0))
+    cache = KVCache({0: (3, 64)}, num_tokens=256, like=torch.zeros(0))
     layer = cache.layers[0].copy_(drawn(*cache.layers[0].shape, seed=3))
     pages = [[7, 2, 9, 4, 1], [12], [6], [3, 5, 11], [8]]
     query = drawn(5, 9, 64, seed=4)
@@ -129,7 +123,7 @@ def test_a_sequence_does_not_depend_on_others_nor_on_threads(kernels):
     def attended(rows: slice, num_threads: int) -> Tensor:
         try:
             torch.set_num_threads(num_threads)
-            return decode_context(pages[rows], lengths[rows], cache, kernels).attend(query[rows], layer, scaling=0.125)
+            return Decoding(pages[rows], lengths[rows], kernels).attend(query[rows], layer, FULL, scaling=0.125)
         finally:
             torch.set_num_threads(threads)
 
@@ -147,14 +141,14 @@ def test_a_sequence_does_not_depend_on_others_nor_on_threads(kernels):
 
 def test_one_head_as_transformers_lays_it_out(kernels):
     """torch calls its strides contiguous whatever they are."""
-    cache = KVCache([FullSpec(1, 64)], num_tokens=64, like=torch.zeros(0))
+    cache = KVCache({0: (1, 64)}, num_tokens=64, like=torch.zeros(0))
     layer, query = (
         cache.layers[0].copy_(drawn(*cache.layers[0].shape, seed=3)),
         drawn(1, 20, 64, seed=4).transpose(0, 1),
     )
-    prompt = prompt_context([([1, 2], 0, 20)], cache, kernels)
-    alike = prompt.attend(query.clone(memory_format=torch.contiguous_format), query, layer, scaling=0.125)
-    assert torch.equal(prompt.attend(query, query, layer, scaling=0.125), alike)
+    prompt = prompts_of([([1, 2], 0, 20)], kernels, CPU)
+    alike = prompt.attend(query.clone(memory_format=torch.contiguous_format), query, layer, FULL, scaling=0.125)
+    assert torch.equal(prompt.attend(query, query, layer, FULL, scaling=0.125), alike)
 
 
 @pytest.mark.parametrize("page_tokens", [5, 24])
@@ -180,7 +174,7 @@ def test_attention_with_scores_far_apart_and_pages_of_any_size(kernels, page_tok
         torch.testing.assert_close(out[row], right, rtol=1e-4, atol=1e-4)
 
 
-def prompts_of(pages: list[list[int]], befores: list[int], counts: list[int]) -> list[tuple[list[int], int, int]]:
+def pieces_of(pages: list[list[int]], befores: list[int], counts: list[int]) -> list[tuple[list[int], int, int]]:
     return list(zip(pages, befores, counts, strict=True))
 
 
@@ -188,11 +182,11 @@ def prompts_of(pages: list[list[int]], befores: list[int], counts: list[int]) ->
 def test_attention_of_prompts(kernels, num_heads, num_kv_heads, width):
     """Whole prompts and pieces of others, over many pages and more queries than are computed at once."""
     like = torch.zeros(0)
-    cache = KVCache([FullSpec(num_kv_heads, width)], num_tokens=1024, like=like)
+    cache = KVCache({0: (num_kv_heads, width)}, num_tokens=1024, like=like)
     befores, counts = [0, 0, 37, 100], [5, 90, 2, 33]
     pages = [[7], [2, 9, 1, 12, 6, 30], [4, 8, 3], [3, 5, 11, 13, 14, 15, 16, 17, 18]]
     layer = cache.layers[0]
-    for own, before, count in prompts_of(pages, befores, counts):
+    for own, before, count in pieces_of(pages, befores, counts):
         for place in range(before + count):
             layer[own[place // PAGE_TOKENS], place % PAGE_TOKENS] = drawn(2, num_kv_heads, width, seed=place)
     query = drawn(sum(counts), num_heads + 3, width, seed=4)[:, :num_heads]  # among other heads
@@ -200,28 +194,28 @@ def test_attention_of_prompts(kernels, num_heads, num_kv_heads, width):
     key_value = torch.stack(
         [layer[own[i // PAGE_TOKENS], i % PAGE_TOKENS] for own, rows in zip(pages, new, strict=True) for i in rows]
     )
-    contexts = [prompt_context(prompts_of(pages, befores, counts), cache, which) for which in (kernels, None)]
-    assert [type(context) for context in contexts] == [KernelPrompts, Prompts]
-    ours, torchs = (context.attend(query, key_value, layer, scaling=width**-0.5) for context in contexts)
+    contexts = [prompts_of(pieces_of(pages, befores, counts), which, CPU) for which in (kernels, None)]
+    assert [can_attend(which, layer, FULL) for which in (kernels, None)] == [True, False]
+    ours, torchs = (context.attend(query, key_value, layer, FULL, scaling=width**-0.5) for context in contexts)
     torch.testing.assert_close(ours, torchs, **CLOSE)
     apart = query.transpose(0, 1).contiguous().transpose(0, 1)  # as transformers lays them out
-    assert torch.equal(contexts[0].attend(apart, key_value, layer, scaling=width**-0.5), ours)
-    forgotten = prompt_context(prompts_of(pages, [*befores[:-1], 99], counts), cache, kernels)  # the twin: one too few
-    assert (forgotten.attend(query, key_value, layer, scaling=width**-0.5) - torchs)[-33:].abs().amax() > 1e-3
+    assert torch.equal(contexts[0].attend(apart, key_value, layer, FULL, scaling=width**-0.5), ours)
+    forgotten = prompts_of(pieces_of(pages, [*befores[:-1], 99], counts), kernels, CPU)  # the twin: one too few
+    assert (forgotten.attend(query, key_value, layer, FULL, scaling=width**-0.5) - torchs)[-33:].abs().amax() > 1e-3
 
 
 def test_a_prompts_token_does_not_depend_on_others_nor_on_threads(kernels):
     """Nor on the piece that it comes in, nor on what is behind its prompt's last."""
     length, threads, layer = 150, torch.get_num_threads(), drawn(20, PAGE_TOKENS, 2, 3, 64, seed=3)
-    cache = KVCache([FullSpec(3, 64)], num_tokens=19 * PAGE_TOKENS, like=torch.zeros(0))
+    cache = KVCache({0: (3, 64)}, num_tokens=19 * PAGE_TOKENS, like=torch.zeros(0))
     layer = cache.layers[0].copy_(layer)
     pages, query = [7, 2, 9, 4, 1, 12, 6, 3, 5, 11], drawn(length, 9, 64, seed=4)
 
     def attended(first: int, end: int, num_threads: int) -> Tensor:
         try:
             torch.set_num_threads(num_threads)
-            context = prompt_context([(pages, first, end - first)], cache, kernels)
-            return context.attend(query[first:end], query, layer, scaling=0.125)
+            context = prompts_of([(pages, first, end - first)], kernels, CPU)
+            return context.attend(query[first:end], query, layer, FULL, scaling=0.125)
         finally:
             torch.set_num_threads(threads)
 
@@ -235,9 +229,13 @@ def test_a_prompts_token_does_not_depend_on_others_nor_on_threads(kernels):
 
 @pytest.mark.parametrize("width", [24, 528])
 def test_heads_that_the_registers_do_not_fit_are_left_to_torch(kernels, width):
-    cache = KVCache([FullSpec(1, width)], num_tokens=64, like=torch.zeros(0))
-    assert isinstance(decode_context([[1]], [3], cache, kernels), DecodeContext)
-    assert isinstance(prompt_context([([1], 0, 3)], cache, kernels), Prompts)
+    cache = KVCache({0: (1, width)}, num_tokens=64, like=torch.zeros(0))
+    assert not can_attend(kernels, cache.layers[0], FULL)
+
+
+def test_windows_are_left_to_torch(kernels):
+    layer = KVCache({0: (1, 64)}, num_tokens=64, like=torch.zeros(0)).layers[0]
+    assert [can_attend(kernels, layer, kind) for kind in (FULL, SlidingAttention(1, 1, 8))] == [True, False]
 
 
 RANKS, WIDTHS = (5, 16, 6), (40, 7, 300)  # 27 ranks: no whole number of fours

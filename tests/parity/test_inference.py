@@ -66,10 +66,11 @@ def mixed_log_probs(engine, mix=MIX) -> list[torch.Tensor]:
     positions = torch.cat([torch.arange(length) for length in lengths])
     from ftray.infer.torch_engine.attention import AttentionStep, Prompts
 
-    step = AttentionStep(cache=None, write_slots_T=None, decode=None, prompts=Prompts(packed_layout(lengths)))
+    prompts = Prompts(packed_layout(lengths))
+    step = AttentionStep(engine._text.kinds, cache=None, write_slots_T=None, decoding=None, prompts=prompts)
     with torch.inference_mode(), engine.pinned(*mix):
-        hidden = engine._hidden(ids, positions, list(zip(mix, lengths, strict=True)), step)
-        return list(engine._head(hidden).log_softmax(-1).split(lengths))
+        hidden = engine._text.hidden(ids, positions, list(zip(mix, lengths, strict=True)), step)
+        return list(engine._text.logits(hidden).log_softmax(-1).split(lengths))
 
 
 @pytest.mark.parametrize("few", [0, 1000], ids=["an adapter at a time", "neighbours together"])
@@ -192,14 +193,13 @@ def test_solo_answers_are_transformers_generate(engine, tiny_base, adapters, ren
 
 def test_a_cache_that_forgets_is_found(tiny_base, adapters, renderer, monkeypatch):
     """The twin of the two above: reading the wrong cache slots changes answers."""
-    from ftray.infer.torch_engine import engine as torch_engine
+    from ftray.infer.torch_engine import rows
 
     broken = make_engine(tiny_base, adapters)
     wanted = requests(renderer, 8)
     right = answers(broken, wanted)
-    real = torch_engine.decode_context
-    rolled = lambda pages, *rest: real([own[::-1] for own in pages], *rest)  # noqa: E731
-    monkeypatch.setattr(torch_engine, "decode_context", rolled)
+    real = rows.Decoding
+    monkeypatch.setattr(rows, "Decoding", lambda pages, *rest: real([own[::-1] for own in pages], *rest))
     assert answers(broken, wanted) != right
 
 

@@ -57,12 +57,12 @@ def test_prompts_in_pieces_equal_whole_prompts(tiny_base, adapters):
 
 def test_a_piece_that_sees_too_little_is_found(tiny_base, adapters, monkeypatch):
     """The twin: the pieces after the first forget what came before."""
-    from ftray.infer.torch_engine import engine as torch_engine
+    from ftray.infer.torch_engine import rows
 
-    real = torch_engine.prompt_context
+    real = rows.prompts_of
 
-    def forgetful(pieces, cache, kernels):
-        return real([(forget(pages, cached), cached, count) for pages, cached, count in pieces], cache, kernels)
+    def forgetful(pieces, kernels, device):
+        return real([(forget(pages, cached), cached, count) for pages, cached, count in pieces], kernels, device)
 
     def forget(pages, cached):
         before = cached // PAGE_TOKENS
@@ -70,7 +70,7 @@ def test_a_piece_that_sees_too_little_is_found(tiny_base, adapters, monkeypatch)
 
     requests = [Request("0", long_prompts(1, 100)[0], greedy())]
     whole = answers(make_engine(tiny_base), requests)
-    monkeypatch.setattr(torch_engine, "prompt_context", forgetful)
+    monkeypatch.setattr(rows, "prompts_of", forgetful)
     assert answers(make_engine(tiny_base, max_prefill_tokens=24), requests) != whole
 
 

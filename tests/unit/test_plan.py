@@ -126,10 +126,10 @@ def test_what_cannot_run_is_refused_as_the_workers_would(capsys):
 
 
 def test_models_that_are_not_computed_are_not_planned():
-    from transformers import GPT2Config, MistralConfig
+    from transformers import DeepseekV32Config, GPT2Config
 
     for config, message in (
-        (MistralConfig(sliding_window=128, num_hidden_layers=1), "uses sliding-window attention"),
+        (DeepseekV32Config(num_hidden_layers=1), "uses indexed attention"),
         (GPT2Config(n_layer=1), "a gpt2 model cannot be counted"),
     ):
         with pytest.raises(UserError, match=message):

@@ -23,7 +23,7 @@ from ftray.infer.engines import check_engine, generate, make_engine
 from ftray.infer.protocol import Request, SamplingParams
 from ftray.model.adapters.lora import describe
 from ftray.model.base import BaseModel
-from ftray.model.families import KINDS, FullSpec, check_config, layer_kinds
+from ftray.model.families import KINDS, check_config, layer_kinds
 from ftray.model.flops import count_flops
 from ftray.model.hardware import choose_hardware
 from ftray.model.heads import head_of
@@ -442,12 +442,13 @@ class Sentence:
 class Local:
     """A layer kind of one file: a token sees itself and the one before."""
 
-    cache = FullSpec(1, 1)
-
-    def attend_packed(self, query_HTD, key_KTD, value_KTD, layout, *, scaling):
+    def attend_packed(self, query_HTD, key_KTD, value_KTD, layout, **scores):
         mixed = value_KTD.clone()
         mixed[:, 1:] = (value_KTD[:, 1:] + value_KTD[:, :-1]) / 2
         return mixed.repeat_interleave(len(query_HTD) // len(key_KTD), 0).transpose(0, 1)
+
+    def first_seen(self, position):
+        return max(0, position - 1)
 
     def flops(self, lengths):
         return 2.0 * sum(length * count for length, count in lengths.items())

@@ -1,110 +1,175 @@
 """Attention of one engine step: queries read the paged cache; without kernels whole prompts attend within themselves.
 
 A row holds first one token of each decoding sequence, then pieces of prompts end to end: whole ones, of which nothing
-was in the cache before, then those whose beginning was.
-Shapes: T tokens in the row, n decoding sequences, P pages of the longest, H query heads, K key/value heads.
+was in the cache before, then those whose beginning was. What layers of one kind share is made once a step.
+Shapes: T tokens in the row, n decoding sequences, P pages of the longest, H query heads, K key/value heads, D head
+dimension.
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
+from ftray.errors import UserError
 from ftray.infer.torch_engine.cpu.kernels import HEAD_LANES, MOST_HEAD_DIM, CpuKernels
 from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, KVCache, pages_for
-from ftray.model.packed_attention import PackedLayout, packed_causal_attention, packed_layout, register_attention
+from ftray.model.families import FullAttention, LayerKind
+from ftray.model.packed_attention import (
+    PackedLayout,
+    biased_attention,
+    packed_layout,
+    register_attention,
+    score_bias,
+    scores_of,
+)
 
 PAGED = "ftray_paged"
 
 
 @dataclass(frozen=True)
-class DecodeContext:
-    pages_nP: Tensor  # pages of each sequence, the new token's included; padded with page 0
-    bias_nL: Tensor  # L = P * PAGE_TOKENS; 0, and -inf behind the new token
+class SeenPages:
+    """What one kind of layer reads of the cache."""
 
-    def attend(self, query_nHD: Tensor, layer: Tensor, *, scaling: float) -> Tensor:
-        """[n, H, D]. The query heads that share a key head become rows of one small attention: no key is repeated."""
-        n = len(self.pages_nP)
-        kept = layer.index_select(0, self.pages_nP.flatten()).view(n, -1, *layer.shape[2:])  # [n, L, 2, K, D]
-        key, value = kept[:, :, 0].transpose(1, 2), kept[:, :, 1].transpose(1, 2)
-        grouped = query_nHD.unflatten(1, (key.shape[1], -1))  # [n, K, H / K, D]
-        bias = self.bias_nL[:, None, None, :]
-        return scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scaling).flatten(1, 2)
+    pages: Tensor  # [n, P] of sequences, or [P] of one; padded with page 0
+    bias: Tensor  # [n, L] or [T, L] with L = P * PAGE_TOKENS: 0, and -inf where a token is not seen
 
 
 @dataclass(frozen=True)
-class KernelContext:
-    """The same, by a kernel that reads keys and values where they are."""
+class Decoding:
+    """One token of each of n sequences. `lengths`: tokens of each in the cache, the new one included."""
 
-    pages_nP: Tensor
-    lengths_n: Tensor
-    kernels: CpuKernels
+    pages: Sequence[Sequence[int]]
+    lengths: Sequence[int]
+    kernels: CpuKernels | None
+    _seen: dict[LayerKind | None, Any] = field(default_factory=dict)
 
-    def attend(self, query_nHD: Tensor, layer: Tensor, *, scaling: float) -> Tensor:
-        query_nHD = side_by_side(query_nHD)
-        return self.kernels.attend_to_pages(query_nHD, layer, self.pages_nP, self.lengths_n, scaling=scaling)
+    def attend(self, query_nHD: Tensor, layer: Tensor, kind: LayerKind, *, scaling: float, **scores: Any) -> Tensor:
+        """[n, H, D]. The query heads that share a key head become rows of one small attention: no key is repeated."""
+        if not scores and can_attend(self.kernels, layer, kind):
+            pages_nP, lengths_n = self._of_kernels()
+            query_nHD = side_by_side(query_nHD)
+            return self.kernels.attend_to_pages(query_nHD, layer, pages_nP, lengths_n, scaling=scaling)
+        n, seen = len(self.lengths), self._of_kind(kind, layer)
+        kept = layer.index_select(0, seen.pages.flatten()).view(n, -1, *layer.shape[2:])  # [n, L, 2, K, D]
+        key, value = kept[:, :, 0].transpose(1, 2), kept[:, :, 1].transpose(1, 2)
+        bias = seen.bias[:, None, None, :]
+        if scores:
+            return biased_attention(query_nHD[:, :, None], key, value, bias, scaling=scaling, **scores)[:, :, 0]
+        grouped = query_nHD.unflatten(1, (key.shape[1], -1))  # [n, K, H / K, D]
+        return scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scaling).flatten(1, 2)
+
+    def _of_kernels(self) -> tuple[Tensor, Tensor]:
+        if None not in self._seen:
+            self._seen[None] = padded_pages(self.pages, self.lengths), torch.tensor(self.lengths)
+        return self._seen[None]
+
+    def _of_kind(self, kind: LayerKind, layer: Tensor) -> SeenPages:
+        if kind not in self._seen:
+            firsts = [kind.first_seen(length - 1) for length in self.lengths]
+            skipped = [first // PAGE_TOKENS for first in firsts]  # pages
+            pages = [own[skip:] for own, skip in zip(self.pages, skipped, strict=True)]
+            begins = torch.tensor([first - skip * PAGE_TOKENS for first, skip in zip(firsts, skipped, strict=True)])
+            ends = [length - skip * PAGE_TOKENS for length, skip in zip(self.lengths, skipped, strict=True)]
+            pages_nP = padded_pages(pages, ends)
+            places = torch.arange(pages_nP.shape[1] * PAGE_TOKENS)[None, :]
+            hidden_nL = (places < begins[:, None]) | (places >= torch.tensor(ends)[:, None])
+            self._seen[kind] = SeenPages(pages_nP.to(layer.device), score_bias(hidden_nL, layer.dtype).to(layer.device))
+        return self._seen[kind]
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A piece of a prompt whose beginning is in the cache."""
+    """A piece of a prompt whose beginning, `cached` tokens, is in the cache."""
 
+    pages: Sequence[int]
+    cached: int
     num_tokens: int
-    pages: Tensor
-    bias_TL: Tensor  # query t sees the cached tokens and the piece's own up to t: 0, and -inf elsewhere
+    _seen: dict[LayerKind, SeenPages] = field(default_factory=dict)
+
+    def attend(self, query_THD: Tensor, layer: Tensor, kind: LayerKind, *, scaling: float, **scores: Any) -> Tensor:
+        seen = self._of_kind(kind, layer)
+        kept = layer.index_select(0, seen.pages).flatten(0, 1)  # [L, 2, K, D]
+        key, value = kept[:, 0].transpose(0, 1)[None], kept[:, 1].transpose(0, 1)[None]
+        query = query_THD.transpose(0, 1)[None]
+        return biased_attention(query, key, value, seen.bias, scaling=scaling, **scores)[0].transpose(0, 1)
+
+    def _of_kind(self, kind: LayerKind, layer: Tensor) -> SeenPages:
+        if kind not in self._seen:
+            end = self.cached + self.num_tokens
+            firsts_T = torch.tensor([kind.first_seen(position) for position in range(self.cached, end)])
+            skip = int(firsts_T[0]) // PAGE_TOKENS
+            used = pages_for(end)
+            places = torch.arange(skip * PAGE_TOKENS, used * PAGE_TOKENS)[None, :]
+            hidden_TL = (places < firsts_T[:, None]) | (places > torch.arange(self.cached, end)[:, None])
+            pages = torch.tensor(self.pages[skip:used])
+            self._seen[kind] = SeenPages(pages.to(layer.device), score_bias(hidden_TL, layer.dtype).to(layer.device))
+        return self._seen[kind]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Pieces of prompts: whole ones as their tokens come, the rest from the cache."""
+    """Pieces of prompts: with kernels from the cache, else whole ones as their tokens come and the rest from the
+    cache."""
 
     whole: PackedLayout | None
     continued: tuple[Continuation, ...] = ()
+    kernels: CpuKernels | None = None
+    pages_nP: Tensor | None = None  # of all pieces; with kernels
+    prompts_n3: Tensor | None = None  # first of the prompts' rows, number of rows, tokens before them; with kernels
 
-    def attend(self, query_THD: Tensor, key_value_T2KD: Tensor, layer: Tensor | None, *, scaling: float) -> Tensor:
+    def attend(
+        self,
+        query_THD: Tensor,
+        key_value_T2KD: Tensor,
+        layer: Tensor | None,
+        kind: LayerKind,
+        *,
+        scaling: float,
+        **scores: Any,
+    ) -> Tensor:
+        if not scores and layer is not None and can_attend(self.kernels, layer, kind):
+            assert self.pages_nP is not None
+            assert self.prompts_n3 is not None
+            query_THD = side_by_side(query_THD)
+            return self.kernels.attend_to_prompts(query_THD, layer, self.pages_nP, self.prompts_n3, scaling=scaling)
         parts: list[Tensor] = []
         at = 0
         if self.whole is not None:
             at = sum(self.whole.lengths)
             key_KTD, value_KTD = (key_value_T2KD[:at, i].transpose(0, 1) for i in (0, 1))
             query_HTD = query_THD[:at].transpose(0, 1)
-            parts.append(packed_causal_attention(query_HTD, key_KTD, value_KTD, self.whole, scaling=scaling))
+            parts.append(kind.attend_packed(query_HTD, key_KTD, value_KTD, self.whole, scaling=scaling, **scores))
         for piece in self.continued:
             assert layer is not None
             rows = slice(at, at + piece.num_tokens)
             at = rows.stop
-            parts.append(continued_attention(query_THD[rows].transpose(0, 1), layer, piece, scaling=scaling))
+            parts.append(piece.attend(query_THD[rows], layer, kind, scaling=scaling, **scores))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True)
-class KernelPrompts:
-    """The same, all of it from the cache, by a kernel."""
-
-    pages_nP: Tensor
-    prompts_n3: Tensor  # first of the prompts' rows, number of rows, tokens before them
-    kernels: CpuKernels
-
-    def attend(self, query_THD: Tensor, key_value_T2KD: Tensor, layer: Tensor | None, *, scaling: float) -> Tensor:
-        assert layer is not None
-        query_THD = side_by_side(query_THD)
-        return self.kernels.attend_to_prompts(query_THD, layer, self.pages_nP, self.prompts_n3, scaling=scaling)
-
-
-@dataclass(frozen=True)
 class AttentionStep:
+    kinds: Sequence[LayerKind]  # of each layer
     cache: KVCache | None  # None: scoring, nothing is kept
     write_slots_T: Tensor | None  # page * PAGE_TOKENS + place in the page
-    decode: DecodeContext | KernelContext | None
-    prompts: Prompts | KernelPrompts | None
+    decoding: Decoding | None
+    prompts: Prompts | None
 
     def layer(self, index: int) -> Tensor | None:
         """Of the cache: [P, PAGE_TOKENS, 2, K, D]."""
         return self.cache.layers[index] if self.cache is not None else None
+
+
+@dataclass(frozen=True)
+class SeenHeads:
+    """In place of a step, for one pass whose results are not used: which layers attend, with which heads."""
+
+    of_layer: dict[int, tuple[int, int]] = field(default_factory=dict)  # key/value heads, their widest dimension
 
 
 def side_by_side(query_THD: Tensor) -> Tensor:
@@ -112,58 +177,32 @@ def side_by_side(query_THD: Tensor) -> Tensor:
     return query_THD.flatten(1).unflatten(1, query_THD.shape[1:])
 
 
-def decode_context(
-    pages: Sequence[Sequence[int]], lengths: Sequence[int], cache: KVCache, kernels: CpuKernels | None
-) -> DecodeContext | KernelContext:
-    """`lengths`: tokens of each sequence in the cache, the new one included."""
-    like = cache.layers[0]
-    pages_nP = padded_pages(pages, lengths)
-    if can_attend(kernels, like):
-        return KernelContext(pages_nP, torch.tensor(lengths), kernels)
-    hidden_nL = torch.arange(pages_nP.shape[1] * PAGE_TOKENS)[None, :] >= torch.tensor(lengths)[:, None]
-    return DecodeContext(pages_nP.to(like.device), bias(hidden_nL, like))
-
-
-def prompt_context(
-    pieces: Sequence[tuple[Sequence[int], int, int]], cache: KVCache, kernels: CpuKernels | None
-) -> Prompts | KernelPrompts:
+def prompts_of(
+    pieces: Sequence[tuple[Sequence[int], int, int]], kernels: CpuKernels | None, device: torch.device
+) -> Prompts:
     """`pieces`: pages of the sequence, tokens before the piece, tokens of it; whole prompts first."""
-    like = cache.layers[0]
-    if can_attend(kernels, like):
-        pages_nP = padded_pages([pages for pages, _, _ in pieces], [cached + count for _, cached, count in pieces])
-        firsts = itertools.accumulate((count for _, _, count in pieces), initial=0)
-        prompts = [(first, count, cached) for first, (_, cached, count) in zip(firsts, pieces, strict=False)]
-        return KernelPrompts(pages_nP, torch.tensor(prompts), kernels)
     whole = [count for _, cached, count in pieces if cached == 0]
-    return Prompts(
-        packed_layout(whole).to(like.device) if whole else None,
-        tuple(
-            continuation(pages, cached=cached, num_tokens=count, like=like)
-            for pages, cached, count in pieces[len(whole) :]
-        ),
+    continued = tuple(Continuation(pages, cached, count) for pages, cached, count in pieces[len(whole) :])
+    layout = packed_layout(whole).to(device) if whole else None
+    if kernels is None:
+        return Prompts(layout, continued)
+    pages_nP = padded_pages([pages for pages, _, _ in pieces], [cached + count for _, cached, count in pieces])
+    firsts = itertools.accumulate((count for _, _, count in pieces), initial=0)
+    prompts = [(first, count, cached) for first, (_, cached, count) in zip(firsts, pieces, strict=False)]
+    return Prompts(layout, continued, kernels, pages_nP, torch.tensor(prompts))
+
+
+def can_attend(kernels: CpuKernels | None, layer: Tensor, kind: LayerKind) -> TypeGuard[CpuKernels]:
+    width = layer.shape[-1]
+    return (
+        kernels is not None and isinstance(kind, FullAttention) and width % HEAD_LANES == 0 and width <= MOST_HEAD_DIM
     )
-
-
-def can_attend(kernels: CpuKernels | None, like: Tensor) -> TypeGuard[CpuKernels]:
-    return kernels is not None and like.shape[-1] % HEAD_LANES == 0 and like.shape[-1] <= MOST_HEAD_DIM
 
 
 def padded_pages(pages: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
     """[n, P], with page 0 behind those that hold a sequence's first `lengths` tokens."""
     most = pages_for(max(lengths))
     return torch.tensor([[*own[:most], *[0] * (most - len(own))] for own in pages])
-
-
-def continuation(pages: Sequence[int], *, cached: int, num_tokens: int, like: Tensor) -> Continuation:
-    used = pages_for(cached + num_tokens)
-    last_T = torch.arange(cached, cached + num_tokens)
-    hidden_TL = torch.arange(used * PAGE_TOKENS)[None, :] > last_T[:, None]
-    return Continuation(num_tokens, torch.tensor(pages[:used]).to(like.device), bias(hidden_TL, like))
-
-
-def bias(hidden: Tensor, like: Tensor) -> Tensor:
-    """What sdpa adds to the scores; made once a step, where a boolean mask would be turned into it in every layer."""
-    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(like)
 
 
 def write_kv(key_value_T2KD: Tensor, layer_index: int, step: AttentionStep) -> None:
@@ -175,19 +214,27 @@ def write_kv(key_value_T2KD: Tensor, layer_index: int, step: AttentionStep) -> N
 
 
 def attend(
-    query_THD: Tensor, key_value_T2KD: Tensor, layer_index: int, step: AttentionStep, *, scaling: float
+    query_THD: Tensor,
+    key_value_T2KD: Tensor,
+    layer_index: int,
+    step: AttentionStep,
+    *,
+    scaling: float,
+    scores: Mapping[str, Any] = {},
 ) -> Tensor:
-    """[T, H, D]. The new keys and values are in the cache already (`keep`)."""
-    layer = step.layer(layer_index)
+    """[T, H, D]. The new keys and values are in the cache already (`write_kv`). `scores`: what else is done to them, as
+    `biased_attention` takes it."""
+    layer, kind = step.layer(layer_index), step.kinds[layer_index]
     parts: list[Tensor] = []
     num_single = 0
-    if step.decode is not None:
+    if step.decoding is not None:
         assert layer is not None
-        num_single = len(step.decode.pages_nP)
-        parts.append(step.decode.attend(query_THD[:num_single], layer, scaling=scaling))
+        num_single = len(step.decoding.lengths)
+        parts.append(step.decoding.attend(query_THD[:num_single], layer, kind, scaling=scaling, **scores))
     if step.prompts is not None:
         rest = slice(num_single, None)
-        parts.append(step.prompts.attend(query_THD[rest], key_value_T2KD[rest], layer, scaling=scaling))
+        query_THD, key_value_T2KD = query_THD[rest], key_value_T2KD[rest]
+        parts.append(step.prompts.attend(query_THD, key_value_T2KD, layer, kind, scaling=scaling, **scores))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -199,24 +246,22 @@ def attention_forward(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    step: AttentionStep,
-    **_: Any,
+    step: AttentionStep | SeenHeads,
+    **given: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, H, T, D] -> ([1, T, H, D], no weights)."""
-    key_value_T2KD = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
-    write_kv(key_value_T2KD, module.layer_idx, step)
-    mixed = attend(query[0].transpose(0, 1), key_value_T2KD, module.layer_idx, step, scaling=scaling)
-    return mixed.unsqueeze(0), None
-
-
-def continued_attention(query_HTD: Tensor, layer: Tensor, piece: Continuation, *, scaling: float) -> Tensor:
-    """[T, H, D]."""
-    kept = layer.index_select(0, piece.pages).flatten(0, 1)  # [L, 2, K, D]
-    key, value = kept[:, 0].transpose(0, 1)[None], kept[:, 1].transpose(0, 1)[None]
-    out = scaled_dot_product_attention(
-        query_HTD[None], key, value, attn_mask=piece.bias_TL, scale=scaling, enable_gqa=len(query_HTD) != key.shape[1]
-    )
-    return out[0].transpose(0, 1)
+    """transformers' attention interface: query [1, H, T, D] -> ([1, T, H, D], no weights). Values that are narrower
+    than keys, of latent attention (arXiv 2405.04434), are kept as wide as those."""
+    index, width = module.layer_idx, value.shape[-1]
+    if isinstance(step, SeenHeads):
+        if index in step.of_layer:
+            raise UserError(f"engine.type: torch: layer {index} attends more than once; use type: vllm")
+        step.of_layer[index] = key.shape[1], key.shape[-1]
+        return value.new_zeros(1, query.shape[2], query.shape[1], width), None
+    key_value_T2KD = torch.stack((key[0], pad(value[0], (0, key.shape[-1] - width)))).permute(2, 0, 1, 3)
+    write_kv(key_value_T2KD, index, step)
+    query_THD = query[0].transpose(0, 1)
+    mixed = attend(query_THD, key_value_T2KD, index, step, scaling=scaling, scores=scores_of(given))
+    return mixed[None, ..., :width], None
 
 
 def register_paged_attention() -> str:

@@ -29,8 +29,8 @@ class Stack(Protocol):
 
 def make_stack(decoder: Any, head: FrozenLinear) -> Stack:
     """Of a model whose linear layers are `Projection`s, and of what computes its logits."""
-    kinds = {type(layer).__name__ for layer in decoder.layers}
-    if not kinds <= LLAMA_LIKE or decoder.config.hidden_act != "silu":
+    kinds = {type(layer).__name__ for layer in getattr(decoder, "layers", ())}
+    if not kinds or not kinds <= LLAMA_LIKE or decoder.config.hidden_act != "silu":
         return TransformersStack(decoder)
     whole_heads = 2 * decoder.rotary_emb.inv_freq.numel() == decoder.layers[0].self_attn.head_dim
     return LlamaStack(decoder, head) if whole_heads else TransformersStack(decoder)

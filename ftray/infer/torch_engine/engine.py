@@ -19,30 +19,25 @@ from ftray.infer.checks import check_request, check_unused
 from ftray.infer.protocol import EngineStats, FinishReason, Request, StructuredOutput, TokenEvent, TokenLogprobs
 from ftray.infer.structure import GrammarMatcher, Grammars
 from ftray.infer.text import TextStream
-from ftray.infer.torch_engine.attention import (
-    AttentionStep,
-    Prompts,
-    decode_context,
-    prompt_context,
-    register_paged_attention,
-)
-from ftray.infer.torch_engine.cpu.frozen_linear import FrozenLinear
-from ftray.infer.torch_engine.decoder import make_stack
-from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, make_cache
+from ftray.infer.torch_engine.attention import register_paged_attention
+from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, KVCache
 from ftray.infer.torch_engine.lora.bank import LoraBank
 from ftray.infer.torch_engine.lora.slots import HostAdapter
 from ftray.infer.torch_engine.pooling import Embedding, embedding_of
 from ftray.infer.torch_engine.sampler import TokenSampler, logprobs_of, sample
 from ftray.infer.torch_engine.scheduler import Scheduler
 from ftray.infer.torch_engine.sequence import Piece, Sequence
+from ftray.infer.torch_engine.text_model import TextModel, seen_heads
 from ftray.model.adapters.weights import check_rank, read_adapter
 from ftray.model.base import BaseModel, check_length, generation_stop_ids, load_tokenizer
 from ftray.model.chat import stop_token_ids
-from ftray.model.families import layer_kinds
 from ftray.model.hardware import Hardware
-from ftray.model.packed import PackedRow, decoder_of
+from ftray.model.packed import PackedRow
 from ftray.model.packed_attention import packed_layout
 from ftray.model.weights import load_weights
+
+KEPT_STATES = 2  # of recurrent layers, for each sequence that may run: of its prompt, and of its answer
+LONGER = b"\0long"  # what is computed with another rotation is not the same
 
 
 class TorchEngine:
@@ -57,17 +52,18 @@ class TorchEngine:
         self.stop_ids = stop_token_ids(self.tokenizer) | generation_stop_ids(base)
         shape = self.model.config.get_text_config()
         self.vocab_size: int = shape.vocab_size
+        heads = seen_heads(self.model)
         self._bank = LoraBank(self.model, device_budget=adapters.device_budget, rounded=adapters.dtype == "bfloat16")
-        self._head = FrozenLinear([self.model.get_output_embeddings()], self._bank.kernels)
-        self._stack = make_stack(decoder_of(self.model), self._head)
-        self._weight = next(self.model.parameters())
+        self._text = TextModel(self.model, self._bank, max_kept_states=KEPT_STATES * config.max_sequences)
         self._grammars = Grammars(self.tokenizer, vocab_size=self.vocab_size, stop_ids=self.stop_ids)
-        self._cache = make_cache(layer_kinds(shape), num_tokens=config.kv_cache_tokens, like=self._weight)
+        like = next(self.model.parameters())
+        self._cache = KVCache(heads, num_tokens=config.kv_cache_tokens, like=like)
         self._scheduler = Scheduler(
             self._cache.num_pages,
             max_sequences=config.max_sequences,
             max_prefill_tokens=config.max_prefill_tokens,
             adapters=self._bank,
+            states=self._text.states,
         )
         self._sequences: dict[str, list[Sequence]] = {}  # the unfinished answers of each request
         self._loads = itertools.count()
@@ -95,13 +91,14 @@ class TorchEngine:
         self._scheduler.add(first)
 
     def _sequence(self, request: Request, index: int, max_tokens: int, matcher: GrammarMatcher | None) -> Sequence:
+        salt = self._salts[request.adapter] + b"\0" + request.cache_salt.encode()
         return Sequence(
             request=request,
             index=index,
             text=TextStream(self.tokenizer, request.sampling.stop),
             sampler=TokenSampler(request.sampling, index=index, matcher=matcher.copy() if matcher else None),
             max_tokens=max_tokens,
-            salt=self._salts[request.adapter] + b"\0" + request.cache_salt.encode(),
+            salt=salt + LONGER if self._text.rotary.is_long(len(request.prompt_ids)) else salt,
             tokens=list(request.prompt_ids),
         )
 
@@ -124,6 +121,7 @@ class TorchEngine:
         drawn = [piece.sequence for piece in pieces if piece.is_last]
         for piece in pieces:
             self._scheduler.computed(piece)
+            self._text.states.keep(piece.sequence)
         contexts = [(s.request.prompt_ids, s.tokens[s.num_prompt :]) for s in drawn]
         picked = sample(logits_nV, [s.sampler for s in drawn], contexts)
         return [self._advance(sequence, *choice) for sequence, choice in zip(drawn, picked, strict=True)]
@@ -135,33 +133,11 @@ class TorchEngine:
 
     def _forward(self, pieces: list[Piece]) -> Tensor:
         """Logits [n, V] after the newest token of every sequence whose last token is in the step."""
-        device = self.hardware.device
-        single = [p for p in pieces if p.num_tokens == 1]
-        longer = pieces[len(single) :]
-        kernels = self._bank.kernels
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        for piece in pieces:
-            sequence, start = piece.sequence, piece.sequence.num_cached
-            places = range(start, start + piece.num_tokens)
-            ids += sequence.tokens[start : places.stop]
-            positions += places
-            slots += [sequence.pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in places]
-        pages, lengths = [p.sequence.pages for p in single], [p.sequence.num_cached + 1 for p in single]
-        prompts = [(p.sequence.pages, p.sequence.num_cached, p.num_tokens) for p in longer]
-        step = AttentionStep(
-            cache=self._cache,
-            write_slots_T=torch.tensor(slots).to(device),
-            decode=decode_context(pages, lengths, self._cache, kernels) if single else None,
-            prompts=prompt_context(prompts, self._cache, kernels) if longer else None,
-        )
-        tokens = [(p.sequence.request.adapter, p.num_tokens) for p in pieces]
-        hidden_TE = self._hidden(torch.tensor(ids), torch.tensor(positions), tokens, step)
+        hidden_TE = self._text.of_pieces(pieces, self._cache)
         self._report_prompts(pieces, hidden_TE)
         ends = itertools.accumulate(p.num_tokens for p in pieces)
         last = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.is_last]
-        return self._head(hidden_TE.index_select(0, torch.tensor(last, dtype=torch.long).to(device)))
+        return self._text.logits(hidden_TE.index_select(0, torch.tensor(last, dtype=torch.long).to(hidden_TE.device)))
 
     def _report_prompts(self, pieces: list[Piece], hidden_TE: Tensor) -> None:
         """The log-probabilities of prompt tokens, where they are asked for. Each is known at the token before."""
@@ -174,17 +150,12 @@ class TorchEngine:
                 first = max(start, len(sequence.prompt_logprobs))
                 end = min(start + piece.num_tokens, sequence.num_prompt - 1)
                 if first < end:
-                    logits = self._head(hidden_TE[row + first - start : row + end - start]).float().cpu().nan_to_num()
+                    logits = (
+                        self._text.logits(hidden_TE[row + first - start : row + end - start]).float().cpu().nan_to_num()
+                    )
                     following = sequence.tokens[first + 1 : end + 1]
                     sequence.prompt_logprobs += map(logprobs_of, logits, following, [wanted] * len(following))
             row += piece.num_tokens
-
-    def _hidden(
-        self, ids_T: Tensor, positions_T: Tensor, counts: Many[tuple[str | None, int]], step: AttentionStep
-    ) -> Tensor:
-        device = self.hardware.device
-        with self._bank.apply(counts):
-            return self._stack(ids_T.to(device), positions_T.to(device), step)
 
     def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenEvent:
         is_first = sequence.num_generated == 0
@@ -211,6 +182,9 @@ class TorchEngine:
             text += sequence.text.finish()
             reason = "stop" if sequence.text.stopped and reason == "length" else reason
             self._finish(sequence)
+        elif self._text.rotary.changes_at(len(sequence.tokens)):
+            sequence.salt += LONGER
+            self._scheduler.compute_again(sequence)
         return TokenEvent(
             sequence.request.id,
             token,
@@ -262,10 +236,9 @@ class TorchEngine:
     def score(self, row: PackedRow, adapter: str | None) -> Tensor:
         """Log-probabilities [N] of a packed row's targets, through the very linear layers that serve."""
         row = row.to(self.hardware.device)
-        step = AttentionStep(cache=None, write_slots_T=None, decode=None, prompts=Prompts(row.layout))
         with self.pinned(adapter):
-            hidden_TE = self._hidden(row.ids_T, row.positions_T, [(adapter, len(row.ids_T))], step)
-        logits_NV = self._head(hidden_TE.index_select(0, row.rows_N)).float()
+            hidden_TE = self._text.of_sequences(row.ids_T, row.positions_T, row.layout, adapter)
+        logits_NV = self._text.logits(hidden_TE.index_select(0, row.rows_N)).float()
         return -torch.nn.functional.cross_entropy(logits_NV, row.targets_N, reduction="none")
 
     @cached_property
@@ -279,11 +252,10 @@ class TorchEngine:
         embedding = self._embedding
         lengths = [len(ids) for ids in texts]
         layout = packed_layout(lengths).to(self.hardware.device)
-        step = AttentionStep(cache=None, write_slots_T=None, decode=None, prompts=Prompts(layout))
         ids_T = torch.tensor([token for ids in texts for token in ids])
         positions_T = torch.cat([torch.arange(length) for length in lengths])
         with self.pinned(adapter):
-            hidden_TE = self._hidden(ids_T, positions_T, [(adapter, sum(lengths))], step)
+            hidden_TE = self._text.of_sequences(ids_T, positions_T, layout, adapter)
         return embedding.pool(hidden_TE, lengths).cpu()
 
     @contextlib.contextmanager

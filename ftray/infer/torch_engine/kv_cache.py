@@ -10,13 +10,10 @@ Shapes: P pages, K key/value heads, D head dimension.
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-
-from ftray.errors import UserError
-from ftray.model.families import FullSpec, LayerKind
 
 PAGE_TOKENS = 16
 
@@ -24,27 +21,16 @@ PAGE_TOKENS = 16
 class KVCache:
     """The tensors. `layers[i]`: [P, PAGE_TOKENS, 2 (key, value), K, D]. Page 0 stays zero: it pads page tables."""
 
-    def __init__(self, specs: Sequence[FullSpec], *, num_tokens: int, like: Tensor):
-        """`specs`: of each layer."""
+    def __init__(self, heads: Mapping[int, tuple[int, int]], *, num_tokens: int, like: Tensor):
+        """`heads`: (K, D) of each layer that attends."""
         self.num_pages = 1 + pages_for(num_tokens)
         pages = (self.num_pages, PAGE_TOKENS, 2)
-        self.layers = [like.new_zeros(*pages, spec.num_kv_heads, spec.head_dim) for spec in specs]
+        self.layers = {index: like.new_zeros(*pages, *own) for index, own in heads.items()}
 
     def clear(self, pages: list[int]) -> None:
         """For a new owner. What a broken adapter left, infinity or NaN, would come through the mask: 0 * NaN is NaN."""
-        if pages:
-            index = torch.tensor(pages, device=self.layers[0].device)
-            for layer in self.layers:
-                layer.index_fill_(0, index, 0)
-
-
-def make_cache(kinds: Sequence[LayerKind], *, num_tokens: int, like: Tensor) -> KVCache:
-    """Raises `UserError` for a layer that keeps what this engine has no manager for."""
-    specs = [kind.cache for kind in kinds]
-    for spec in specs:
-        if not isinstance(spec, FullSpec):
-            raise UserError(f"engine.type: torch keeps no {type(spec).__name__} of a layer; use type: vllm")
-    return KVCache(specs, num_tokens=num_tokens, like=like)
+        for layer in self.layers.values() if pages else ():
+            layer.index_fill_(0, torch.tensor(pages, device=layer.device), 0)
 
 
 class PagePool:

@@ -9,12 +9,21 @@ have kept others out of a place or a slot for too long (`starvation.py`).
 
 import time
 from collections import Counter
+from typing import Protocol
 
 from ftray.infer.fair_queue import FairQueue
 from ftray.infer.torch_engine.kv_cache import PAGE_TOKENS, PagePool, page_name, pages_for
 from ftray.infer.torch_engine.sequence import Piece, Sequence
 from ftray.infer.torch_engine.slot_rotation import owners_of_adapters
 from ftray.infer.torch_engine.starvation import DeviceAdapters, StarvationPolicy, can_bring
+
+
+class RecurrentStates(Protocol):
+    """`states.py`."""
+
+    def __contains__(self, page_name: bytes) -> bool: ...
+    def piece_of(self, sequence: Sequence, count: int) -> int: ...
+    def restore(self, sequence: Sequence) -> None: ...
 
 
 class Scheduler:
@@ -25,7 +34,9 @@ class Scheduler:
         max_sequences: int,
         max_prefill_tokens: int,
         adapters: DeviceAdapters,
+        states: RecurrentStates | None = None,
     ):
+        self._states = states
         self.pool = PagePool(num_pages)
         self.running: list[Sequence] = []  # in the order they came in
         self.waiting: FairQueue[Sequence] = FairQueue()
@@ -53,7 +64,7 @@ class Scheduler:
         preemptions = self.num_preemptions
         for sequence in list(self.running):
             is_prompt = sequence.num_pending > 1
-            count = min(sequence.num_pending, room) if is_prompt else 1
+            count = self._piece(sequence, room) if is_prompt else 1
             if count and sequence in self.running and self._make_room(sequence, count):
                 pieces.append(Piece(sequence, count))
                 room -= count if is_prompt else 0
@@ -77,6 +88,11 @@ class Scheduler:
         if sequence.num_pending == 0 and sequence.request.adapter is not None:
             self._starvation.drew(sequence.request.adapter)
 
+    def compute_again(self, sequence: Sequence) -> None:
+        """All of it: what is in the cache is no longer right."""
+        sequence.names = []
+        self._preempt(sequence)
+
     def remove(self, sequence: Sequence) -> None:
         """It has ended or was cancelled."""
         if sequence in self.running:
@@ -90,11 +106,16 @@ class Scheduler:
             sequence = self._next()
             if sequence is None:
                 return
-            count = min(sequence.num_pending, room)
+            count = self._piece(sequence, room)
             has_room = self._make_room(sequence, count)
             assert has_room, "the pages were counted before it was let in"
             pieces.append(Piece(sequence, count))
             room -= count
+
+    def _piece(self, sequence: Sequence, room: int) -> int:
+        """How many of its pending tokens come next."""
+        count = min(sequence.num_pending, room)
+        return count if self._states is None else self._states.piece_of(sequence, count)
 
     def _next(self) -> Sequence | None:
         """Lets one waiting sequence in: the first whose pages and adapter can be had. While one is starved for a slot,
@@ -116,6 +137,8 @@ class Scheduler:
             sequence.pages = found
             sequence.names = sequence.names[: len(found)]
             sequence.num_cached = len(found) * PAGE_TOKENS
+            if self._states is not None:
+                self._states.restore(sequence)
             if sequence.num_found is None:
                 sequence.num_found = sequence.num_cached
                 sequence.queued_s = time.monotonic() - sequence.added_at
@@ -144,6 +167,8 @@ class Scheduler:
             if page is None:
                 break
             found.append(page)
+        while found and self._states is not None and sequence.names[len(found) - 1] not in self._states:
+            found.pop()
         return found
 
     def _name_next(self, sequence: Sequence) -> None:
@@ -187,7 +212,7 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.num_cached = [], 0
+        sequence.pages, sequence.num_cached, sequence.states = [], 0, {}
         adapter = sequence.request.adapter
         if adapter is not None:
             self._adapters.release(adapter)

@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ftray.infer.protocol import Request, TokenLogprobs
 from ftray.infer.text import TextStream
 from ftray.infer.torch_engine.sampler import TokenSampler
@@ -23,6 +25,8 @@ class Sequence:
     num_charged: int = 0  # tokens up to which its flow has paid, or found them
     pages: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)  # of its full pages
+    states: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # of recurrent modules
+    kept_state: bytes | None = None  # the page of its answer whose state is kept
     num_found: int | None = None  # prompt tokens found in the cache when it first ran
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # so far, where they are asked for
     added_at: float = field(default_factory=time.monotonic)

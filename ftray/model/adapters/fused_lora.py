@@ -71,6 +71,21 @@ class FusedLora:
         finally:
             self.spans = []
 
+    @contextlib.contextmanager
+    def rows(self, first: int, count: int) -> Iterator[None]:
+        """While it is open, layers get so many of the row's tokens."""
+        whole, start = self.spans, 0
+        self.spans = []
+        for name, own in whole:
+            overlap = min(start + own, first + count) - max(start, first)
+            if overlap > 0:
+                self.spans.append((name, overlap))
+            start += own
+        try:
+            yield
+        finally:
+            self.spans = whole
+
 
 def refuse_unfusable(config: AdapterConfig) -> None:
     """What is not the plain sum above, or changes the base that all share. Raises `AdapterError`."""

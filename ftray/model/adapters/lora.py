@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ftray.config.adapter import AdapterConfig, target_pattern
 from ftray.errors import AdapterError
 from ftray.model.adapters.directory import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter_config
+from ftray.model.adapters.linear import linear_modules
 from ftray.model.base import BaseModel, keep_template
 from ftray.model.heads import CAUSAL_LM, Head
 from ftray.storage import write_json, write_manifest
@@ -41,7 +42,7 @@ def inject_lora(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.dropout,
-        target_modules=config.targets if isinstance(config.targets, str) else matching_modules(model, config.targets),
+        target_modules=target_modules(model, config),
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
         use_rslora=config.variant == "rslora",
@@ -62,9 +63,15 @@ def inject_lora(
     return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if ".lora_" in name}
 
 
-def matching_modules(model: nn.Module, targets: list[str]) -> list[str]:
+def target_modules(model: Any, config: AdapterConfig) -> list[str]:
+    """Names of the linear layers that get LoRA."""
+    return list(linear_modules(model)) if isinstance(config.targets, str) else matching_modules(model, config.targets)
+
+
+def matching_modules(model: Any, targets: list[str]) -> list[str]:
     """Names of the linear modules whose name, or its ending after a dot, matches one of the regular expressions."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    head = model.get_output_embeddings()
+    linear = [*linear_modules(model), *(name for name, module in model.named_modules() if module is head)]
     found: set[str] = set()
     for target in targets:
         matched = set(filter(target_pattern(target).fullmatch, linear))
@@ -77,11 +84,10 @@ def matching_modules(model: nn.Module, targets: list[str]) -> list[str]:
 
 def num_lora_parameters(model: Any, config: AdapterConfig) -> int:
     """Of the plain base's adapter; at most, where ranks differ by module: the largest counts for all."""
-    head = model.get_output_embeddings()
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    names = linear if isinstance(config.targets, str) else matching_modules(model, config.targets)
+    linear: dict[str, Any] = linear_modules(model)
     rank = max([config.rank, *config.rank_pattern.values()])
-    return sum(rank * (linear[name].in_features + linear[name].out_features) for name in names if name in linear)
+    shapes = (linear[name].weight.shape for name in target_modules(model, config) if name in linear)
+    return sum(rank * sum(shape) for shape in shapes)
 
 
 def check_saved_modules(model: nn.Module, config: AdapterConfig) -> None:
@@ -202,7 +208,8 @@ def describe(
     """adapter_config.json. With `growth` times the rank, alpha grows so that the scale stays."""
     adapted = sorted({key.removeprefix(PREFIX).split(".lora_")[0] for key in tensors if ".lora_" in key})
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in adapted})
-    plain = isinstance(config.targets, str) or set(config.targets) <= set(suffixes)
+    beside_others = any("language_model." in name for name in adapted)  # an image tower may have the same endings
+    plain = not beside_others and (isinstance(config.targets, str) or set(config.targets) <= set(suffixes))
     alpha_growth = growth**0.5 if config.variant == "rslora" else growth
     return {
         "peft_type": "LORA",

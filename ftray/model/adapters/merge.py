@@ -9,6 +9,7 @@ from typing import Any
 
 from ftray.errors import UserError
 from ftray.model.base import BaseModel, keep_template
+from ftray.model.weights import model_class
 from ftray.storage import write_manifest
 
 
@@ -20,11 +21,11 @@ def merge_adapter(adapter: Path, base: BaseModel, directory: Path, *, label: str
     if directory.exists():
         raise UserError(f"{directory}: exists already; choose another directory")
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    plain: Any = AutoModelForCausalLM.from_pretrained(base.directory, dtype="auto", trust_remote_code=False)
+    plain: Any = model_class(base).from_pretrained(base.directory, dtype="auto", trust_remote_code=False)
     try:
         adapted: Any = PeftModel.from_pretrained(plain, adapter)
         merged = adapted.merge_and_unload(safe_merge=True)

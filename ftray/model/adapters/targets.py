@@ -14,10 +14,12 @@ def check_targets(base: BaseModel, config: AdapterConfig) -> None:
     if all(any(map(target_pattern(target).fullmatch, linear)) for target in targets):
         return
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from ftray.model.adapters.lora import matching_modules
+    from ftray.model.weights import class_of
 
+    config_of_model = AutoConfig.from_pretrained(base.directory)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.directory))
+        model = class_of(config_of_model, name=base.name).from_config(config_of_model)
     matching_modules(model, list(targets))

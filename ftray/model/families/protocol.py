@@ -1,11 +1,10 @@
-"""What a kind of decoder layer is: what it keeps of the tokens before, how it attends, and what that costs.
+"""What a kind of decoder layer is: what a token sees of those before it, how it attends, and what that costs.
 
 Shapes: T tokens in the row, H query heads, K key/value heads, D head dimension.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # a plan counts FLOPs without torch
     from torch import Tensor
@@ -13,26 +12,18 @@ if TYPE_CHECKING:  # a plan counts FLOPs without torch
     from ftray.model.packed_attention import PackedLayout
 
 
-@dataclass(frozen=True)
-class FullSpec:
-    """Keys and values of every token before. An engine has a manager for each specification that it can keep
-    (infer/torch_engine/kv_cache.py)."""
-
-    num_kv_heads: int
-    head_dim: int
-
-
-CacheSpec = FullSpec  # one for each way of keeping
-
-
 class LayerKind(Protocol):
-    @property
-    def cache(self) -> CacheSpec: ...
+    """Hashable: an engine makes what layers of one kind share once a step."""
 
     def attend_packed(
-        self, query_HTD: "Tensor", key_KTD: "Tensor", value_KTD: "Tensor", layout: "PackedLayout", *, scaling: float
+        self, query_HTD: "Tensor", key_KTD: "Tensor", value_KTD: "Tensor", layout: "PackedLayout", **scores: Any
     ) -> "Tensor":
-        """[T, H, D], of sequences that lie end to end and see each other never."""
+        """[T, H, D], of sequences that lie end to end and see each other never. `scores`: as
+        `packed_causal_attention` takes them."""
+        ...
+
+    def first_seen(self, position: int) -> int:
+        """The first position of its sequence that a token at `position` sees; it sees all from there to itself."""
         ...
 
     def flops(self, lengths: Mapping[float, float]) -> float:

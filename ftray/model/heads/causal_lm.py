@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ftray.model.families.logits import logits_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -13,7 +15,8 @@ class CausalLmHead:
     def __call__(self, model: Any, hidden_NE: "Tensor", targets_N: "Tensor") -> "Tensor":
         from torch.nn.functional import cross_entropy
 
-        logits_NV = model.get_output_embeddings()(hidden_NE).float()
+        finish = logits_of(model.config.get_text_config())
+        logits_NV = finish(model.get_output_embeddings()(hidden_NE)).float()
         return -cross_entropy(logits_NV, targets_N, reduction="none")
 
     def parameters(self, config: Any) -> int:

@@ -78,6 +78,7 @@ class FusedGroup:
     ):
         self._model = model
         self._fused = fused
+        model.run_states_within(fused.rows)
         self._objective = objective
         self._loss = loss
         self._hardware = hardware

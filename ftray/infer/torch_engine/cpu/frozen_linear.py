@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from ftray.infer.torch_engine.cpu.huge_pages import HugePages
 from ftray.infer.torch_engine.cpu.kernels import AdaptersArray, CpuKernels, Layers, RmsNorm
+from ftray.model.adapters.linear import linear_modules
 
 # Projections that a decoder layer applies to the same tensor, in the order it calls them.
 JOINED = ("q_proj", "k_proj", "v_proj")  # their outputs are used side by side
@@ -27,6 +28,11 @@ BUCKETS = ((16, 1), (128, 16))
 WIDEST = 64
 
 
+def weight_of(layer: Any) -> Tensor:
+    """[O, I]; transformers' Conv1D, of GPT-2, has it transposed."""
+    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.t().contiguous()
+
+
 def can_reorder(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
@@ -36,7 +42,8 @@ class FrozenLinear:
 
     def __init__(self, layers: Sequence[nn.Linear], kernels: CpuKernels | None, memory: HugePages | None = None):
         """`memory`: where the kernels' layout goes, beside that of other layers."""
-        weight = (torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight).detach()
+        weights = [weight_of(layer) for layer in layers]
+        weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).detach()
         bias = joined_bias(layers)
         self.kernels = kernels
         if kernels is not None:
@@ -121,14 +128,13 @@ def like_rows(out: Tensor, x: Tensor) -> Tensor:
 def joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
-    biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    biases = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
     return torch.cat(biases).detach()
 
 
 def sibling_groups(model: Any) -> list[list[str]]:
-    """Names of all linear layers but the output head, those of one input together."""
-    head = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    """Names of all linear layers that adapters can change, those of one input together."""
+    names = list(linear_modules(model))
     present = set(names)
     groups: list[list[str]] = []
     taken: set[str] = set()
@@ -136,7 +142,7 @@ def sibling_groups(model: Any) -> list[list[str]]:
         if name in taken:
             continue
         parent, _, own = name.rpartition(".")
-        family = next((f for f in SIBLINGS if f[0] == own), (own,))
+        family = next((f for f in SIBLINGS if own in f), (own,))
         group = [f"{parent}.{member}" if parent else member for member in family]
         group = group if present.issuperset(group) else [name]
         groups.append(group)
@@ -151,6 +157,7 @@ class Projection(nn.Module):
         super().__init__()
         self.group = group  # `lora.bank.LinearGroup`
         self._index = index
+        self.in_features, self.out_features = group.in_features, group.out_features[index]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.group.output(x, self._index)

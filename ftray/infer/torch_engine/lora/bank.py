@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ftray.infer.torch_engine.cpu.frozen_linear import JOINED, FrozenLinear, GatedKernel, Projection, sibling_groups
+from ftray.infer.torch_engine.cpu.frozen_linear import (
+    JOINED,
+    FrozenLinear,
+    GatedKernel,
+    Projection,
+    sibling_groups,
+    weight_of,
+)
 from ftray.infer.torch_engine.cpu.huge_pages import HugePages
 from ftray.infer.torch_engine.cpu.kernels import Layers, RmsNorm, in_blocks, kernels_for
 from ftray.infer.torch_engine.lora.batch import Span, StepRuns
@@ -119,6 +126,22 @@ class LoraBank:
         finally:
             self.runs = self._no_runs
 
+    @contextlib.contextmanager
+    def rows(self, start: int, count: int) -> Iterator[None]:
+        """While it is open, the layers get `count` rows of the batch from `start` on."""
+        whole = self.runs
+        clipped = [
+            (place, max(first, start) - start, min(first + num, start + count) - max(first, start))
+            for place, first, num in whole.spans
+        ]
+        own = [span for span in clipped if span[2] > 0]
+        if own != whole.spans:
+            self.runs = self._runs_of(own) if own else self._no_runs
+        try:
+            yield
+        finally:
+            self.runs = whole
+
     def _runs_of(self, spans: Sequence[Span]) -> StepRuns:
         return StepRuns(spans, self._device, with_kernels=self.kernels is not None)
 
@@ -158,8 +181,8 @@ class LinearGroup:
 
     def __init__(self, name: str, layers: Sequence[nn.Linear], bank: LoraBank, memory: HugePages, *, joined: bool):
         self.name = name
-        self.in_features = layers[0].in_features
-        self.out_features = [layer.out_features for layer in layers]
+        shapes = [weight_of(layer).shape for layer in layers]
+        self.in_features, self.out_features = shapes[0][1], [shape[0] for shape in shapes]
         self.members = [list(range(len(layers)))] if joined else [[index] for index in range(len(layers))]
         self._blocks = [FrozenLinear([layers[i] for i in own], bank.kernels, memory) for own in self.members]
         is_pair = bank.kernels is not None and len(self._blocks) == 2
