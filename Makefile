@@ -15,16 +15,16 @@ CLIENT_NAMES := $(notdir $(basename $(wildcard tests/clients/environments/*.txt)
 	test-jobs-on-hosts test-hosts test-vllm test-clients gpu-dry-run docs soak soak-requests soak-faults audit quickstart clean
 
 help:
-	@echo "make quickstart   install, then fine-tune, measure, publish and serve a small model (about 8 minutes)"
+	@echo "make quickstart   install (about 3 minutes), then fine-tune, measure, publish and serve a small model (about 5 minutes)"
 	@echo "make test         install, then lint and run the tests that need no GPU"
 	@echo "make test-cluster stores, jobs, Slurm, TLS; many hosts as network namespaces that fail (root, about 25 minutes)"
 	@echo "make test-vllm    the vLLM engine on a CPU, in an environment of its own (about 4 minutes)"
-	@echo "make test-clients ten clients of OpenAI's API that nobody here wrote, each in its environment (about 6 minutes)"
-	@echo "make gpu-dry-run  what jobs/gpu_check.py would run on a GPU, at tiny sizes on this CPU (about 3 minutes)"
-	@echo "make docs         the pages of docs/ as a site in build/site, links checked"
+	@echo "make test-clients ten third-party clients of OpenAI's API, each in its own environment (about 6 minutes)"
+	@echo "make gpu-dry-run  what jobs/gpu_check.py runs on a GPU, at tiny sizes on this CPU (about 3 minutes)"
+	@echo "make docs         build the pages of docs/ as a site in build/site and check their links"
 	@echo "make soak         an endpoint under load for ten minutes, while replicas die and adapters are swapped"
 	@echo "make soak-faults, soak-requests: 200 random faults (10 minutes); 2,000 generated requests at an endpoint (2 minutes)"
-	@echo "make audit        what PyPI's database of advisories says of every pinned package (needs the network)"
+	@echo "make audit        check every pinned package against PyPI's advisory database (needs the network)"
 	@echo "make install      make $(VENV) and install the project with the pins of cluster/constraints.txt"
 	@echo "make clean        remove the environments"
 

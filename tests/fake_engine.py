@@ -30,7 +30,7 @@ class FakeEngine:
     ):
         """`losses`, `grad_norms`: by the number of its step, 1 for the first; else 1.0. `calls`: one list for several
         actors."""
-        self.objective = objective
+        self.objective, self.adapter_options = objective, {}
         self.meter = FlopsMeter(
             ModelFlops(1, 1, (FullAttention(1, 1),)), 1.0, trains_base=False, reference=objective.needs_reference
         )

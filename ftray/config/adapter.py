@@ -15,6 +15,8 @@ class AdapterConfig(Strict):
     alpha: PositiveFloat = 32
     targets: Literal["all-linear"] | list[Text] = "all-linear"
     """Names or regular expressions of linear modules."""
+    experts: bool = False
+    """Of a mixture: LoRA on each of them too, with this rank. Their router stays frozen."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Step losses agree across worker counts only at 0."""
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
@@ -25,6 +27,8 @@ class AdapterConfig(Strict):
     """NAME@N, NAME@ALIAS or a PEFT directory: goes on from its weights."""
     modules_to_save: list[Text] = Field(default_factory=list)
     """Trained whole beside LoRA, such as embed_tokens."""
+    train_tokens: list[Text] = Field(default_factory=list)
+    """Tokens of the tokenizer whose embedding is trained too, such as new ones."""
     quantize_base: Literal["nf4"] | None = None
     """QLoRA (Dettmers et al. 2023): the frozen base in 4 bits."""
 
@@ -36,8 +40,13 @@ class AdapterConfig(Strict):
                     raise ValueError(f"initialization pissa changes the base weights, so it does not go with {key}")
             if self.variant == "dora":
                 raise ValueError("initialization pissa does not go with variant dora")
-            if self.modules_to_save:
-                raise ValueError("initialization pissa does not go with modules_to_save")
+            for key in ("modules_to_save", "train_tokens"):
+                if getattr(self, key):
+                    raise ValueError(f"initialization pissa does not go with {key}")
+        if self.experts:
+            for key, plain in (("variant", ("lora", "rslora")), ("initialization", ("default",)), ("dropout", (0,))):
+                if getattr(self, key) not in plain:
+                    raise ValueError(f"experts do not go with {key}: {getattr(self, key)}")
         return self
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from ftray.plugins import PluginName
 from ftray.schema import NonNegativeInt, Place, PositiveFloat, PositiveInt, Strict, Text
@@ -83,17 +83,18 @@ class HoldOutConfig(Strict):
     fraction: float = Field(gt=0, lt=1)
     seed: NonNegativeInt = 0
 
-    @model_validator(mode="before")
-    @classmethod
-    def fraction_alone(cls, value: Any) -> Any:
-        return {"fraction": value} if isinstance(value, float) else value
+
+def held_out(fraction: float) -> Any:
+    return HoldOutConfig(fraction=fraction)
 
 
 def shape_of(value: Any) -> str:
     """Which arm of a union reads a source."""
     if isinstance(value, list):
         return "several"
-    if isinstance(value, float | HoldOutConfig) or (isinstance(value, dict) and "fraction" in value):
+    if isinstance(value, float):
+        return "fraction"
+    if isinstance(value, HoldOutConfig) or (isinstance(value, dict) and "fraction" in value):
         return "held out"
     return "one source" if isinstance(value, dict | SourceConfig) else "a path"
 
@@ -106,6 +107,7 @@ EvaluationSources = Annotated[
     Annotated[Place, Tag("a path")]
     | Annotated[SourceConfig, Tag("one source")]
     | SourceList
+    | Annotated[float, Field(gt=0, lt=1), AfterValidator(held_out), Tag("fraction")]
     | Annotated[HoldOutConfig, Tag("held out")],
     Discriminator(shape_of),
 ]
@@ -143,7 +145,7 @@ class DataConfig(Strict):
     @property
     def evaluation_sources(self) -> list[SourceConfig]:
         """Empty where there are none, or rows are held out."""
-        return [] if isinstance(self.eval, HoldOutConfig) else self._sources(self.eval, split=None)
+        return [] if isinstance(self.eval, HoldOutConfig | float | int) else self._sources(self.eval, split=None)
 
     @property
     def held_out(self) -> HoldOutConfig | None:

@@ -209,6 +209,9 @@ def adapter_fits_zero_3(run: RunConfig) -> str | None:
             return f"adapter.{key}: {value} needs whole base weights on every GPU; use zero.stage 2"
     if run.adapter.init_from is not None and run.adapter.modules_to_save:
         return "adapter.init_from: with modules_to_save it needs zero.stage 2 or lower"
+    for key in ("experts", "train_tokens"):
+        if getattr(run.adapter, key):
+            return f"adapter.{key}: PEFT reads whole base weights for it; use zero.stage 2"
     return None
 
 

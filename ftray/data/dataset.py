@@ -102,6 +102,11 @@ class TokenizedDataset:
             row -= counts.num_rows
         raise ValueError(f"row {row} is beyond the last source")
 
+    def row_at(self, place: int) -> str:
+        """Of a place in the flat arrays."""
+        sequence = int(np.searchsorted(self.offsets, place, side="right")) - 1
+        return self.row_name(int(self.rows[sequence // self.sequences_per_example]))
+
     def examples_of_source(self, number: int) -> np.ndarray:
         """Their numbers."""
         return np.arange(len(self)) if len(self.names) == 1 else np.flatnonzero(self.sources == number)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # what is counted once is kept, and read without torch (plan/
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 GEMM_REPEATS = 8
+# What configs call the number of a token's experts, and of all.
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,35 @@ def count_flops(model: Any, head: Head = CAUSAL_LM) -> ModelFlops:
     """Of a causal LM before or after PEFT's injection, sharded by ZeRO-3 or quantised or not."""
     from torch import nn
 
+    from ftray.model.adapters.experts import expert_modules
+    from ftray.model.packed import decoder_of
+
     config = model.config.get_text_config()
     lm_head = model.get_output_embeddings()
     linear = [
         module
-        for name, module in model.named_modules()
+        for name, module in decoder_of(model).named_modules()
         if isinstance(module, nn.Linear) and module is not lm_head and ".lora_" not in name and "lm_head" not in name
     ]
+    of_experts = sum(
+        getattr(parameter, "ds_numel", parameter.numel())  # sharded by ZeRO-3 or whole
+        for name, own in expert_modules(model).items()
+        for parameter in (getattr(model.get_submodule(name), matrix) for matrix in own)
+    )
     return ModelFlops(
-        linear_parameters=sum(module.in_features * module.out_features for module in linear),
+        linear_parameters=sum(module.in_features * module.out_features for module in linear)
+        + round(of_experts * active_share(config)),
         head_parameters=head.parameters(config),
         layers=layer_kinds(config),
     )
+
+
+def active_share(config: Any) -> float:
+    """Of a mixture's experts: how many each token goes through."""
+    chosen, total = (
+        next((value for name in names if (value := getattr(config, name, None))), 1) for names in (CHOSEN, EXPERTS)
+    )
+    return chosen / total
 
 
 def measure_gemm_rate(hardware: "Hardware") -> float:

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.utils import logging
 
 from ftray.config.adapter import AdapterConfig
 from ftray.errors import UserError
+from ftray.model.adapters.experts import expert_modules
 from ftray.model.adapters.lora import inject_lora
 from ftray.model.flops import count_flops
 from ftray.model.packed import decoder_of, register_packed_attention
@@ -17,11 +19,13 @@ from ftray.model.packed_attention import packed_layout
 from ftray.model.weights import class_of
 from ftray.plan.model_size import ModelSize
 
+KINDS = ("layer_types", "mlp_layer_types")
 TOKENS = 251  # of the forward pass that is looked at, and twice as many; no size of a layer is one of these numbers
 
 
 def count_model(settings: dict[str, Any], adapter: AdapterConfig | None, *, dtype: str) -> ModelSize:
     """`settings`: of a config.json. Raises `UserError`."""
+    logging.set_verbosity_error()  # of slow ways to compute what is not computed here
     try:
         rest = {key: value for key, value in settings.items() if key != "model_type"}
         config = AutoConfig.for_model(settings["model_type"], **rest)
@@ -35,12 +39,8 @@ def count_model(settings: dict[str, Any], adapter: AdapterConfig | None, *, dtyp
 def count_modules(config: Any, adapter: AdapterConfig | None, *, dtype: torch.dtype) -> ModelSize:
     whole = make_meta_model(config, adapter, dtype=dtype)
     layers = config.get_text_config().num_hidden_layers
-    one, two = (make_meta_model(config, adapter, dtype=dtype, num_layers=n) for n in (1, 2))
-    kept = {(n, tokens): kept_bytes(m, tokens) for n, m in ((1, one), (2, two)) for tokens in (TOKENS, 2 * TOKENS)}
-    layer = [kept[2, tokens][0] - kept[1, tokens][0] for tokens in (TOKENS, 2 * TOKENS)]
-    layer_per_token = (layer[1] - layer[0]) / TOKENS
-    one_per_token = (kept[1, 2 * TOKENS][0] - kept[1, TOKENS][0]) / TOKENS
-    widest = kept[1, 2 * TOKENS][1] - kept[1, TOKENS][1]
+    by_kind = [kept_by_layer(config, adapter, kind, dtype=dtype) for kind in kinds_of(config)]
+    layer_per_token, layer_bytes, outer_per_token, widest = max(by_kind)  # the largest counts for all
     parameters = dict(whole.named_parameters())
     trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
     total = sum(p.numel() for p in parameters.values())
@@ -56,22 +56,61 @@ def count_modules(config: Any, adapter: AdapterConfig | None, *, dtype: torch.dt
         hidden=config.get_text_config().hidden_size,
         vocabulary=config.get_text_config().vocab_size,
         layer_bytes_per_token=layer_per_token,
-        layer_bytes=layer[0] - layer_per_token * TOKENS,
-        outer_bytes_per_token=one_per_token - layer_per_token,
-        widest_bytes_per_token=widest / TOKENS,
+        layer_bytes=layer_bytes,
+        outer_bytes_per_token=outer_per_token,
+        widest_bytes_per_token=widest,
         flops=count_flops(whole),
     )
 
 
+def kinds_of(config: Any) -> list[dict[str, str]]:
+    """Of its layers, each once: what the config calls them."""
+    text = config.get_text_config()
+    named = {name: kinds for name in KINDS if (kinds := getattr(text, name, None))}
+    kinds = [dict(zip(named, kind, strict=True)) for kind in dict.fromkeys(zip(*named.values(), strict=True))]
+    return kinds or [{}]
+
+
+def kept_by_layer(
+    config: Any, adapter: AdapterConfig | None, kind: dict[str, str], *, dtype: torch.dtype
+) -> tuple[float, float, float, float]:
+    """What a layer of this kind keeps for its backward, in bytes: for a token, and once; what all around the layers
+    keeps for a token; and the largest piece, for a token."""
+    plain = adapter.model_copy(update={"experts": False}) if adapter is not None else None
+    models = {n: make_meta_model(config, plain, dtype=dtype, num_layers=n, kind=kind) for n in (1, 2)}
+    kept = {(n, tokens): kept_bytes(m, tokens) for n, m in models.items() for tokens in (TOKENS, 2 * TOKENS)}
+    layer = [kept[2, tokens][0] - kept[1, tokens][0] for tokens in (TOKENS, 2 * TOKENS)]
+    per_token = (layer[1] - layer[0]) / TOKENS
+    one_per_token = (kept[1, 2 * TOKENS][0] - kept[1, TOKENS][0]) / TOKENS
+    widest = (kept[1, 2 * TOKENS][1] - kept[1, TOKENS][1]) / TOKENS
+    once = layer[0] - per_token * TOKENS
+    if adapter is not None and adapter.experts:  # PEFT's W + B A of all of them (on meta it cannot be computed)
+        once += dtype.itemsize * num_expert_weights(models[1])
+    return per_token, once, one_per_token - per_token, widest
+
+
+def num_expert_weights(model: Any) -> int:
+    modules = ((model.get_submodule(name), own) for name, own in expert_modules(model).items())
+    return sum(getattr(module, matrix).numel() for module, own in modules for matrix in own)
+
+
 def make_meta_model(
-    config: Any, adapter: AdapterConfig | None, *, dtype: torch.dtype, num_layers: int | None = None
+    config: Any,
+    adapter: AdapterConfig | None,
+    *,
+    dtype: torch.dtype,
+    num_layers: int | None = None,
+    kind: dict[str, str] | None = None,
 ) -> Any:
+    """`num_layers`, `kind`: of so many layers, all of that kind."""
     config = type(config)(**config.to_dict())
     text = config.get_text_config()
     if num_layers is not None:
         text.num_hidden_layers = num_layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = (text.layer_types * num_layers)[:num_layers]
+        for name, value in (kind or {}).items():
+            setattr(text, name, [value] * num_layers)
+        if hasattr(text, "first_k_dense_replace"):
+            text.first_k_dense_replace = 0
     with torch.device("meta"):
         attention = register_packed_attention()
         made = class_of(config, name=config.model_type)
@@ -119,7 +158,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:2], value.shape[-1])
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:2], dtype=torch.float32))
         return out
 

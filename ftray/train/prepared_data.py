@@ -11,7 +11,7 @@ from ftray.config import RunConfig
 from ftray.data.dataset import TokenizedDataset
 from ftray.data.examples import dataset_source
 from ftray.data.sets import evaluation_set, num_shared, training_set
-from ftray.model.adapters.targets import check_targets
+from ftray.model.adapters.targets import check_embedding, check_targets, describe_experts
 from ftray.model.base import BaseModel, check_length, load_tokenizer, prepare_base
 from ftray.model.chat import ChatRenderer
 from ftray.model.chat.settings import is_dated
@@ -63,10 +63,12 @@ def prepare_data(
     base = prepare_base(config.base_model, chat=config.chat, log=log)
     check_length(base, config.data.max_example_tokens, key="data.max_example_tokens")
     check_packed(base)
-    if config.adapter is not None:
-        check_targets(base, config.adapter)
     shape, turns = objective_of(config.objective).shape, trained_turns(config.objective)
     tokenizer = load_tokenizer(base)
+    if config.adapter is not None:
+        check_targets(base, config.adapter, tokenizer)
+        if (experts := describe_experts(base, config.adapter)) is not None:
+            log(experts)
     if shape != "document" and is_dated(tokenizer):
         base = replace(base, chat=base.chat.model_copy(update={"date": date or time.strftime("%Y-%m-%d")}))
         tokenizer = load_tokenizer(base)
@@ -75,6 +77,9 @@ def prepare_data(
     how = {"shape": shape, "turns": turns, "kept_in": kept_in, "cancelled": cancelled, "log": log}
     train = training_set(config.data, renderer, **how)
     evaluation = evaluation_set(config.data, renderer, **how)
+    for dataset in (train, evaluation):
+        if dataset is not None:
+            check_embedding(base, tokenizer, dataset.ids, dataset.row_at)
     log(f"base model: {base}")
     if shape != "document" and not renderer.template.ends_answers:
         log("the chat template ends no answer: a model that is trained on it may write on to its limit")

@@ -7,17 +7,34 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from pydantic import ValidationError
 from zoo import ALL_RIGHT, REFUSED, TRAINED, write_base
 
-from ftray.errors import UserError
+from ftray.config.adapter import AdapterConfig
+from ftray.config.serve import AdaptersConfig, EngineConfig
+from ftray.errors import AdapterError, UserError
+from ftray.infer.protocol import Request, SamplingParams
 from ftray.infer.torch_engine import attention, proof, states, text_model
 from ftray.infer.torch_engine.engine import TorchEngine
-from ftray.infer.torch_engine.proof import served_problem
+from ftray.infer.torch_engine.lora import experts as lora_experts
+from ftray.infer.torch_engine.proof import Answer, served_problem, take
 from ftray.model import packed, packed_attention
+from ftray.model.adapters.lora import inject_lora, options_of, write_adapter
 from ftray.model.families import SlidingAttention, rotary
 from ftray.model.families.recurrent import PackedStates
+from ftray.model.hardware import choose_hardware
 from ftray.model.packed_attention import packed_layout
-from ftray.model.proof import adapter_problem, check_packed, packed_problem
+from ftray.model.proof import (
+    adapter_problem,
+    check_packed,
+    disturb,
+    log_probs,
+    packed_problem,
+    sequences,
+)
+from ftray.model.twin import save_twin, twin_of
+
+BANK = AdaptersConfig()
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +169,81 @@ def test_the_proof_loses_pages_and_finds_some(tmp_path, monkeypatch):
 
 def test_the_zoo_is_no_part_of_the_project():
     assert not any("zoo" in path.name for path in (Path(proof.__file__).parents[2]).rglob("*.py"))
+
+
+# -- LoRA on experts -----------------------------------------------------------------------------------------------
+
+WITH_EXPERTS = ["qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "granitemoe", "deepseek_v3", "qwen3_5_moe_text"]
+
+
+def expert_adapter(base, tmp_path):
+    """(PEFT's model with a disturbed adapter as training makes it, the base and the adapter as directories)"""
+    config = AdapterConfig(rank=2, alpha=3, experts=True)
+    model = twin_of(base)
+    whole = save_twin(base, model, tmp_path / "whole")
+    inject_lora(model, config, seed=0)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    disturb(trained)
+    weights = {name: parameter.detach() for name, parameter in trained.items()}
+    write_adapter(tmp_path / "adapter", weights, config, whole, metadata={}, options=options_of(model))
+    return model, whole, tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_lora_on_experts_is_trained_and_served_as_peft_does(name, tmp_path):
+    base = write_base(tmp_path / "base", name)
+    assert adapter_problem(base, experts=True) is None
+    model, whole, directory = expert_adapter(base, tmp_path)
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(whole.directory), directory)
+    ids = sequences()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(log_probs(loaded, ids), log_probs(model, ids), rtol=1e-4, atol=1e-4)
+    engine = TorchEngine(whole, choose_hardware(), EngineConfig(context_tokens=64, kv_cache_tokens=256), BANK)
+    engine.load_adapter(engine.prepare_adapter("a", directory))
+    sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    found = {"0": Answer(ids, "a", tells_prompt=True), "1": Answer(sequences()[1], None, tells_prompt=True)}
+    for number, answer in found.items():
+        engine.add(Request(number, answer.prompt, sampling, answer.adapter))
+    while engine.has_work:
+        take(engine.step(), found)
+    with torch.no_grad():
+        right = [found["0"].expected(model), found["1"].expected(twin_of(base))]
+    for answer, expected in zip(found.values(), right, strict=True):
+        torch.testing.assert_close(torch.tensor(answer.log_probs), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_experts_that_take_the_update_of_others_are_found(tmp_path, monkeypatch):
+    """The twin: an engine that reads PEFT's B as if experts came first."""
+    base = write_base(tmp_path / "base", "qwen3_moe")
+    model, whole, directory = expert_adapter(base, tmp_path)
+    wrong = lambda a, bt, n: bt.unflatten(0, (n, -1)).transpose(1, 2) @ a.unflatten(0, (n, -1))  # noqa: E731
+    monkeypatch.setattr(lora_experts, "expert_update", wrong)
+    engine = TorchEngine(whole, choose_hardware(), EngineConfig(context_tokens=64, kv_cache_tokens=256), BANK)
+    engine.load_adapter(engine.prepare_adapter("a", directory))
+    ids = sequences()[0]
+    engine.add(Request("0", ids, SamplingParams(max_tokens=1, logprobs=0, prompt_logprobs=0), "a"))
+    found = {"0": Answer(ids, "a", tells_prompt=True)}
+    take(engine.step(), found)
+    with torch.no_grad():
+        assert (torch.tensor(found["0"].log_probs) - found["0"].expected(model)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "qwen2_moe", "glm4_moe", "deepseek_v3"])
+def test_all_linear_leaves_experts_and_their_routers_alone(name, tmp_path):
+    model = twin_of(write_base(tmp_path, name))
+    inject_lora(model, AdapterConfig(rank=2), seed=0)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not [name for name in trained if "mlp.experts" in name or "gate." in name or "router" in name]
+    assert {name.split(".")[4] for name in trained if "self_attn" in name} >= {"o_proj"}
+
+
+def test_experts_are_refused_where_there_are_none_and_with_what_peft_refuses(tmp_path):
+    with pytest.raises(AdapterError, match=r"adapter\.experts: this base has no experts"):
+        inject_lora(twin_of(write_base(tmp_path, "llama")), AdapterConfig(experts=True), seed=0)
+    with pytest.raises(ValidationError, match=r"experts do not go with dropout: 0\.1"):
+        AdapterConfig(experts=True, dropout=0.1)
+    with pytest.raises(ValidationError, match="experts do not go with variant: dora"):
+        AdapterConfig(experts=True, variant="dora")

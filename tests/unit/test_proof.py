@@ -14,7 +14,8 @@ from ftray.infer.torch_engine.proof import served_problem
 from ftray.infer.torch_engine.text_model import TextModel
 from ftray.model import packed_attention, proof
 from ftray.model.base import BaseModel
-from ftray.model.proof import check_packed, packed_problem, twin_config
+from ftray.model.proof import check_packed, packed_problem
+from ftray.model.twin import twin_config
 
 
 @pytest.fixture

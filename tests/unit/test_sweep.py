@@ -855,11 +855,16 @@ def test_a_missing_file_of_any_point_is_told_before_the_first_trial(load, tmp_pa
 
 def test_no_more_members_than_memory_holds(monkeypatch):
     from torch import nn
+    from transformers import LlamaConfig
 
     class Base(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer, self.head = nn.Linear(1000, 1000), nn.Linear(1000, 5000)
+            self.model, self.head = nn.ModuleDict({"layer": nn.Linear(1000, 1000)}), nn.Linear(1000, 5000)
+            self.config = LlamaConfig()
+
+        def get_decoder(self):
+            return self.model
 
         def get_output_embeddings(self):
             return self.head

@@ -19,7 +19,8 @@ from ftray.model.adapters.lora import write_adapter
 from ftray.model.base import BaseModel
 from ftray.model.families.rotary import short_context
 from ftray.model.hardware import choose_hardware
-from ftray.model.proof import SPREAD, difference, first_line, log_probs, save_twin, sequences, twin_of
+from ftray.model.proof import difference, first_line, log_probs, sequences
+from ftray.model.twin import SPREAD, save_twin, twin_of
 
 ANSWER_TOKENS = 10  # past the end of a page
 ADAPTER, RANK = "adapter", 2

@@ -210,7 +210,7 @@ class VllmEngine:
     def prepare_adapter(self, key: str, directory: Path) -> VllmAdapter:
         adapter = read_adapter(directory, label=key)
         check_rank(adapter, self.max_rank, label=key)
-        check_shapes(adapter, self._shapes, label=key)
+        check_shapes(adapter.linear, self._shapes, label=key)
         return VllmAdapter(key, directory.absolute(), adapter.num_bytes)
 
     def load_adapter(self, prepared: VllmAdapter) -> Future[None]:

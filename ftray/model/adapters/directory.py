@@ -17,6 +17,7 @@ PREFIX = "base_model.model."
 UNSUPPORTED_OPTIONS = {
     "use_dora": False,
     "modules_to_save": None,
+    "trainable_token_indices": None,
     "bias": "none",
     "layer_replication": None,
     "use_qalora": False,

@@ -6,7 +6,7 @@ Variants: LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA (Kalajdzievski 2023, a
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from ftray.config.adapter import AdapterConfig, target_pattern
 from ftray.errors import AdapterError
 from ftray.model.adapters.directory import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_adapter_config
+from ftray.model.adapters.experts import EXPERTS, NESTED, target_parameters
 from ftray.model.adapters.linear import linear_modules
+from ftray.model.adapters.tokens import trained_rows
 from ftray.model.base import BaseModel, keep_template
 from ftray.model.heads import CAUSAL_LM, Head
 from ftray.storage import write_json, write_manifest
@@ -28,10 +30,17 @@ TIED = ("embed_tokens", "lm_head")
 
 
 def inject_lora(
-    model: Any, config: AdapterConfig, *, seed: int, head: Head = CAUSAL_LM, on_meta: bool = False
+    model: Any,
+    config: AdapterConfig,
+    *,
+    seed: int,
+    head: Head = CAUSAL_LM,
+    trained_ids: Sequence[int] = (),
+    on_meta: bool = False,
 ) -> dict[str, Tensor] | None:
     """Freezes the base and adds trainable LoRA layers. Returns PiSSA's initial A and B, which it took out of the base
-    weights, by parameter name; else None. `on_meta`: the new layers have no values either."""
+    weights, by parameter name; else None. `trained_ids`: of `adapter.train_tokens`. `on_meta`: the new layers have no
+    values either."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; on a CPU it tells of a missing kernel
     from peft import LoraConfig, TaskType, inject_adapter_in_model
 
@@ -43,6 +52,8 @@ def inject_lora(
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.dropout,
         target_modules=target_modules(model, config),
+        target_parameters=target_parameters(model) if config.experts else None,
+        trainable_token_indices=trained_rows(model, trained_ids) if trained_ids else None,
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
         use_rslora=config.variant == "rslora",
@@ -64,8 +75,42 @@ def inject_lora(
 
 
 def target_modules(model: Any, config: AdapterConfig) -> list[str]:
-    """Names of the linear layers that get LoRA."""
-    return list(linear_modules(model)) if isinstance(config.targets, str) else matching_modules(model, config.targets)
+    """Names of the linear layers that get LoRA. Raises `AdapterError`."""
+    taken = taken_for_experts(model)
+    if isinstance(config.targets, str):
+        named = linear_modules(model).items()
+        return [name for name, module in named if name.rpartition(".")[2] not in taken and not is_gate(module)]
+    names = matching_modules(model, config.targets)
+    for name in names:
+        if name.rpartition(".")[2] in taken:
+            raise AdapterError(
+                f"adapter.targets: {name}: on a {model.config.model_type} PEFT takes that name for the experts'; name "
+                "other layers, or set adapter.experts"
+            )
+    return names
+
+
+def is_gate(module: Any) -> bool:
+    """Of a shared expert: one number a token."""
+    return getattr(module, "out_features", None) == 1
+
+
+def taken_for_experts(model: Any) -> set[str]:
+    """Names of linear layers, of shared experts and dense layers, that PEFT turns into parameters of the experts, since
+    these were linear layers of the same names in transformers 4."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.get_text_config().model_type, "")
+    return {*conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ())}
+
+
+def options_of(model: Any) -> dict[str, Any]:
+    """What adapter_config.json says of the injected adapter beside its linear layers: experts, trained tokens."""
+    injected = getattr(model, "peft_config", {}).get("default")
+    parameters = getattr(injected, "target_parameters", None)
+    tokens = getattr(injected, "trainable_token_indices", None)
+    named = {"target_parameters": sorted(parameters or ()), "trainable_token_indices": tokens}
+    return {key: value for key, value in named.items() if value}
 
 
 def matching_modules(model: Any, targets: list[str]) -> list[str]:
@@ -120,6 +165,7 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 def adapter_key(parameter_name: str) -> str:
     """`model...lora_A.default.weight` -> `base_model.model.model...lora_A.weight`, as PEFT writes it."""
     name = parameter_name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
+    name = name.replace(".trainable_tokens_delta.default", ".trainable_tokens_delta")
     return PREFIX + name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
@@ -132,7 +178,9 @@ def load_weights_from(directory: Path, model: nn.Module, config: AdapterConfig, 
         "alpha_pattern": dict(config.alpha_pattern),
         "use_dora": config.variant == "dora",
         "use_rslora": config.variant == "rslora",
-    }
+        "target_parameters": [],
+        "trainable_token_indices": {},
+    } | options_of(model)
     for key, value in wanted.items():
         if (earlier.get(key) or type(value)()) != value:
             raise AdapterError(
@@ -169,9 +217,11 @@ def write_adapter(
     head: Head = CAUSAL_LM,
     initial: dict[str, Tensor] | None = None,
     ties_embeddings: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """A PEFT directory with a manifest that names the base it belongs to. `weights` are by parameter name; `initial`
-    is what `inject_lora` returned."""
+    is what `inject_lora` returned; `options` what
+    `options_of` did."""
     directory.mkdir(parents=True, exist_ok=True)
     growth = 1
     if initial is not None:
@@ -181,7 +231,8 @@ def write_adapter(
     for key in embeddings:
         tensors[f"{PREFIX}lm_head.weight"] = tensors[key].clone()
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(directory / CONFIG_FILE, describe(tensors, config, base, head, growth=growth, ties=bool(embeddings)))
+    described = describe(tensors, config, base, head, growth=growth, ties=bool(embeddings))
+    write_json(directory / CONFIG_FILE, described | dict(options or {}))
     keep_template(base, directory)
     write_manifest(directory, metadata={**metadata, **base.described})
 
@@ -206,7 +257,8 @@ def describe(
     tensors: dict[str, Tensor], config: AdapterConfig, base: BaseModel, head: Head, *, growth: int, ties: bool
 ) -> dict[str, Any]:
     """adapter_config.json. With `growth` times the rank, alpha grows so that the scale stays."""
-    adapted = sorted({key.removeprefix(PREFIX).split(".lora_")[0] for key in tensors if ".lora_" in key})
+    names = {key.removeprefix(PREFIX).split(".lora_")[0] for key in tensors if ".lora_" in key}
+    adapted = sorted(name for name in names if not name.replace(NESTED, "").endswith(EXPERTS))
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in adapted})
     beside_others = any("language_model." in name for name in adapted)  # an image tower may have the same endings
     plain = not beside_others and (isinstance(config.targets, str) or set(config.targets) <= set(suffixes))

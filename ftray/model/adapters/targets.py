@@ -1,14 +1,25 @@
 """Whether a base has what an adapter is to change, before anything is loaded."""
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from ftray.config.adapter import AdapterConfig, target_pattern
+from ftray.errors import AdapterError, UserError
+from ftray.model.adapters.tokens import token_ids
 from ftray.model.base import BaseModel
 from ftray.model.weight_files import weight_shapes
 
+EXPERTS = ".experts."  # in the names of their weights
 
-def check_targets(base: BaseModel, config: AdapterConfig) -> None:
+
+def check_targets(base: BaseModel, config: AdapterConfig, tokenizer: Any) -> None:
     """By the names in the base's files. What is not among them may still be: transformers joins and renames some, so
     then the model itself is asked, without its weights. Raises `AdapterError`."""
     shapes = weight_shapes(base.directory)
+    token_ids(tokenizer, config.train_tokens)
+    if config.experts and not expert_shapes(shapes):
+        raise AdapterError("adapter.experts: this base has no experts that LoRA can change; leave it out")
     linear = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
     targets = config.targets if isinstance(config.targets, list) else []
     if all(any(map(target_pattern(target).fullmatch, linear)) for target in targets):
@@ -23,3 +34,49 @@ def check_targets(base: BaseModel, config: AdapterConfig) -> None:
     with torch.device("meta"):
         model = class_of(config_of_model, name=base.name).from_config(config_of_model)
     matching_modules(model, list(targets))
+
+
+def describe_experts(base: BaseModel, config: AdapterConfig) -> str | None:
+    """What is said of a mixture's experts before a run; None: it is none."""
+    shapes = expert_shapes(weight_shapes(base.directory))
+    if not shapes:
+        return None
+    inside, extra = sum(map(math.prod, shapes)), num_lora_parameters(shapes, config.rank)
+    if config.experts:
+        return f"experts: {inside:,} parameters, with {extra:,} of LoRA; their routers stay frozen"
+    return (
+        f"experts: their {inside:,} parameters stay frozen, and their routers; adapter.experts: true would train "
+        f"{extra:,} parameters for them"
+    )
+
+
+def expert_shapes(shapes: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
+    """Of their matrices: [out, in] of one, or [experts, ...] of all."""
+    return [shape for name, shape in shapes.items() if EXPERTS in name and len(shape) > 1 and "bias" not in name]
+
+
+def num_lora_parameters(shapes: Sequence[Sequence[int]], rank: int) -> int:
+    return sum(math.prod(shape[:-2]) * rank * (shape[-1] + shape[-2]) for shape in shapes)
+
+
+def check_embedding(base: BaseModel, tokenizer: Any, ids: Any, name_of: Any) -> None:
+    """A tokenizer may have more tokens than the embedding has rows. `ids`: of all data, flat; `name_of(place)`: the row
+    of the data there. Raises `UserError` for the first token without a row."""
+    rows = embedding_rows(base)
+    if rows is None or len(tokenizer) <= rows:
+        return
+    import numpy as np
+
+    beyond = np.flatnonzero(ids >= rows)
+    if len(beyond):
+        token = int(ids[beyond[0]])
+        raise UserError(
+            f"data: row {name_of(int(beyond[0]))}: {tokenizer.convert_ids_to_tokens(token)!r} is token {token}, and "
+            f"the embedding of {base.name} has {rows} rows; take it out of the data, or resize the base"
+        )
+
+
+def embedding_rows(base: BaseModel) -> int | None:
+    endings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "embeddings.weight", "embedding.weight")
+    named = (shape[0] for name, shape in weight_shapes(base.directory).items() if name.endswith(endings))
+    return next(named, None)

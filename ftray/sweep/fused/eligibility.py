@@ -64,6 +64,8 @@ def why_not(run: RunConfig) -> str | None:
         "adapter.quantize_base": adapter.quantize_base is None,
         "adapter.targets": adapter.targets == "all-linear" or not any(t.endswith(HEADS) for t in adapter.targets),
         "adapter.modules_to_save": not adapter.modules_to_save,
+        "adapter.experts": not adapter.experts,
+        "adapter.train_tokens": not adapter.train_tokens,
         "adapter.dropout": adapter.dropout == 0,  # its noise would depend on the company
         "adapter.init_from": adapter.init_from is None,
         "objective.type": objective_of(run.objective).head == "causal_lm",  # the head that a group has

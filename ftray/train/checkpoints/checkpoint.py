@@ -9,7 +9,7 @@ Nothing in it depends on the world size or ZeRO stage, so any resumes any other.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,15 @@ class Snapshot:
     adapter: dict[str, Tensor] | None  # on rank 0, for LoRA
     initial_adapter: dict[str, Tensor] | None  # PiSSA's
     ties_embeddings: bool
+    adapter_options: dict[str, Any] = field(default_factory=dict)  # what `options_of` says
 
 
 def take_snapshot(engine: TrainingEngine, config: RunConfig, state: TrainerState, *, rank: int) -> Snapshot:
     """All ranks call it: the adapter, which is small, is gathered; the rest is each rank's own."""
     adapter = collect(engine.weights(), keep=rank == 0) if config.adapter is not None else None
-    return Snapshot(state, engine.shard(), adapter, engine.initial_adapter, engine.ties_embeddings)
+    return Snapshot(
+        state, engine.shard(), adapter, engine.initial_adapter, engine.ties_embeddings, engine.adapter_options
+    )
 
 
 def collect(tensors: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor] | None:
@@ -71,6 +74,7 @@ def write_snapshot(
             head=head_of(objective_of(config.objective).head),
             initial=snapshot.initial_adapter,
             ties_embeddings=snapshot.ties_embeddings,
+            options=snapshot.adapter_options,
         )
     write_json(directory / TRAINER_STATE, vars(snapshot.state))
     return list_files(directory)

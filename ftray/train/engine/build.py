@@ -4,7 +4,8 @@ from pathlib import Path
 
 from ftray.config import RunConfig
 from ftray.model.adapters.lora import inject_lora, load_weights_from
-from ftray.model.base import BaseModel
+from ftray.model.adapters.tokens import token_ids
+from ftray.model.base import BaseModel, load_tokenizer
 from ftray.model.hardware import Hardware
 from ftray.model.heads import head_of
 from ftray.model.packed import (
@@ -33,7 +34,8 @@ def make_engine(
     head = head_of(objective.head)
     initial_adapter = None
     if config.adapter is not None:
-        initial_adapter = inject_lora(model, config.adapter, seed=config.seed, head=head)
+        ids = token_ids(load_tokenizer(base), config.adapter.train_tokens) if config.adapter.train_tokens else []
+        initial_adapter = inject_lora(model, config.adapter, seed=config.seed, head=head, trained_ids=ids)
         if init_from is not None:
             load_weights_from(init_from, model, config.adapter, label=str(config.adapter.init_from))
     num_heads = model.config.get_text_config().num_attention_heads

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ftray.config import RunConfig
 from ftray.errors import FtrayError
-from ftray.model.adapters.lora import without_adapter
+from ftray.model.adapters.lora import options_of, without_adapter
 from ftray.model.flops import count_flops, measure_gemm_rate
 from ftray.model.hardware import Hardware
 from ftray.model.packed import PackedCausalLM, PackedRow
@@ -69,6 +69,7 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self._reference_model = freeze(reference, settings, stage=self.stage) if reference is not None else None
         self.ties_embeddings = bool(getattr(model.model.config.get_text_config(), "tie_word_embeddings", False))
+        self.adapter_options = options_of(model.model)
         dist.barrier()  # all at once, as they will train: on one machine they share its cores
         self.meter = FlopsMeter(
             count_flops(model.model, model.head),

@@ -69,6 +69,7 @@ class TrainingEngine(Ranks, Protocol):
     micro_batch_losses: list[float]  # means of the last step's, on this rank
     initial_adapter: dict[str, Tensor] | None  # of PiSSA: what the base was reduced by
     ties_embeddings: bool
+    adapter_options: dict[str, Any]  # of PEFT, beside its linear layers
 
     @property
     def num_shares(self) -> int:

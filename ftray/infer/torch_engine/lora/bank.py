@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from ftray.errors import AdapterError
 from ftray.infer.torch_engine.cpu.frozen_linear import (
     JOINED,
     FrozenLinear,
@@ -27,8 +28,10 @@ from ftray.infer.torch_engine.cpu.frozen_linear import (
 from ftray.infer.torch_engine.cpu.huge_pages import HugePages
 from ftray.infer.torch_engine.cpu.kernels import Layers, RmsNorm, in_blocks, kernels_for
 from ftray.infer.torch_engine.lora.batch import Span, StepRuns
+from ftray.infer.torch_engine.lora.experts import AdaptedExperts, takes_chosen
 from ftray.infer.torch_engine.lora.slots import AdapterSlots, Factors, HostAdapter, Segment
-from ftray.model.adapters.weights import Adapter, check_shapes
+from ftray.model.adapters.experts import expert_modules, parameter_of
+from ftray.model.adapters.weights import Adapter, LoraWeights, check_shapes
 
 
 class LoraBank:
@@ -56,6 +59,18 @@ class LoraBank:
                 self._shapes[name] = group.in_features, group.out_features[index]
                 parent, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(parent), attribute, Projection(group, index))
+        self._experts = {
+            name: parameters
+            for name, parameters in expert_modules(model).items()
+            if takes_chosen(model.get_submodule(name))
+        }
+        for name, parameters in self._experts.items():
+            AdaptedExperts(name, model.get_submodule(name), parameters, lambda: self.runs.spans)
+        self._expert_shapes = {
+            f"{name}.{parameter}": tuple(getattr(model.get_submodule(name), parameter).shape)
+            for name, parameters in self._experts.items()
+            for parameter in parameters
+        }
         self.slots = AdapterSlots(budget_bytes=device_budget, device=self._device, giving_up=self._forget_runs)
         self.host: dict[str, HostAdapter] = {}
 
@@ -65,12 +80,22 @@ class LoraBank:
     def prepare(self, key: str, adapter: Adapter) -> HostAdapter:
         """What `load` takes, made in any thread. Raises `AdapterError` when a module is not in the model or its shape
         differs, or when it could never have a slot."""
-        check_shapes(adapter, self._shapes, label=key)
+        experts = {
+            name: parameter
+            for name in adapter.modules
+            if (parameter := parameter_of(name, self._experts, adapter.target_parameters)) is not None
+        }
+        plain = {name: module for name, module in adapter.modules.items() if name not in experts}
+        check_shapes(plain, self._shapes, label=key)
         by_group: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
-        for name, module in adapter.modules.items():
+        for name, module in plain.items():
             group, index = self._group_of[name]
             by_group.setdefault(group.name, {})[index] = module.a, (module.b * module.scale).t()
         factors = {name: self._factors(self._groups[name], found) for name, found in by_group.items()}
+        factors |= {
+            parameter: expert_factors(adapter.modules[name], self._expert_shapes[parameter], f"{key}: {name}")
+            for name, parameter in experts.items()
+        }
         if self._rounded or (self.kernels is not None and all_bfloat16(factors)):
             factors = {name: own.to(torch.bfloat16) for name, own in factors.items()}
         prepared = HostAdapter(key, factors)
@@ -165,6 +190,13 @@ class LoraBank:
                 row, column = row + rank, column + width
             bt.append(own(block if self.kernels is None else in_blocks(block)))
         return Factors(own(torch.cat(a)), tuple(bt), tuple(segments))
+
+
+def expert_factors(weights: LoraWeights, shape: tuple[int, ...], label: str) -> Factors:
+    """`shape`: of the experts' parameter, [E, ...]. Raises `AdapterError`."""
+    if weights.a.shape[0] != shape[0] * weights.rank or {weights.a.shape[1], weights.b.shape[0]} != {*shape[1:]}:
+        raise AdapterError(f"{label}: is of experts of other shapes than this base's {list(shape)}")
+    return Factors(weights.a.contiguous(), ((weights.b * weights.scale).t().contiguous(),), ())
 
 
 def all_bfloat16(factors: Mapping[str, Factors]) -> bool:
