@@ -23,15 +23,24 @@ def doctor(
         str | None, typer.Option(metavar="DIRECTORY", help="Do all nodes of the cluster see this directory?")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines: a list of findings.")] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A base model instead: is it trained and served right?")
+    ] = None,
 ) -> None:
     """What is wrong with this machine, or with every node of a cluster, and the fix. On a cluster without a login:
     ray job submit -- python -m ftray doctor."""
     from ftray.doctor.checks import examine
 
-    cluster = address or os.environ.get("RAY_ADDRESS")
+    if base is not None and (address or shared):
+        raise UserError("--base: a base model is looked at on this machine; leave --address and --shared out")
+    cluster = None if base is not None else address or os.environ.get("RAY_ADDRESS")
     if cluster is None and shared is not None:
         raise UserError("--shared: one machine has nothing to share; name a cluster with --address or RAY_ADDRESS")
-    if cluster is None:
+    if base is not None:
+        from ftray.doctor.bases import examine_base
+
+        findings = examine_base(base, log=lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+    elif cluster is None:
         findings = examine()
     else:
         from ftray.doctor.nodes import examine_cluster

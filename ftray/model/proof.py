@@ -5,9 +5,10 @@ and random weights. Over packed rows the twin must give what transformers' own f
 takes a second, reads no weights, and is remembered by the architecture and the versions of torch and transformers.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,26 @@ def remembered(kind: str, base: BaseModel, find: Callable[[], str | None]) -> st
     """What is wrong with it; None: nothing, which is looked for no more."""
     if is_remembered(kind, base):
         return None
-    problem, path = find(), proof_file(kind, base)
+    with quiet():
+        problem = find()
+    path = proof_file(kind, base)
     if problem is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"base_model": base.name})
     return problem
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What transformers says of slow ways to compute does not matter for a twin."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def is_remembered(kind: str, base: BaseModel) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from ftray.cli.doctor import doctor
+from ftray.doctor import bases
 from ftray.doctor.bandwidth import Peer, judge_links, rounds
 from ftray.doctor.checks import CONSTRAINTS, PINNED, examine, judge
 from ftray.doctor.machine import Gpu, Interface, Machine, Room, look, parse_gpus
@@ -222,3 +223,21 @@ def test_json_is_for_machines(capsys):
         doctor(None, None, True)
     findings = json.loads(capsys.readouterr().out)
     assert set(findings[0]) == {"level", "subject", "text", "fix", "node"}
+
+
+def test_a_base_model_is_looked_at(tiny_model, capsys):
+    doctor(base=str(tiny_model))
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [level for level, _ in lines] == ["ok"] * 5
+    assert "llama" in lines[0][1]
+    assert lines[1][1] == "all-linear     q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    with pytest.raises(UserError, match="--base: a base model is looked at on this machine"):
+        doctor(base=str(tiny_model), address="h:1")
+
+
+def test_a_base_model_that_is_computed_wrongly_fails(tiny_base):
+    def wrong(base):
+        raise UserError("base_model: m: training of its architecture (x) is not shown right: rows differ; ftray does")
+
+    finding = bases.proof(tiny_base, "training", wrong)
+    assert (finding.level, finding.text) == ("failed", "rows differ; ftray does")
