@@ -21,6 +21,9 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+MOST_RANK = 256
+
+
 class EngineConfig(Strict):
     type: Literal["torch", "vllm"] | PluginName = "torch"
     """Or module:NAME of an `EngineKind` of one's own."""
@@ -51,9 +54,15 @@ class AdaptersConfig(Strict):
     """Adapters in memory."""
     device_budget: ByteSize = Field(default=2**30)
     """Of them, adapters that take part in forward passes."""
-    max_rank: PositiveInt = 256
+    max_rank: PositiveInt | None = None
+    """null: 256; with vllm, whose slots have one size, the largest that is published when a replica starts, at least
+    16."""
     dtype: Literal["auto", "bfloat16"] = "auto"
     """auto: their numbers as they are (vllm: the base's dtype). Rounded, they are half as large where it is float32."""
+
+    @property
+    def rank_limit(self) -> int:
+        return MOST_RANK if self.max_rank is None else self.max_rank
 
 
 class ReplicasConfig(Strict):

@@ -70,7 +70,7 @@ def test_gpus_that_share_the_base_are_one_placement_group():
 
 
 def test_slots_are_counted_by_bytes_padded_to_the_rank(tiny_base):
-    shapes = linear_shapes(tiny_base.directory)
+    shapes = linear_shapes(tiny_base)
     per_rank = sum(into + out for name, (into, out) in shapes.items() if ".layers." in name) * 2
     room = AdaptersConfig(max_rank=16, device_budget=f"{5 * 16 * per_rank}B")
     assert slots_within(room, slot_bytes(16, shapes, bytes_per_weight=2)) == 5
@@ -83,3 +83,50 @@ def test_slots_are_counted_by_bytes_padded_to_the_rank(tiny_base):
 def test_vllm_that_is_not_installed_is_said_before_ray_starts():
     with pytest.raises(UserError, match=r"engine\.type: vllm is not installed; pip install 'ftray\[vllm\]'"):
         check_engine(EngineConfig(type="vllm"))
+
+
+def test_a_cache_that_nobody_sizes_fills_the_gpus_share(tiny_base):
+    reported = vllm_arguments(tiny_base, H100, EngineConfig(type="vllm"), num_slots=8, max_rank=16)
+    assert "num_gpu_blocks_override" not in reported
+    cpu = Hardware(torch.device("cpu"), torch.float32, "gloo", "no GPU")
+    assert "num_gpu_blocks_override" in vllm_arguments(
+        tiny_base, cpu, EngineConfig(type="vllm"), num_slots=8, max_rank=16
+    )
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors", "fp8"])
+def test_slots_of_quantised_bases_are_as_large_as_of_whole_ones(tiny_base, tmp_path, method):
+    """Their files have packed weights: nothing of two dimensions, or something of other sizes."""
+    import json
+    import shutil
+
+    from ftray.model.base import prepare_base
+
+    copy = shutil.copytree(tiny_base.directory, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    shapes = linear_shapes(prepare_base(str(copy)))
+    whole = {name: shape for name, shape in linear_shapes(tiny_base).items() if ".layers." in name}
+    assert shapes == whole
+    assert slot_bytes(16, shapes, bytes_per_weight=2) == slot_bytes(16, whole, bytes_per_weight=2) > 0
+
+
+def test_slots_are_as_large_as_what_is_published(tiny_base, adapters, tmp_path):
+    from ftray.artifacts.publish import publish_adapter
+    from ftray.registry import Registry
+    from ftray.serve.replica.versions import with_rank
+
+    registry = Registry(str(tmp_path / "registry"))
+    vllm, limits = EngineConfig(type="vllm"), AdaptersConfig(registry=str(tmp_path / "registry"))
+    assert with_rank(limits, vllm, registry).max_rank == 16
+    publish_adapter(registry, "small", adapters["r4"])
+    assert with_rank(limits, vllm, registry).max_rank == 16
+    from tiny import write_peft_adapter
+
+    large = write_peft_adapter(tmp_path / "r32", tiny_base.directory, rank=32, seed=0)
+    publish_adapter(registry, "large", large)
+    assert with_rank(limits, vllm, registry).max_rank == 32
+    assert with_rank(limits, EngineConfig(), registry) == limits
+    assert limits.rank_limit == 256
+    given = AdaptersConfig(max_rank=8)
+    assert with_rank(given, vllm, registry) == given

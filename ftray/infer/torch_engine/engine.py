@@ -46,7 +46,7 @@ class TorchEngine:
         self.base = base
         self.hardware = hardware
         self.config = config
-        self.max_rank = adapters.max_rank
+        self.max_rank = adapters.rank_limit
         self.tokenizer = load_tokenizer(base)
         self.model = load_weights(base, hardware, attention=register_paged_attention()).eval().requires_grad_(False)
         self.stop_ids = stop_token_ids(self.tokenizer) | generation_stop_ids(base)

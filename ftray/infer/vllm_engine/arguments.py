@@ -1,6 +1,5 @@
 """What vLLM is told, from the config. No vllm here."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,16 +7,19 @@ import torch
 from ftray.config.engines import ENGINES
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.errors import UserError
+from ftray.model.adapters.linear import linear_modules
 from ftray.model.base import BaseModel
 from ftray.model.hardware import Hardware
 from ftray.model.weight_files import weight_shapes
+from ftray.model.weights import class_of
+from ftray.storage import read_json
 
 # vLLM counts adapters in memory, not bytes; ftray's residency keeps the bytes, and this must not evict before it does.
 MAX_HOST_ADAPTERS = 10_000
 # More make every step slower, used or not.
 MAX_SLOTS = 64
 WORKER_GPUS = str(ENGINES["vllm"].gpus_per_worker)
-# Of its share of a GPU's memory, what vLLM may take; of that only the cache that `kv_cache_tokens` asks for.
+# Of its share of a GPU's memory, what vLLM may take; of that only the cache that `kv_cache_tokens` asks for, if set.
 GPU_MEMORY = 0.9
 # The ranks that vLLM has slots for.
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -31,6 +33,8 @@ def vllm_arguments(
     if on_gpu and hardware.dtype == torch.float32:
         raise UserError(f"engine.type: vllm has adapters in 16 bits on a GPU, but {hardware.reason}; use type: torch")
     block_tokens = 16 if on_gpu else 32  # the smallest that its kernels take
+    blocks = -(-config.kv_cache_tokens // block_tokens) + 1  # it keeps one for itself
+    fills_memory = on_gpu and "kv_cache_tokens" not in config.model_fields_set
     return {
         "model": str(base.directory),
         "dtype": hardware.dtype_name,
@@ -38,7 +42,7 @@ def vllm_arguments(
         "max_num_seqs": config.max_sequences,
         "max_num_batched_tokens": config.max_prefill_tokens + config.max_sequences,
         "block_size": block_tokens,
-        "num_gpu_blocks_override": -(-config.kv_cache_tokens // block_tokens) + 1,  # it keeps one for itself
+        **({} if fills_memory else {"num_gpu_blocks_override": blocks}),
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
         "enable_lora": True,
@@ -56,13 +60,28 @@ def vllm_arguments(
     }
 
 
-def linear_shapes(directory: Path) -> dict[str, tuple[int, int]]:
-    """(in, out) of every 2-D weight in the base's files, by module name."""
+def linear_shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
+    """(in, out) of every linear layer, by module name: of the 2-D weights in the base's files; of a quantised base,
+    whose files have packed ones, as its config says."""
+    if "quantization_config" in read_json(base.directory / "config.json"):
+        return shapes_by_config(base)
+    directory = base.directory
     return {
         name.removesuffix(".weight"): (shape[1], shape[0])
         for name, shape in weight_shapes(directory).items()
         if name.endswith(".weight") and len(shape) == 2
     }
+
+
+def shapes_by_config(base: BaseModel) -> dict[str, tuple[int, int]]:
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(base.directory)
+    del config.quantization_config
+    with torch.device("meta"):
+        model = class_of(config, name=base.name).from_config(config)
+    layers: dict[str, Any] = linear_modules(model)
+    return {name: (layer.weight.shape[1], layer.weight.shape[0]) for name, layer in layers.items()}
 
 
 def slot_rank(max_rank: int) -> int:
@@ -82,7 +101,7 @@ def slots_within(adapters: AdaptersConfig, bytes_each: int) -> int:
     num_slots = adapters.device_budget // bytes_each
     if num_slots == 0:
         raise UserError(
-            f"adapters.device_budget: one slot of rank {slot_rank(adapters.max_rank)} takes {bytes_each:,} bytes in "
+            f"adapters.device_budget: one slot of rank {slot_rank(adapters.rank_limit)} takes {bytes_each:,} bytes in "
             f"vLLM, over the budget of {adapters.device_budget:,}; raise it or lower adapters.max_rank"
         )
     return min(num_slots, MAX_SLOTS)

@@ -56,12 +56,12 @@ class VllmEngine:
         check_length(base, config.context_tokens, key="engine.context_tokens")
         self.base = base
         self.config = config
-        self.max_rank = adapters.max_rank
+        self.max_rank = adapters.rank_limit
         self.tokenizer = load_tokenizer(base)
         self.vocab_size: int = text_config(base)["vocab_size"]
         self.stop_ids = stop_token_ids(self.tokenizer) | generation_stop_ids(base)
         self._grammars = Grammars(self.tokenizer, vocab_size=self.vocab_size, stop_ids=self.stop_ids)
-        self._shapes = linear_shapes(base.directory)
+        self._shapes = linear_shapes(base)
         self._slot_bytes = slot_bytes(self.max_rank, self._shapes, bytes_per_weight=hardware.dtype.itemsize)
         self.num_slots = slots_within(adapters, self._slot_bytes)
         self._waiting: FairQueue[Answering] = FairQueue()
@@ -77,6 +77,8 @@ class VllmEngine:
         threading.Thread(target=self._loop.run_forever, name="ftray-vllm", daemon=True).start()
         arguments = vllm_arguments(base, hardware, config, num_slots=self.num_slots, max_rank=self.max_rank)
         self._llm: Any = self._in_loop(start_vllm(arguments)).result()
+        blocks = None if "num_gpu_blocks_override" in arguments else self._llm.vllm_config.cache_config.num_gpu_blocks
+        self._kv_tokens = config.kv_cache_tokens if blocks is None else blocks * arguments["block_size"]
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -262,8 +264,8 @@ class VllmEngine:
             num_running=self._num_running,
             num_waiting=sum(a.request.sampling.n for a in list(self._answering.values()) if not a.started),
             num_preemptions=int(preempted),
-            kv_tokens_used=round(used * self.config.kv_cache_tokens),
-            kv_tokens_total=self.config.kv_cache_tokens,
+            kv_tokens_used=round(used * self._kv_tokens),
+            kv_tokens_total=self._kv_tokens,
             prompt_tokens=self._prompt_tokens,
             prompt_tokens_cached=self._prompt_tokens_cached,
             adapters=tuple(loaded),

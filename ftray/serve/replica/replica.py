@@ -48,7 +48,7 @@ from ftray.serve.replica.prefetch import Prefetcher
 from ftray.serve.replica.prompts import PromptReader
 from ftray.serve.replica.residency import AdapterResidency
 from ftray.serve.replica.token_events import echoed, tokens_of
-from ftray.serve.replica.versions import hosted_directory
+from ftray.serve.replica.versions import hosted_directory, with_rank
 from ftray.serve.telemetry.metrics import UNMETERED, AdapterMetrics, EngineMetrics, Meter
 
 log = logging.getLogger("ftray.serve")
@@ -75,7 +75,9 @@ class EngineReplica:
         self.base = prepare_base(config.base_model, chat=config.chat)
         gpus = config.replicas.gpus_each
         hardware = choose_hardware(use_gpu=gpus > 0, gpu_share=min(1.0, gpus))
-        engine = make_engine(self.base, hardware, config.engine, config.adapters)
+        self.registry = Registry(config.adapters.registry, tolerant=True)
+        adapters = with_rank(config.adapters, config.engine, self.registry)
+        engine = make_engine(self.base, hardware, config.engine, adapters)
         self.engine = engine
         self._token_bytes = TokenBytes(engine.tokenizer)
         self._shared = frozenset(config.tenants.shared_prompts)
@@ -83,7 +85,6 @@ class EngineReplica:
         self._compiling = FairSemaphore(1)  # one schema at a time: the decoder needs the cores
         self._embedding = FairSemaphore(1)  # one group of texts at a time: others decode in between
         self._admission = Admission(config.engine.max_sequences + config.engine.max_waiting)
-        self.registry = Registry(config.adapters.registry, tolerant=True)
         self._prompts = PromptReader(engine, self.base, self.registry, context_tokens=config.engine.context_tokens)
         self.residency = AdapterResidency(
             self._prepare,
