@@ -32,7 +32,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml cluster/constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (about 2 minutes)"
+	@echo "installing into $(VENV) (about 3 minutes)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c cluster/constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EMBEDDED)
 	@touch $@
