@@ -13,6 +13,7 @@ from ftray.model.base import BaseModel, context_limit
 from ftray.model.chat.template import ThoughtFrame
 from ftray.model.families import check_layers
 from ftray.model.proof import refuse, remembered
+from ftray.model.weights import check_precision
 from ftray.plugins import load_plugin
 
 if TYPE_CHECKING:  # importing them loads torch and the model code
@@ -45,6 +46,7 @@ def check_served(base: BaseModel) -> None:
         return served_problem(base)
 
     check_layers(base)
+    check_precision(base)
     refuse(base, remembered(SERVED, base, find), what="serving")
 
 

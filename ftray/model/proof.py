@@ -17,6 +17,7 @@ from ftray.errors import UserError
 from ftray.model.base import BaseModel
 from ftray.model.families import check_layers
 from ftray.model.twin import NOT_OF_THE_TWIN, SMALL, SPREAD, twin_of
+from ftray.model.weights import check_precision
 from ftray.storage import read_json, write_json
 from ftray.storage.cache import cache_directory
 
@@ -30,6 +31,7 @@ LENGTHS = (24, 9, 5)  # of sequences: on both sides of a window of 8
 def check_packed(base: BaseModel) -> None:
     """Raises `UserError` where a packed row of its architecture is not shown right."""
     check_layers(base)
+    check_precision(base)
     refuse(base, remembered("packed", base, lambda: packed_problem(base)), what="training")
 
 

@@ -7,7 +7,10 @@ from ftray.errors import UserError
 from ftray.model.base import BaseModel
 from ftray.model.families import check_layers
 from ftray.model.hardware import Hardware
+from ftray.storage import read_json
 
+# Quantised bases whose weights transformers multiplies out, by its settings for them.
+WHOLE = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 NF4_BLOCK = 64  # weights that share one quantisation constant
 
 
@@ -17,11 +20,12 @@ def load_weights(base: BaseModel, hardware: Hardware, *, attention: str, quantiz
     `quantize="nf4"`: linear layers in 4 bits, with quantised constants (Dettmers et al. 2023, arXiv 2305.14314).
     """
     check_layers(base)
+    check_precision(base, quantize=quantize)
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = whole_weights(base)
     if quantize is not None:
         options = {"quantization_config": nf4_settings(hardware), "device_map": {"": hardware.device}}
     model: Any = model_class(base).from_pretrained(
@@ -33,12 +37,43 @@ def load_weights(base: BaseModel, hardware: Hardware, *, attention: str, quantiz
     )
     if quantize is not None:
         check_nf4_rows(model, hardware)
+    elif getattr(model.config, "quantization_config", None) is not None:  # of what it was made of
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
     sharded = is_sharded(model)
     if hardware.device.type == "cpu" and not sharded:
         with torch.no_grad():
             for parameter in model.parameters():  # a tied weight is one parameter and comes once
                 parameter.data = parameter.data.clone()
     return model if sharded or quantize is not None else model.to(hardware.device)
+
+
+def precision_of(base: BaseModel) -> str | None:
+    """How its files quantise it: mxfp4, fp8, awq, gptq, ...; None: they do not."""
+    return (read_json(base.directory / "config.json").get("quantization_config") or {}).get("quant_method")
+
+
+def check_precision(base: BaseModel, *, quantize: str | None = None) -> None:
+    """Raises `UserError` for a quantised base that is not made whole while it is loaded."""
+    method = precision_of(base)
+    if method is not None and (method not in WHOLE or quantize is not None):
+        beside = f", and cannot be quantised again to {quantize}" if method in WHOLE else ""
+        raise UserError(
+            f"base_model: {base.name} is quantised by {method}{beside}; ftray trains and serves it (engine.type: "
+            "torch) from whole weights: give its unquantised original, or serve it with engine.type: vllm"
+        )
+
+
+def whole_weights(base: BaseModel) -> dict[str, Any]:
+    """What has transformers multiply its quantised weights out while it loads them."""
+    method = precision_of(base)
+    if method is None:
+        return {}
+    import transformers
+
+    settings = dict(read_json(base.directory / "config.json")["quantization_config"])
+    del settings["quant_method"]
+    return {"quantization_config": getattr(transformers, WHOLE[method])(**settings | {"dequantize": True})}
 
 
 def model_class(base: BaseModel) -> Any:

@@ -16,6 +16,7 @@ from ftray.model.base import BaseModel, check_length, load_tokenizer, prepare_ba
 from ftray.model.chat import ChatRenderer
 from ftray.model.chat.settings import is_dated
 from ftray.model.proof import check_packed
+from ftray.model.weights import precision_of
 from ftray.objectives import objective_of, trained_turns
 from ftray.train.checkpoints.listing import read_state
 
@@ -81,6 +82,8 @@ def prepare_data(
         if dataset is not None:
             check_embedding(base, tokenizer, dataset.ids, dataset.row_at)
     log(f"base model: {base}")
+    if (method := precision_of(base)) is not None:
+        log(f"its weights are {method}; they are multiplied out and trained on whole")
     if shape != "document" and not renderer.template.ends_answers:
         log("the chat template ends no answer: a model that is trained on it may write on to its limit")
     log(f"training data: {describe_counts(train)}")

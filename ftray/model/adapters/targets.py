@@ -11,6 +11,8 @@ from ftray.model.base import BaseModel
 from ftray.model.weight_files import weight_shapes
 
 EXPERTS = ".experts."  # in the names of their weights
+PACKED, MXFP4_BLOCK = "_blocks", 32  # [experts, out, blocks, 16 bytes] of MXFP4
+BESIDE_WEIGHTS = ("bias", "_scales", "_scale_inv", "_scale")
 
 
 def check_targets(base: BaseModel, config: AdapterConfig, tokenizer: Any) -> None:
@@ -51,8 +53,14 @@ def describe_experts(base: BaseModel, config: AdapterConfig) -> str | None:
 
 
 def expert_shapes(shapes: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
-    """Of their matrices: [out, in] of one, or [experts, ...] of all."""
-    return [shape for name, shape in shapes.items() if EXPERTS in name and len(shape) > 1 and "bias" not in name]
+    """Of their matrices: [out, in] of one, or [experts, ...] of all; packed ones as large as they are whole."""
+    found = []
+    for name, shape in shapes.items():
+        if EXPERTS in name and name.endswith(PACKED):
+            found.append([*shape[:2], MXFP4_BLOCK * shape[2]])
+        elif EXPERTS in name and len(shape) > 1 and not name.endswith(BESIDE_WEIGHTS):
+            found.append(shape)
+    return found
 
 
 def num_lora_parameters(shapes: Sequence[Sequence[int]], rank: int) -> int:
