@@ -3,6 +3,7 @@
 `python tests/parity/zoo.py` writes the table of docs/reference/bases.md.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ REFUSED = {
     "deepseek_v32": "uses indexed attention",
     "glm_moe_dsa": "uses indexed attention",
 }
+IN_VLLM: dict[str, str] = {}
 ALL_RIGHT = {name: settings for group in RIGHT.values() for name, settings in group.items()}
 
 
@@ -112,16 +114,50 @@ def write_base(directory: Path, name: str) -> Any:
     return BaseModel(name, directory, "fingerprint")
 
 
-def table() -> str:
-    rows = [(layers, "yes", "yes", names, "") for layers, names in RIGHT.items()]
-    lines = ["| layers | `model_type` | trained | served (torch) |", "|---|---|---|---|"]
-    lines += [f"| {layers} | {', '.join(names)} | {a} | {b} |" for layers, a, b, names, _ in rows]
-    lines += [f"| | {name} | yes | refused: {why} |" for name, why in TRAINED.items()]
-    lines += [f"| | {name} | refused: {why} | refused |" for name, why in REFUSED.items()]
-    return "\n".join(lines)
+def row(name: str, model: Any) -> str:
+    """Of the page's table. `model`: the twin."""
+    from ftray.config.adapter import AdapterConfig
+    from ftray.model.adapters.experts import expert_modules
+    from ftray.model.adapters.lora import target_modules
+    from ftray.model.families.recurrent import recurrent_modules
+    from ftray.model.packed import decoder_of
+
+    targets = dict.fromkeys(ending(target) for target in target_modules(model, AdapterConfig()))
+    experts = dict.fromkeys(matrix for own in expert_modules(model).values() for matrix in own)
+    price = "a state for each sequence" if recurrent_modules(decoder_of(model)) else ""
+    group = next(layers for layers, names in RIGHT.items() if name in names)
+    cells = name, group, "yes", "yes", IN_VLLM.get(name, ""), ", ".join(targets), ", ".join(experts), price
+    return f"| {' | '.join(cells)} |"
+
+
+def ending(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def rows_of_others() -> list[str]:
+    trained = [f"| {name} | | yes | no: {why} | | | | |" for name, why in TRAINED.items()]
+    return [*trained, *(f"| {name} | | no: {why} | no | | | | |" for name, why in REFUSED.items())]
+
+
+def write_page() -> None:
+    import tempfile
+
+    from ftray.model.twin import twin_of
+
+    head = (
+        "| `model_type` | layers | trains | serves (torch) | vLLM's name | LoRA on all-linear | experts | price |",
+        "|---|---|---|---|---|---|---|---|",
+    )
+    rows = []
+    for name in ALL_RIGHT:
+        with tempfile.TemporaryDirectory() as scratch:
+            rows.append(row(name, twin_of(write_base(Path(scratch), name))))
+    table = "\n".join([*head, *rows, *rows_of_others()])
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    write_page()
