@@ -47,6 +47,9 @@ class AdapterConfig(Strict):
             for key, plain in (("variant", ("lora", "rslora")), ("initialization", ("default",)), ("dropout", (0,))):
                 if getattr(self, key) not in plain:
                     raise ValueError(f"experts do not go with {key}: {getattr(self, key)}")
+            for key in ("rank_pattern", "alpha_pattern"):
+                if getattr(self, key):
+                    raise ValueError(f"experts have one rank and alpha; {key} does not go with them")
         return self
 
 

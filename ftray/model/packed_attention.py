@@ -23,6 +23,7 @@ PACKED = "ftray_packed"
 MAX_PADDING = 1.25
 # Queries of one block where scores are more than a product: as many rows of scores exist at one time, of each head.
 QUERY_BLOCK = 1024
+SCORED_BLOCK = 256  # where torch has no kernel, and all scores of a block are held
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,11 @@ def packed_causal_attention(
 
 
 def in_blocks(query: Tensor, key: Tensor, value: Tensor, window: int | None, **scores: Any) -> Tensor:
-    """[n, H, L, D]: causal attention, a block of queries at a time; with several blocks the scores of each are computed
-    again for its gradient."""
+    """[n, H, L, D]: causal attention, a block of queries at a time; with several blocks, or where scores are held, they
+    are computed again for the gradient."""
     length = query.shape[2]
-    size = max(QUERY_BLOCK, window or 0)
+    keeps_scores = any(scores.get(name) is not None for name in ("softcap", "sinks_H"))
+    size = SCORED_BLOCK if keeps_scores else max(QUERY_BLOCK, window or 0)
     positions = torch.arange(length, device=query.device)
     parts = []
     for start in range(0, length, size):
@@ -143,7 +145,8 @@ def in_blocks(query: Tensor, key: Tensor, value: Tensor, window: int | None, **s
         bias = score_bias((distance < 0) | (distance >= (window or length)), query.dtype)
         block = functools.partial(biased_attention, **scores)
         inputs = query[:, :, own], key[:, :, seen], value[:, :, seen], bias
-        parts.append(block(*inputs) if size >= length else checkpoint(block, *inputs, use_reentrant=False))
+        again = keeps_scores or size < length
+        parts.append(checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 

@@ -37,9 +37,8 @@ def load_weights(base: BaseModel, hardware: Hardware, *, attention: str, quantiz
     )
     if quantize is not None:
         check_nf4_rows(model, hardware)
-    elif getattr(model.config, "quantization_config", None) is not None:  # of what it was made of
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
+    else:
+        forget_quantisation(model)
     sharded = is_sharded(model)
     if hardware.device.type == "cpu" and not sharded:
         with torch.no_grad():
@@ -74,6 +73,13 @@ def whole_weights(base: BaseModel) -> dict[str, Any]:
     settings = dict(read_json(base.directory / "config.json")["quantization_config"])
     del settings["quant_method"]
     return {"quantization_config": getattr(transformers, WHOLE[method])(**settings | {"dequantize": True})}
+
+
+def forget_quantisation(model: Any) -> None:
+    """Of what its whole weights were made of: it would be saved as quantised."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
 
 
 def model_class(base: BaseModel) -> Any:

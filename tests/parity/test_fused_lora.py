@@ -146,3 +146,17 @@ def test_the_output_head_is_refused(tmp_path):
     fused = FusedLora(load(prepare_base(str(write_tiny_model(tmp_path, tied=False)))))
     with pytest.raises(AdapterError, match="output head"):
         fused.add("a", AdapterConfig(targets=["q_proj", "lm_head"]), seed=0)
+
+
+def test_what_follows_a_layer_stays_when_adapters_come(tiny_base):
+    """A hook on a projection (Llama 4's temperature) is a hook on whatever stands in its place."""
+    model, calls = load(tiny_base), []
+    name = "model.layers.0.self_attn.q_proj"
+    model.get_submodule(name).register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
+    fused = FusedLora(model)
+    config, _, seed = next(iter(ADAPTERS.values()))
+    fused.add("a", config, seed=seed)
+    layer = model.get_submodule(name)
+    with fused.apply([("a", 1)]):
+        layer(torch.zeros(1, 1, layer.base.in_features))
+    assert len(calls) == 1

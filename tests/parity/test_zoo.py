@@ -2,6 +2,7 @@
 others, out of shared and lost pages, with an adapter), is what transformers and PEFT compute; or it is refused."""
 
 import functools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ftray.infer.torch_engine import attention, proof, states, text_model
 from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.infer.torch_engine.lora import experts as lora_experts
 from ftray.infer.torch_engine.proof import Answer, served_problem, take
-from ftray.model import packed, packed_attention
+from ftray.model import packed, packed_attention, twin
 from ftray.model.adapters.lora import inject_lora, options_of, write_adapter
 from ftray.model.families import SlidingAttention, rotary
 from ftray.model.families.recurrent import PackedStates
@@ -182,6 +183,19 @@ def test_the_zoo_is_no_part_of_the_project():
 WITH_EXPERTS = ["qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "granitemoe", "deepseek_v3", "qwen3_5_moe_text"]
 
 
+def test_square_experts_are_changed_the_right_way_round(tmp_path, monkeypatch):
+    """gpt-oss' `down_proj` is as wide as high: its shape does not tell input from output."""
+    directory = tmp_path / "square"
+    base = write_base(directory, "gpt_oss")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": config["hidden_size"]}))
+    monkeypatch.setitem(twin.SMALL, "intermediate_size", twin.SMALL["hidden_size"])
+    check_expert_adapter(base, tmp_path)
+    monkeypatch.setattr(lora_experts, "is_transposed", lambda module: False)  # the twin
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_expert_adapter(base, tmp_path)
+
+
 def expert_adapter(base, tmp_path):
     """(PEFT's model with a disturbed adapter as training makes it, the base and the adapter as directories)"""
     config = AdapterConfig(rank=2, alpha=3, experts=True)
@@ -199,6 +213,10 @@ def expert_adapter(base, tmp_path):
 def test_lora_on_experts_is_trained_and_served_as_peft_does(name, tmp_path):
     base = write_base(tmp_path / "base", name)
     assert adapter_problem(base, experts=True) is None
+    check_expert_adapter(base, tmp_path)
+
+
+def check_expert_adapter(base, tmp_path) -> None:
     model, whole, directory = expert_adapter(base, tmp_path)
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -251,5 +269,7 @@ def test_experts_are_refused_where_there_are_none_and_with_what_peft_refuses(tmp
         inject_lora(twin_of(write_base(tmp_path, "llama")), AdapterConfig(experts=True), seed=0)
     with pytest.raises(ValidationError, match=r"experts do not go with dropout: 0\.1"):
         AdapterConfig(experts=True, dropout=0.1)
+    with pytest.raises(ValidationError, match="alpha_pattern does not go with them"):
+        AdapterConfig(experts=True, alpha_pattern={"down_proj": 4})
     with pytest.raises(ValidationError, match="experts do not go with variant: dora"):
         AdapterConfig(experts=True, variant="dora")

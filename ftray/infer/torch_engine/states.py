@@ -21,6 +21,8 @@ from ftray.infer.torch_engine.lora.bank import LoraBank
 from ftray.infer.torch_engine.sequence import Piece, Sequence
 from ftray.model.families.recurrent import recurrent_modules, run
 
+KEPT_BYTES = 2**30  # of states for later requests
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -101,7 +103,8 @@ class StateStore:
             sequence.kept_state = sequence.names[-1]
         self._kept[sequence.names[-1]] = dict(sequence.states)
         self._kept.move_to_end(sequence.names[-1])
-        while len(self._kept) > self._max_kept:
+        each = sum(state.nbytes for own in sequence.states.values() for state in own)
+        while len(self._kept) > min(self._max_kept, max(1, KEPT_BYTES // max(1, each))):
             self._kept.popitem(last=False)
 
     # -- in the layers --------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def vllm_arguments(
         raise UserError(f"engine.type: vllm has adapters in 16 bits on a GPU, but {hardware.reason}; use type: torch")
     block_tokens = 16 if on_gpu else 32  # the smallest that its kernels take
     blocks = -(-config.kv_cache_tokens // block_tokens) + 1  # it keeps one for itself
-    fills_memory = on_gpu and "kv_cache_tokens" not in config.model_fields_set
+    fills_memory = on_gpu and config.kv_cache_tokens == EngineConfig.model_fields["kv_cache_tokens"].default
     return {
         "model": str(base.directory),
         "dtype": hardware.dtype_name,

@@ -44,9 +44,14 @@ def target_parameters(model: Any) -> list[str]:
 def parameter_of(module: str, modules: Mapping[str, Sequence[str]], targets: Sequence[str]) -> str | None:
     """The parameter that PEFT's module name of an adapter's weights means. None: it means none."""
     plain = module.replace(NESTED, "")
-    wrapped = [p for p in modules.get(plain, ()) if any(f"{plain}.{p}".endswith(target) for target in targets)]
+    wrapped = [p for p in modules.get(plain, ()) if any(f".{plain}.{p}".endswith(f".{target}") for target in targets)]
     depth = module.count(NESTED)  # the last one that was wrapped is outermost
     return f"{plain}.{wrapped[-1 - depth]}" if depth < len(wrapped) else None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether its matrices are [E, I, O], as transformers marks them; else [E, O, I]."""
+    return bool(getattr(module, "is_transposed", False))
 
 
 def expert_update(a: Tensor, bt: Tensor, num_experts: int) -> Tensor:

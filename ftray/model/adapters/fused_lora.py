@@ -127,6 +127,7 @@ def without_fused(model: Any) -> Iterator[None]:
 
 def put(model: Any, name: str, module: nn.Module) -> None:
     parent, _, attribute = name.rpartition(".")
+    module._forward_hooks.update(model.get_submodule(name)._forward_hooks)  # what follows a layer stays with its place
     setattr(model.get_submodule(parent), attribute, module)
 
 

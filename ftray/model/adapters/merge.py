@@ -9,7 +9,7 @@ from typing import Any
 
 from ftray.errors import UserError
 from ftray.model.base import BaseModel, keep_template
-from ftray.model.weights import model_class
+from ftray.model.weights import check_precision, forget_quantisation, model_class, whole_weights
 from ftray.storage import write_manifest
 
 
@@ -25,7 +25,10 @@ def merge_adapter(adapter: Path, base: BaseModel, directory: Path, *, label: str
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    plain: Any = model_class(base).from_pretrained(base.directory, dtype="auto", trust_remote_code=False)
+    check_precision(base)
+    settings: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False} | whole_weights(base)
+    plain: Any = model_class(base).from_pretrained(base.directory, **settings)
+    forget_quantisation(plain)
     try:
         adapted: Any = PeftModel.from_pretrained(plain, adapter)
         merged = adapted.merge_and_unload(safe_merge=True)

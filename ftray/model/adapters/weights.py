@@ -51,6 +51,10 @@ def read_adapter(directory: Path, *, label: str) -> Adapter:
     tensors = read_tensors(directory, label=label)
     modules: dict[str, LoraWeights] = {}
     parameters = tuple(config.get("target_parameters") or ())
+    if parameters and (config.get("rank_pattern") or config.get("alpha_pattern")):
+        raise AdapterError(
+            f"{label}: patterns of ranks beside target_parameters are not served; merge it into its base"
+        )
     for key in sorted(key for key in tensors if ".lora_A." in key):
         name = key.removeprefix(PREFIX).split(".lora_A.")[0]
         a, b = tensors.pop(key), tensors.pop(key.replace(".lora_A.", ".lora_B."), None)

@@ -30,7 +30,7 @@ from ftray.infer.torch_engine.cpu.kernels import Layers, RmsNorm, in_blocks, ker
 from ftray.infer.torch_engine.lora.batch import Span, StepRuns
 from ftray.infer.torch_engine.lora.experts import AdaptedExperts, takes_chosen
 from ftray.infer.torch_engine.lora.slots import AdapterSlots, Factors, HostAdapter, Segment
-from ftray.model.adapters.experts import expert_modules, parameter_of
+from ftray.model.adapters.experts import expert_modules, is_transposed, parameter_of
 from ftray.model.adapters.weights import Adapter, LoraWeights, check_shapes
 
 
@@ -67,7 +67,7 @@ class LoraBank:
         for name, parameters in self._experts.items():
             AdaptedExperts(name, model.get_submodule(name), parameters, lambda: self.runs.spans)
         self._expert_shapes = {
-            f"{name}.{parameter}": tuple(getattr(model.get_submodule(name), parameter).shape)
+            f"{name}.{parameter}": matrix_shape(model.get_submodule(name), parameter)
             for name, parameters in self._experts.items()
             for parameter in parameters
         }
@@ -192,9 +192,15 @@ class LoraBank:
         return Factors(own(torch.cat(a)), tuple(bt), tuple(segments))
 
 
-def expert_factors(weights: LoraWeights, shape: tuple[int, ...], label: str) -> Factors:
-    """`shape`: of the experts' parameter, [E, ...]. Raises `AdapterError`."""
-    if weights.a.shape[0] != shape[0] * weights.rank or {weights.a.shape[1], weights.b.shape[0]} != {*shape[1:]}:
+def matrix_shape(module: nn.Module, parameter: str) -> tuple[int, int, int]:
+    """(experts, out, in)."""
+    experts, first, second = getattr(module, parameter).shape
+    return (experts, second, first) if is_transposed(module) else (experts, first, second)
+
+
+def expert_factors(weights: LoraWeights, shape: tuple[int, int, int], label: str) -> Factors:
+    """`shape`: experts, out, in. Raises `AdapterError`."""
+    if (weights.a.shape[0], weights.b.shape[0], weights.a.shape[1]) != (shape[0] * weights.rank, *shape[1:]):
         raise AdapterError(f"{label}: is of experts of other shapes than this base's {list(shape)}")
     return Factors(weights.a.contiguous(), ((weights.b * weights.scale).t().contiguous(),), ())
 

@@ -71,7 +71,8 @@ class SlabRun:
     def __init__(self, spans: Sequence[Span]):
         self._slab = spans[0][0].slab
         num_tokens = sum(count for _, _, count in spans)
-        self._reduced = floats(num_tokens * max(factors.a.shape[1] for factors in self._slab.factors.values()))
+        ranks = [factors.a.shape[1] for factors in self._slab.factors.values() if factors.segments]  # no experts'
+        self._reduced = floats(num_tokens * max(ranks, default=1))
         self._spans_G3 = torch.tensor([(place.slot, start, count) for place, start, count in spans])
         self._shared = (self._spans_G3.data_ptr(), len(spans), self._reduced.data_ptr())
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from ftray.infer.torch_engine.lora.batch import Span
 from ftray.infer.torch_engine.lora.slots import Place
-from ftray.model.adapters.experts import expert_update
+from ftray.model.adapters.experts import expert_update, is_transposed
 
 
 def takes_chosen(module: nn.Module) -> bool:
@@ -61,5 +61,5 @@ class AdaptedExperts:
                 weight: Any = getattr(self._module, parameter)
                 a, bt = factors.a[place.slot].to(weight.dtype), factors.bt[0][place.slot].to(weight.dtype)
                 update = expert_update(a, bt, len(weight))
-                changed[parameter] = weight + (update if update.shape == weight.shape else update.transpose(1, 2))
+                changed[parameter] = weight + (update.transpose(1, 2) if is_transposed(self._module) else update)
         return changed or None

@@ -34,7 +34,7 @@ class Segment(NamedTuple):
     num_columns: int
 
 
-Shape = tuple[tuple[str, torch.dtype, tuple[Segment, ...]], ...]  # of every adapted group
+Shape = tuple[tuple[str, torch.dtype, tuple[Segment, ...], torch.Size], ...]  # of every adapted group
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class HostAdapter:
 
     @property
     def shape(self) -> Shape:
-        return tuple((group, f.a.dtype, f.segments) for group, f in sorted(self.factors.items()))
+        return tuple((group, f.a.dtype, f.segments, f.a.shape) for group, f in sorted(self.factors.items()))
 
     @property
     def num_bytes(self) -> int:
