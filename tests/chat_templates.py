@@ -10,6 +10,8 @@ from tiny import make_tokenizer
 
 DIRECTORY = Path(trl.__file__).parent / "chat_templates"
 TRAINING = "_training"
+OTHERS = Path(__file__).parent / "templates"  # that trl does not ship
+ORIGINALS = sorted(path.stem for path in OTHERS.glob("*_original.jinja"))
 NAMES = sorted(path.stem for path in DIRECTORY.glob("*.jinja") if not path.stem.endswith(TRAINING))
 CONTROL = re.compile(
     r"<\|[A-Za-z0-9_ ]+\|>|<\uff5c[^\uff5c<>]+\uff5c>|<\|[a-z_]+>|<[a-z_]+\|>|</?s>|\[/?[A-Z_]+\]"
@@ -27,7 +29,8 @@ PLAIN = [
 
 
 def template_of(name: str) -> str:
-    return (DIRECTORY / f"{name}.jinja").read_text(encoding="utf-8")
+    directory = OTHERS if name in ORIGINALS else DIRECTORY
+    return (directory / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def tokenizer_of(name: str, template: str | None = None):

@@ -88,7 +88,7 @@ TURNS = {
 # What their templates have no words for, by turn.
 REFUSED = {
     "two": {"llama3_1", "llama3_2", "gptoss"},
-    "words": {"llama3_1", "llama3_2", "muse_glimmer"},
+    "words": {"llama3_1", "llama3_2", "muse_glimmer", "mistral_nemo_original", "mistral_small_3_2_original"},
 }
 # Their template writes words beside a call as a thought.
 WORDS_ARE_THOUGHTS = {"gptoss"}

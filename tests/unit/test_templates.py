@@ -8,6 +8,7 @@ from chat_templates import (
     ARGUMENTS,
     DIRECTORY,
     NAMES,
+    ORIGINALS,
     TALKS,
     TOOLS,
     TRAINING,
@@ -42,7 +43,7 @@ THOUGHTLESS = {
         "lfm2_v2",
     ),
     *("llama3", "llama3_1", "llama3_2", "llava_next", "phi3", "phi3_5", "qwen2_5", "qwen2_5_vl", "qwen3_instruct_2507"),
-    *("qwen3_vl", "smolvlm"),
+    *("qwen3_vl", "smolvlm", *ORIGINALS),
 }
 # Where TRL's marks are others, and why ours stand.
 OTHERS_THAN_TRL = {
@@ -79,7 +80,7 @@ CALLS_IN_TEXT = {
 
 @pytest.fixture(scope="module")
 def renderers():
-    return {name: ChatRenderer(tokenizer_of(name)) for name in NAMES}
+    return {name: ChatRenderer(tokenizer_of(name)) for name in (*NAMES, *ORIGINALS)}
 
 
 def runs(renderer, example) -> list[np.ndarray]:
@@ -94,7 +95,7 @@ def is_refused(name: str, kind: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", TALKS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *ORIGINALS])
 def test_what_is_trained_is_what_is_served(renderers, name, kind):
     renderer, talk = renderers[name], read_messages(TALKS[kind])
     tools = TOOLS if kind in WITH_TOOLS else []

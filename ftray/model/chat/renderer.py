@@ -152,7 +152,7 @@ class ChatRenderer:
                     raise DataError("the conversation begins with an answer; put the turn that asks for it before")
                 prompt = template.render(messages[:index], ask=True, tools=tools)
                 whole = template.render(messages[: index + 1], ask=False, tools=tools)
-                turn = turn_behind(template, prompt, whole, message)
+                turn = turn_behind(template, prompt, whole, message, told_once=system_of(messages))
             except DataError:
                 if not is_lenient:
                     raise
@@ -213,12 +213,33 @@ def check_nothing_is_left_out(messages: Sequence[Message], sequences: Sequence[P
                 raise DataError(f"message {index - shift}: the chat template leaves out {part.strip()[:40]!r}")
 
 
-def turn_behind(template: Template, prompt: str, whole: str, message: Message) -> str:
-    """What the model is to write behind the prompt, with the turn's end. `whole`: with the turn, as it is rendered."""
-    turn = whole[len(prompt) :] if whole.startswith(prompt) else answer_behind(prompt, whole, thought_of(message))
+def turn_behind(template: Template, prompt: str, whole: str, message: Message, *, told_once: str) -> str:
+    """What the model is to write behind the prompt, with the turn's end. `whole`: with the turn, as it is rendered.
+    `told_once`: the system's words, which some templates tell in the last question alone (Mistral's)."""
+    if whole.startswith(prompt):
+        turn = whole[len(prompt) :]
+    else:
+        without = without_words(prompt, whole, told_once)
+        turn = whole[len(without) :] if without else answer_behind(prompt, whole, thought_of(message))
     if template.ending_by_next:
         return turn + template.ending_by_next.get("tool" if message.get("tool_calls") else "user", "")
     return turn[: template.end_of(turn)]
+
+
+def system_of(messages: Sequence[Message]) -> str:
+    content = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    return content if isinstance(content, str) else content[0]["text"]
+
+
+def without_words(prompt: str, whole: str, words: str) -> str | None:
+    """The prompt without `words`, and white space around them, where `whole` begins so."""
+    place = prompt.rfind(words.strip()) if words.strip() else -1
+    if place < 0:
+        return None
+    behind = place + len(words.strip())
+    rests = (prompt[behind:], prompt[behind:].lstrip())
+    heads = (prompt[:place], prompt[:place].rstrip())
+    return next((head + rest for head in heads for rest in rests if whole.startswith(head + rest)), None)
 
 
 def thought_of(message: Message) -> str:
