@@ -13,7 +13,7 @@ from ftray.model.base import BaseModel, context_limit
 from ftray.model.chat.template import ThoughtFrame
 from ftray.model.families import check_layers
 from ftray.model.proof import refuse, remembered
-from ftray.model.weights import check_precision
+from ftray.model.weight_precision import check_precision
 from ftray.plugins import load_plugin
 
 if TYPE_CHECKING:  # importing them loads torch and the model code

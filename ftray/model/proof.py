@@ -17,7 +17,7 @@ from ftray.errors import UserError
 from ftray.model.base import BaseModel
 from ftray.model.families import check_layers
 from ftray.model.twin import NOT_OF_THE_TWIN, SMALL, SPREAD, twin_of
-from ftray.model.weights import check_precision
+from ftray.model.weight_precision import check_precision
 from ftray.storage import read_json, write_json
 from ftray.storage.cache import cache_directory
 

@@ -16,7 +16,7 @@ from ftray.model.base import BaseModel, check_length, load_tokenizer, prepare_ba
 from ftray.model.chat import ChatRenderer
 from ftray.model.chat.settings import is_dated
 from ftray.model.proof import check_packed
-from ftray.model.weights import precision_of
+from ftray.model.weight_precision import precision_of
 from ftray.objectives import objective_of, trained_turns
 from ftray.train.checkpoints.listing import read_state
 

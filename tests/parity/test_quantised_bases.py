@@ -16,7 +16,8 @@ from ftray.model.base import prepare_base
 from ftray.model.hardware import choose_hardware
 from ftray.model.proof import check_packed
 from ftray.model.twin import save_twin, twin_of
-from ftray.model.weights import load_weights, precision_of
+from ftray.model.weight_precision import precision_of
+from ftray.model.weights import load_weights
 
 BLOCK = 128  # of fp8, in both directions
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])  # OCP's E2M1, by its four bits

@@ -9,7 +9,8 @@ from typing import Any
 
 from ftray.errors import UserError
 from ftray.model.base import BaseModel, keep_template
-from ftray.model.weights import check_precision, forget_quantisation, model_class, whole_weights
+from ftray.model.weight_precision import check_precision
+from ftray.model.weights import forget_quantisation, model_class, whole_weights
 from ftray.storage import write_manifest
 
 

@@ -152,7 +152,7 @@ class ChatRenderer:
                     raise DataError("the conversation begins with an answer; put the turn that asks for it before")
                 prompt = template.render(messages[:index], ask=True, tools=tools)
                 whole = template.render(messages[: index + 1], ask=False, tools=tools)
-                turn = turn_behind(template, prompt, whole, message, told_once=system_of(messages))
+                turn = turn_behind(template, prompt, whole, message, system=system_of(messages))
             except DataError:
                 if not is_lenient:
                     raise
@@ -213,13 +213,13 @@ def check_nothing_is_left_out(messages: Sequence[Message], sequences: Sequence[P
                 raise DataError(f"message {index - shift}: the chat template leaves out {part.strip()[:40]!r}")
 
 
-def turn_behind(template: Template, prompt: str, whole: str, message: Message, *, told_once: str) -> str:
+def turn_behind(template: Template, prompt: str, whole: str, message: Message, *, system: str) -> str:
     """What the model is to write behind the prompt, with the turn's end. `whole`: with the turn, as it is rendered.
-    `told_once`: the system's words, which some templates tell in the last question alone (Mistral's)."""
+    `system`: the system's words, which some templates tell in the last question alone (Mistral's)."""
     if whole.startswith(prompt):
         turn = whole[len(prompt) :]
     else:
-        without = without_words(prompt, whole, told_once)
+        without = without_words(prompt, whole, system)
         turn = whole[len(without) :] if without else answer_behind(prompt, whole, thought_of(message))
     if template.ending_by_next:
         return turn + template.ending_by_next.get("tool" if message.get("tool_calls") else "user", "")
