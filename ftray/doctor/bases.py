@@ -12,7 +12,7 @@ from ftray.doctor.checks import Finding, Level
 from ftray.errors import UserError
 from ftray.infer.engines import check_served
 from ftray.model.base import BaseModel, context_limit, load_tokenizer, prepare_base
-from ftray.model.proof import check_packed
+from ftray.model.proof import NotShownRightError, check_packed
 
 # Kernels that transformers uses on a GPU where they are installed, and the layers that want them.
 KERNELS = {"flash-linear-attention": "fla", "causal-conv1d": "causal_conv1d", "mamba-ssm": "mamba_ssm"}
@@ -33,29 +33,23 @@ def proof(base: BaseModel, subject: str, check: Callable[[BaseModel], None]) -> 
     try:
         check(base)
     except UserError as error:
-        _, _, reason = str(error).partition("is not shown right: ")
-        problem = reason.removesuffix("; ftray does not compute it yet: choose another base")
-        return Finding("failed", subject, problem or str(error), "choose another base: docs/reference/bases.md")
+        problem = error.problem if isinstance(error, NotShownRightError) else str(error)
+        return Finding("failed", subject, problem, "choose another base: docs/reference/bases.md")
     text = "a small twin is computed as transformers and PEFT compute it"
     return Finding("ok", subject, f"{text} ({time.perf_counter() - began:.1f} s)")
 
 
 def described(base: BaseModel) -> list[Finding]:
     """Its layers, and what LoRA on all linear layers changes."""
-    import torch
-    from transformers import AutoConfig
-
     from ftray.config.adapter import AdapterConfig
     from ftray.model.adapters.experts import expert_modules
     from ftray.model.adapters.lora import target_modules
     from ftray.model.families.recurrent import recurrent_modules
     from ftray.model.packed import decoder_of
-    from ftray.model.weights import class_of
+    from ftray.model.weights import model_without_weights
 
-    config = AutoConfig.from_pretrained(base.directory)
-    text = config.get_text_config()
-    with torch.device("meta"):
-        model: Any = class_of(config, name=base.name).from_config(config)
+    model: Any = model_without_weights(base)
+    config, text = model.config, model.config.get_text_config()
     kinds = Counter(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
     layers = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.items())
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -76,8 +70,9 @@ def described(base: BaseModel) -> list[Finding]:
 
 def tokens(base: BaseModel) -> list[Finding]:
     from ftray.model.adapters.targets import embedding_rows
+    from ftray.model.weight_files import weight_shapes
 
-    tokenizer, rows, limit = load_tokenizer(base), embedding_rows(base), context_limit(base)
+    tokenizer, rows, limit = load_tokenizer(base), embedding_rows(weight_shapes(base.directory)), context_limit(base)
     template = "a chat template" if tokenizer.chat_template else "no chat template (set chat.template)"
     found = [Finding("ok", "tokenizer", f"{len(tokenizer):,} tokens, {template}, a context of {limit or 'any'} tokens")]
     if rows is not None and len(tokenizer) > rows:

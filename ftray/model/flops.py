@@ -60,7 +60,7 @@ def count_flops(model: Any, head: Head = CAUSAL_LM) -> ModelFlops:
     """Of a causal LM before or after PEFT's injection, sharded by ZeRO-3 or quantised or not."""
     from torch import nn
 
-    from ftray.model.adapters.experts import expert_modules
+    from ftray.model.adapters.experts import num_expert_weights
     from ftray.model.packed import decoder_of
 
     config = model.config.get_text_config()
@@ -70,14 +70,9 @@ def count_flops(model: Any, head: Head = CAUSAL_LM) -> ModelFlops:
         for name, module in decoder_of(model).named_modules()
         if isinstance(module, nn.Linear) and module is not lm_head and ".lora_" not in name and "lm_head" not in name
     ]
-    of_experts = sum(
-        getattr(parameter, "ds_numel", parameter.numel())  # sharded by ZeRO-3 or whole
-        for name, own in expert_modules(model).items()
-        for parameter in (getattr(model.get_submodule(name), matrix) for matrix in own)
-    )
     return ModelFlops(
         linear_parameters=sum(module.in_features * module.out_features for module in linear)
-        + round(of_experts * active_share(config)),
+        + round(num_expert_weights(model) * active_share(config)),
         head_parameters=head.parameters(config),
         layers=layer_kinds(config),
     )

@@ -35,13 +35,19 @@ def check_packed(base: BaseModel) -> None:
     refuse(base, remembered("packed", base, lambda: packed_problem(base)), what="training")
 
 
+class NotShownRightError(UserError):
+    problem: str  # what differs, alone
+
+
 def refuse(base: BaseModel, problem: str | None, *, what: str) -> None:
     if problem is not None:
         kind = read_json(base.directory / "config.json").get("model_type")
-        raise UserError(
+        error = NotShownRightError(
             f"base_model: {base.name}: {what} of its architecture ({kind}) is not shown right: {problem}; ftray does "
             "not compute it yet: choose another base"
         )
+        error.problem = problem
+        raise error
 
 
 def remembered(kind: str, base: BaseModel, find: Callable[[], str | None]) -> str | None:
@@ -94,7 +100,7 @@ def packed_problem(base: BaseModel) -> str | None:
     except Exception as error:  # noqa: BLE001  an architecture is code of others, made smaller than it was meant
         return f"no small twin of it can be made ({first_line(error)})"
     try:
-        packed = packed_log_probs(model)
+        packed = packed_log_probs(model, sequences())
     except Exception as error:  # noqa: BLE001
         return f"packed rows do not go through it ({first_line(error)})"
     problem = difference(packed, alone, what="packed rows differ from transformers' own forward")
@@ -114,7 +120,7 @@ def adapter_problem(base: BaseModel, *, experts: bool = False) -> str | None:
         disturb(trained)
         alone = [log_probs(model, ids) for ids in sequences()]
         expected = gradients(alone, trained)
-        packed = packed_log_probs(model)
+        packed = packed_log_probs(model, sequences())
         found = gradients(packed, trained)
     except Exception as error:  # noqa: BLE001
         return f"LoRA on all its linear layers does not go through it ({first_line(error)})"
@@ -181,7 +187,7 @@ def log_probs(model: Any, ids: Sequence[int]) -> Any:
     return found[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
 
 
-def packed_log_probs(model: Any) -> list[Any]:
+def packed_log_probs(model: Any, sequences: Sequence[Sequence[int]]) -> list[Any]:
     """Of each sequence, out of one row."""
     import torch
 
@@ -189,17 +195,17 @@ def packed_log_probs(model: Any) -> list[Any]:
     from ftray.model.packed_attention import packed_layout
 
     model.set_attn_implementation(register_packed_attention())
-    ids = [token for one in sequences() for token in one]
-    ends = torch.tensor(LENGTHS).cumsum(0).tolist()
-    rows = [place for end, length in zip(ends, LENGTHS, strict=True) for place in range(end - length, end - 1)]
-    targets = [length - 1 for length in LENGTHS]
+    ids, lengths = [token for one in sequences for token in one], [len(one) for one in sequences]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    rows = [place for end, length in zip(ends, lengths, strict=True) for place in range(end - length, end - 1)]
+    targets = [length - 1 for length in lengths]
     row = PackedRow(
         ids_T=torch.tensor(ids),
-        positions_T=torch.cat([torch.arange(length) for length in LENGTHS]),
+        positions_T=torch.cat([torch.arange(length) for length in lengths]),
         rows_N=torch.tensor(rows),
         targets_N=torch.tensor([ids[place + 1] for place in rows]),
         weights_N=torch.ones(len(rows)),
-        sequences_N=torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(targets)),
-        layout=packed_layout(LENGTHS),
+        sequences_N=torch.arange(len(lengths)).repeat_interleave(torch.tensor(targets)),
+        layout=packed_layout(lengths),
     )
     return list(PackedCausalLM(model)(row).split(targets))

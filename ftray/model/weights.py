@@ -83,6 +83,23 @@ def class_of(config: Any, *, name: str) -> Any:
     raise UserError(f"base_model: {name}: a {config.model_type} is no language model; choose another base")
 
 
+def model_without_weights(base: BaseModel) -> Any:
+    """On torch's meta device, whatever its files are quantised by. Raises `UserError`."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(base.directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return on_meta(config, name=base.name)
+
+
+def on_meta(config: Any, *, name: str, **settings: Any) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        return class_of(config, name=name).from_config(config, **settings)
+
+
 def is_sharded(model: Any) -> bool:
     """By ZeRO-3."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

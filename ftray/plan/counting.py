@@ -11,12 +11,12 @@ from transformers.utils import logging
 
 from ftray.config.adapter import AdapterConfig
 from ftray.errors import UserError
-from ftray.model.adapters.experts import expert_modules
+from ftray.model.adapters.experts import num_expert_weights
 from ftray.model.adapters.lora import inject_lora
 from ftray.model.flops import count_flops
 from ftray.model.packed import decoder_of, register_packed_attention
 from ftray.model.packed_attention import packed_layout
-from ftray.model.weights import class_of
+from ftray.model.weights import on_meta
 from ftray.plan.model_size import ModelSize
 
 KINDS = ("layer_types", "mlp_layer_types")
@@ -89,11 +89,6 @@ def kept_by_layer(
     return per_token, once, one_per_token - per_token, widest
 
 
-def num_expert_weights(model: Any) -> int:
-    modules = ((model.get_submodule(name), own) for name, own in expert_modules(model).items())
-    return sum(getattr(module, matrix).numel() for module, own in modules for matrix in own)
-
-
 def make_meta_model(
     config: Any,
     adapter: AdapterConfig | None,
@@ -111,10 +106,8 @@ def make_meta_model(
             setattr(text, name, [value] * num_layers)
         if hasattr(text, "first_k_dense_replace"):
             text.first_k_dense_replace = 0
-    with torch.device("meta"):
-        attention = register_packed_attention()
-        made = class_of(config, name=config.model_type)
-        model: Any = made.from_config(config, dtype=dtype, attn_implementation=attention)
+    attention = register_packed_attention()
+    model: Any = on_meta(config, name=config.model_type, dtype=dtype, attn_implementation=attention)
     if adapter is not None:
         start: dict[str, Any] = {"init_from": None, "initialization": "default"}  # as large whatever its start
         if num_layers is not None:  # patterns of single layers may match none of these

@@ -16,6 +16,7 @@ from ftray.model.base import BaseModel, check_length, load_tokenizer, prepare_ba
 from ftray.model.chat import ChatRenderer
 from ftray.model.chat.settings import is_dated
 from ftray.model.proof import check_packed
+from ftray.model.weight_files import weight_shapes
 from ftray.model.weight_precision import precision_of
 from ftray.objectives import objective_of, trained_turns
 from ftray.train.checkpoints.listing import read_state
@@ -65,10 +66,10 @@ def prepare_data(
     check_length(base, config.data.max_example_tokens, key="data.max_example_tokens")
     check_packed(base)
     shape, turns = objective_of(config.objective).shape, trained_turns(config.objective)
-    tokenizer = load_tokenizer(base)
+    tokenizer, shapes = load_tokenizer(base), weight_shapes(base.directory)
     if config.adapter is not None:
-        check_targets(base, config.adapter, tokenizer)
-        if (experts := describe_experts(base, config.adapter)) is not None:
+        check_targets(base, shapes, config.adapter, tokenizer)
+        if (experts := describe_experts(shapes, config.adapter)) is not None:
             log(experts)
     if shape != "document" and is_dated(tokenizer):
         base = replace(base, chat=base.chat.model_copy(update={"date": date or time.strftime("%Y-%m-%d")}))
@@ -80,7 +81,7 @@ def prepare_data(
     evaluation = evaluation_set(config.data, renderer, **how)
     for dataset in (train, evaluation):
         if dataset is not None:
-            check_embedding(base, tokenizer, dataset.ids, dataset.row_at)
+            check_embedding(base, shapes, tokenizer, dataset.ids, dataset.row_at)
     log(f"base model: {base}")
     if (method := precision_of(base)) is not None:
         log(f"its weights are {method}; they are multiplied out and trained on whole")

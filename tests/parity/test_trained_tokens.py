@@ -9,6 +9,7 @@ from tiny import chat_rows, write_jsonl, write_tiny_model
 from ftray.config import load_config
 from ftray.config.adapter import AdapterConfig
 from ftray.errors import AdapterError, UserError
+from ftray.model import proof
 from ftray.model.adapters.lora import inject_lora, load_weights_from, options_of, write_adapter
 from ftray.model.adapters.merge import merge_adapter
 from ftray.model.adapters.targets import check_embedding
@@ -16,9 +17,9 @@ from ftray.model.adapters.tokens import token_ids
 from ftray.model.adapters.weights import read_adapter
 from ftray.model.base import load_tokenizer, prepare_base
 from ftray.model.hardware import choose_hardware
-from ftray.model.packed import PackedCausalLM, register_packed_attention
-from ftray.model.packed_attention import packed_layout
+from ftray.model.packed import register_packed_attention
 from ftray.model.proof import disturb, log_probs
+from ftray.model.weight_files import weight_shapes
 from ftray.model.weights import load_weights
 from ftray.train.prepared_data import prepare_data
 
@@ -42,19 +43,7 @@ def trained(request, tmp_path_factory):
 
 
 def packed_log_probs(model) -> torch.Tensor:
-    from ftray.model.packed import PackedRow
-
-    count = len(IDS)
-    row = PackedRow(
-        ids_T=torch.tensor(IDS),
-        positions_T=torch.arange(count),
-        rows_N=torch.arange(count - 1),
-        targets_N=torch.tensor(IDS[1:]),
-        weights_N=torch.ones(count - 1),
-        sequences_N=torch.zeros(count - 1, dtype=torch.long),
-        layout=packed_layout([count]),
-    )
-    return PackedCausalLM(model)(row)
+    return proof.packed_log_probs(model, [IDS])[0]
 
 
 def test_peft_loads_it_and_gives_the_same(trained):
@@ -139,4 +128,4 @@ def test_a_token_without_a_row_is_named_before_the_run(tmp_path):
     config = load_config(str(tmp_path / "run.yaml"), [], kind="run")
     with pytest.raises(UserError, match=r"data: row 3: '<x>' is token 259, and the embedding of .* has 259 rows"):
         prepare_data(config, log=lambda text: None)
-    check_embedding(prepare_base(str(base)), tokenizer, torch.tensor([1, 258]).numpy(), str)
+    check_embedding(prepare_base(str(base)), weight_shapes(base), tokenizer, torch.tensor([1, 258]).numpy(), str)

@@ -17,6 +17,7 @@ from ftray.doctor.checks import CONSTRAINTS, PINNED, examine, judge
 from ftray.doctor.machine import Gpu, Interface, Machine, Room, look, parse_gpus
 from ftray.doctor.nodes import compare, compare_storage, describe_cluster, examine_cluster
 from ftray.errors import UserError
+from ftray.model.proof import refuse
 
 PINS = dict(line.split("==") for line in CONSTRAINTS.read_text().split() if "==" in line)
 PACKAGES = {name: PINS[name] for name in PINNED}
@@ -237,7 +238,7 @@ def test_a_base_model_is_looked_at(tiny_model, capsys):
 
 def test_a_base_model_that_is_computed_wrongly_fails(tiny_base):
     def wrong(base):
-        raise UserError("base_model: m: training of its architecture (x) is not shown right: rows differ; ftray does")
+        refuse(base, "rows differ; ftray does", what="training")
 
     finding = bases.proof(tiny_base, "training", wrong)
     assert (finding.level, finding.text) == ("failed", "rows differ; ftray does")

@@ -9,6 +9,7 @@ dimension.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeGuard
 
 import torch
@@ -29,6 +30,7 @@ from ftray.model.packed_attention import (
 )
 
 PAGED = "ftray_paged"
+Piece = tuple[Sequence[int], int, int]  # of a prompt: pages of its sequence, tokens before it, tokens of it
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,10 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Pieces of prompts: with kernels from the cache, else whole ones as their tokens come and the rest from the
-    cache."""
+    """Pieces of prompts: whole ones as their tokens come, the rest from the cache."""
 
     whole: PackedLayout | None
     continued: tuple[Continuation, ...] = ()
-    kernels: CpuKernels | None = None
-    pages_nP: Tensor | None = None  # of all pieces; with kernels
-    prompts_n3: Tensor | None = None  # first of the prompts' rows, number of rows, tokens before them; with kernels
 
     def attend(
         self,
@@ -132,11 +130,6 @@ class Prompts:
         scaling: float,
         **scores: Any,
     ) -> Tensor:
-        if not scores and layer is not None and can_attend(self.kernels, layer, kind):
-            assert self.pages_nP is not None
-            assert self.prompts_n3 is not None
-            query_THD = side_by_side(query_THD)
-            return self.kernels.attend_to_prompts(query_THD, layer, self.pages_nP, self.prompts_n3, scaling=scaling)
         parts: list[Tensor] = []
         at = 0
         if self.whole is not None:
@@ -153,12 +146,49 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class KernelPrompts:
+    """The same, all of it from the cache by a kernel, in layers of which the kernel takes the heads."""
+
+    pieces: Sequence[Piece]
+    kernels: CpuKernels
+    device: torch.device
+
+    def attend(
+        self,
+        query_THD: Tensor,
+        key_value_T2KD: Tensor,
+        layer: Tensor | None,
+        kind: LayerKind,
+        *,
+        scaling: float,
+        **scores: Any,
+    ) -> Tensor:
+        if scores or layer is None or not can_attend(self.kernels, layer, kind):
+            return self._elsewhere.attend(query_THD, key_value_T2KD, layer, kind, scaling=scaling, **scores)
+        query_THD, (pages_nP, prompts_n3) = side_by_side(query_THD), self._of_kernels
+        return self.kernels.attend_to_prompts(query_THD, layer, pages_nP, prompts_n3, scaling=scaling)
+
+    @cached_property
+    def _elsewhere(self) -> Prompts:
+        return plain_prompts(self.pieces, self.device)
+
+    @cached_property
+    def _of_kernels(self) -> tuple[Tensor, Tensor]:
+        """Pages of all pieces; first of the prompts' rows, number of rows, tokens before them."""
+        pieces = self.pieces
+        pages_nP = padded_pages([pages for pages, _, _ in pieces], [cached + count for _, cached, count in pieces])
+        firsts = itertools.accumulate((count for _, _, count in pieces), initial=0)
+        prompts = [(first, count, cached) for first, (_, cached, count) in zip(firsts, pieces, strict=False)]
+        return pages_nP, torch.tensor(prompts)
+
+
+@dataclass(frozen=True)
 class AttentionStep:
     kinds: Sequence[LayerKind]  # of each layer
     cache: KVCache | None  # None: scoring, nothing is kept
     write_slots_T: Tensor | None  # page * PAGE_TOKENS + place in the page
     decoding: Decoding | None
-    prompts: Prompts | None
+    prompts: Prompts | KernelPrompts | None
 
     def layer(self, index: int) -> Tensor | None:
         """Of the cache: [P, PAGE_TOKENS, 2, K, D]."""
@@ -177,19 +207,15 @@ def side_by_side(query_THD: Tensor) -> Tensor:
     return query_THD.flatten(1).unflatten(1, query_THD.shape[1:])
 
 
-def prompts_of(
-    pieces: Sequence[tuple[Sequence[int], int, int]], kernels: CpuKernels | None, device: torch.device
-) -> Prompts:
-    """`pieces`: pages of the sequence, tokens before the piece, tokens of it; whole prompts first."""
+def prompts_of(pieces: Sequence[Piece], kernels: CpuKernels | None, device: torch.device) -> Prompts | KernelPrompts:
+    """`pieces`: whole prompts first."""
+    return plain_prompts(pieces, device) if kernels is None else KernelPrompts(pieces, kernels, device)
+
+
+def plain_prompts(pieces: Sequence[Piece], device: torch.device) -> Prompts:
     whole = [count for _, cached, count in pieces if cached == 0]
     continued = tuple(Continuation(pages, cached, count) for pages, cached, count in pieces[len(whole) :])
-    layout = packed_layout(whole).to(device) if whole else None
-    if kernels is None:
-        return Prompts(layout, continued)
-    pages_nP = padded_pages([pages for pages, _, _ in pieces], [cached + count for _, cached, count in pieces])
-    firsts = itertools.accumulate((count for _, _, count in pieces), initial=0)
-    prompts = [(first, count, cached) for first, (_, cached, count) in zip(firsts, pieces, strict=False)]
-    return Prompts(layout, continued, kernels, pages_nP, torch.tensor(prompts))
+    return Prompts(packed_layout(whole).to(device) if whole else None, continued)
 
 
 def can_attend(kernels: CpuKernels | None, layer: Tensor, kind: LayerKind) -> TypeGuard[CpuKernels]:

@@ -13,6 +13,7 @@ import torch
 from ftray.config.adapter import AdapterConfig
 from ftray.config.serve import AdaptersConfig, EngineConfig
 from ftray.infer.protocol import Request, SamplingParams
+from ftray.infer.torch_engine.cpu.frozen_linear import weight_of
 from ftray.infer.torch_engine.engine import TorchEngine
 from ftray.model.adapters.linear import linear_modules
 from ftray.model.adapters.lora import write_adapter
@@ -74,8 +75,7 @@ def with_adapter(model: Any, base: BaseModel, directory: Path) -> Any:
     layers: dict[str, Any] = linear_modules(adapted)
     weights: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
-        is_transposed = not isinstance(layer, torch.nn.Linear)
-        weight = layer.weight.t() if is_transposed else layer.weight
+        weight = weight_of(layer)
         a = torch.randn(RANK, weight.shape[1], generator=noise) * SPREAD
         b = torch.randn(weight.shape[0], RANK, generator=noise) * SPREAD
         weight.add_(b @ a)

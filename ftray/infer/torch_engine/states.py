@@ -81,7 +81,7 @@ class StateStore:
 
     def piece_of(self, sequence: Sequence, count: int) -> int:
         """Of the next `count` tokens of a prompt those up to the end of its last page, where its state is kept."""
-        end = (len(sequence.tokens) - 1) // PAGE_TOKENS * PAGE_TOKENS
+        end = last_end(sequence)
         return end - sequence.num_cached if self.names and 0 < end - sequence.num_cached < count else count
 
     def restore(self, sequence: Sequence) -> None:
@@ -94,8 +94,7 @@ class StateStore:
         """Where it ends a page, all that is computed of it."""
         if not self.names or sequence.num_cached % PAGE_TOKENS or not sequence.names:
             return
-        own = (len(sequence.tokens) - 1) // PAGE_TOKENS * PAGE_TOKENS
-        if sequence.num_cached < own:
+        if sequence.num_cached < last_end(sequence):
             return
         if sequence.kept_state is not None and sequence.num_generated > 1:
             self._kept.pop(sequence.kept_state, None)
@@ -135,6 +134,11 @@ class StateStore:
         return out.flatten(0, 1)
 
 
+def last_end(sequence: Sequence) -> int:
+    """Tokens up to the end of its last full page, its last token aside: that one is always computed."""
+    return (len(sequence.tokens) - 1) // PAGE_TOKENS * PAGE_TOKENS
+
+
 @torch.inference_mode()
 def goes_on_by_several(module: Any) -> bool:
     """Whether it goes on from a state with several tokens as with one: transformers' first Mamba begins anew."""
@@ -143,8 +147,7 @@ def goes_on_by_several(module: Any) -> bool:
     hidden_1LE = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0)).to(weight)
     expected = run(module.forward, hidden_1LE)[:, 4:]
     cache = cache_of(LinearAttentionLayer(), module.layer_idx)
-    first, rest = (run(module.forward, part, cache) for part in hidden_1LE.split(4, dim=1))
-    del first
+    _, rest = (run(module.forward, part, cache) for part in hidden_1LE.split(4, dim=1))
     return bool((rest - expected).abs().max() < expected.abs().max() / 20)
 
 

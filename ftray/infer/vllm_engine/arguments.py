@@ -11,7 +11,7 @@ from ftray.model.adapters.linear import linear_modules
 from ftray.model.base import BaseModel
 from ftray.model.hardware import Hardware
 from ftray.model.weight_files import weight_shapes
-from ftray.model.weights import class_of
+from ftray.model.weights import model_without_weights
 from ftray.storage import read_json
 
 # vLLM counts adapters in memory, not bytes; ftray's residency keeps the bytes, and this must not evict before it does.
@@ -74,13 +74,7 @@ def linear_shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
 
 
 def shapes_by_config(base: BaseModel) -> dict[str, tuple[int, int]]:
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(base.directory)
-    del config.quantization_config
-    with torch.device("meta"):
-        model = class_of(config, name=base.name).from_config(config)
-    layers: dict[str, Any] = linear_modules(model)
+    layers: dict[str, Any] = linear_modules(model_without_weights(base))
     return {name: (layer.weight.shape[1], layer.weight.shape[0]) for name, layer in layers.items()}
 
 

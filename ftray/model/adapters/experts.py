@@ -23,6 +23,13 @@ def expert_modules(model: Any) -> dict[str, list[str]]:
     return {name: inside[module] for name, module in model.named_modules() if module in inside}
 
 
+def num_expert_weights(model: Any) -> int:
+    """Of all their matrices, whole or sharded by ZeRO-3."""
+    modules = ((model.get_submodule(name), own) for name, own in expert_modules(model).items())
+    parameters = (getattr(module, matrix) for module, own in modules for matrix in own)
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
 def matrices(module: nn.Module) -> list[str]:
     if isinstance(module, nn.Conv1d):
         return []

@@ -8,17 +8,18 @@ from ftray.config.adapter import AdapterConfig, target_pattern
 from ftray.errors import AdapterError, UserError
 from ftray.model.adapters.tokens import token_ids
 from ftray.model.base import BaseModel
-from ftray.model.weight_files import weight_shapes
 
 EXPERTS = ".experts."  # in the names of their weights
 PACKED, MXFP4_BLOCK = "_blocks", 32  # [experts, out, blocks, 16 bytes] of MXFP4
 BESIDE_WEIGHTS = ("bias", "_scales", "_scale_inv", "_scale")
 
 
-def check_targets(base: BaseModel, config: AdapterConfig, tokenizer: Any) -> None:
+Shapes = Mapping[str, Sequence[int]]  # of the tensors in a base's files
+
+
+def check_targets(base: BaseModel, shapes: Shapes, config: AdapterConfig, tokenizer: Any) -> None:
     """By the names in the base's files. What is not among them may still be: transformers joins and renames some, so
     then the model itself is asked, without its weights. Raises `AdapterError`."""
-    shapes = weight_shapes(base.directory)
     token_ids(tokenizer, config.train_tokens)
     if config.experts and not expert_shapes(shapes):
         raise AdapterError("adapter.experts: this base has no experts that LoRA can change; leave it out")
@@ -26,24 +27,18 @@ def check_targets(base: BaseModel, config: AdapterConfig, tokenizer: Any) -> Non
     targets = config.targets if isinstance(config.targets, list) else []
     if all(any(map(target_pattern(target).fullmatch, linear)) for target in targets):
         return
-    import torch
-    from transformers import AutoConfig
-
     from ftray.model.adapters.lora import matching_modules
-    from ftray.model.weights import class_of
+    from ftray.model.weights import model_without_weights
 
-    config_of_model = AutoConfig.from_pretrained(base.directory)
-    with torch.device("meta"):
-        model = class_of(config_of_model, name=base.name).from_config(config_of_model)
-    matching_modules(model, list(targets))
+    matching_modules(model_without_weights(base), list(targets))
 
 
-def describe_experts(base: BaseModel, config: AdapterConfig) -> str | None:
+def describe_experts(shapes: Shapes, config: AdapterConfig) -> str | None:
     """What is said of a mixture's experts before a run; None: it is none."""
-    shapes = expert_shapes(weight_shapes(base.directory))
-    if not shapes:
+    experts = expert_shapes(shapes)
+    if not experts:
         return None
-    inside, extra = sum(map(math.prod, shapes)), num_lora_parameters(shapes, config.rank)
+    inside, extra = sum(map(math.prod, experts)), num_lora_parameters(experts, config.rank)
     if config.experts:
         return f"experts: {inside:,} parameters, with {extra:,} of LoRA; their routers stay frozen"
     return (
@@ -52,7 +47,7 @@ def describe_experts(base: BaseModel, config: AdapterConfig) -> str | None:
     )
 
 
-def expert_shapes(shapes: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
+def expert_shapes(shapes: Shapes) -> list[Sequence[int]]:
     """Of their matrices: [out, in] of one, or [experts, ...] of all; packed ones as large as they are whole."""
     found = []
     for name, shape in shapes.items():
@@ -67,10 +62,10 @@ def num_lora_parameters(shapes: Sequence[Sequence[int]], rank: int) -> int:
     return sum(math.prod(shape[:-2]) * rank * (shape[-1] + shape[-2]) for shape in shapes)
 
 
-def check_embedding(base: BaseModel, tokenizer: Any, ids: Any, name_of: Any) -> None:
+def check_embedding(base: BaseModel, shapes: Shapes, tokenizer: Any, ids: Any, name_of: Any) -> None:
     """A tokenizer may have more tokens than the embedding has rows. `ids`: of all data, flat; `name_of(place)`: the row
     of the data there. Raises `UserError` for the first token without a row."""
-    rows = embedding_rows(base)
+    rows = embedding_rows(shapes)
     if rows is None or len(tokenizer) <= rows:
         return
     import numpy as np
@@ -84,7 +79,7 @@ def check_embedding(base: BaseModel, tokenizer: Any, ids: Any, name_of: Any) -> 
         )
 
 
-def embedding_rows(base: BaseModel) -> int | None:
+def embedding_rows(shapes: Shapes) -> int | None:
     endings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "embeddings.weight", "embedding.weight")
-    named = (shape[0] for name, shape in weight_shapes(base.directory).items() if name.endswith(endings))
+    named = (shape[0] for name, shape in shapes.items() if name.endswith(endings))
     return next(named, None)

@@ -30,7 +30,7 @@ WIDEST = 64
 
 def weight_of(layer: Any) -> Tensor:
     """[O, I]; transformers' Conv1D, of GPT-2, has it transposed."""
-    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.t().contiguous()
+    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
 
 
 def can_reorder(weight: Tensor) -> bool:
@@ -43,7 +43,7 @@ class FrozenLinear:
     def __init__(self, layers: Sequence[nn.Linear], kernels: CpuKernels | None, memory: HugePages | None = None):
         """`memory`: where the kernels' layout goes, beside that of other layers."""
         weights = [weight_of(layer) for layer in layers]
-        weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).detach()
+        weight = (torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()).detach()
         bias = joined_bias(layers)
         self.kernels = kernels
         if kernels is not None:
